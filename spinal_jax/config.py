@@ -1,0 +1,171 @@
+"""Configuration as frozen records, and a strict `build` that turns a plain mapping into them.
+
+Field names are the command line's override names: `metrics.contraction.window=[0.1,0.5]` is
+`AuditConfig.metrics.contraction.window`. Values are checked where they are declared, so that a record that exists is valid.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union
+
+from spinal_jax.batch import Positions
+from spinal_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, path: str, value: object, right: str) -> None:
+    if not condition:
+        raise UserError(f"{path} is {value!r}; it takes {right}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which checkpoint, and how it computes."""
+
+    source: str  # hub id, folder with config.json and safetensors, .gguf file, or converted folder
+    revision: str | None = None  # of a hub id
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and forward; statistics are float32 or better
+    name: str | None = None  # shown in reports; default: from the source
+    ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Which prompts."""
+
+    path: str | None = None  # null: the pool that ships with the package
+    format: Literal["jsonl", "hh", "text"] = "jsonl"
+    field: str = "prompt"  # of a jsonl row
+    limit: int | None = None  # rows
+    offset: int = 0  # rows
+    max_length: int = 256  # tokens; of longer prompts the last ones are kept
+    chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit > 0, "prompts.limit", self.limit, "a number above 0, or null for all")
+        _require(self.offset >= 0, "prompts.offset", self.offset, "0 or more rows to pass over")
+        _require(self.max_length > 1, "prompts.max_length", self.max_length, "2 or more tokens")
+
+
+@dataclass(frozen=True)
+class ContractionConfig:
+    """METHOD section 1."""
+
+    window: tuple[float, float] = (0.10, 0.50)  # of the numerical rank
+    skip: int = 1  # first tokens of each sequence that do not count: attention sinks
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.window
+        right = "two fractions [lo, hi] with 0 <= lo < hi <= 1"
+        _require(0 <= low < high <= 1, "metrics.contraction.window", list(self.window), right)
+        _require(self.skip >= 0, "metrics.contraction.skip", self.skip, "0 or more tokens")
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    """METHOD section 2."""
+
+    positions: str = "last:4"
+    temperature: float = 1.0
+    top_k: int | None = None  # null: exact over the vocabulary
+
+    def __post_init__(self) -> None:
+        Positions.parse(self.positions)
+        _require(self.temperature > 0, "metrics.transport.temperature", self.temperature, "a number above 0")
+        _require(
+            self.top_k is None or self.top_k > 0, "metrics.transport.top_k", self.top_k, "null or a number above 0"
+        )
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is measured."""
+
+    contraction: ContractionConfig = field(default_factory=ContractionConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    groups: int = 16  # of prompts, for the jackknife
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.groups <= 1024, "metrics.groups", self.groups, "a number from 2 to 1024")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """`spinal audit`."""
+
+    model: ModelConfig
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    batch_tokens: int | None = None  # tokens computed at a time; null: by device
+    overwrite: bool = False  # replace a complete run
+
+    def __post_init__(self) -> None:
+        _require(
+            self.batch_tokens is None or self.batch_tokens > 0, "batch_tokens", self.batch_tokens, "null or above 0"
+        )
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The record as plain nested dictionaries and lists, as it goes into manifest.json."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(asdict(config))
+
+
+def build(record: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """A `record` from nested mappings. UserError names the dotted path of an unknown, missing or mistyped key."""
+    hints = typing.get_type_hints(record)
+    known = {f.name: f for f in fields(record)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"there is no setting {_join(path, key)}; there are {', '.join(_join(path, k) for k in known)}"
+            )
+    chosen = {}
+    for name, declared in known.items():
+        if name in values:
+            chosen[name] = _value(hints[name], values[name], _join(path, name))
+        elif declared.default is MISSING and declared.default_factory is MISSING:
+            raise UserError(f"{_join(path, name)} is missing; give {_join(path, name)}=...")
+    return record(**chosen)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """`value` as what the annotation says, or UserError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _value(inner, value, path)
+    if is_dataclass(hint):
+        _require(isinstance(value, Mapping), path, value, f"settings such as {path}.{fields(hint)[0].name}")
+        return build(typing.cast(type, hint), value, path)
+    if origin is Literal:
+        _require(value in arguments, path, value, " or ".join(map(str, arguments)))
+        return value
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), path, value, "a list")
+        if arguments[-1] is Ellipsis:
+            return tuple(_value(arguments[0], v, path) for v in value)
+        _require(len(value) == len(arguments), path, value, f"a list of {len(arguments)}")
+        return tuple(_value(a, v, path) for a, v in zip(arguments, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, names[hint])
+    return value

@@ -1,0 +1,116 @@
+"""Contraction: how fast the tail of a layer's singular spectrum decays (METHOD section 1).
+
+`alpha_l = - d log s_k / d log k`, the negative slope of the least-squares line through the middle of the log-log spectrum of
+`H_l` [N, d], whose rows are the hidden states at the measured positions. `H_l` is never stored: its Gram matrix is summed
+batch by batch, and its eigenvalues are taken in float64 on the host.
+
+The sum may be float32. Singular values at or below `max(N, d) * eps32 * s_1` do not count, so no eigenvalue that counts lies
+further than `(N * eps32) ** 2` below the first, while the sum's rounding lies `eps32` below it: for `N >= 4 d` alpha stays
+within 2e-5 of a float64 SVD, also where massive activations are rotated over all features. Fewer rows admit smaller singular
+values and get a float64 sum (`gram_dtype`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+EPS32 = float(np.finfo(np.float32).eps)
+MIN_RANKS = 8  # fewer in the window give no number
+FLOAT32_ROWS = 4096  # and at least 4 d rows: then a float32 Gram sum is exact enough
+
+
+def gram_dtype(rows: int, width: int) -> np.dtype:
+    """The dtype that the Gram sum of `rows` hidden states of `width` features needs."""
+    return np.dtype(np.float32 if rows >= max(FLOAT32_ROWS, 4 * width) else np.float64)
+
+
+class Grams(NamedTuple):
+    """Sums over rows for each slot and boundary; adding two of them merges what they have seen."""
+
+    second: Array  # [slots, D + 1, d, d] sum of outer products
+    first: Array  # [slots, D + 1, d] sum
+
+
+def init(slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
+    """Nothing seen yet."""
+    return Grams(jnp.zeros((slots, boundaries, width, width), dtype), jnp.zeros((slots, boundaries, width), dtype))
+
+
+def update(grams: Grams, h: Array, counted: Array, slots: Array, boundary: Array) -> Grams:
+    """Adds the rows of one boundary.
+
+    Args:
+        h: [B, T, d] residual stream.
+        counted: [B, T] 1 where a row counts, else 0.
+        slots: int [B] where each row of the batch is summed.
+        boundary: scalar int.
+    """
+    dtype = grams.second.dtype
+    x = jnp.where(counted[..., None] > 0, h, 0).astype(dtype)
+
+    def add(b: Array, grams: Grams) -> Grams:
+        at = (slots[b], boundary)
+        outer = jax.lax.dot_general(x[b], x[b], (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+        return Grams(grams.second.at[at].add(outer), grams.first.at[at].add(jnp.sum(x[b], axis=0)))
+
+    return jax.lax.fori_loop(0, x.shape[0], add, grams)
+
+
+def singular_values(second: np.ndarray, first: np.ndarray | None = None, rows: int = 0) -> np.ndarray:
+    """Singular values of the rows behind a Gram sum, float64 [d], descending; of the centred rows if `first` is given.
+
+    Args:
+        second: [d, d] symmetric sum of outer products; its lower triangle is read.
+        first: [d] sum of the `rows` rows, to centre them.
+    """
+    gram = second.astype(np.float64)
+    if first is not None and rows:
+        mean = first.astype(np.float64) / rows
+        gram = gram - rows * np.outer(mean, mean)
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0))
+
+
+@dataclass(frozen=True)
+class TailFit:
+    """A line through part of a log-log spectrum. NaN where fewer than MIN_RANKS ranks lie in the window."""
+
+    alpha: float  # minus the slope
+    r2: float
+    quadratic: float  # coefficient of (log k)^2 when a parabola is fitted instead; 0 for a straight line
+    rank: int  # singular values above the numerical noise
+    low: int  # first rank fitted, counted from 1
+    high: int  # last rank fitted
+    intercept: float  # of log s on log k
+
+
+def tail_fit(s: np.ndarray, rows: int, window: tuple[float, float]) -> TailFit:
+    """Fits the window `(lo, hi)` of the spectrum `s` [d], descending, of `rows` hidden states.
+
+    Ranks k from `max(1, ceil(lo r))` to `floor(hi r)`, r the numerical rank: ordinary least squares of log s_k on log k.
+    """
+    rank = int(np.sum(s > max(rows, len(s)) * EPS32 * s[0])) if s[0] > 0 else 0
+    low, high = max(1, math.ceil(window[0] * rank)), math.floor(window[1] * rank)
+    if high - low + 1 < MIN_RANKS:
+        return TailFit(math.nan, math.nan, math.nan, rank, low, high, math.nan)
+    x, y = np.log(np.arange(low, high + 1)), np.log(s[low - 1 : high])
+    mean_x, mean_y = x.mean(), y.mean()
+    dx, dy = x - mean_x, y - mean_y
+    slope = float(dx @ dy / (dx @ dx))
+    residual, spread = dy - slope * dx, float(dy @ dy)
+    bend = dx * dx
+    bend = bend - bend.mean() - (bend @ dx) / (dx @ dx) * dx  # what a parabola has that no line has
+    r2 = 1 - float(residual @ residual) / spread if spread > 0 else math.nan
+    return TailFit(-slope, r2, float(bend @ residual / (bend @ bend)), rank, low, high, float(mean_y - slope * mean_x))
+
+
+def effective_rank(s: np.ndarray) -> float:
+    """exp of the entropy of s / sum(s): how many directions share the spectrum (Roy and Vetterli 2007; RankMe)."""
+    p = s[s > 0] / np.sum(s)
+    return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan

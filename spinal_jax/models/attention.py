@@ -1,0 +1,141 @@
+"""Causal self-attention over packed rows, with grouped queries, windows, soft-caps and rotary positions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.layers import Linear, Norm
+from spinal_jax.models.rope import rotate, rotation
+
+QUERY_BLOCK = 512  # above this many tokens in a row, scores are made for a block of queries at a time
+
+
+class Layout(NamedTuple):
+    """Who may look at whom, and the rotations: what every block of one forward shares."""
+
+    segments: Array  # [B, T] which sequence of the row a token belongs to
+    cos: Array  # [ropes, B, T, dim / 2], ropes is 0 where positions are learned
+    sin: Array
+
+
+class PerLayer(NamedTuple):
+    """What differs from block to block besides parameters, as arrays that the scan over depth slices."""
+
+    window: Array  # [D] tokens, 0: unlimited
+    rope: Array  # [D] index into Layout.cos
+
+
+def layout(config: DecoderConfig, positions: Array, segments: Array, lengths: Array) -> Layout:
+    """The shared part of a forward, for `positions`, `segments` and `lengths` of shape [B, T]."""
+    turns = [rotation(rope, positions, lengths) for rope in config.ropes]
+    nothing = jnp.zeros((0, *positions.shape, 0), jnp.float32)
+    cos = jnp.stack([c for c, _ in turns]) if turns else nothing
+    sin = jnp.stack([s for _, s in turns]) if turns else nothing
+    return Layout(segments, cos, sin)
+
+
+def per_layer(config: DecoderConfig) -> PerLayer:
+    """The scanned settings, each [D]."""
+    rope = config.layer_rope or (0,) * config.depth
+    return PerLayer(jnp.asarray(config.windows, jnp.int32), jnp.asarray(rope, jnp.int32))
+
+
+def allowed(segments: Array, queries: Array, window: Array | None) -> Array:
+    """bool [B, Q, T]: the query at row position `queries` [Q] may attend to a position of the same sequence, not after
+    it, and less than `window` tokens back."""
+    back = queries[:, None] - jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
+    near = back >= 0 if window is None else (back >= 0) & ((window == 0) | (back < window))
+    return near & (segments[:, queries, None] == segments[:, None, :])
+
+
+def attend(
+    q: Array, k: Array, v: Array, segments: Array, *, window: Array | None, scale: float, softcap: float | None
+) -> Array:
+    """Softmax attention.
+
+    Args:
+        q: [B, T, H, hd]; k: [B, T, K, hd]; v: [B, T, K, vd], where K divides H and head h reads key head h // (H / K).
+        segments: [B, T]; window: scalar or None; scale: of the scores; softcap: of the scores, if any.
+
+    Returns:
+        [B, T, H, vd]
+    """
+    batch, length, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    # The query heads that share a key head become rows of one matmul: 6-8 % faster than broadcasting the keys.
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, -1).transpose(0, 2, 3, 1, 4)  # [B, K, H/K, T, hd]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, hd]
+
+    def block(part: Array, start: Array | int) -> Array:
+        """Queries `part` [B, K, H/K, Q, hd], the first at row position `start`, to [B, Q, H, vd]."""
+        rows = part.reshape(batch, kv_heads, -1, part.shape[-1])
+        scores = jnp.einsum("bkqh,bkth->bkqt", rows, k, preferred_element_type=jnp.float32) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        count = part.shape[3]
+        mask = allowed(segments, start + jnp.arange(count, dtype=jnp.int32), window)[:, None, None]
+        scores = scores.reshape(batch, kv_heads, -1, count, length)
+        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkqt,bkth->bkqh", weights.reshape(batch, kv_heads, -1, length), v)
+        return out.reshape(batch, heads, count, -1).transpose(0, 2, 1, 3)
+
+    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
+        return block(q, 0)
+    parts = jnp.moveaxis(q.reshape(*q.shape[:3], -1, QUERY_BLOCK, q.shape[-1]), 3, 0)
+    starts = jnp.arange(0, length, QUERY_BLOCK, dtype=jnp.int32)
+    blocks = jax.lax.map(lambda xs: block(*xs), (parts, starts))  # [T / Q, B, Q, H, vd]
+    return jnp.moveaxis(blocks, 0, 1).reshape(batch, length, heads, -1)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; with one key head it is multi-query, with as many as queries the ordinary kind."""
+
+    def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], rngs: nnx.Rngs):
+        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+
+        def linear(out: int, into: int, bias: bool) -> Linear:
+            return Linear(out, into, bias=bias, lead=lead, rngs=rngs)
+
+        self.config = config
+        self.query = linear(heads * dim, config.width, config.qkv_bias)
+        self.key = linear(kv_heads * dim, config.width, config.qkv_bias)
+        self.value = linear(kv_heads * dim, config.width, config.qkv_bias)
+        self.out = linear(config.width, heads * dim, config.out_bias)
+
+        def norm(count: int) -> Norm | None:
+            shape = {"none": (), "head": (dim,), "heads": (count, dim), "full": (count * dim,)}[config.qk_norm]
+            return Norm(config, *shape, lead=lead, bias=False, rngs=rngs) if shape else None
+
+        self.query_norm, self.key_norm = norm(heads), norm(kv_heads)
+
+    def __call__(self, x: Array, shared: Layout, layer: PerLayer) -> Array:
+        config = self.config
+
+        def split(y: Array, norm: Norm | None) -> Array:
+            """[B, T, heads * hd] to [B, T, heads, hd], normed over what the family norms."""
+            if norm is not None and config.qk_norm == "full":
+                return norm(y).reshape(*y.shape[:2], -1, config.head_dim)
+            y = y.reshape(*y.shape[:2], -1, config.head_dim)
+            return y if norm is None else norm(y)
+
+        q, k = split(self.query(x), self.query_norm), split(self.key(x), self.key_norm)
+        if config.ropes:
+            interleaved = config.ropes[0].interleaved
+            cos, sin = shared.cos[layer.rope], shared.sin[layer.rope]
+            q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+        out = attend(
+            q,
+            k,
+            split(self.value(x), None),
+            shared.segments,
+            window=layer.window if any(config.windows) else None,
+            scale=config.query_scale or config.head_dim**-0.5,
+            softcap=config.attention_softcap,
+        )
+        return self.out(out.reshape(*x.shape[:2], -1))

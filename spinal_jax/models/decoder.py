@@ -1,0 +1,199 @@
+"""The one decoder that every family is a setting of, and the tap that reads its residual stream.
+
+The residual stream has D + 1 boundaries: boundary 0 enters block 1 (embedding, with the family's scale and learned
+positions), boundary l leaves block l, always before the final norm. `Decoder.forward` runs one `lax.scan` per run of
+equal blocks and hands every boundary to a `Tap`, so compile time does not grow with depth and nothing is kept that the
+tap does not keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spinal_jax.models.attention import Attention, Layout, PerLayer, layout, per_layer
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.layers import MLP, Linear, Norm, normal
+
+
+class Tap(NamedTuple):
+    """A fold over the boundaries of the residual stream.
+
+    `init(h, boundaries)` makes the state from the shape of one boundary `h` [B, T, d]; `update(state, h, l)` returns the
+    next state after boundary `l` (a traced int32, 0..D).
+    """
+
+    init: Callable[[jax.ShapeDtypeStruct, int], Any]
+    update: Callable[[Any, Array, Array], Any]
+
+
+def fold(update: Callable[[Any, Array, Array], Any], state: Any) -> Tap:
+    """A tap that carries `state` through `update(state, h, l)`."""
+    return Tap(lambda h, boundaries: state, update)
+
+
+def collect(function: Callable[[Array], Any]) -> Tap:
+    """A tap that returns `function(h)` of every boundary, stacked on a new first axis of length D + 1.
+
+    `collect(lambda h: h)` returns every hidden state, [D + 1, B, T, d].
+    """
+
+    def init(h: jax.ShapeDtypeStruct, boundaries: int) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros((boundaries, *x.shape), x.dtype), jax.eval_shape(function, h))
+
+    def update(state: Any, h: Array, index: Array) -> Any:
+        return jax.tree.map(lambda s, x: s.at[index].set(x), state, function(h))
+
+    return Tap(init, update)
+
+
+class Block(nnx.Module):
+    """One residual block; see `DecoderConfig` for what `parallel`, `pre_norm` and `post_norm` switch."""
+
+    def __init__(self, config: DecoderConfig, *, sparse: bool, lead: tuple[int, ...], rngs: nnx.Rngs):
+        def norm(present: bool) -> Norm | None:
+            return Norm(config, config.width, lead=lead, rngs=rngs) if present else None
+
+        self.parallel = config.parallel
+        self.attention_norm = norm(config.pre_norm)
+        self.attention = Attention(config, lead=lead, rngs=rngs)
+        self.attention_post_norm = norm(config.post_norm)
+        self.mlp_norm = norm(config.pre_norm and not config.shared_norm)
+        self.mlp = MLP(config, config.mlp_width, lead=lead, rngs=rngs)
+        self.mlp_post_norm = norm(config.post_norm)
+
+    def __call__(self, h: Array, shared: Layout, layer: PerLayer) -> Array:
+        into_attention = h if self.attention_norm is None else self.attention_norm(h)
+        attended = self.attention(into_attention, shared, layer)
+        if self.attention_post_norm is not None:
+            attended = self.attention_post_norm(attended)
+        after = h + attended
+        source = h if self.parallel else after
+        if self.mlp_norm is not None:
+            into_mlp = self.mlp_norm(source)
+        else:
+            into_mlp = into_attention if self.parallel else source
+        mixed = self.mlp(into_mlp)
+        return after + (mixed if self.mlp_post_norm is None else self.mlp_post_norm(mixed))
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer with its parameters stacked over depth.
+
+    >>> h, states = model.forward(tokens, tap=collect(lambda h: h))  # every hidden state, [D + 1, B, T, d]
+    >>> h, top = model.forward(tokens, tap=collect(lambda h: model.lens(h).argmax(-1)))  # logit-lens top tokens
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.width)))
+        self.positions = (
+            nnx.Param(normal(rngs, (config.max_positions, config.width))) if config.learned_positions else None
+        )
+        self.stacks = nnx.List(
+            [Block(config, sparse=sparse, lead=(count,), rngs=rngs) for sparse, count in config.stacks]
+        )
+        self.final_norm = Norm(config, config.width, rngs=rngs)
+        self.unembedding = (
+            None if config.tied else Linear(config.vocab_size, config.width, bias=config.unembed_bias, rngs=rngs)
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the parameters, in which the forward computes."""
+        return self.embedding[...].dtype
+
+    def forward(
+        self,
+        tokens: Array,
+        *,
+        tap: Tap | None = None,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        lengths: Array | None = None,
+        remat: bool = False,
+    ) -> tuple[Array, Any]:
+        """The residual stream, causally.
+
+        Args:
+            tokens: int [B, T]. Rows may be right-padded, or hold several sequences behind each other.
+            tap: reads every boundary; None reads nothing.
+            positions: int [B, T], a token's place in its own sequence; default 0..T-1.
+            segments: int [B, T], equal for tokens of one sequence; tokens attend within theirs. Default: one per row.
+            lengths: int [B, T], how many tokens the token's sequence has (only the `dynamic` and `longrope` rope
+                scalings ask). Default T.
+            remat: recompute blocks in the backward pass instead of keeping their activations.
+
+        Returns:
+            (h_D [B, T, d] before the final norm, the tap's last state or None)
+        """
+        config = self.config
+        batch, length = tokens.shape
+        if config.learned_positions and length > config.max_positions:
+            raise ValueError(f"{length} tokens in a row, but the model has {config.max_positions} learned positions")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        if lengths is None:
+            lengths = jnp.full_like(tokens, length)
+
+        with self.precision():
+            h = self.embedding[...][tokens]
+            if config.embed_scale != 1.0:
+                h = h * jnp.asarray(config.embed_scale, h.dtype)  # rounded to the compute dtype first, as Gemma does
+            if self.positions is not None:
+                h = h + self.positions[...][positions]
+            shared = layout(config, positions, segments, lengths)
+            state = None
+            if tap is not None:
+                state = tap.init(jax.ShapeDtypeStruct(h.shape, h.dtype), config.depth + 1)
+                state = tap.update(state, h, jnp.int32(0))
+
+            def step(carry: tuple[Array, Any], xs: tuple[Block, PerLayer, Array]) -> tuple[tuple[Array, Any], None]:
+                h, state = carry
+                block, layer, index = xs
+                h = block(h, shared, layer)
+                return (h, state if tap is None else tap.update(state, h, index)), None
+
+            body = jax.checkpoint(step, prevent_cse=False) if remat else step
+            layers, done = per_layer(config), 0
+            for stack, (_, count) in zip(self.stacks, config.stacks, strict=True):
+                part = jax.tree.map(lambda x, a=done, b=done + count: x[a:b], layers)
+                index = jnp.arange(done + 1, done + count + 1, dtype=jnp.int32)
+                (h, state), _ = jax.lax.scan(body, (h, state), (stack, part, index))
+                done += count
+        return h, state
+
+    def unembed_weights(self) -> tuple[Array, Array | None]:
+        """(U [V, d], bias [V] or None), the embedding itself where the two are tied."""
+        if self.unembedding is None:
+            return self.embedding[...], None
+        bias = self.unembedding.bias
+        return self.unembedding.weight[...], None if bias is None else bias[...]
+
+    def lens(self, h: Array) -> Array:
+        """Logits that the model's own final norm and unembedding read from any boundary, float32 [..., V].
+
+        At boundary D these are the model's output.
+        """
+        weight, bias = self.unembed_weights()
+        with self.precision():
+            z = jnp.einsum("...d,vd->...v", self.final_norm(h), weight, preferred_element_type=jnp.float32)
+        if bias is not None:
+            z = z + bias.astype(jnp.float32)
+        return softcap(z, self.config.final_softcap)
+
+    def precision(self) -> Any:
+        """Float32 means float32: TPUs and GPUs would otherwise multiply at lower precision."""
+        return jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
+
+
+def softcap(z: Array, cap: float | None) -> Array:
+    """`cap * tanh(z / cap)`, or `z` where there is no cap."""
+    return z if cap is None else cap * jnp.tanh(z / cap)

@@ -1,0 +1,87 @@
+"""The parts a block is made of. Weights keep Hugging Face's layout, [out, in], so that a checkpoint loads as it lies.
+
+`lead` is a shape put before every parameter: (blocks,) for parameters that a scan over depth slices, () for one-offs.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spinal_jax.models.config import Activation, DecoderConfig
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias` for `x` [..., in]."""
+
+    def __init__(self, out: int, width: int, *, bias: bool, lead: tuple[int, ...] = (), rngs: nnx.Rngs):
+        self.weight = nnx.Param(normal(rngs, (*lead, out, width)))
+        self.bias = nnx.Param(jnp.zeros((*lead, out), jnp.float32)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Norm(nnx.Module):
+    """RMS or layer norm over the last axis, computed in float32 and rounded where Hugging Face rounds."""
+
+    def __init__(
+        self, config: DecoderConfig, *shape: int, lead: tuple[int, ...] = (), bias: bool | None = None, rngs: nnx.Rngs
+    ):
+        self.kind, self.eps, self.unit_offset = config.norm, config.norm_eps, config.norm_unit_offset
+        # Drawn around their neutral value, so that a random model tests what a trained one relies on.
+        neutral = 0.0 if self.unit_offset else 1.0
+        self.weight = nnx.Param(neutral + normal(rngs, (*lead, *shape)))
+        has_bias = config.norm_bias if bias is None else bias
+        self.bias = nnx.Param(normal(rngs, (*lead, *shape))) if has_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.unit_offset:
+            return (y * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        if self.kind == "layer":
+            y = y * self.weight[...].astype(jnp.float32)
+            return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return y.astype(x.dtype) * self.weight[...]
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 0.02) -> Array:
+    """Initial weights, normal with the standard deviation GPT-2 made customary."""
+    return scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+
+
+def activate(kind: Activation, x: Array) -> Array:
+    """The MLP's nonlinearity."""
+    match kind:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu":
+            return jax.nn.relu(x)
+
+
+class MLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate."""
+
+    def __init__(self, config: DecoderConfig, width: int, *, lead: tuple[int, ...] = (), rngs: nnx.Rngs):
+        def linear(out: int, into: int) -> Linear:
+            return Linear(out, into, bias=config.mlp_bias, lead=lead, rngs=rngs)
+
+        self.activation = config.activation
+        self.gate = linear(width, config.width) if config.gated else None
+        self.up = linear(width, config.width)
+        self.down = linear(config.width, width)
+
+    def __call__(self, x: Array) -> Array:
+        up = self.up(x)
+        hidden = activate(self.activation, up) if self.gate is None else activate(self.activation, self.gate(x)) * up
+        return self.down(hidden)

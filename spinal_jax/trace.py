@@ -1,0 +1,323 @@
+"""The audit of one checkpoint: one jitted step over batches of prompts, then float64 arithmetic on the host.
+
+The step runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where transport is
+measured, then reads their token distributions in one pass over the vocabulary. Only sums by prompt group stay: Gram sums on
+the device for the groups being visited, all others in a scratch file, so memory does not grow with the number of prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from threadpoolctl import threadpool_limits
+
+from spinal_jax.batch import SLOTS, Plan, TokenBatch
+from spinal_jax.config import MetricsConfig
+from spinal_jax.errors import UserError
+from spinal_jax.metrics import contraction, jackknife
+from spinal_jax.metrics.depth import summary, terminal_block
+from spinal_jax.metrics.transport import LensStats, Pair, lens_stats, turning_angle
+from spinal_jax.models.decoder import Decoder, Tap, softcap
+
+LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may differ from the model's output
+
+
+class Sums(NamedTuple):
+    """Transport by prompt group: sums over measured positions, to be divided last. float32."""
+
+    count: Array  # [G] positions
+    step: Array  # [G, D + 1] radians, of the step that arrives at a boundary; 0 at boundary 0
+    entropy: Array  # [G, D + 1] nats
+    turning: Array  # [G, D + 1] radians
+    turned: Array  # [G, D + 1] positions that count for `turning`
+    direct: Array  # [G] radians
+
+
+class State(NamedTuple):
+    """Everything the audit step carries."""
+
+    grams: contraction.Grams
+    sums: Sums
+    lens_gap: Array  # largest difference seen between lens at D and model output, as a probability
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An audit's numbers before they are rounded into a trace: columns for all prompts and without each group."""
+
+    columns: dict[str, np.ndarray]  # [D + 1] each
+    without: dict[str, np.ndarray]  # [G, D + 1]: contraction, effective_rank, transport, entropy, curvature
+    summary: dict[str, float]
+    summary_without: dict[str, np.ndarray]  # [G]
+    errors: dict[str, np.ndarray]  # [D + 1] jackknife standard errors of the columns in `without`
+    summary_errors: dict[str, float]
+    singular_values: np.ndarray  # [D + 1, d]
+    singular_values_without: np.ndarray  # [G, D + 1, d]
+    rows: np.ndarray  # [G] contraction rows by group, groups without any left out
+    positions: np.ndarray  # [G] transport positions by group, the same groups
+    fits: list[contraction.TailFit]  # [D + 1]
+
+
+def pairs_of(depth: int) -> tuple[Pair, Pair, Pair]:
+    """Steps, two-block chords (for the turning angle) and the terminal chord (for directness)."""
+    before = terminal_block(depth)[0] - 1
+    return Pair(0, depth, 1), Pair(0, max(depth - 1, 0), 2), Pair(before, before + 1, depth - before)
+
+
+def audit_step(model: Decoder, state: State, batch: TokenBatch, *, temperature: float, groups: int) -> State:
+    """Adds one batch to the sums. Pure; jitted by `measure` with `state` donated."""
+    config = model.config
+    measured = batch.measured.shape[0]
+
+    def init(h: jax.ShapeDtypeStruct, boundaries: int) -> tuple[contraction.Grams, Array]:
+        return state.grams, jnp.zeros((boundaries, measured, config.width), h.dtype)
+
+    def update(carry: tuple[contraction.Grams, Array], h: Array, index: Array) -> tuple[contraction.Grams, Array]:
+        grams, kept = carry
+        rows = h.reshape(-1, config.width)[batch.measured]
+        grams = contraction.update(grams, h, batch.counted, batch.slots, index)
+        return grams, kept.at[index].set(rows)
+
+    last, (grams, kept) = model.forward(
+        batch.tokens,
+        tap=Tap(init, update),
+        positions=batch.positions,
+        segments=batch.segments,
+        lengths=batch.lengths,
+    )
+    weight, bias = model.unembed_weights()
+    with model.precision():
+        stats = lens_stats(
+            lambda scores, offset: softcap(scores + offset, config.final_softcap) / temperature,
+            model.final_norm(kept),
+            weight,
+            bias,
+            pairs_of(config.depth),
+        )
+    by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
+    sums = jax.tree.map(jnp.add, state.sums, group_sums(stats, by_group))
+    # The model's own way to its output, at one position a batch: the last block's result, whole vocabulary at once.
+    output = model.lens(last.reshape(-1, config.width)[batch.measured[0]]) / temperature
+    lens = model.lens(kept[-1, 0]) / temperature - stats.log_normaliser[-1, 0]
+    gap = jnp.max(jnp.abs(jax.nn.softmax(output) - jnp.exp(lens)))
+    return State(grams, sums, jnp.maximum(state.lens_gap, gap))
+
+
+def group_sums(stats: LensStats, by_group: Array) -> Sums:
+    """Sums over the measured positions of each group, `by_group` [M, G] being 1 where a position belongs."""
+    step, chord, terminal = stats.distances  # [D, M], [D - 1, M], [1, M]
+    angle, counts = turning_angle(step[:-1], step[1:], chord)  # [D - 1, M]
+
+    def total(values: Array, before: int = 0, behind: int = 0) -> Array:  # [l, M] -> [G, before + l + behind]
+        padded = jnp.pad(values, ((before, behind), (0, 0)))
+        return jnp.einsum("lm,mg->gl", padded, by_group, precision=jax.lax.Precision.HIGHEST)
+
+    return Sums(
+        jnp.sum(by_group, axis=0),
+        total(step, before=1),
+        total(stats.entropy),
+        total(angle, before=1, behind=1),
+        total(counts.astype(jnp.float32), before=1, behind=1),
+        total(terminal)[:, 0],
+    )
+
+
+class GramSpool:
+    """Gram sums that have left the device: a scratch file of lower triangles, read back boundary by boundary."""
+
+    def __init__(self, file: IO[bytes], boundaries: int, width: int, dtype: np.dtype):
+        self.file, self.boundaries, self.width, self.dtype = file, boundaries, width, dtype
+        self.triangle = np.tril_indices(width)
+        self.groups: list[int] = []  # of each record
+        self.first: dict[int, np.ndarray] = {}  # group -> [D + 1, d]
+
+    def append(self, group: int, grams: contraction.Grams) -> None:
+        """Stores the sums [D + 1, ...] of one visit to a group."""
+        second = np.asarray(grams.second)
+        for boundary in range(self.boundaries):
+            self.file.write(np.ascontiguousarray(second[boundary][self.triangle]).data)
+        self.groups.append(group)
+        first = np.asarray(grams.first).astype(np.float64)
+        self.first[group] = self.first.get(group, 0) + first
+
+    def read(self, boundary: int) -> dict[int, np.ndarray]:
+        """group -> Gram sum of its rows at a boundary, float64 [d, d], lower triangle."""
+        size = len(self.triangle[0])
+        sums: dict[int, np.ndarray] = {}
+        for record, group in enumerate(self.groups):
+            self.file.seek((record * self.boundaries + boundary) * size * self.dtype.itemsize)
+            flat = np.frombuffer(self.file.read(size * self.dtype.itemsize), self.dtype)
+            if group not in sums:
+                sums[group] = np.zeros((self.width, self.width))
+            sums[group][self.triangle] += flat
+        return sums
+
+
+def measure(
+    model: Decoder,
+    plan: Plan,
+    settings: MetricsConfig,
+    bar: Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]] | None = None,
+) -> Measurement:
+    """Runs the audit over a planned pool of prompts.
+
+    Args:
+        model: the checkpoint.
+        plan: the batches (`spinal_jax.batch.plan`).
+        settings: what to measure.
+        bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
+
+    Raises:
+        UserError: the pool has too few rows for a fit at any boundary.
+        AssertionError: the lens at the last boundary is not the model's own output.
+    """
+    bar = bar or (lambda what, total, unit: contextlib.nullcontext(lambda amount: None))
+    config = model.config
+    dtype = contraction.gram_dtype(plan.rows, config.width)
+    wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
+    with tempfile.TemporaryFile() as scratch, wide:
+        spool = GramSpool(scratch, config.depth + 1, config.width, dtype)
+        with bar("audit", plan.tokens, "tok") as advance:
+            sums, gap = _run(model, plan, settings, spool, advance)
+        if not gap < LENS_TOLERANCE:
+            raise AssertionError(
+                f"the lens at the last boundary differs from the model's output by a probability of {gap:.2g}"
+            )
+        with bar("spectra", config.depth + 1, "layer") as advance:
+            return _finish(spool, sums, plan, settings, advance)
+
+
+def _run(
+    model: Decoder, plan: Plan, settings: MetricsConfig, spool: GramSpool, advance: Callable[[int], None]
+) -> tuple[Sums, float]:
+    """All batches through the step; Gram sums go to the spool, the rest comes back as float64 [G, ...]."""
+    config = model.config
+    boundaries, groups = config.depth + 1, settings.groups
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    by_boundary = (groups, boundaries)
+    state = State(
+        contraction.init(SLOTS, boundaries, config.width, spool.dtype),
+        Sums(zeros(groups), *(zeros(by_boundary) for _ in range(4)), zeros(groups)),
+        zeros(()),
+    )
+    step = jax.jit(
+        partial(audit_step, temperature=settings.transport.temperature, groups=groups), donate_argnames="state"
+    )
+    clear = jax.jit(lambda grams, slot: jax.tree.map(lambda x: x.at[slot].set(0), grams), donate_argnames="grams")
+    complete = {visit.last_batch: [v for v in plan.visits if v.last_batch == visit.last_batch] for visit in plan.visits}
+    for number, batch in enumerate(plan):
+        state = step(model, state, batch)
+        jax.block_until_ready(state.lens_gap)
+        for visit in complete.get(number, ()):
+            spool.append(visit.group, jax.tree.map(lambda x, s=visit.slot: x[s], state.grams))
+            state = state._replace(grams=clear(state.grams, visit.slot))
+        advance(int((batch.segments > 0).sum()))
+    host = jax.tree.map(lambda x: np.asarray(x, np.float64), state.sums)
+    return host, float(state.lens_gap)
+
+
+def _finish(
+    spool: GramSpool, sums: Sums, plan: Plan, settings: MetricsConfig, advance: Callable[[int], None]
+) -> Measurement:
+    """Spectra, fits, means and their jackknife, float64."""
+    rows = np.zeros(settings.groups)
+    for sequence in plan.sequences:
+        rows[sequence.group] += max(0, len(sequence.ids) - plan.skip)
+    used = np.flatnonzero((np.asarray(sums.count) > 0) & (rows > 0))
+    rows, total = rows[used], float(rows.sum())
+    spectra, spectra_without = _spectra(spool, used, rows, settings.contraction.center, advance)
+    fits = [contraction.tail_fit(s, int(total), settings.contraction.window) for s in spectra]
+    refits = [
+        [contraction.tail_fit(s, int(total - m), settings.contraction.window) for s in group]
+        for group, m in zip(spectra_without, rows, strict=True)
+    ]
+    if all(np.isnan(fit.alpha) for fit in fits):
+        raise UserError(
+            f"{int(total)} measured rows leave fewer than {contraction.MIN_RANKS} singular values in the window "
+            f"{list(settings.contraction.window)}; give more or longer prompts, or a wider metrics.contraction.window"
+        )
+    means = lens_means(jax.tree.map(lambda x: x.sum(axis=0), sums))
+    means_without = [lens_means(jax.tree.map(lambda x, g=g: x.sum(axis=0) - x[g], sums)) for g in used]
+    columns = {
+        "contraction": np.array([f.alpha for f in fits]),
+        "fit_r2": np.array([f.r2 for f in fits]),
+        "fit_quadratic": np.array([f.quadratic for f in fits]),
+        "rank": np.array([f.rank for f in fits], np.float64),
+        "effective_rank": np.array([contraction.effective_rank(s) for s in spectra]),
+        **{name: means[name] for name in ("transport", "entropy", "curvature")},
+    }
+    without = {
+        "contraction": np.array([[f.alpha for f in group] for group in refits]),
+        "effective_rank": np.array([[contraction.effective_rank(s) for s in group] for group in spectra_without]),
+        **{name: np.array([m[name] for m in means_without]) for name in ("transport", "entropy", "curvature")},
+    }
+    counts = np.asarray(sums.count)[used]
+    sizes = {name: rows if name in ("contraction", "effective_rank") else counts for name in without}
+    whole = summary(columns["contraction"], columns["transport"], means["direct"])
+    parts = [
+        summary(without["contraction"][g], without["transport"][g], m["direct"]) for g, m in enumerate(means_without)
+    ]
+    summary_without = {name: np.array([p[name] for p in parts]) for name in whole}
+    return Measurement(
+        columns,
+        without,
+        whole,
+        summary_without,
+        {name: jackknife.standard_error(columns[name], without[name], sizes[name]) for name in without},
+        {name: float(jackknife.standard_error(np.float64(whole[name]), summary_without[name], rows)) for name in whole},
+        spectra,
+        spectra_without,
+        rows,
+        counts,
+        fits,
+    )
+
+
+def lens_means(sums: Sums) -> dict[str, np.ndarray]:
+    """transport, entropy, curvature [D + 1] and direct (a number), from sums over some groups."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        transport = sums.step / sums.count
+        curvature = np.where(sums.turned > 0, sums.turning / sums.turned, np.nan)
+        transport[0] = np.nan
+        return {
+            "transport": transport,
+            "entropy": sums.entropy / sums.count,
+            "curvature": curvature,
+            "direct": sums.direct / sums.count,
+        }
+
+
+def _spectra(
+    spool: GramSpool, used: np.ndarray, rows: np.ndarray, center: bool, advance: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Singular values of all rows [D + 1, d], and without each used group [G, D + 1, d]."""
+    whole = np.zeros((spool.boundaries, spool.width))
+    without = np.zeros((len(used), spool.boundaries, spool.width))
+    sizes = dict(zip(used, rows, strict=True))
+
+    def one(boundary: int, grams: dict[int, np.ndarray], total: np.ndarray, drop: int | None) -> np.ndarray:
+        second = total if drop is None else total - grams[drop]
+        count = sum(size for group, size in sizes.items() if group != drop)
+        first = sum((f[boundary] for g, f in spool.first.items() if g != drop), np.zeros(spool.width))
+        return contraction.singular_values(second, first if center else None, int(count))
+
+    # LAPACK's symmetric eigensolver gains little from threads of its own: one matrix a core instead.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
+        for boundary in range(spool.boundaries):
+            grams = spool.read(boundary)
+            total = sum(grams.values(), np.zeros((spool.width, spool.width)))
+            drops: Iterator[int | None] = iter([None, *used])
+            results = list(pool.map(partial(one, boundary, grams, total), drops))
+            whole[boundary], without[:, boundary] = results[0], results[1:]
+            advance(1)
+    return whole, without
