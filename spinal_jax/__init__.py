@@ -1,27 +1,34 @@
 """SPINAL in JAX: how a language model's layers contract and transport, measured with error bars.
 
->>> import spinal_jax
->>> trace = spinal_jax.audit("path/or/hub-id")        # doctest: +SKIP
->>> trace.columns["contraction"], trace.columns["transport"]   # doctest: +SKIP
+    trace = spinal_jax.audit("FOLDER")                 # a DepthTrace
+    trace.columns["contraction"], trace.interval("transport")
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from spinal_jax.errors import AuditWarning, UserError
+from spinal_jax.errors import UserError
 from spinal_jax.result import DepthTrace, load_trace, save_trace
 
 if TYPE_CHECKING:
-    from spinal_jax.api import audit
+    from spinal_jax.api import audit, load_model
+    from spinal_jax.models.decoder import Tap, collect, fold
 
-__all__ = ["AuditWarning", "DepthTrace", "UserError", "audit", "load_trace", "save_trace"]
+__all__ = ["DepthTrace", "Tap", "UserError", "audit", "collect", "fold", "load_model", "load_trace", "save_trace"]
+
+# These bring JAX with them; reading saved traces does without.
+_LAZY = {
+    "audit": "spinal_jax.api",
+    "load_model": "spinal_jax.api",
+    "Tap": "spinal_jax.models.decoder",
+    "collect": "spinal_jax.models.decoder",
+    "fold": "spinal_jax.models.decoder",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`audit` brings JAX with it; reading saved traces does not need that."""
-    if name == "audit":
-        from spinal_jax.api import audit
-
-        return audit
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,21 @@ from tqdm.auto import tqdm
 
 from spinal_jax import data
 from spinal_jax.batch import Plan, Positions, TokenSequence, plan
-from spinal_jax.config import AuditConfig, ContractionConfig, MetricsConfig, ModelConfig, PromptsConfig, TransportConfig
+from spinal_jax.config import AuditConfig, ModelConfig, PromptsConfig, build
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.contraction import MIN_RANKS
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.models.checkpoint import Checkpoint, open_checkpoint
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import family_of
 from spinal_jax.models.hf_config import HFConfig
-from spinal_jax.models.translate import load_decoder, parameter_shapes
+from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.result import DepthTrace
 from spinal_jax.trace import Measurement, measure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16384
 PROGRESS_DELAY = 2.0  # seconds before a bar appears
@@ -38,7 +42,7 @@ WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
 
 
 def audit(
-    model: str,
+    model: str | os.PathLike[str],
     prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
     revision: str | None = None,
@@ -73,14 +77,33 @@ def audit(
     Raises:
         UserError: for anything the caller can mend, in one sentence.
     """
-    texts = None if prompts is None or isinstance(prompts, (str, os.PathLike)) else list(prompts)
-    path = None if prompts is None or texts is not None else os.fspath(prompts)  # type: ignore[arg-type]
-    config = AuditConfig(
-        ModelConfig(model, revision, dtype),  # type: ignore[arg-type]
-        PromptsConfig(path, format, limit=limit, max_length=max_length, chat_template=chat_template),  # type: ignore[arg-type]
-        MetricsConfig(ContractionConfig(window, skip, center), TransportConfig(positions, temperature, top_k), groups),
-    )
-    return run_audit(config, texts, bars(progress))
+    named = isinstance(prompts, (str, os.PathLike))
+    settings = {
+        "model": {"source": os.fspath(model), "revision": revision, "dtype": dtype},
+        "prompts": {
+            "path": os.fspath(prompts) if named else None,
+            "format": format,
+            "limit": limit,
+            "max_length": max_length,
+            "chat_template": chat_template,
+        },
+        "metrics": {
+            "contraction": {"window": window, "skip": skip, "center": center},
+            "transport": {"positions": positions, "temperature": temperature, "top_k": top_k},
+            "groups": groups,
+        },
+    }
+    texts = None if named or prompts is None else list(prompts)
+    return run_audit(build(AuditConfig, settings), texts, bars(progress))
+
+
+def load_model(
+    source: str | os.PathLike[str], *, revision: str | None = None, dtype: str = "float32"
+) -> tuple[Decoder, PreTrainedTokenizerBase]:
+    """The checkpoint as a `Decoder`, whose `forward` takes taps, and its tokenizer. Arguments and errors as `audit`."""
+    asked = build(ModelConfig, {"source": os.fspath(source), "revision": revision, "dtype": dtype}, "model")
+    with opened(asked) as (checkpoint, family, decoder):
+        return load(checkpoint, family, decoder, asked.dtype), checkpoint.tokenizer()
 
 
 Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
@@ -109,26 +132,13 @@ def run_audit(
     """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line."""
     bar = bar or bars(False)
     prompts = _prompts(config.prompts, texts)
-    checkpoint = open_checkpoint(config.model.source, config.model.revision)
-    try:
-        hf = HFConfig(checkpoint.config, config.model.ignore_keys)
-        family = family_of(hf.model_type)
-        decoder = family.decoder_config(hf)
-        hf.done()
+    with opened(config.model) as (checkpoint, family, decoder):
         work = plan_prompts(config, decoder, prompts, checkpoint)
         name = config.model.name or model_name(config.model.source)
         if say:
             say(start_line(name, config, decoder, work))
-        shapes = parameter_shapes(decoder)
-        parameters = sum(math.prod(s.shape) for s in shapes.values())
-        dtype = jnp.dtype(config.model.dtype)
-        with bar(
-            "load weights", sum(i.dtype.itemsize * math.prod(i.shape) for i in checkpoint.names().values()), "B"
-        ) as advance:
-            model = load_decoder(checkpoint, family, decoder, dtype, advance)
-        digest = checkpoint.sha256()
-    finally:
-        checkpoint.close()
+        model = load(checkpoint, family, decoder, config.model.dtype, bar)
+        digest, revision = checkpoint.sha256(), checkpoint.revision
     found = measure(model, work, config.metrics, bar)
     warnings = caveats(found, work, decoder.width)
     settings = config.metrics
@@ -136,9 +146,9 @@ def run_audit(
         model={
             "name": name,
             "source": Path(config.model.source).name or config.model.source,
-            "revision": checkpoint.revision,
+            "revision": revision,
             "family": decoder.family,
-            "parameters": parameters,
+            "parameters": sum(math.prod(shape.shape) for shape in parameter_shapes(decoder).values()),
             "layers": decoder.depth,
             "width": decoder.width,
             "vocabulary": decoder.vocab_size,
@@ -167,11 +177,11 @@ def run_audit(
             "temperature": settings.transport.temperature,
             "groups": settings.groups,
         },
-        columns={**found.columns, **{f"{k}_se": v for k, v in found.errors.items()}},
+        columns={**found.whole.columns, **{f"{k}_se": v for k, v in found.errors.columns.items()}},
         summary={
             "terminal": list(terminal_block(decoder.depth)),
-            **found.summary,
-            **{f"{k}_se": v for k, v in found.summary_errors.items()},
+            **found.whole.summary,
+            **{f"{k}_se": v for k, v in found.errors.summary.items()},
             "degrees_of_freedom": len(found.rows) - 1,
         },
         environment=environment(),
@@ -181,9 +191,30 @@ def run_audit(
             "groups/singular_values": found.singular_values_without.astype(np.float32),
             "groups/rows": found.rows,
             "groups/positions": found.positions,
-            **{f"groups/{k}": v for k, v in found.without.items()},
+            **{f"groups/{k}": np.array([c.columns[k] for c in found.without]) for k in found.whole.columns},
         },
     )
+
+
+@contextlib.contextmanager
+def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderConfig]]:
+    """The checkpoint a user names, its family, and what its config.json says, read strictly."""
+    checkpoint = open_checkpoint(config.source, config.revision)
+    try:
+        hf = HFConfig(checkpoint.config, config.ignore_keys)
+        family = family_of(hf.model_type)
+        decoder = family.decoder_config(hf)
+        hf.done()
+        yield checkpoint, family, decoder
+    finally:
+        checkpoint.close()
+
+
+def load(checkpoint: Checkpoint, family: Family, decoder: DecoderConfig, dtype: str, bar: Bar | None = None) -> Decoder:
+    """The weights, with a progress bar over what is read."""
+    size = sum(info.dtype.itemsize * math.prod(info.shape) for info in checkpoint.names().values())
+    with (bar or bars(False))("load weights", size, "B") as advance:
+        return load_decoder(checkpoint, family, decoder, jnp.dtype(dtype), advance)
 
 
 def _prompts(config: PromptsConfig, texts: Sequence[str] | None) -> data.PromptSet:
@@ -222,7 +253,8 @@ def plan_prompts(config: AuditConfig, decoder: DecoderConfig, prompts: data.Prom
     most = min(work.rows, decoder.width)
     if math.floor(high * most) - max(1, math.ceil(low * most)) + 1 < MIN_RANKS:
         raise UserError(
-            f"{work.rows} measured tokens of {decoder.width} features leave fewer than {MIN_RANKS} singular values in the "
+            f"{work.rows} measured tokens of {decoder.width} features leave fewer than {MIN_RANKS} singular values "
+            f"in the "
             f"window {[low, high]}; give more or longer prompts, or a wider metrics.contraction.window"
         )
     if work.positions == 0:
@@ -245,7 +277,8 @@ def start_line(name: str, config: AuditConfig, decoder: DecoderConfig, work: Pla
     enough = "" if work.rows >= 4 * decoder.width else ", fewer than advised"
     return (
         f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {config.model.dtype} | "
-        f"{kind} x {count}, mesh 1 x 1 x 1 | {len(work.sequences):,} prompts, {work.tokens:,} tokens in {len(work.batches)} "
+        f"{kind} x {count}, mesh 1 x 1 x 1 | {len(work.sequences):,} prompts, {work.tokens:,} tokens in "
+        f"{len(work.batches)} "
         f"batches, {work.waste:.0%} padding | N = {work.rows:,} rows, 4 d = {4 * decoder.width:,}{enough}"
     )
 
@@ -255,18 +288,20 @@ def caveats(found: Measurement, work: Plan, width: int) -> list[str]:
     lines = []
     if work.rows < 4 * width:
         lines.append(
-            f"Only {work.rows} rows for {width} features (N / d = {work.rows / width:.1f}): below 4 the tail of a sampled "
+            f"Only {work.rows} rows for {width} features (N / d = {work.rows / width:.1f}): below 4 the tail of a "
+            f"sampled "
             "spectrum is steeper than the true one, so contraction reads high."
         )
-    lost = [i for i, a in enumerate(found.columns["contraction"]) if math.isnan(a)]
+    lost = [i for i, a in enumerate(found.whole.columns["contraction"]) if math.isnan(a)]
     if lost:
         lines.append(
-            f"No contraction at {'boundary' if len(lost) == 1 else 'boundaries'} {', '.join(map(str, lost))}: fewer than "
+            f"No contraction at {'boundary' if len(lost) == 1 else 'boundaries'} {', '.join(map(str, lost))}: fewer "
+            f"than "
             f"{MIN_RANKS} singular values lie in the window."
         )
-    worst = float(np.nanmin(found.columns["fit_r2"]))
+    worst = float(np.nanmin(found.whole.columns["fit_r2"]))
     if worst < WEAK_FIT:
-        at = int(np.nanargmin(found.columns["fit_r2"]))
+        at = int(np.nanargmin(found.whole.columns["fit_r2"]))
         lines.append(f"The tail is not a clean power law everywhere: R^2 falls to {worst:.3f} at boundary {at}.")
     if len(found.rows) < 8:
         lines.append(f"Only {len(found.rows)} groups of prompts: the intervals are rough.")

@@ -1,9 +1,9 @@
 """Fixed shapes from ragged prompts: sequences are packed into rows, rows into batches.
 
-Several prompts share a row, told apart by `segments`, so that padding wastes little and one compiled shape serves a whole
-pool. Rows are sorted by jackknife group, a row holds prompts of one group only, and a batch touches at most `SLOTS` groups
-in a row, each with an accumulator of its own (its `slot`): the statistics of a group are complete, and can leave the device,
-before its slot is needed again.
+Several prompts share a row, told apart by `segments`, so that padding wastes little and one compiled shape serves a
+whole pool. Rows are sorted by jackknife group, a row holds prompts of one group only, and a batch touches at most
+`SLOTS` groups in a row, each with an accumulator of its own (its `slot`): the statistics of a group are complete, and
+can leave the device, before its slot is needed again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from spinal_jax.errors import UserError
 
@@ -31,15 +33,15 @@ ATTENTION_LENGTH = 8192  # the row length at which attention costs as much as th
 class TokenBatch:
     """B rows of T tokens, and M measured positions among them. Padding has segment 0 and weight 0."""
 
-    tokens: np.ndarray  # int32 [B, T]
-    positions: np.ndarray  # int32 [B, T] place in its own sequence
-    segments: np.ndarray  # int32 [B, T] 0: padding; 1, 2, ...: the sequences of a row
-    lengths: np.ndarray  # int32 [B, T] tokens in its own sequence
-    counted: np.ndarray  # float32 [B, T] 1 where the position counts for contraction
-    slots: np.ndarray  # int32 [B] the accumulator of the row's group
-    measured: np.ndarray  # int32 [M] flat index b * T + t of each position that transport measures
-    measured_weight: np.ndarray  # float32 [M]
-    measured_group: np.ndarray  # int32 [M]
+    tokens: Array  # int32 [B, T]
+    positions: Array  # int32 [B, T] place in its own sequence
+    segments: Array  # int32 [B, T] 0: padding; 1, 2, ...: the sequences of a row
+    lengths: Array  # int32 [B, T] tokens in its own sequence
+    counted: Array  # float32 [B, T] 1 where the position counts for contraction
+    slots: Array  # int32 [B] the accumulator of the row's group
+    measured: Array  # int32 [M] flat index b * T + t of each position that transport measures
+    measured_weight: Array  # float32 [M]
+    measured_group: Array  # int32 [M]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Positions:
         if kind in ("last", "stride", "response") and count.isascii() and count.isdigit() and int(count) > 0:
             return Positions(kind, int(count))
         raise UserError(
-            f"metrics.transport.positions is {text!r}; it takes last:K, response:K, stride:K (K a whole number above 0) "
+            f"metrics.transport.positions is {text!r}; it takes last:K, response:K, stride:K (K a whole number "
+            f"above 0) "
             "or all"
         )
 
@@ -171,14 +174,16 @@ class Plan:
                 group[into], weight[into] = sequence.group, 1
                 filled += len(chosen)
                 start += size
-        return TokenBatch(tokens, positions, segments, lengths, counted, slots, measured, weight, group)
+        return TokenBatch(
+            *map(jnp.asarray, (tokens, positions, segments, lengths, counted, slots, measured, weight, group))
+        )
 
 
 def plan(sequences: Sequence[TokenSequence], selector: Positions, skip: int, batch_tokens: int) -> Plan:
     """Packs sequences into batches of about `batch_tokens` tokens, few shapes and little padding.
 
-    Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen by
-    trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
+    Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen
+    by trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
     """
     classes: dict[int, list[int]] = defaultdict(list)
     for number, sequence in enumerate(sequences):
@@ -248,7 +253,8 @@ def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:
 
 
 def _cut(counts: list[int], height: int) -> list[tuple[int, int]]:
-    """Cuts consecutive rows into batches [a, b) of at most `height` rows and `SLOTS` groups; `counts` is rows a group."""
+    """Cuts consecutive rows into batches [a, b) of at most `height` rows and `SLOTS` groups; `counts` is rows a "
+    "group."""
     ends = np.cumsum(counts)
     cuts, start, total = [], 0, int(ends[-1])
     while start < total:

@@ -1,82 +1,352 @@
-"""The command line: `spinal COMMAND [overrides]`. The only module that knows Hydra."""
+"""The command line: `spinal COMMAND [setting=value ...]`. The only module that knows Hydra."""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
+import re
+import shutil
+import signal
 import sys
+import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spinal_jax.errors import UserError
 
-USAGE = """usage: spinal COMMAND [setting=value ...]
+if TYPE_CHECKING:
+    from spinal_jax.api import Bar
 
-  audit    the depth trace of one checkpoint     spinal audit model.source=FOLDER|FILE.gguf|HUB_ID
-  report   figures and page of a finished run    spinal report DIR
-
-`spinal audit --help` lists the settings, `-m` sweeps over lists of values, `hydra.run.dir=DIR` says where to write.
-"""
-INTERRUPTED = 130
+FAILED, MISTAKE = 1, 2  # exit codes
+Job = Callable[[dict[str, Any], Path], None]
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 a mistake in what was asked, 130 interrupted, 1 anything else."""
-    commands: dict[str, Callable[[list[str]], None]] = {"audit": _audit, "report": _report}
-    command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if command in ("", "-h", "--help"):
-        print(USAGE, end="")
-        sys.exit(0 if command else 2)
+    """Entry point. Exit codes: 0 done, 2 a mistake in what was asked, 130 Ctrl-C, 143 SIGTERM, 1 anything else."""
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in signals}
     try:
-        if command not in commands:
-            raise UserError(f"there is no command {command!r}; there are {', '.join(commands)}")
-        commands[command](arguments)
+        _run(sys.argv[1:])
     except UserError as error:
-        print(f"spinal: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("spinal: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _complain(str(error))
+        sys.exit(MISTAKE)
+    except Stopped as stopped:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr)  # the terminal's own ^C
+        _complain(f"{stopped}; nothing is kept of a run that was not finished")
+        sys.stdout.flush()
+        os._exit(128 + stopped.number)  # all is cleared up, and JAX may crash when Python ends with work in flight
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _report(arguments: list[str]) -> None:
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM."""
+
+    def __init__(self, number: int):
+        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
+        self.number = number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raises `Stopped`, once: what is left to do is clearing up."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        # JAX's hook into garbage collection, in which an exception is printed and lost: again in a moment.
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        return
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if arguments else sys.stderr)
+        if not arguments:
+            sys.exit(MISTAKE)
+    elif arguments[0] == "--version":
+        print(f"spinal {version('spinal-jax')}")
+    elif arguments[0] not in COMMANDS:
+        raise UserError(f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+    else:
+        name, *arguments = arguments
+        COMMANDS[name].run(name, arguments)
+
+
+def _complain(message: str) -> None:
+    """One line, whatever the message holds."""
+    print(f"spinal: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _report(command: str, arguments: list[str]) -> None:
+    usage = f"spinal {command} {COMMANDS[command].takes}"
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: {usage}\n\n{COMMANDS[command].does}")
+        return
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("spinal report takes one run folder: spinal report DIR")
+        raise UserError(f"{command} takes one run folder: {usage}")
     from spinal_jax.report.page import write_report
 
     print(write_report(arguments[0]))
 
 
-def _audit(arguments: list[str]) -> None:
-    _compose("audit", arguments, _audit_job)
+def _audit(command: str, arguments: list[str]) -> None:
+    _compose(command, arguments, _audit_job)
 
 
-def _compose(command: str, arguments: list[str], job: Callable[[dict[str, Any], Path], None]) -> None:
-    """Runs `job(settings, output folder)` under Hydra, for one run or each of a sweep's."""
+def _audit_job(settings: dict[str, Any], folder: Path) -> None:
+    from spinal_jax import config, runs
+
+    asked = config.build(config.AuditConfig, settings)
+    runs.check_free(folder, asked.overwrite)
+    from spinal_jax.api import run_audit
+    from spinal_jax.report.page import write_report
+    from spinal_jax.result import save_trace
+
+    seconds: dict[str, float] = {}
+    bar = _stages(seconds)
+    trace = run_audit(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
+    with runs.writing(folder, asked.overwrite) as scratch:
+        with bar("report", 3, "part") as advance:
+            save_trace(trace, scratch)
+            advance(1)
+            write_report(scratch)
+            advance(1)
+            runs.write_events(trace, scratch)
+        runs.write_manifest(scratch, "audit", config.to_mapping(asked), trace, seconds)
+    rate = trace.prompts["tokens"] / seconds["audit"]
+    print(trace)
+    print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())} ({rate:,.0f} tokens/s in the audit)")
+    print(f"  report    {_shown(folder / 'report.html')}", flush=True)
+
+
+def _convert(command: str, arguments: list[str]) -> None:
+    _compose(command, arguments, _convert_job)
+
+
+def _convert_job(settings: dict[str, Any], folder: Path) -> None:
+    from spinal_jax import config
+
+    asked = config.build(config.ConvertConfig, settings)
+    from spinal_jax.models.checkpoint import open_checkpoint
+    from spinal_jax.models.convert import convert
+
+    model = asked.model
+    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
+        out = convert(
+            checkpoint,
+            asked.out,
+            dtype=model.dtype,
+            ignore_keys=model.ignore_keys,
+            overwrite=asked.overwrite,
+            bar=_stages({}),
+        )
+    print(_shown(out), flush=True)
+
+
+def _export(command: str, arguments: list[str]) -> None:
+    _compose(command, arguments, _export_job)
+
+
+def _export_job(settings: dict[str, Any], folder: Path) -> None:
+    from spinal_jax import config
+
+    asked = config.build(config.ExportConfig, settings)
+    from spinal_jax.models.checkpoint import open_checkpoint
+    from spinal_jax.models.export import export
+
+    model = asked.model
+    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
+        out = export(
+            checkpoint,
+            asked.out,
+            dtype=model.dtype,
+            ignore_keys=model.ignore_keys,
+            shard_bytes=int(asked.shard_gb * 1e9),
+            overwrite=asked.overwrite,
+            bar=_stages({}),
+        )
+    print(_shown(out), flush=True)
+
+
+def _verify(command: str, arguments: list[str]) -> None:
+    _compose(command, arguments, _verify_job)
+
+
+def _verify_job(settings: dict[str, Any], folder: Path) -> None:
+    from spinal_jax import config
+
+    asked = config.build(config.VerifyConfig, settings)
+    from spinal_jax.verify import verify
+
+    result = verify(asked, _stages({}))
+    print(result, flush=True)
+    if not result.passed:
+        sys.exit(FAILED)
+
+
+BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left"
+
+
+def _stages(seconds: dict[str, float]) -> Bar:
+    """Bars on standard error where that is a terminal; how long each stood goes into `seconds` under its name."""
+    from tqdm import tqdm
+
+    @contextlib.contextmanager
+    def stage(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        begin = time.perf_counter()
+        with tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            unit_scale=total > 10_000,
+            bar_format=BAR,
+            ncols=shutil.get_terminal_size().columns - 4,  # room for ^C, so that it starts no new line
+            leave=False,
+            disable=None,  # unless a terminal
+        ) as bar:
+
+            def advance(amount: int) -> None:
+                bar.update(amount)
+
+            yield advance
+        seconds[what] = round(time.perf_counter() - begin, 3)
+
+    return stage
+
+
+def _shown(path: Path) -> str:
+    """The path as one would type it here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+class Command(NamedTuple):
+    """What `spinal NAME` runs, and what `spinal --help` says of it."""
+
+    run: Callable[[str, list[str]], None]
+    takes: str
+    does: str
+
+
+COMMANDS = {
+    "audit": Command(_audit, "model.source=FOLDER|FILE.gguf|HUB_ID", "The depth trace of one checkpoint."),
+    "convert": Command(
+        _convert,
+        "model.source=FOLDER|FILE.gguf|HUB_ID out=DIR",
+        "A checkpoint as an Orbax folder, to be named by model.source=DIR; a killed one goes on when run again.",
+    ),
+    "export": Command(
+        _export, "model.source=FOLDER|FILE.gguf|HUB_ID out=DIR", "A checkpoint as a Hugging Face folder of safetensors."
+    ),
+    "verify": Command(
+        _verify,
+        "model.source=FOLDER|FILE.gguf|HUB_ID",
+        "Compares a checkpoint, layer by layer, with Hugging Face's PyTorch model; exit code 1 if they differ.",
+    ),
+    "report": Command(_report, "DIR", "Draws figures and page of a finished run again, from its saved files alone."),
+}
+
+
+def _usage() -> str:
+    lines = ["usage: spinal COMMAND [setting=value ...]", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  spinal {name} {command.takes}", f"      {command.does}"]
+    return "\n".join([*lines, "", "`spinal COMMAND --help` lists its settings, `spinal --version` says which spinal."])
+
+
+# What Hydra takes beside settings.
+HYDRA_OPTIONS = {"-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info", "--hydra-help"}
+QUOTING = "a value that holds , = ( ) [ ] { } : or quotes needs quotes of its own: 'NAME=\"VALUE\"'"
+HYDRA_HELP = """
+  -m NAME=A,B,C         one run for each value, in folders under multirun/{command}/DATE_TIME
+  hydra.sweep.dir=DIR   instead of that
+  --cfg job             prints the settings and runs nothing
+  --hydra-help          what else Hydra can do
+
+{quoting}"""
+
+
+def _compose(command: str, arguments: list[str], job: Job) -> None:
+    """Runs `job(settings, output folder)` under Hydra, once or for each run of a sweep."""
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    if "-h" in options or "--help" in options:
+        print(_help(command))
+        return
+    if unknown := next((option for option in options if option not in HYDRA_OPTIONS), None):
+        raise UserError(f"there is no option {unknown}; settings are given as NAME=VALUE, see spinal {command} --help")
     # Hydra then lets exceptions through instead of printing them and exiting by itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    def task(config: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
+    started = time.time()
+    mistakes: list[str] = []
+    folders: list[Path] = []
+
+    def task(settings: DictConfig) -> None:
+        run = HydraConfig.get()
+        folder = Path(run.runtime.output_dir)
+        folders.append(folder)
+        is_new = folder.stat().st_ctime >= started  # Hydra has made it; otherwise it stays, empty or not
+        overrides = " ".join(run.overrides.task) if run.mode == RunMode.MULTIRUN else ""
+        if overrides:
+            print(f"run {run.job.num}: {overrides}", file=sys.stderr)
         try:
-            job(_plain(OmegaConf.to_container(config, resolve=True)), folder)
+            if missing := sorted(OmegaConf.missing_keys(settings)):
+                raise UserError(f"{missing[0]} is missing; give {missing[0]}=...")
+            job(OmegaConf.to_container(settings, resolve=True), folder)  # type: ignore[arg-type]
+        except (UserError, OmegaConfBaseException) as error:
+            # Kept from Hydra, which would print its own words first. The rest of a sweep runs on.
+            message = str(error) if isinstance(error, UserError) else _hydras_words(error, command)
+            mistakes.append(f"{message} (run {run.job.num}: {overrides})" if overrides else message)
         finally:
-            if folder.is_dir() and not any(folder.iterdir()):
+            if is_new and not any(folder.iterdir()):
                 folder.rmdir()
 
     sys.argv = [f"spinal {command}", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(_conf()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        causes = [error, *([error.__cause__] if error.__cause__ else [])]
-        lines = [line for cause in causes for line in str(cause).splitlines() if line.strip()]
-        raise UserError("; ".join(dict.fromkeys(line.strip().rstrip(".") for line in lines[:3]))) from error
+        raise UserError(_hydras_words(error, command)) from error
+    except OSError as error:
+        if folders:
+            raise
+        raise UserError(f"the output folder cannot be made: {error}") from error
+    for mistake in mistakes:
+        _complain(mistake)
+    if mistakes:
+        sys.exit(MISTAKE)
+
+
+def _hydras_words(error: Exception, command: str) -> str:
+    """Hydra's own message in one sentence, with what would be right where that can be told."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    first, *others = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OverrideParseException):
+        reason = others[0] if first.startswith("Error parsing override") else first
+        return f"{error.override!r} cannot be read as NAME=VALUE ({reason}); {QUOTING}"
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"{first}; there are {', '.join(error.options)}"
+    if wrong := re.search(r"Could not override '([^']+)'", first):
+        close = difflib.get_close_matches(wrong[1], _names(command), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"spinal {command} --help lists the settings"
+        return f"Could not override {wrong[1]!r}: there is no such setting; {hint}"
+    if first.startswith("Ambiguous value"):
+        return f"{first}: add -m to sweep over the values, or quote them to have one text"
+    where = next((line for line in others if line.startswith("full_key: ")), "")
+    return f"{where.removeprefix('full_key: ')}: {first}" if where else first
 
 
 def _conf() -> Path:
@@ -85,31 +355,67 @@ def _conf() -> Path:
     return next(path for path in (package / "conf", package.parent / "conf") if (path / "audit.yaml").exists())
 
 
-def _plain(settings: Any) -> dict[str, Any]:
-    """Without the keys still missing (???), which `build` then names."""
+class Setting(NamedTuple):
+    """One line of a YAML file of conf/."""
 
-    def known(value: Any) -> Any:
-        return {k: known(v) for k, v in value.items() if v != "???"} if isinstance(value, dict) else value
+    name: str  # dotted
+    default: str
+    meaning: str
 
-    return known(settings)
+
+_LINE = re.compile(r"( *)(\w+):(?: +(.+?))??(?: +# (.+))?")
+_GROUP = re.compile(r" +- (\w+)(?:@([\w.]+))?: (\w+)")
 
 
-def _audit_job(settings: dict[str, Any], folder: Path) -> None:
-    from spinal_jax import config, runs
+def _settings(file: Path, prefix: str = "") -> Iterator[Setting]:
+    """The settings of a YAML file of conf/ and of the groups it begins with, with the comments beside them."""
+    above: list[tuple[int, str]] = [(-1, prefix)]  # indent and dotted name of the mappings around a line
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if group := _GROUP.fullmatch(line):
+            yield from _settings(_conf() / group[1] / f"{group[3]}.yaml", f"{group[2] or group[1]}.")
+        elif found := _LINE.fullmatch(line):
+            indent, key = len(found[1]), found[2]
+            if indent == 0 and key == "hydra":
+                return
+            while above[-1][0] >= indent:
+                above.pop()
+            if found[3] is None:
+                above.append((indent, f"{above[-1][1]}{key}."))
+            else:
+                yield Setting(f"{above[-1][1]}{key}", found[3], found[4] or "")
 
-    asked = config.build(config.AuditConfig, settings)
-    runs.check_free(folder, asked.overwrite)
-    from spinal_jax.api import bars, run_audit
-    from spinal_jax.report.page import write_report
-    from spinal_jax.result import save_trace
 
-    begin = time.perf_counter()
-    trace = run_audit(asked, bar=bars(True), say=lambda line: print(line, file=sys.stderr))
-    seconds = {"audit": round(time.perf_counter() - begin, 3)}
-    with runs.writing(folder) as scratch:
-        save_trace(trace, scratch)
-        write_report(scratch)
-        runs.write_events(trace, scratch)
-        runs.write_manifest(scratch, "audit", config.to_mapping(asked), trace, seconds)
-    print(trace)
-    print(f"{folder / 'report.html'}")
+def _names(command: str) -> list[str]:
+    """Every name that can be overridden: settings and the groups they lie in."""
+    names = [setting.name for setting in _settings(_conf() / f"{command}.yaml")]
+    return [*names, *{name.rpartition(".")[0] for name in names if "." in name}]
+
+
+def _help(command: str) -> str:
+    # What a file says itself overrides what its groups say.
+    settings = [*{setting.name: setting for setting in _settings(_conf() / f"{command}.yaml")}.values()]
+    name, default = (max(len(setting[column]) for setting in settings) for column in (0, 1))
+    indent = name + default + 6
+    width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 120) - indent)
+    lines = [f"usage: spinal {command} {COMMANDS[command].takes} [setting=value ...]", "", COMMANDS[command].does, ""]
+    lines.append("settings and their defaults (???: to be given)")
+    for setting in settings:
+        meaning = textwrap.wrap(setting.meaning, width) or [""]
+        lines.append(f"  {setting.name:<{name}}  {setting.default:<{default}}  {meaning[0]}".rstrip())
+        lines += [" " * indent + line for line in meaning[1:]]
+    groups = []
+    for group in sorted({setting.name.partition(".")[0] for setting in settings if "." in setting.name}):
+        options = sorted(file.stem for file in (_conf() / group).glob("*.yaml"))
+        if len(options) > 1:
+            groups.append(f"  {group}={'|'.join(options)}")
+    if groups:
+        lines += ["", "groups of settings", *groups]
+    lines += ["", "where it writes, and sweeps"]
+    if f"dir: runs/{command}/" in (_conf() / f"{command}.yaml").read_text(encoding="utf-8"):
+        lines.append(f"  hydra.run.dir=DIR     the run folder; runs/{command}/DATE_TIME unless said")
+    rest = HYDRA_HELP.format(command=command, quoting=QUOTING[0].upper() + QUOTING[1:])
+    return "\n".join(lines) + rest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,8 @@
 """Configuration as frozen records, and a strict `build` that turns a plain mapping into them.
 
 Field names are the command line's override names: `metrics.contraction.window=[0.1,0.5]` is
-`AuditConfig.metrics.contraction.window`. Values are checked where they are declared, so that a record that exists is valid.
+`AuditConfig.metrics.contraction.window`. Values are checked where they are declared, so that a record that exists is
+valid.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class ContractionConfig:
-    """METHOD section 1."""
+    """How fast the tail of a layer's spectrum decays: `metrics.contraction`."""
 
     window: tuple[float, float] = (0.10, 0.50)  # of the numerical rank
     skip: int = 1  # first tokens of each sequence that do not count: attention sinks
@@ -69,7 +70,7 @@ class ContractionConfig:
 
 @dataclass(frozen=True)
 class TransportConfig:
-    """METHOD section 2."""
+    """How far the token distribution moves between layers: `metrics.transport`."""
 
     positions: str = "last:4"
     temperature: float = 1.0
@@ -109,6 +110,55 @@ class AuditConfig:
         _require(
             self.batch_tokens is None or self.batch_tokens > 0, "batch_tokens", self.batch_tokens, "null or above 0"
         )
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Which checkpoint, and in which dtype it is written again."""
+
+    source: str  # hub id, folder with config.json and safetensors, .gguf file, or converted folder
+    revision: str | None = None  # of a hub id
+    dtype: Literal["float32", "bfloat16"] | None = None  # of what is written; null: as the source has it
+    name: str | None = None  # not used here; ready-made models state it
+    ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """`spinal convert`."""
+
+    model: SourceConfig
+    out: str  # folder to write
+    overwrite: bool = False  # replace a checkpoint that was written there before
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """`spinal export`."""
+
+    model: SourceConfig
+    out: str  # folder to write
+    shard_gb: float = 5.0  # 10^9 bytes of tensors in a file, at most
+    overwrite: bool = False  # replace a checkpoint that was written there before
+
+    def __post_init__(self) -> None:
+        _require(self.shard_gb > 0, "shard_gb", self.shard_gb, "a number of gigabytes above 0")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """`spinal verify`."""
+
+    model: ModelConfig
+    prompts: PromptsConfig = field(default_factory=lambda: PromptsConfig(limit=4, max_length=64))
+    tolerance: float | None = None  # relative error of residuals and logits; null: 1e-4, 2e-4 with experts
+    kl_tolerance: float = 1e-5  # nats, from PyTorch's distribution to ours, at any position
+
+    def __post_init__(self) -> None:
+        right = "float32 here: rounding to bfloat16 would hide what is to be found"
+        _require(self.model.dtype == "float32", "model.dtype", self.model.dtype, right)
+        _require(self.tolerance is None or self.tolerance > 0, "tolerance", self.tolerance, "null or a number above 0")
+        _require(self.kl_tolerance > 0, "kl_tolerance", self.kl_tolerance, "a number of nats above 0")
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

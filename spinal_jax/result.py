@@ -42,7 +42,7 @@ UNITS = {"transport": "rad", "entropy": "nats", "curvature": "rad", "path_length
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DepthTrace:
-    """What one audit measured, by boundary 0..D (METHOD.md 1-3).
+    """What one audit measured, by boundary 0..D (docs/method.md).
 
     Attributes:
       model, prompts, settings, environment: plain records of what was measured, on what, how and where;

@@ -2,82 +2,152 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import signal
+import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spinal_jax.errors import UserError
 from spinal_jax.report.figures import figures, png_bytes
 from spinal_jax.result import DepthTrace
 
+SCHEMA = "spinal-manifest/1"
 MANIFEST = "manifest.json"  # a run folder without it is not complete
+EVENTS = "events.out.tfevents.spinal"  # TensorBoard reads files with "tfevents" in their name
+PARTS = ("trace.json", "trace.csv", "spectra.safetensors", "figures", "report.html", EVENTS)
+SCRATCH = ".writing-"
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds a complete run, unless it may be replaced."""
-    if (folder / MANIFEST).exists() and not overwrite:
-        raise UserError(
-            f"{folder} already holds a complete run; set overwrite=true to replace it, or another hydra.run.dir"
-        )
+    """Refuses a folder that cannot be written to or, unless `overwrite`, where something would be lost. UserError."""
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to; choose another hydra.run.dir")
+    remedy = "set overwrite=true to replace it, or choose another hydra.run.dir"
+    if overwrite:
+        _parts_of(folder)
+    elif (folder / MANIFEST).exists():
+        raise UserError(f"{folder} already holds a complete run; {remedy}")
+    elif there := next((name for name in PARTS if (folder / name).exists()), None):
+        raise UserError(f"{folder} already holds {there}, though no complete run; {remedy}")
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[Path]:
-    """A scratch folder inside `folder`; its content moves up when the block ends well and vanishes when it does not."""
+def writing(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A scratch folder inside `folder` for the parts of a run, its manifest among them.
+
+    When the block ends well they move up. With `overwrite` they replace the run that is there: all that its manifest
+    lists and what a killed one left, and nothing else. When the block does not, they vanish and `folder` is as it was.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".writing-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+        yield Path(scratch)
+        check_free(folder, overwrite)  # again: another run may have ended here meanwhile
+        with _uninterrupted():
+            _move_up(Path(scratch), folder, overwrite)
+
+
+def _move_up(scratch: Path, folder: Path, overwrite: bool) -> None:
+    new = {part.name for part in scratch.iterdir()} - {MANIFEST}
+    old = set()
+    if overwrite:
+        killed = {path.name for path in folder.glob(f"{SCRATCH}*") if path != scratch}
+        old = {*new, *_parts_of(folder), *killed}
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in (folder / name for name in old):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for name in (*sorted(new), MANIFEST):
+        os.replace(scratch / name, folder / name)
+
+
+def _parts_of(folder: Path) -> list[str]:
+    """The files and folders of the complete run in `folder`, by its manifest; UserError if that is not ours."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
     try:
-        yield scratch
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for part in sorted(scratch.iterdir(), key=lambda path: path.name == MANIFEST):
-            place = folder / part.name
-            if place.is_dir():
-                shutil.rmtree(place)
-            os.replace(part, place)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    names = manifest.get("files") if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
+    # These will be deleted: names in the folder itself and nowhere else.
+    if not isinstance(names, list) or not all(isinstance(n, str) and re.fullmatch(r"\w[\w.-]*", n) for n in names):
+        raise UserError(f"{path} is not the manifest of a run, so nothing is replaced; choose another hydra.run.dir")
+    return names
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # they only ever interrupt the main thread
+        return
+    held: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def write_manifest(
     folder: Path, command: str, config: Mapping[str, Any], trace: DepthTrace, seconds: Mapping[str, float]
 ) -> None:
-    """What ran: resolved configuration, versions and devices, hashes, wall time in seconds."""
+    """What ran: resolved configuration, versions and devices, hashes, the files of the run, and under `time` all that
+    differs between equal runs: when it ended (UTC) and how many seconds each stage took."""
+    settings = json.dumps(trace.settings, sort_keys=True).encode()
     manifest = {
+        "schema": SCHEMA,
         "command": command,
         "config": config,
         "environment": dict(trace.environment),
-        "sha256": {"weights": trace.model["sha256"], "prompts": trace.prompts["sha256"]},
-        "prompts": {"count": trace.prompts["count"], "skipped_empty": trace.prompts["skipped_empty"]},
-        "seconds": dict(seconds),
+        "sha256": {
+            "weights": trace.model["sha256"],
+            "prompts": trace.prompts["sha256"],
+            "settings": hashlib.sha256(settings).hexdigest(),
+        },
+        "prompts": {name: trace.prompts[name] for name in ("count", "skipped_empty")},
+        "files": sorted(path.name for path in folder.iterdir()),
+        "time": {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": dict(seconds)},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def write_events(trace: DepthTrace, folder: Path) -> None:
     """TensorBoard: every column as a curve over boundaries, the summary as scalars, the figures as images."""
-    writer = EventFileWriter(str(folder))
+    with (folder / EVENTS).open("wb") as file:
+        writer = RecordWriter(file)
 
-    def add(step: int, **value: Any) -> None:
-        event = event_pb2.Event(step=step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(**value)]))
-        writer.add_event(event)
+        def add(step: int, tag: str, **value: Any) -> None:
+            summary = Summary(value=[Summary.Value(tag=f"spinal/{tag}", **value)])
+            writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
-    for name, values in trace.columns.items():
-        for boundary in np.flatnonzero(np.isfinite(values)):
-            add(int(boundary), tag=f"spinal/by_boundary/{name}", simple_value=float(values[boundary]))
-    for name, value in trace.summary.items():
-        if isinstance(value, float) and np.isfinite(value):
-            add(0, tag=f"spinal/summary/{name}", simple_value=value)
-    for name, figure in figures(trace).items():
-        image = summary_pb2.Summary.Image(encoded_image_string=png_bytes(figure, dpi=100))
-        add(0, tag=f"spinal/{name}", image=image)
-    writer.close()
+        writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        for name, values in trace.columns.items():
+            for boundary in np.flatnonzero(np.isfinite(values)):
+                add(int(boundary), f"by_boundary/{name}", simple_value=float(values[boundary]))
+        for name, value in trace.summary.items():
+            if isinstance(value, float) and np.isfinite(value):
+                add(0, f"summary/{name}", simple_value=value)
+        for name, figure in figures(trace).items():
+            add(0, name, image=Summary.Image(encoded_image_string=png_bytes(figure, dpi=100)))

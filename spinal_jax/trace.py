@@ -1,19 +1,21 @@
 """The audit of one checkpoint: one jitted step over batches of prompts, then float64 arithmetic on the host.
 
-The step runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where transport is
-measured, then reads their token distributions in one pass over the vocabulary. Only sums by prompt group stay: Gram sums on
-the device for the groups being visited, all others in a scratch file, so memory does not grow with the number of prompts.
+The step runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where transport
+is measured, then reads their token distributions in one pass over the vocabulary. Only sums by prompt group stay: Gram
+sums on the device for the groups being visited, all others in a scratch file, so memory does not grow with the number
+of prompts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +23,22 @@ import numpy as np
 from jax import Array
 from threadpoolctl import threadpool_limits
 
-from spinal_jax.batch import SLOTS, Plan, TokenBatch
+from spinal_jax.batch import SLOTS, Plan, TokenBatch, Visit
 from spinal_jax.config import MetricsConfig
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction, jackknife
 from spinal_jax.metrics.depth import summary, terminal_block
-from spinal_jax.metrics.transport import LensStats, Pair, lens_stats, turning_angle
-from spinal_jax.models.decoder import Decoder, Tap, softcap
+from spinal_jax.metrics.transport import Lens, LensStats, Pair, lens_stats, turning_angle
+from spinal_jax.models.decoder import Decoder, Tap
 
+LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
 LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may differ from the model's output
 
 
 class Sums(NamedTuple):
     """Transport by prompt group: sums over measured positions, to be divided last. float32."""
 
-    count: Array  # [G] positions
+    positions: Array  # [G] how many were measured
     step: Array  # [G, D + 1] radians, of the step that arrives at a boundary; 0 at boundary 0
     entropy: Array  # [G, D + 1] nats
     turning: Array  # [G, D + 1] radians
@@ -52,20 +55,24 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """An audit's numbers before they are rounded into a trace: columns for all prompts and without each group."""
+class Curve:
+    """The numbers of one pool of prompts."""
 
     columns: dict[str, np.ndarray]  # [D + 1] each
-    without: dict[str, np.ndarray]  # [G, D + 1]: contraction, effective_rank, transport, entropy, curvature
     summary: dict[str, float]
-    summary_without: dict[str, np.ndarray]  # [G]
-    errors: dict[str, np.ndarray]  # [D + 1] jackknife standard errors of the columns in `without`
-    summary_errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An audit's numbers: of all prompts, without each group, and the jackknife standard errors from the two."""
+
+    whole: Curve
+    without: tuple[Curve, ...]  # G of them; groups without rows are left out
+    errors: Curve
     singular_values: np.ndarray  # [D + 1, d]
     singular_values_without: np.ndarray  # [G, D + 1, d]
-    rows: np.ndarray  # [G] contraction rows by group, groups without any left out
-    positions: np.ndarray  # [G] transport positions by group, the same groups
-    fits: list[contraction.TailFit]  # [D + 1]
+    rows: np.ndarray  # [G] contraction rows of each group
+    positions: np.ndarray  # [G] transport positions of each group
 
 
 def pairs_of(depth: int) -> tuple[Pair, Pair, Pair]:
@@ -74,7 +81,9 @@ def pairs_of(depth: int) -> tuple[Pair, Pair, Pair]:
     return Pair(0, depth, 1), Pair(0, max(depth - 1, 0), 2), Pair(before, before + 1, depth - before)
 
 
-def audit_step(model: Decoder, state: State, batch: TokenBatch, *, temperature: float, groups: int) -> State:
+def audit_step(
+    model: Decoder, state: State, batch: TokenBatch, *, temperature: float, top_k: int | None, groups: int
+) -> State:
     """Adds one batch to the sums. Pure; jitted by `measure` with `state` donated."""
     config = model.config
     measured = batch.measured.shape[0]
@@ -97,19 +106,14 @@ def audit_step(model: Decoder, state: State, batch: TokenBatch, *, temperature: 
     )
     weight, bias = model.unembed_weights()
     with model.precision():
-        stats = lens_stats(
-            lambda scores, offset: softcap(scores + offset, config.final_softcap) / temperature,
-            model.final_norm(kept),
-            weight,
-            bias,
-            pairs_of(config.depth),
-        )
+        lens = Lens(weight, bias, config.final_softcap, temperature)
+        stats = lens_stats(lens, model.final_norm(kept), pairs_of(config.depth), top_k)
     by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
     sums = jax.tree.map(jnp.add, state.sums, group_sums(stats, by_group))
     # The model's own way to its output, at one position a batch: the last block's result, whole vocabulary at once.
     output = model.lens(last.reshape(-1, config.width)[batch.measured[0]]) / temperature
-    lens = model.lens(kept[-1, 0]) / temperature - stats.log_normaliser[-1, 0]
-    gap = jnp.max(jnp.abs(jax.nn.softmax(output) - jnp.exp(lens)))
+    logp = model.lens(kept[-1, 0]) / temperature - stats.log_normaliser[-1, 0]
+    gap = jnp.max(jnp.abs(jax.nn.softmax(output) - jnp.exp(logp)))
     return State(grams, sums, jnp.maximum(state.lens_gap, gap))
 
 
@@ -204,97 +208,84 @@ def _run(
     config = model.config
     boundaries, groups = config.depth + 1, settings.groups
     zeros = partial(jnp.zeros, dtype=jnp.float32)
-    by_boundary = (groups, boundaries)
+    by = (groups, boundaries)
     state = State(
         contraction.init(SLOTS, boundaries, config.width, spool.dtype),
-        Sums(zeros(groups), *(zeros(by_boundary) for _ in range(4)), zeros(groups)),
+        Sums(zeros(groups), zeros(by), zeros(by), zeros(by), zeros(by), zeros(groups)),
         zeros(()),
     )
     step = jax.jit(
-        partial(audit_step, temperature=settings.transport.temperature, groups=groups), donate_argnames="state"
+        partial(audit_step, temperature=settings.transport.temperature, top_k=settings.transport.top_k, groups=groups),
+        donate_argnames="state",
     )
     clear = jax.jit(lambda grams, slot: jax.tree.map(lambda x: x.at[slot].set(0), grams), donate_argnames="grams")
-    complete = {visit.last_batch: [v for v in plan.visits if v.last_batch == visit.last_batch] for visit in plan.visits}
+    complete: dict[int, list[Visit]] = defaultdict(list)
+    for visit in plan.visits:
+        complete[visit.last_batch].append(visit)
     for number, batch in enumerate(plan):
         state = step(model, state, batch)
         jax.block_until_ready(state.lens_gap)
-        for visit in complete.get(number, ()):
+        for visit in complete[number]:
             spool.append(visit.group, jax.tree.map(lambda x, s=visit.slot: x[s], state.grams))
             state = state._replace(grams=clear(state.grams, visit.slot))
         advance(int((batch.segments > 0).sum()))
-    host = jax.tree.map(lambda x: np.asarray(x, np.float64), state.sums)
-    return host, float(state.lens_gap)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), state.sums), float(state.lens_gap)
 
 
 def _finish(
     spool: GramSpool, sums: Sums, plan: Plan, settings: MetricsConfig, advance: Callable[[int], None]
 ) -> Measurement:
     """Spectra, fits, means and their jackknife, float64."""
-    rows = np.zeros(settings.groups)
+    by_group = np.zeros(settings.groups)
     for sequence in plan.sequences:
-        rows[sequence.group] += max(0, len(sequence.ids) - plan.skip)
-    used = np.flatnonzero((np.asarray(sums.count) > 0) & (rows > 0))
-    rows, total = rows[used], float(rows.sum())
+        by_group[sequence.group] += max(0, len(sequence.ids) - plan.skip)
+    used = np.flatnonzero((np.asarray(sums.positions) > 0) & (by_group > 0))
+    rows, total = by_group[used], by_group.sum()
+    window = settings.contraction.window
     spectra, spectra_without = _spectra(spool, used, rows, settings.contraction.center, advance)
-    fits = [contraction.tail_fit(s, int(total), settings.contraction.window) for s in spectra]
-    refits = [
-        [contraction.tail_fit(s, int(total - m), settings.contraction.window) for s in group]
-        for group, m in zip(spectra_without, rows, strict=True)
-    ]
-    if all(np.isnan(fit.alpha) for fit in fits):
-        raise UserError(
-            f"{int(total)} measured rows leave fewer than {contraction.MIN_RANKS} singular values in the window "
-            f"{list(settings.contraction.window)}; give more or longer prompts, or a wider metrics.contraction.window"
-        )
-    means = lens_means(jax.tree.map(lambda x: x.sum(axis=0), sums))
-    means_without = [lens_means(jax.tree.map(lambda x, g=g: x.sum(axis=0) - x[g], sums)) for g in used]
-    columns = {
-        "contraction": np.array([f.alpha for f in fits]),
-        "fit_r2": np.array([f.r2 for f in fits]),
-        "fit_quadratic": np.array([f.quadratic for f in fits]),
-        "rank": np.array([f.rank for f in fits], np.float64),
-        "effective_rank": np.array([contraction.effective_rank(s) for s in spectra]),
-        **{name: means[name] for name in ("transport", "entropy", "curvature")},
-    }
-    without = {
-        "contraction": np.array([[f.alpha for f in group] for group in refits]),
-        "effective_rank": np.array([[contraction.effective_rank(s) for s in group] for group in spectra_without]),
-        **{name: np.array([m[name] for m in means_without]) for name in ("transport", "entropy", "curvature")},
-    }
-    counts = np.asarray(sums.count)[used]
-    sizes = {name: rows if name in ("contraction", "effective_rank") else counts for name in without}
-    whole = summary(columns["contraction"], columns["transport"], means["direct"])
-    parts = [
-        summary(without["contraction"][g], without["transport"][g], m["direct"]) for g, m in enumerate(means_without)
-    ]
-    summary_without = {name: np.array([p[name] for p in parts]) for name in whole}
-    return Measurement(
-        columns,
-        without,
-        whole,
-        summary_without,
-        {name: jackknife.standard_error(columns[name], without[name], sizes[name]) for name in without},
-        {name: float(jackknife.standard_error(np.float64(whole[name]), summary_without[name], rows)) for name in whole},
-        spectra,
-        spectra_without,
-        rows,
-        counts,
-        fits,
+    everything = jax.tree.map(lambda x: x.sum(axis=0), sums)
+    whole = curve(spectra, int(total), everything, window)
+    without = tuple(
+        curve(s, int(total - m), jax.tree.map(lambda x, y, g=g: x - y[g], everything, sums), window)
+        for s, m, g in zip(spectra_without, rows, used, strict=True)
     )
+    if np.isnan(whole.columns["contraction"]).all():
+        raise UserError(
+            f"{int(total)} measured tokens leave fewer than {contraction.MIN_RANKS} singular values in the window "
+            f"{list(window)} at every boundary; give more or longer prompts, or a wider metrics.contraction.window"
+        )
+    positions = np.asarray(sums.positions)[used]
+
+    def error(name: str, full: np.ndarray | float, replicates: list[Any]) -> np.ndarray:
+        sizes = positions if name in LENS_COLUMNS else rows
+        return jackknife.standard_error(np.asarray(full), np.array(replicates), sizes)
+
+    errors = Curve(
+        {k: error(k, v, [c.columns[k] for c in without]) for k, v in whole.columns.items()},
+        {k: float(error(k, v, [c.summary[k] for c in without])) for k, v in whole.summary.items()},
+    )
+    return Measurement(whole, without, errors, spectra, spectra_without, rows, positions)
 
 
-def lens_means(sums: Sums) -> dict[str, np.ndarray]:
-    """transport, entropy, curvature [D + 1] and direct (a number), from sums over some groups."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        transport = sums.step / sums.count
-        curvature = np.where(sums.turned > 0, sums.turning / sums.turned, np.nan)
-        transport[0] = np.nan
-        return {
-            "transport": transport,
-            "entropy": sums.entropy / sums.count,
-            "curvature": curvature,
-            "direct": sums.direct / sums.count,
-        }
+def curve(spectra: np.ndarray, rows: int, sums: Sums, window: tuple[float, float]) -> Curve:
+    """The depth curve of a pool, from the spectra [D + 1, d] of its `rows` hidden states and its sums over groups."""
+    fits = [contraction.tail_fit(s, rows, window) for s in spectra]
+    with np.errstate(invalid="ignore", divide="ignore"):  # a boundary without a turning angle is NaN
+        turning = np.where(sums.turned > 0, sums.turning / sums.turned, np.nan)
+    transport = np.asarray(sums.step / sums.positions)
+    transport[0] = np.nan
+    columns = {
+        "contraction": np.array([fit.alpha for fit in fits]),
+        "fit_r2": np.array([fit.r2 for fit in fits]),
+        "fit_quadratic": np.array([fit.quadratic for fit in fits]),
+        "rank": np.array([float(fit.rank) for fit in fits]),
+        "effective_rank": np.array([contraction.effective_rank(s) for s in spectra]),
+        "transport": transport,
+        "entropy": np.asarray(sums.entropy / sums.positions),
+        "curvature": turning,
+    }
+    direct = float(sums.direct / sums.positions)
+    return Curve(columns, summary(columns["contraction"], columns["transport"], direct))
 
 
 def _spectra(

@@ -1,4 +1,4 @@
-"""Numbers of a whole depth curve: the terminal block, coherence, directness (METHOD sections 2 and 3)."""
+"""Numbers of a whole depth curve: the terminal block, coherence, directness."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def summary(contraction: np.ndarray, transport: np.ndarray, direct: float) -> di
 
     Returns:
         contraction, transport (means over the terminal block), coherence (S_coh, the mean of both curves' there),
-        directness (in [0, 1]: `direct` over the steps between; 1 when there are none), path_length (all steps, radians).
+        directness (in [0, 1]: `direct` over the steps between; 1 when there are none), path_length (all steps,
+        radians).
     """
     first, last = terminal_block(len(contraction) - 1)
     alpha, steps = contraction[first : last + 1], transport[first : last + 1]

@@ -1,4 +1,4 @@
-"""How sure: the delete-one-group jackknife (METHOD section 5).
+"""How sure: the delete-one-group jackknife.
 
 Groups of prompts differ in size, so this is the delete-m_j jackknife of Busing, Meijer and van der Leeden (1999),
 "Delete-m jackknife for unequal m"; with equal groups it is the ordinary one.

@@ -1,4 +1,4 @@
-"""Transport: how far the logit-lens distribution moves from boundary to boundary (METHOD section 2).
+"""Transport: how far the logit-lens distribution moves from boundary to boundary.
 
 `L = 2 arccos BC(p, q)`, BC = sum_v sqrt(p_v q_v): the Fisher-Rao distance, in radians, in [0, pi].
 
@@ -11,14 +11,19 @@ D becomes `a b D + (a - b)(a A - b A')`, which subtracts nothing large. At the e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-TILE_BYTES = 16 * 2**20  # logits that exist at a time: all boundaries x a tile of positions x a chunk of vocabulary
+# Logits that exist at a time, all boundaries x a tile of positions x a chunk of vocabulary: about what a CPU core's
+# second-level cache holds on a CPU, enough to fill the machine elsewhere.
+TILE_BYTES = {"cpu": 3 * 2**19}
+TILE_BYTES_ELSEWHERE = 2**27
+LEAST = -1e30  # a masked logit: finite, so that its product with a mass of 0 is 0
+CHUNK = 512  # least tokens in a chunk of vocabulary, where the tile allows
 
 
 class Pair(NamedTuple):
@@ -27,6 +32,10 @@ class Pair(NamedTuple):
     start: int
     stop: int
     offset: int
+
+    def slices(self) -> tuple[slice, slice]:
+        """The two runs."""
+        return slice(self.start, self.stop), slice(self.start + self.offset, self.stop + self.offset)
 
 
 class LensStats(NamedTuple):
@@ -40,89 +49,123 @@ class LensStats(NamedTuple):
 class _Running(NamedTuple):
     top: Array  # [L, M] running maximum of the logits
     mass: Array  # [L, M] A
-    moment: Array  # [L, M] sum t^2 (z - top)
+    moment: Array  # [L, M] sum t^2 z
     gaps: tuple[Array, ...]  # D for each pair
+    best: Array  # [L, M, K] largest logits, K = 0 without top_k
+    tokens: Array  # [L, M, K] which tokens have them
 
 
-def lens_stats(
-    logits: Callable[[Array, Array], Array], x: Array, unembed: Array, bias: Array | None, pairs: tuple[Pair, ...]
-) -> LensStats:
-    """Distances, entropies and normalisers of the distributions that `unembed` reads from `x`.
+@dataclass(frozen=True)
+class Lens:
+    """How logits are read from a normed residual: `cap(x @ unembed.T + bias) / temperature`."""
+
+    unembed: Array  # [V, d]
+    bias: Array | None  # [V]
+    cap: float | None
+    temperature: float
+
+    def logits(self, scores: Array, bias: Array | float) -> Array:
+        """From the product with the unembedding, float32."""
+        return softcap(scores + bias, self.cap) / self.temperature
+
+
+def lens_stats(lens: Lens, x: Array, pairs: tuple[Pair, ...], top_k: int | None = None) -> LensStats:
+    """Distances, entropies and normalisers of the distributions that the lens reads.
 
     Args:
-        logits: turns raw scores into logits: soft-cap and temperature, given (scores, bias chunk or 0).
+        lens: the model's unembedding.
         x: [L, M, d] after the final norm, at L boundaries.
-        unembed: [V, d]; bias: [V] or None.
         pairs: which boundaries to compare.
+        top_k: tell only the `top_k` likeliest tokens of either distribution apart and count the rest as one, which
+            gives a lower bound of each distance; None is exact.
     """
     boundaries, count, _ = x.shape
-    vocab = unembed.shape[0]
-    tile = max(8, min(count, TILE_BYTES // (4 * boundaries * 1024)))
-    tile = -(-count // -(-count // tile))  # even tiles
+    budget = TILE_BYTES.get(jax.default_backend(), TILE_BYTES_ELSEWHERE) // (4 * boundaries)  # positions x tokens
+    tile = min(count, max(8, budget // CHUNK))
     tiles = -(-count // tile)
+    tile = -(-count // tiles)  # even tiles
+    chunks = -(-lens.unembed.shape[0] // max(128, budget // tile))
     x = jnp.pad(x, ((0, 0), (0, tiles * tile - count), (0, 0)))
-    chunk = min(vocab, max(128, TILE_BYTES // (4 * boundaries * tile)))
-    chunks = -(-vocab // chunk)
-    chunk = -(-vocab // chunks)
 
-    def one_tile(x: Array) -> LensStats:  # [L, tile, d]
-        def step(number: Array, run: _Running) -> _Running:
-            begin = number * chunk
-            start = jnp.minimum(begin, vocab - chunk)  # the last chunk reaches back and masks what was seen
-            rows = jax.lax.dynamic_slice_in_dim(unembed, start, chunk)
-            offset = 0.0 if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, chunk)
-            scores = jnp.einsum("lmd,vd->lmv", x, rows, preferred_element_type=jnp.float32)
-            z = logits(scores, jnp.asarray(offset, jnp.float32))
-            if vocab % chunk:
-                z = jnp.where(start + jnp.arange(chunk) >= begin, z, -jnp.inf)
-            return _add(run, z, pairs)
+    def one_tile(part: Array) -> LensStats:  # [L, tile, d]
+        return _finish(_walk(lens, part, pairs, chunks, top_k or 0), lens, part, pairs, top_k)
 
-        shape = (boundaries, tile)
-        empty = _Running(
-            jnp.full(shape, -jnp.inf),
-            jnp.zeros(shape),
-            jnp.zeros(shape),
-            tuple(jnp.zeros((p.stop - p.start, tile)) for p in pairs),
-        )
-        return _finish(jax.lax.fori_loop(0, chunks, step, empty), pairs)
-
-    if tiles == 1:
-        return one_tile(x)
     parts = jax.lax.map(one_tile, x.reshape(boundaries, tiles, tile, -1).swapaxes(0, 1))
     return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(a.shape[1], -1)[:, :count], parts)
+
+
+def _walk(lens: Lens, x: Array, pairs: tuple[Pair, ...], chunks: int, top_k: int) -> _Running:
+    """The vocabulary in `chunks` parts, for one tile x [L, tile, d]."""
+    vocab, shape = lens.unembed.shape[0], x.shape[:2]
+    chunk = -(-vocab // chunks)
+
+    def step(number: Array, run: _Running) -> _Running:
+        begin = number * chunk
+        start = jnp.minimum(begin, vocab - chunk)  # the last chunk reaches back and masks what was seen
+        rows = jax.lax.dynamic_slice_in_dim(lens.unembed, start, chunk)
+        bias = 0.0 if lens.bias is None else jax.lax.dynamic_slice_in_dim(lens.bias, start, chunk).astype(jnp.float32)
+        z = lens.logits(jnp.einsum("lmd,vd->lmv", x, rows, preferred_element_type=jnp.float32), bias)
+        if vocab % chunk:
+            z = jnp.where(start + jnp.arange(chunk, dtype=jnp.int32) >= begin, z, LEAST)
+        run = _add(run, z, pairs)
+        if top_k:
+            best, tokens = merge_top(run.best, run.tokens, z, start)
+            run = run._replace(best=best, tokens=tokens)
+        return run
+
+    zeros = jnp.zeros(shape, jnp.float32)
+    empty = _Running(
+        zeros - jnp.inf,
+        zeros,
+        zeros,
+        tuple(jnp.zeros((p.stop - p.start, shape[1]), jnp.float32) for p in pairs),
+        jnp.full((*shape, top_k), -jnp.inf, jnp.float32),
+        jnp.zeros((*shape, top_k), jnp.int32),
+    )
+    return jax.lax.fori_loop(0, chunks, step, empty)
 
 
 def _add(run: _Running, z: Array, pairs: tuple[Pair, ...]) -> _Running:
     """One chunk of logits z [L, M, v] into the running sums."""
     top = jnp.maximum(run.top, jnp.max(z, axis=-1))
-    shifted = z - top[..., None]
-    t = jnp.exp(shifted / 2)
+    # The barriers keep XLA from computing exp again for every sum that reads it, and from copying slices.
+    t = jax.lax.optimization_barrier(jnp.exp((z - top[..., None]) / 2))
     shrink = jnp.exp((run.top - top) / 2)  # 0 before anything was seen
     square = t * t
-    # 0 * -inf where a logit is masked: such a token has no mass and no moment.
-    moment = jnp.sum(jnp.where(square > 0, square * shifted, 0.0), axis=-1)
-    moved = jnp.where(run.mass > 0, run.mass * (run.top - top), 0.0)
     gaps = []
     for pair, gap in zip(pairs, run.gaps, strict=True):
-        here, there = slice(pair.start, pair.stop), slice(pair.start + pair.offset, pair.stop + pair.offset)
+        here, there = pair.slices()
         a, b, mass, other = shrink[here], shrink[there], run.mass[here], run.mass[there]
         rescaled = a * b * gap + (a - b) * (a * mass - b * other)
-        gaps.append(rescaled + jnp.sum(jnp.square(t[here] - t[there]), axis=-1))
-    return _Running(
-        top,
-        shrink**2 * run.mass + jnp.sum(square, axis=-1),
-        shrink**2 * (run.moment + moved) + moment,
-        tuple(gaps),
+        parting = jax.lax.optimization_barrier(jnp.square(t[here] - t[there]))
+        gaps.append(rescaled + jnp.sum(parting, axis=-1))
+    return run._replace(
+        top=top,
+        mass=shrink**2 * run.mass + jnp.sum(square, axis=-1),
+        moment=shrink**2 * run.moment + jnp.sum(square * z, axis=-1),
+        gaps=tuple(gaps),
     )
 
 
-def _finish(run: _Running, pairs: tuple[Pair, ...]) -> LensStats:
+def _finish(run: _Running, lens: Lens, x: Array, pairs: tuple[Pair, ...], top_k: int | None) -> LensStats:
+    log_mass = jnp.log(run.mass)
+    log_normaliser = run.top + log_mass
     distances = []
     for pair, gap in zip(pairs, run.gaps, strict=True):
-        mass, other = run.mass[pair.start : pair.stop], run.mass[pair.start + pair.offset : pair.stop + pair.offset]
-        distances.append(fisher_rao(mass, other, gap))
-    log_mass = jnp.log(run.mass)
-    return LensStats(tuple(distances), log_mass - run.moment / run.mass, run.top + log_mass)
+        here, there = pair.slices()
+        if top_k is None:
+            distances.append(fisher_rao(run.mass[here], run.mass[there], gap))
+            continue
+
+        def log_p(at: slice, tokens: Array) -> Array:
+            """Log-probabilities [l, M, K] of `tokens` at the boundaries `at`."""
+            bias = 0.0 if lens.bias is None else lens.bias[tokens].astype(jnp.float32)
+            scores = jnp.einsum("lmd,lmkd->lmk", x[at], lens.unembed[tokens], preferred_element_type=jnp.float32)
+            return lens.logits(scores, bias) - log_normaliser[at][..., None]
+
+        p, q = run.tokens[here], run.tokens[there]
+        distances.append(coarse_distance(log_p(here, p), log_p(there, q), log_p(here, q), log_p(there, p), p, q))
+    return LensStats(tuple(distances), log_normaliser - run.moment / run.mass, log_normaliser)
 
 
 def fisher_rao(mass: Array, other: Array, gap: Array) -> Array:
@@ -136,8 +179,8 @@ def turning_angle(before: Array, after: Array, across: Array, least: float = 1e-
     """The angle in [0, pi] by which a geodesic path p -> q -> r turns at q, and where it counts.
 
     Args:
-        before, after, across: Fisher-Rao distances pq, qr, pr, radians; on the unit sphere of square roots the sides of a
-            triangle are half of them.
+        before, after, across: Fisher-Rao distances pq, qr, pr, radians. On the unit sphere of square roots they are
+            twice the sides of a triangle.
         least: steps shorter than this have no direction; there the second result is False and the first 0.
 
     Half-angle formulas, because the law of cosines subtracts nearly equal numbers when steps are short.
@@ -149,3 +192,36 @@ def turning_angle(before: Array, after: Array, across: Array, least: float = 1e-
     inner = 2 * jnp.arctan2(jnp.sqrt(opposite), jnp.sqrt(adjacent))
     counts = (before >= least) & (after >= least)
     return jnp.where(counts, math.pi - inner, 0.0), counts
+
+
+def merge_top(values: Array, tokens: Array, z: Array, first: Array) -> tuple[Array, Array]:
+    """The K largest of `values` [..., K] (with their `tokens`) and a chunk of logits z [..., v] from token `first` "
+    "on."""
+    count = values.shape[-1]
+    here = jnp.broadcast_to(first + jnp.arange(z.shape[-1], dtype=jnp.int32), z.shape)
+    every, names = jnp.concatenate([values, z], -1), jnp.concatenate([tokens, here], -1)
+    best, place = jax.lax.top_k(every, count)
+    return best, jnp.take_along_axis(names, place, axis=-1)
+
+
+def coarse_distance(
+    log_p: Array, log_q: Array, log_p_at_q: Array, log_q_at_p: Array, p_tokens: Array, q_tokens: Array
+) -> Array:
+    """Radians between p and q when only the union of their K likeliest tokens is told apart; all arguments [..., K].
+
+    Args:
+        log_p, log_q: log-probabilities of each one's own likeliest tokens; log_p_at_q, log_q_at_p: of the other's.
+        p_tokens, q_tokens: which tokens those are.
+    """
+    new = ~jnp.any(q_tokens[..., :, None] == p_tokens[..., None, :], axis=-1)  # of q's, not among p's
+    p = jnp.exp(jnp.concatenate([log_p, jnp.where(new, log_p_at_q, -jnp.inf)], -1))
+    q = jnp.exp(jnp.concatenate([log_q_at_p, jnp.where(new, log_q, -jnp.inf)], -1))
+    rest_p, rest_q = (jnp.maximum(1 - jnp.sum(x, axis=-1), 0.0) for x in (p, q))
+    squared = jnp.sum(jnp.square(jnp.sqrt(p) - jnp.sqrt(q)), axis=-1)
+    squared = squared + jnp.square(jnp.sqrt(rest_p) - jnp.sqrt(rest_q))
+    return 4 * jnp.arcsin(jnp.minimum(jnp.sqrt(squared) / 2, 1.0))  # the chord of an angle L / 2 is 2 sin(L / 4)
+
+
+def softcap(z: Array, cap: float | None) -> Array:
+    """`cap * tanh(z / cap)`, or `z` where there is no cap."""
+    return z if cap is None else cap * jnp.tanh(z / cap)

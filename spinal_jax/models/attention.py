@@ -28,6 +28,7 @@ class PerLayer(NamedTuple):
     """What differs from block to block besides parameters, as arrays that the scan over depth slices."""
 
     window: Array  # [D] tokens, 0: unlimited
+    scale: Array  # [D] multiplies q.k, float32
     rope: Array  # [D] index into Layout.cos
 
 
@@ -43,7 +44,11 @@ def layout(config: DecoderConfig, positions: Array, segments: Array, lengths: Ar
 def per_layer(config: DecoderConfig) -> PerLayer:
     """The scanned settings, each [D]."""
     rope = config.layer_rope or (0,) * config.depth
-    return PerLayer(jnp.asarray(config.windows, jnp.int32), jnp.asarray(rope, jnp.int32))
+    scale = config.query_scale or config.head_dim**-0.5
+    scales = [scale / (layer + 1) if config.scale_by_depth else scale for layer in range(config.depth)]
+    return PerLayer(
+        jnp.asarray(config.windows, jnp.int32), jnp.asarray(scales, jnp.float32), jnp.asarray(rope, jnp.int32)
+    )
 
 
 def allowed(segments: Array, queries: Array, window: Array | None) -> Array:
@@ -55,7 +60,7 @@ def allowed(segments: Array, queries: Array, window: Array | None) -> Array:
 
 
 def attend(
-    q: Array, k: Array, v: Array, segments: Array, *, window: Array | None, scale: float, softcap: float | None
+    q: Array, k: Array, v: Array, segments: Array, *, window: Array | None, scale: Array | float, softcap: float | None
 ) -> Array:
     """Softmax attention.
 
@@ -110,7 +115,7 @@ class Attention(nnx.Module):
 
         def norm(count: int) -> Norm | None:
             shape = {"none": (), "head": (dim,), "heads": (count, dim), "full": (count * dim,)}[config.qk_norm]
-            return Norm(config, *shape, lead=lead, bias=False, rngs=rngs) if shape else None
+            return Norm(config, *shape, lead=lead, bias=config.qk_norm_bias, rngs=rngs) if shape else None
 
         self.query_norm, self.key_norm = norm(heads), norm(kv_heads)
 
@@ -135,7 +140,7 @@ class Attention(nnx.Module):
             split(self.value(x), None),
             shared.segments,
             window=layer.window if any(config.windows) else None,
-            scale=config.query_scale or config.head_dim**-0.5,
+            scale=layer.scale,
             softcap=config.attention_softcap,
         )
         return self.out(out.reshape(*x.shape[:2], -1))

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from spinal_jax.errors import UserError
+from spinal_jax.models.folders import COMPANIONS, read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ class Checkpoint(Protocol):
     """A model on disk: a config as config.json holds it, and tensors under HF names in HF layout, read one by one."""
 
     source: str  # what the user named
-    kind: str  # "huggingface" or "gguf"
+    kind: str  # "huggingface", "gguf" or "orbax"
     config: dict[str, Any]  # the content of config.json, or the same rebuilt from the file's own metadata
     revision: str | None  # the commit that a hub download resolved to
 
@@ -58,20 +59,28 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
-    """Open what `source` names: a folder with config.json and safetensors, a .gguf file, or a hub id `owner/name`.
+    """Open what `source` names: a folder with config.json and safetensors, a .gguf file, a folder that
+    `spinal convert` wrote, or a hub id `owner/name`.
 
     Files are checked here as far as that needs no reading of weights: formats, shards and lengths, so that a damaged
     download is refused before any work. Only a hub id has a `revision`. Errors: UserError.
     """
     path = Path(source).expanduser()
-    is_hub_id = not path.exists() and path.suffix != ".gguf" and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
-    if is_hub_id:
+    is_gguf = path.suffix.lower() == ".gguf"
+    if not path.exists() and not is_gguf and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return _hub_snapshot(source, revision)
     if revision is not None:
         raise UserError(f"revision {revision!r} was given for {source!r}, but only a hub id (owner/name) has any")
     if path.is_dir():
+        record = read_record(path)
+        if record is not None and record["sha256"] is None:
+            raise UserError(f"{source} was not finished; run the command that writes it again, and it will go on")
+        if (path / "orbax.checkpoint").exists() or (path / "_CHECKPOINT_METADATA").exists():
+            from spinal_jax.models.orbax import OrbaxFolder
+
+            return OrbaxFolder(path, source)
         return SafetensorsFolder(path, source)
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf and path.is_file():
         from spinal_jax.models.gguf import GgufFile
 
         return GgufFile(path, source)
@@ -90,7 +99,7 @@ def sha256_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-_SAFETENSORS_DTYPES: dict[str, np.dtype] = {
+SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     code: np.dtype(dtype)
     for code, dtype in {
         "F64": "<f8",
@@ -124,7 +133,7 @@ class SafetensorsFolder:
         self.folder = folder
         self.source = source
         self.revision = revision
-        self.config = _read_config(folder)
+        self.config = read_config(folder)
         self._stored = _find_tensors(folder)
 
     @cached_property
@@ -167,7 +176,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Errors: UserError."""
     path = folder / "config.json"
     if path.exists():
         return _read_json(path)
@@ -225,27 +235,15 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
-            known = ", ".join(_SAFETENSORS_DTYPES)
+            known = ", ".join(SAFETENSORS_DTYPES)
             raise UserError(f"{name} in {path} has the dtype {entry['dtype']}; those that can be read are {known}")
         stored[name] = _Stored(path, 8 + length + entry["data_offsets"][0], TensorInfo(tuple(entry["shape"]), dtype))
     return stored
 
 
-_HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-]
+_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
 
 
 def _hub_snapshot(repo: str, revision: str | None) -> SafetensorsFolder:

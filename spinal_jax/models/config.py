@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+from spinal_jax.errors import UserError
 from spinal_jax.models.rope import Rope
 
 NormKind = Literal["rms", "layer"]
@@ -20,20 +20,35 @@ class Experts:
 
     `scoring` turns router logits into scores; the `per_token` best experts are kept, renormalised if `normalise`, and
     scaled by `scale`. With `groups > 1` only the experts of the best `groups_kept` groups compete, a group being worth
-    the sum of its `group_top` best scores (DeepSeek). `correction_bias` shifts the scores for the choice alone.
+    the sum of its `group_top` best scores (DeepSeek). `correction_bias` shifts the scores for the choice alone. A
+    shared expert of `shared_width` serves every token, weighed by its own sigmoid with a `shared_gate` (Qwen2).
+    Settings that contradict each other raise UserError.
     """
 
     count: int
     per_token: int
     width: int
     shared_width: int = 0
-    scoring: Literal["softmax", "softmax_after", "sigmoid"] = "softmax"
+    shared_gate: bool = False
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
     normalise: bool = True
     scale: float = 1.0
     groups: int = 1
     groups_kept: int = 1
     group_top: int = 1
     correction_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.count % self.groups:
+            raise UserError(f"{self.count} experts cannot be put into {self.groups} equal groups")
+        group = self.count // self.groups
+        if self.group_top > group or not 1 <= self.groups_kept <= self.groups:
+            raise UserError(
+                f"the best {self.group_top} experts of each group cannot choose {self.groups_kept} groups among "
+                f"{self.groups} of {group} experts"
+            )
+        if not 1 <= self.per_token <= self.groups_kept * group:
+            raise UserError(f"{self.per_token} experts per token cannot be chosen among {self.groups_kept * group}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,6 @@ class LatentAttention:
     nope_dim: int
     rope_dim: int
     value_dim: int
-    interleaved: bool
 
 
 @dataclass(frozen=True)
@@ -68,12 +82,14 @@ class DecoderConfig:
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
     norm_bias: bool = False
-    norm_unit_offset: bool = False  # Gemma multiplies by (1 + weight), in float32
+    norm_unit_offset: bool = False  # the scale is 1 + weight (Gemma)
+    norm_float32: bool = False  # RMS norm scales before it rounds to the compute dtype, not after
     pre_norm: bool = True
     post_norm: bool = False  # a norm on what attention and MLP return, before it is added
     parallel: bool = False  # attention and MLP read the same residual
     shared_norm: bool = False  # and, of those, one norm serves both
     qk_norm: QueryKeyNorm = "none"  # per head with shared weights, per head with own weights, over all heads
+    qk_norm_bias: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -82,12 +98,23 @@ class DecoderConfig:
     activation: Activation = "silu"
     learned_positions: bool = False
     query_scale: float = 0.0  # multiplies q.k; 0 means head_dim ** -0.5
+    scale_by_depth: bool = False  # divides that by the block's number, 1..D
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embed_scale: float = 1.0
     experts: Experts | None = None
     expert_layers: tuple[bool, ...] = ()  # [D] which blocks are sparse; empty: none, or all when `experts` is set
     latent: LatentAttention | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise UserError(f"a {self.family} model needs at least one block, not {self.depth}")
+        if self.heads % self.kv_heads:
+            raise UserError(f"{self.heads} attention heads cannot share {self.kv_heads} key heads equally")
+        for name in ("windows", "layer_rope", "expert_layers"):
+            values = getattr(self, name)
+            if len(values) != self.depth and (values or name == "windows"):
+                raise ValueError(f"{name} has {len(values)} entries for {self.depth} blocks")
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
@@ -106,9 +133,3 @@ class DecoderConfig:
                 return index, layer
             layer -= count
         raise IndexError(layer)
-
-
-def check_per_layer(name: str, values: Sequence[object], depth: int) -> None:
-    """Raises ValueError unless a per-layer setting has one value for each block."""
-    if len(values) != depth:
-        raise ValueError(f"{name} has {len(values)} entries for {depth} blocks")

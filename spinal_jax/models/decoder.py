@@ -18,14 +18,16 @@ from jax import Array
 
 from spinal_jax.models.attention import Attention, Layout, PerLayer, layout, per_layer
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.models.layers import MLP, Linear, Norm, normal
+from spinal_jax.models.experts import MixtureOfExperts
+from spinal_jax.models.latent import MultiHeadLatentAttention
+from spinal_jax.models.layers import MLP, Norm, normal
 
 
 class Tap(NamedTuple):
     """A fold over the boundaries of the residual stream.
 
-    `init(h, boundaries)` makes the state from the shape of one boundary `h` [B, T, d]; `update(state, h, l)` returns the
-    next state after boundary `l` (a traced int32, 0..D).
+    `init(h, boundaries)` makes the state from the shape of one boundary `h` [B, T, d]; `update(state, h, l)` returns
+    the next state after boundary `l` (a traced int32, 0..D).
     """
 
     init: Callable[[jax.ShapeDtypeStruct, int], Any]
@@ -61,10 +63,18 @@ class Block(nnx.Module):
 
         self.parallel = config.parallel
         self.attention_norm = norm(config.pre_norm)
-        self.attention = Attention(config, lead=lead, rngs=rngs)
+        self.attention = (
+            Attention(config, lead=lead, rngs=rngs)
+            if config.latent is None
+            else MultiHeadLatentAttention(config, lead=lead, rngs=rngs)
+        )
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm and not config.shared_norm)
-        self.mlp = MLP(config, config.mlp_width, lead=lead, rngs=rngs)
+        self.mlp = (
+            MixtureOfExperts(config, lead=lead, rngs=rngs)
+            if sparse
+            else MLP(config, config.mlp_width, lead=lead, rngs=rngs)
+        )
         self.mlp_post_norm = norm(config.post_norm)
 
     def __call__(self, h: Array, shared: Layout, layer: PerLayer) -> Array:
@@ -74,12 +84,17 @@ class Block(nnx.Module):
             attended = self.attention_post_norm(attended)
         after = h + attended
         source = h if self.parallel else after
-        if self.mlp_norm is not None:
-            into_mlp = self.mlp_norm(source)
-        else:
-            into_mlp = into_attention if self.parallel else source
-        mixed = self.mlp(into_mlp)
+        unnormed = into_attention if self.parallel else source  # one norm for both, or none at all
+        mixed = self.mlp(unnormed if self.mlp_norm is None else self.mlp_norm(source))
         return after + (mixed if self.mlp_post_norm is None else self.mlp_post_norm(mixed))
+
+
+class Unembedding(nnx.Module):
+    """U [V, d], absent where the embedding serves for it, and a bias [V] where the family has one."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.weight = None if config.tied else nnx.Param(normal(rngs, (config.vocab_size, config.width)))
+        self.bias = nnx.Param(jnp.zeros((config.vocab_size,), jnp.float32)) if config.unembed_bias else None
 
 
 class Decoder(nnx.Module):
@@ -99,9 +114,7 @@ class Decoder(nnx.Module):
             [Block(config, sparse=sparse, lead=(count,), rngs=rngs) for sparse, count in config.stacks]
         )
         self.final_norm = Norm(config, config.width, rngs=rngs)
-        self.unembedding = (
-            None if config.tied else Linear(config.vocab_size, config.width, bias=config.unembed_bias, rngs=rngs)
-        )
+        self.unembedding = Unembedding(config, rngs=rngs)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -123,7 +136,8 @@ class Decoder(nnx.Module):
         Args:
             tokens: int [B, T]. Rows may be right-padded, or hold several sequences behind each other.
             tap: reads every boundary; None reads nothing.
-            positions: int [B, T], a token's place in its own sequence; default 0..T-1.
+            positions: int [B, T], a token's place in its own sequence; default 0..T-1. Tokens beyond the vocabulary and
+                positions beyond the learned ones come out as NaN.
             segments: int [B, T], equal for tokens of one sequence; tokens attend within theirs. Default: one per row.
             lengths: int [B, T], how many tokens the token's sequence has (only the `dynamic` and `longrope` rope
                 scalings ask). Default T.
@@ -133,10 +147,10 @@ class Decoder(nnx.Module):
             (h_D [B, T, d] before the final norm, the tap's last state or None)
         """
         config = self.config
-        batch, length = tokens.shape
-        if config.learned_positions and length > config.max_positions:
-            raise ValueError(f"{length} tokens in a row, but the model has {config.max_positions} learned positions")
+        length = tokens.shape[1]
         if positions is None:
+            if config.learned_positions and length > config.max_positions:
+                raise ValueError(f"{length} tokens in a row, but the model has {config.max_positions} positions")
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
         if segments is None:
             segments = jnp.ones_like(tokens)
@@ -144,11 +158,11 @@ class Decoder(nnx.Module):
             lengths = jnp.full_like(tokens, length)
 
         with self.precision():
-            h = self.embedding[...][tokens]
+            h = look_up(self.embedding[...], tokens)
             if config.embed_scale != 1.0:
                 h = h * jnp.asarray(config.embed_scale, h.dtype)  # rounded to the compute dtype first, as Gemma does
             if self.positions is not None:
-                h = h + self.positions[...][positions]
+                h = h + look_up(self.positions[...], positions)
             shared = layout(config, positions, segments, lengths)
             state = None
             if tap is not None:
@@ -172,10 +186,8 @@ class Decoder(nnx.Module):
 
     def unembed_weights(self) -> tuple[Array, Array | None]:
         """(U [V, d], bias [V] or None), the embedding itself where the two are tied."""
-        if self.unembedding is None:
-            return self.embedding[...], None
-        bias = self.unembedding.bias
-        return self.unembedding.weight[...], None if bias is None else bias[...]
+        weight, bias = self.unembedding.weight, self.unembedding.bias
+        return (self.embedding if weight is None else weight)[...], None if bias is None else bias[...]
 
     def lens(self, h: Array) -> Array:
         """Logits that the model's own final norm and unembedding read from any boundary, float32 [..., V].
@@ -192,6 +204,11 @@ class Decoder(nnx.Module):
     def precision(self) -> Any:
         """Float32 means float32: TPUs and GPUs would otherwise multiply at lower precision."""
         return jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
+
+
+def look_up(table: Array, index: Array) -> Array:
+    """Rows of `table` [n, d]; NaN for an index beyond the last, which by default would silently mean the last."""
+    return table.at[index].get(mode="fill", fill_value=jnp.nan)
 
 
 def softcap(z: Array, cap: float | None) -> Array:

@@ -2,59 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.rope import Rope, RopeKind
 
 # Keys that cannot change what a forward pass computes: bookkeeping, training-only settings, generation defaults.
-HARMLESS = frozenset(
-    """
-    _name_or_path architectures auto_map bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id unk_token_id torch_dtype dtype transformers_version model_type name_or_path use_cache
-    initializer_range initializer_factor init_std attention_dropout attn_dropout attention_dropout_prob hidden_dropout
-    resid_pdrop embd_pdrop attn_pdrop classifier_dropout embedding_dropout hidden_dropout_prob resid_dropout
-    gradient_checkpointing pretraining_tp return_dict output_hidden_states output_attentions torchscript use_bfloat16
-    tf_legacy_loss chunk_size_feed_forward cross_attention_hidden_size tie_encoder_decoder finetuning_task id2label
-    label2id tokenizer_class prefix task_specific_params problem_type max_length min_length do_sample early_stopping
-    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens keys_to_ignore_at_inference
-    _attn_implementation _attn_implementation_autoset attn_implementation _attn_implementation_internal
-    output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux unsloth_version unsloth_fixed
-    transformers.js_config _commit_hash
-    """.split()
-)
+_HARMLESS = """
+_name_or_path architectures auto_map bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
+decoder_start_token_id unk_token_id torch_dtype dtype transformers_version model_type name_or_path use_cache
+initializer_range initializer_factor init_std attention_dropout attn_dropout attention_dropout_prob hidden_dropout
+attention_probs_dropout_prob resid_pdrop embd_pdrop attn_pdrop classifier_dropout embedding_dropout
+hidden_dropout_prob resid_dropout gradient_checkpointing pretraining_tp return_dict output_hidden_states
+output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward cross_attention_hidden_size
+tie_encoder_decoder finetuning_task id2label label2id num_labels tokenizer_class prefix task_specific_params
+problem_type max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
+top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+keys_to_ignore_at_inference cache_implementation _attn_implementation _attn_implementation_autoset attn_implementation
+_attn_implementation_internal output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux is_decoder
+unsloth_version unsloth_fixed neftune_noise_alpha max_sequence_length transformers.js_config _commit_hash
+"""
+HARMLESS = frozenset(_HARMLESS.split())
 
 # Keys that must be absent, empty or false: what they switch on would change the forward.
-REFUSED = frozenset(
-    """
-    quantization_config is_encoder_decoder add_cross_attention pruned_heads is_decoder
-    """.split()
-)
+REFUSED = ("quantization_config", "is_encoder_decoder", "add_cross_attention", "pruned_heads")
 
-ROPE_KEYS: dict[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "dynamic": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    "yarn": frozenset(
-        {
-            "factor",
-            "original_max_position_embeddings",
-            "beta_fast",
-            "beta_slow",
-            "attention_factor",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        }
-    ),
-    "longrope": frozenset(
-        {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
-    ),
+# A rope setting's keys, beside its type, theta and rotary fraction.
+_ORIGINAL = "original_max_position_embeddings"
+ROPE_KINDS: dict[str, RopeKind] = {
+    kind: kind for kind in ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+}
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
 }
 
 
@@ -69,17 +62,30 @@ class HFConfig:
     spinal_jax.errors.UserError: config.json has the key 'new_switch' (True), which ...
     """
 
-    def __init__(self, values: Mapping[str, Any], ignore: Iterable[str] = ()):
+    def __init__(self, values: Mapping[str, Any], ignore: Iterable[str] = (), *, path: str = "", model_type: str = ""):
         self.values = dict(values)
         self.read: set[str] = set(ignore)
+        self.path = path  # where in config.json the keys stand, such as "text_config."
+        self.model_type = model_type or str(self.values.get("model_type", ""))
+        self._ignore = frozenset(ignore)
+        self._sections: list[HFConfig] = []
 
-    @property
-    def model_type(self) -> str:
-        """The family's name in Hugging Face's terms."""
-        return str(self.values.get("model_type", ""))
+    def defaults(self, **values: Any) -> None:
+        """Gives keys that config.json lacks the values that Hugging Face's config class would. Null is not absent."""
+        self.read.update(values.keys() - self.values.keys())
+        self.values = {**values, **self.values}
+
+    def section(self, key: str, model_type: str) -> HFConfig:
+        """A part of config.json that is a config of its own; `done` checks it too."""
+        values = self._typed(key, Mapping, "a config of its own", None)
+        part = HFConfig(values, self._ignore, path=f"{self.path}{key}.", model_type=model_type)
+        if (given := part.get("model_type", model_type)) != model_type:
+            raise UserError(f"config.json: {key}.model_type is {given!r}; supported is {model_type}")
+        self._sections.append(part)
+        return part
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key that may be absent; null reads as absent, as in Hugging Face."""
+        """The value of a key, or the default where it is absent or null."""
         self.read.add(key)
         value = self.values.get(key)
         return default if value is None else value
@@ -87,124 +93,189 @@ class HFConfig:
     def _typed(self, key: str, kinds: type | tuple[type, ...], what: str, default: Any) -> Any:
         value = self.get(key, default)
         if value is None:
-            raise UserError(f"config.json lacks {key!r}, which a {self.model_type} model needs")
+            state = "has no value for" if key in self.values else "lacks"
+            raise UserError(f"config.json {state} {self.path + key!r}, which a {self.model_type} model needs")
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise UserError(f"config.json: {key} is {value!r}, which is not {what}")
+            raise UserError(f"config.json: {self.path}{key} is {value!r}, which is not {what}")
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number, required where there is no default."""
+        """A whole number, required where there is no default for null and absence."""
         return int(self._typed(key, int, "a whole number", default))
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A real number, required where there is no default."""
+        """A real number, required where there is no default for null and absence."""
         return float(self._typed(key, (int, float), "a number", default))
 
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or false, required where there is no default for null and absence."""
         return bool(self._typed(key, bool, "true or false", default))
 
     def choice(self, key: str, table: Mapping[str, Any], default: str | None = None) -> Any:
         """The entry of `table` that the key names."""
         name = self._typed(key, str, "a name", default)
         if name not in table:
-            raise UserError(f"config.json: {key} is {name!r}; supported are {', '.join(sorted(table))}")
+            raise UserError(f"config.json: {self.path}{key} is {name!r}; supported are {', '.join(sorted(table))}")
         return table[name]
+
+    def softcap(self, key: str) -> float | None:
+        """The scale of a tanh soft-cap, or None where there is none."""
+        if self.get(key) is None:
+            return None
+        if (cap := self.number(key)) <= 0:
+            raise self.refusal(key, "but a soft-cap must be positive (null: none)")
+        return cap
+
+    def window(self, key: str) -> int:
+        """How many tokens back a block attends, itself included; 0 where null says that there is no limit."""
+        if self.get(key) is None:
+            return 0
+        if (window := self.integer(key)) <= 0:
+            raise self.refusal(key, "but a window must be positive (null: none)")
+        return window
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of real numbers."""
+        values = self._typed(key, (list, tuple), "a list", None)
+        if not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"config.json: {self.path}{key} is {values!r}, which is not a list of numbers")
+        return tuple(float(value) for value in values)
+
+    def _mapping(self, key: str) -> Mapping[str, Any] | None:
+        return None if self.get(key) is None else self._typed(key, Mapping, "a mapping", None)
 
     def ignore(self, *keys: str) -> None:
         """Marks keys as read that change nothing in this family."""
         self.read.update(keys)
 
     def refuse(self, *keys: str) -> None:
-        """Refuses keys that, set to anything but false, zero, null or empty, would need code that this family has not."""
+        """Refuses keys that would need code this family has not, unless false, zero, null or empty."""
         for key in keys:
             if self.get(key):
-                raise UserError(
-                    f"config.json: {key} is {self.values[key]!r}, which {self.model_type} models here do not support"
-                )
+                raise self.refusal(key, f"which {self.model_type} models here do not support")
 
-    def done(self) -> None:
+    def agree(self, key: str, value: Any, why: str) -> None:
+        """Reads a key that may be left out but, where it is given, must have this value."""
+        if self.get(key, value) != value:
+            raise self.refusal(key, f"but {why}")
+
+    def refusal(self, key: str, why: str) -> UserError:
+        """The error that names a key and its value."""
+        return UserError(f"config.json: {self.path}{key} is {self.values.get(key)!r}, {why}")
+
+    def done(self, harmless: frozenset[str] = HARMLESS) -> None:
         """Refuses keys that nobody read, so that nothing in a checkpoint is silently left out."""
-        self.refuse(*REFUSED)
+        self.refuse(*(key for key in REFUSED if key not in self._ignore))
         for key in sorted(self.values):
-            if key not in self.read and key not in HARMLESS:
+            if key not in self.read and key not in harmless:
                 raise UserError(
-                    f"config.json has the key {key!r} ({self.values[key]!r}), which the {self.model_type} family here "
-                    f"does not know; if it cannot change the forward pass, pass model.ignore_keys=[{key}]"
+                    f"config.json has the key {self.path + key!r} ({self.values[key]!r}), which the {self.model_type} "
+                    f"family here does not know; if it cannot change the forward pass, pass model.ignore_keys=[{key}]"
                 )
+        for section in self._sections:
+            section.done()
 
-    def rope(self, head_dim: int, *, default_theta: float = 10000.0, section: str | None = None) -> Rope:
-        """The rotary embedding, from `rope_parameters` or from `rope_theta` with `rope_scaling`.
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        section: str | None = None,
+        kinds: Mapping[str, RopeKind] = ROPE_KINDS,
+        theta_key: str = "rope_theta",
+        default_theta: float = 10000.0,
+        partial_key: str = "partial_rotary_factor",
+        default_partial: float | None = None,
+    ) -> Rope:
+        """The rotary embedding, from `rope_parameters` or, in older files, from `theta_key` with `rope_scaling`.
 
         Args:
-            head_dim: features of a head; `partial_rotary_factor` rotates only the first part of them.
-            default_theta: where config.json has none.
-            section: the layer type, for configs whose `rope_parameters` holds one entry for each.
+            head_dim: features of a head.
+            section: the layer type, for configs whose `rope_parameters` holds one entry for each; `rope_scaling` is
+                then that of full attention.
+            kinds: the types of scaling that the family knows, by the names it knows them under.
+            theta_key, default_theta: where older files keep theta, and what it is when nothing says.
+            partial_key, default_partial: the same for the fraction of a head that is rotated; None for families that
+                always rotate whole heads, where any other fraction is refused.
+
+        Errors: UserError, also where two places of config.json disagree.
         """
-        theta = self.get("rope_theta")
-        partial = self.get("partial_rotary_factor", self.get("rotary_pct"))
-        old, new = self.get("rope_scaling"), self.get("rope_parameters")
-        if section is not None and new is not None and section in new:
-            new = new[section]
-        if old and new and _plain(old) != _plain(new):
+        old = None if section == "sliding_attention" else self._mapping("rope_scaling")
+        new = self._mapping("rope_parameters")
+        if section is not None and new is not None:
+            if unknown := sorted(set(new) - {"full_attention", "sliding_attention"}):
+                raise UserError(f"config.json: rope_parameters has {unknown[0]!r}, which is not a type of layer here")
+            new = HFConfig(new, path=f"{self.path}rope_parameters.")._mapping(section)
+        if old and new and _spelling(old) != _spelling(new):
             raise UserError(f"config.json contradicts itself: rope_scaling is {old!r}, rope_parameters is {new!r}")
-        given = dict(new or old or {})
-        theta = _agree("rope_theta", given.pop("rope_theta", None), theta, default_theta)
-        partial = _agree("partial_rotary_factor", given.pop("partial_rotary_factor", None), partial, 1.0)
-        kind = _agree("rope_type", given.pop("rope_type", None), given.pop("type", None), "default")
-        if kind == "su":  # Phi-3's first name for it
-            kind = "longrope"
-        if kind not in ROPE_KEYS:
+        name = "rope_scaling" if not new else "rope_parameters" if section is None else f"rope_parameters.{section}"
+        scaling = HFConfig(new or old or {}, self._ignore, path=f"{self.path}{name}.", model_type=self.model_type)
+
+        theta = self._agreed("rope_theta", scaling.get("rope_theta"), self.get(theta_key), default_theta)
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+            raise UserError(f"config.json: {theta_key} is {theta!r}, which is not a positive number")
+        partial = self._agreed(
+            "partial_rotary_factor", scaling.get("partial_rotary_factor"), self.get(partial_key), default_partial or 1.0
+        )
+        if default_partial is None and partial != 1:
             raise UserError(
-                f"config.json: rope scaling of type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}"
+                f"config.json: partial_rotary_factor is {partial!r}, but {self.model_type} rotates whole heads"
             )
-        if unknown := sorted(set(given) - ROPE_KEYS[kind] - {"original_max_position_embeddings"}):
-            raise UserError(f"config.json: rope scaling {kind!r} has the key {unknown[0]!r}, which is not known for it")
-        return self._scaled(int(head_dim * partial), float(theta), cast(RopeKind, kind), given)
+        kind = self._agreed("rope_type", scaling.get("rope_type"), scaling.get("type"), "default")
+        if kind not in kinds:
+            raise UserError(f"config.json: {scaling.path}rope_type is {kind!r}; supported are {', '.join(kinds)}")
+        dim = int(head_dim * partial)
+        if not 2 <= dim <= head_dim:
+            raise UserError(
+                f"config.json: partial_rotary_factor is {partial!r}, which rotates {dim} of {head_dim} features"
+            )
+        if section is not None and scaling.get("truncate") is False:
+            raise scaling.refusal("truncate", "which is not supported where layers differ")  # upstream never reads it
+        rope = self._scaled(dim, float(theta), kinds[kind], scaling, self.integer("max_position_embeddings", 2048))
+        scaling.done(harmless=frozenset())
+        return rope
 
-    def _scaled(self, dim: int, theta: float, kind: RopeKind, given: dict[str, Any]) -> Rope:
-        from math import log, sqrt
-
-        limit = self.integer("max_position_embeddings", 2048)
-        original = self.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
+    def _scaled(self, dim: int, theta: float, kind: RopeKind, scaling: HFConfig, limit: int) -> Rope:
+        """The rope of a kind, its settings read from `scaling`; `limit` is the longest sequence of the model."""
+        original = self._agreed(_ORIGINAL, scaling.get(_ORIGINAL), self.get(_ORIGINAL), limit)
+        if isinstance(original, bool) or not isinstance(original, int) or original <= 0:
+            raise UserError(f"config.json: {_ORIGINAL} is {original!r}, which is not a positive whole number")
         if kind == "default":
             return Rope(dim, theta)
-        if kind in ("linear", "dynamic", "llama3") and "factor" not in given:
-            raise UserError(f"config.json: rope scaling {kind!r} lacks its factor")
         if kind in ("linear", "dynamic"):
-            return Rope(dim, theta, kind, factor=float(given["factor"]), original_positions=limit)
-        original = int(original or limit)
-        factor = float(given.get("factor") or limit / original)
+            if kind == "dynamic" and dim == 2:
+                raise UserError("config.json: rope type 'dynamic' is not defined for 2 rotated features")
+            return Rope(dim, theta, kind, factor=scaling.number("factor"), original_positions=limit)
         if kind == "llama3":
             return Rope(
                 dim,
                 theta,
                 kind,
-                factor=factor,
+                factor=scaling.number("factor"),
                 original_positions=original,
-                low_freq_factor=float(given["low_freq_factor"]),
-                high_freq_factor=float(given["high_freq_factor"]),
+                low_freq_factor=scaling.number("low_freq_factor"),
+                high_freq_factor=scaling.number("high_freq_factor"),
             )
-        attention = given.get("attention_factor")
+        if dim % 2:
+            raise UserError(f"config.json: rope type {kind!r} needs an even number of rotated features, not {dim}")
+        implied = kind == "longrope" or "factor" in scaling.values
+        factor = scaling.number("factor", limit / original if implied else None)
         if kind == "yarn":
-            if attention is None:
-                m, m_all = given.get("mscale"), given.get("mscale_all_dim")
-                attention = _mscale(factor, m) / _mscale(factor, m_all) if m and m_all else _mscale(factor, 1.0)
+            m, m_all = scaling.number("mscale", 0), scaling.number("mscale_all_dim", 0)
+            attention = _mscale(factor, m) / _mscale(factor, m_all) if m and m_all else _mscale(factor, 1)
             return Rope(
                 dim,
                 theta,
                 kind,
                 factor=factor,
                 original_positions=original,
-                beta_fast=float(given.get("beta_fast") or 32),
-                beta_slow=float(given.get("beta_slow") or 1),
-                truncate=bool(given.get("truncate", True)),
-                attention_factor=float(attention),
+                beta_fast=scaling.number("beta_fast", 32) or 32,
+                beta_slow=scaling.number("beta_slow", 1) or 1,
+                truncate=scaling.flag("truncate", True),
+                attention_factor=scaling.number("attention_factor", attention),
             )
-        if attention is None:
-            attention = 1.0 if factor <= 1.0 else sqrt(1 + log(factor) / log(original))
-        short, long = tuple(given["short_factor"]), tuple(given["long_factor"])
-        if len(short) != dim // 2 or len(long) != dim // 2:
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        short, long = scaling.numbers("short_factor"), scaling.numbers("long_factor")
+        if not len(short) == len(long) == dim // 2:
             raise UserError(
                 f"config.json: short_factor and long_factor have {len(short)} and {len(long)} entries for {dim // 2} "
                 "rotary frequencies"
@@ -215,37 +286,23 @@ class HFConfig:
             kind,
             factor=factor,
             original_positions=original,
-            attention_factor=float(attention),
+            attention_factor=scaling.number("attention_factor", attention),
             short_factor=short,
             long_factor=long,
         )
 
+    def _agreed(self, key: str, first: Any, second: Any, default: Any) -> Any:
+        """The value given in two possible places, which must not differ."""
+        if first is not None and second is not None and first != second:
+            raise UserError(f"config.json contradicts itself: {key} is both {first!r} and {second!r}")
+        return first if first is not None else second if second is not None else default
+
 
 def _mscale(factor: float, m: float) -> float:
-    from math import log
-
-    return 1.0 if factor <= 1 else 0.1 * m * log(factor) + 1.0
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
 
-def _plain(scaling: Mapping[str, Any]) -> dict[str, Any]:
+def _spelling(scaling: Mapping[str, Any]) -> dict[str, Any]:
     """A rope setting without what old and new spellings may say or leave out."""
     plain = {("rope_type" if k == "type" else k): v for k, v in scaling.items()}
     return {k: v for k, v in plain.items() if k not in ("rope_theta", "partial_rotary_factor")}
-
-
-def _agree(key: str, first: Any, second: Any, default: Any) -> Any:
-    """The value given in two possible places, which must not differ."""
-    if first is not None and second is not None and first != second:
-        raise UserError(f"config.json contradicts itself: {key} is both {first!r} and {second!r}")
-    return first if first is not None else second if second is not None else default
-
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}

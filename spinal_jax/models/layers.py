@@ -31,10 +31,11 @@ class Norm(nnx.Module):
     def __init__(
         self, config: DecoderConfig, *shape: int, lead: tuple[int, ...] = (), bias: bool | None = None, rngs: nnx.Rngs
     ):
-        self.kind, self.eps, self.unit_offset = config.norm, config.norm_eps, config.norm_unit_offset
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.offset = 1.0 if config.norm_unit_offset else 0.0
+        self.round_first = config.norm == "rms" and not config.norm_float32
         # Drawn around their neutral value, so that a random model tests what a trained one relies on.
-        neutral = 0.0 if self.unit_offset else 1.0
-        self.weight = nnx.Param(neutral + normal(rngs, (*lead, *shape)))
+        self.weight = nnx.Param(1.0 - self.offset + normal(rngs, (*lead, *shape)))
         has_bias = config.norm_bias if bias is None else bias
         self.bias = nnx.Param(normal(rngs, (*lead, *shape))) if has_bias else None
 
@@ -43,12 +44,10 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        if self.unit_offset:
-            return (y * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
-        if self.kind == "layer":
-            y = y * self.weight[...].astype(jnp.float32)
-            return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
-        return y.astype(x.dtype) * self.weight[...]
+        if self.round_first:
+            return y.astype(x.dtype) * self.weight[...]
+        y = y * (self.weight[...].astype(jnp.float32) + self.offset)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 0.02) -> Array:
@@ -76,7 +75,7 @@ class MLP(nnx.Module):
         def linear(out: int, into: int) -> Linear:
             return Linear(out, into, bias=config.mlp_bias, lead=lead, rngs=rngs)
 
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.gate = linear(width, config.width) if config.gated else None
         self.up = linear(width, config.width)
         self.down = linear(config.width, width)

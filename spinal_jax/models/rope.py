@@ -19,7 +19,10 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True)
 class Rope:
-    """One rotary embedding over the first `dim` features of a head. Fields beyond `theta` matter to the kinds named."""
+    """One rotary embedding over the first `dim` features of a head (one more if that is odd, as in GPT-NeoX).
+
+    Fields beyond `theta` matter to the kinds named.
+    """
 
     dim: int
     theta: float
@@ -109,10 +112,12 @@ def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
     """Rotates the first 2 * cos.shape[-1] features of every head of `x` [B, T, heads, head_dim]; the rest pass.
 
     `interleaved` pairs neighbouring features and leaves the result in half-split order: what a dot product of two
-    vectors so rotated sees is the same, and it is what DeepSeek's reference computes.
+    vectors so rotated sees is the same, and it is what DeepSeek's reference computes. Rotated in float32 whatever the
+    dtype of `x`, as OLMo 2 does; most of Hugging Face's families round cos and sin to it first.
     """
     half = cos.shape[-1]
-    turned, kept = x[..., : 2 * half], x[..., 2 * half :]
+    turned, kept = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
-    cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, kept], axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), kept], axis=-1)

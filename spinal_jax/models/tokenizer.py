@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -27,8 +28,10 @@ def folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"the tokenizer in {folder} cannot be built: {reason[0]}") from error
+        if "trust_remote_code" in str(error):
+            raise UserError(f"the tokenizer in {folder} comes as Python code of its own, which is never run") from error
+        reason = shorten(str(error) or type(error).__name__, 400)
+        raise UserError(f"the tokenizer in {folder} cannot be built: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder} has only a slow tokenizer; save it once with a tokenizer.json")
     return tokenizer
@@ -40,28 +43,37 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeniz
     Errors: UserError where the file has none, or one whose way of splitting text is not known here.
     """
     given = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
-    if "tokens" not in given or "model" not in given:
+    if "model" not in given or "tokens" not in given:
         raise UserError(f"{path} has no tokenizer in its metadata")
+    if given["model"] not in ("gpt2", "llama"):
+        raise UserError(
+            f"{path} has a tokenizer of type {given['model']!r}; those that can be built are gpt2 and llama"
+        )
+    is_byte_level = given["model"] == "gpt2"
+    if (lacking := "merges" if is_byte_level else "scores") not in given:
+        raise UserError(f"{path} lacks {_PREFIX}{lacking}, without which its tokenizer cannot be built")
     if len(set(given["tokens"])) != len(given["tokens"]):
         raise UserError(f"{path} has a vocabulary in which a token occurs twice")
+    splitter = _splitter(given.get("pre"), path) if is_byte_level else None
     try:
-        if given["model"] == "gpt2":
-            splitter = _splitter(given.get("pre"), path)
-            tokenizer, adds_bos = _byte_level(given, splitter), splitter.adds_bos
-        elif given["model"] == "llama":
-            tokenizer, adds_bos = _sentencepiece(given, metadata.get("general.architecture", "")), True
+        if splitter is not None:
+            tokenizer = _byte_level(given, splitter)
         else:
-            raise UserError(f"{path} has a tokenizer of type {given['model']!r}; supported are gpt2 and llama")
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the tokenizer in the metadata of {path} is incomplete: {error}") from error
-    _add_whole_tokens(tokenizer, given)
-    special = {
-        name: given["tokens"][given[key]]
-        for name, key in _SPECIAL.items()
-        if 0 <= given.get(key, -1) < len(given["tokens"])
-    }
+            tokenizer = _sentencepiece(given, metadata.get("general.architecture", ""))
+        _add_whole_tokens(tokenizer, given)
+    except Exception as error:  # tokenizers raises plain Exception for merges that do not fit the vocabulary
+        raise UserError(f"the tokenizer in the metadata of {path} cannot be built: {error}") from error
+    return _wrapped(tokenizer, given, metadata, adds_bos=splitter is None or splitter.adds_bos)
+
+
+def _wrapped(
+    tokenizer: Tokenizer, given: Mapping[str, Any], metadata: Mapping[str, Any], adds_bos: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers presents it: special tokens, what is added to a text, chat template."""
     with _without_advice():
         from transformers import PreTrainedTokenizerFast
+    tokens = given["tokens"]
+    special = {name: tokens[given[key]] for name, key in _SPECIAL.items() if 0 <= given.get(key, -1) < len(tokens)}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -122,6 +134,11 @@ _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]
 _SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 _TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASHED}|{_SPACES}"
 _GPT4O = rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASHED}|{_SPACES}"
+# Cased letters without those that DeepSeek's own list leaves out, Georgian and mathematical ones mostly.
+_DEEPSEEK_LETTERS = (
+    "\\s?[\\p{Lu}\\p{Ll}\\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8f\u2d00-\u2d2f\ua790-\ua7ff\uab30-\uab6f"
+    "\U00010570-\U000105bf\U00016e40-\U00016e7f\U0001d400-\U0001d7ff\U0001df00-\U0001dfff]]+"
+)
 _DEEPSEEK_PUNCTUATION = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 _DEEPSEEK_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
@@ -136,7 +153,7 @@ _SPLITTERS = {
     "tekken": _Splitter(_by(_TEKKEN), whole_words=True, adds_bos=True),
     "gpt-4o": _Splitter(_by(_GPT4O)),
     "deepseek-llm": _Splitter(
-        _by(r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", _DEEPSEEK_PUNCTUATION, r"\s+$", _DEEPSEEK_ASIAN, r"\p{N}")
+        _by(r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _DEEPSEEK_ASIAN, r"\p{N}")
     ),
     "deepseek-coder": _Splitter(_by(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_ASIAN, r"\p{N}")),
 }

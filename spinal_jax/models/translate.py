@@ -26,9 +26,10 @@ Join = Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]
 class Rule:
     """One Hugging Face tensor name and where it lives with us.
 
-    `hf` may hold `{i}` (block) and `{e}` (expert). `ours` are parameter paths; those that start with `block.` are
-    stacked over depth, and with `{e}` in `hf` over experts behind that. `split` turns the tensor into one array for each
-    path, `join` back; both default to the identity on a single path.
+    `hf` may hold `{i}`, the block, and `{e}`, an expert or whatever else has tensors of its own within a block.
+    `ours` are parameter paths; those that start with `block.` are stacked over depth, and with `{e}` in `hf` over that
+    behind it. `split` turns the tensor into one array for each path, `join` back, bit for bit; both default to the
+    identity on a single path. Where the tensor has not the shape to be split, `split` raises ValueError.
     """
 
     hf: str
@@ -43,13 +44,41 @@ def same(hf: str, ours: str) -> Rule:
 
 
 def linear(hf: str, ours: str, bias: bool) -> list[Rule]:
-    """Weight, and bias where the family has one, of a linear layer."""
+    """Weight, and bias where the family has one, of a linear layer or a norm."""
     return [same(f"{hf}.weight", f"{ours}.weight")] + ([same(f"{hf}.bias", f"{ours}.bias")] if bias else [])
 
 
 def transposed(hf: str, ours: str) -> Rule:
     """A matrix stored as [in, out]."""
     return Rule(hf, (ours,), lambda t, c: (t.T,), lambda p, c: p[0].T)
+
+
+def fused(
+    hf: str, ours: Sequence[str], sizes: Callable[[DecoderConfig], Sequence[int]], transpose: bool = False
+) -> Rule:
+    """Several of our arrays stacked along their first axis, of `sizes` rows each; `transpose`: stored as [in, out]."""
+
+    def split(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
+        rows = sizes(config)
+        tensor = tensor.T if transpose else tensor
+        if tensor.shape[0] != sum(rows):
+            raise ValueError(f"it has {tensor.shape[0]} rows, not {' + '.join(map(str, rows))}")
+        return np.split(tensor, np.cumsum(rows)[:-1])
+
+    def join(parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
+        return np.concatenate(parts).T if transpose else np.concatenate(parts)
+
+    return Rule(hf, tuple(ours), split, join)
+
+
+def without_prefix(prefix: str) -> tuple[tuple[str, str], ...]:
+    """`Family.renamed` for checkpoints of the model without its head, whose names lack the first part, `prefix`."""
+    return ((rf"^(?!{prefix}\.|lm_head\.)", f"{prefix}."),)
+
+
+def qkv_rows(config: DecoderConfig) -> tuple[int, int, int]:
+    """How many rows queries, keys and values have."""
+    return config.heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim
 
 
 @dataclass(frozen=True)
@@ -60,6 +89,7 @@ class Family:
     decoder_config: Callable[[HFConfig], DecoderConfig]
     rules: Callable[[DecoderConfig], list[Rule]]
     ignored: tuple[str, ...] = ()  # patterns of tensors that hold no parameter, such as saved rotary tables
+    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) from other names in use to those of the rules
 
 
 @dataclass(frozen=True)
@@ -80,7 +110,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def places(rules: Sequence[Rule], config: DecoderConfig, shapes: Mapping[str, Any]) -> Iterator[Place]:
     """Every tensor that the checkpoint must hold, rule by rule. A block rule applies to the blocks whose stack has such
-    a parameter, so a family with dense and sparse blocks states both."""
+    a parameter, so a family with dense and sparse blocks states both. `{e}` counts the second axis of the parameter."""
     for rule in rules:
         if "{i}" not in rule.hf:
             yield Place(rule, rule.hf, rule.ours, ())
@@ -93,9 +123,26 @@ def places(rules: Sequence[Rule], config: DecoderConfig, shapes: Mapping[str, An
             if "{e}" not in rule.hf:
                 yield Place(rule, rule.hf.format(i=layer), paths, (row,))
                 continue
-            assert config.experts is not None
-            for expert in range(config.experts.count):
+            for expert in range(shapes[paths[0]].shape[1]):
                 yield Place(rule, rule.hf.format(i=layer, e=expert), paths, (row, expert))
+
+
+def parts_of(
+    place: Place, tensor: np.ndarray, config: DecoderConfig, shapes: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters that a tensor fills at `place.row`, by path. UserError where its shape is not what they need."""
+    try:
+        parts = place.rule.split(tensor, config)
+    except ValueError as error:
+        raise UserError(f"tensor {place.name} of shape {tensor.shape} cannot be split: {error}") from error
+    for path, part in zip(place.paths, parts, strict=True):
+        needed = shapes[path].shape[len(place.row) :]
+        if part.shape != needed:
+            raise UserError(
+                f"tensor {place.name} has shape {tuple(tensor.shape)}, but config.json makes it fill {path} with "
+                f"{tuple(needed)}"
+            )
+        yield path, part
 
 
 def load_decoder(
@@ -110,27 +157,16 @@ def load_decoder(
     Raises UserError when a tensor is missing, unknown, or of another shape than the config says.
     """
     shapes = parameter_shapes(config)
-    rules = family.rules(config)
-    wanted = list(places(rules, config, shapes))
-    check_names(checkpoint, family, config, wanted, shapes)
+    wanted = [list(places([rule], config, shapes)) for rule in family.rules(config)]
+    stored = stored_names(checkpoint, family, config, [place for group in wanted for place in group], shapes)
     loaded: dict[str, jax.Array] = {}
-    for rule in rules:  # a rule at a time: only its stacks are on the host at once
+    for group in wanted:  # a rule at a time: only its stacks are on the host at once
         stacks: dict[str, np.ndarray] = {}
-        for place in (p for p in wanted if p.rule is rule):
-            tensor = checkpoint.tensor(place.name)
-            try:
-                parts = rule.split(tensor, config)
-            except ValueError as error:
-                raise UserError(f"tensor {place.name} of shape {tensor.shape} cannot be split: {error}") from error
-            for path, part in zip(place.paths, parts, strict=True):
+        for place in group:
+            tensor = checkpoint.tensor(stored[place.name])
+            for path, part in parts_of(place, tensor, config, shapes):
                 if path not in stacks:
                     stacks[path] = np.empty(shapes[path].shape, dtype)
-                target = stacks[path][place.row] if place.row else stacks[path]
-                if part.shape != target.shape:
-                    raise UserError(
-                        f"tensor {place.name} has shape {tuple(tensor.shape)}, but config.json makes it fill "
-                        f"{path} with {tuple(target.shape)}"
-                    )
                 stacks[path][place.row] = part
                 progress(part.nbytes)
         loaded |= {path: jax.device_put(array) for path, array in stacks.items()}
@@ -144,33 +180,50 @@ def assemble(config: DecoderConfig, parameters: Mapping[str, Any]) -> Decoder:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def check_names(
+def stored_names(
     checkpoint: Checkpoint,
     family: Family,
     config: DecoderConfig,
     wanted: Sequence[Place],
     shapes: Mapping[str, Any],
-) -> None:
-    """Refuses a checkpoint whose tensors are not exactly the ones this config needs."""
-    names = checkpoint.names()
-    have, need = set(names), {place.name for place in wanted}
+) -> dict[str, str]:
+    """The name in the checkpoint of every tensor that `wanted` names as the rules do.
+
+    Raises UserError for a checkpoint whose tensors are not exactly the ones this config needs.
+    """
     filled = {path for place in wanted for path in place.paths}
     if unfilled := sorted(set(shapes) - filled):
         raise AssertionError(f"the {config.family} family states no rule for {unfilled[0]}")
-    if missing := sorted(need - have):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{checkpoint.source} lacks the tensor {missing[0]}{more}, which its config.json needs")
-    extra = {n for n in have - need if not any(re.fullmatch(pattern, n) for pattern in family.ignored)}
+    stored: dict[str, str] = {}
+    for name in checkpoint.names():
+        if any(re.fullmatch(pattern, name) for pattern in family.ignored):
+            continue
+        known = name
+        for pattern, replacement in family.renamed:
+            known = re.sub(pattern, replacement, known)
+        if known in stored:
+            raise UserError(f"{checkpoint.source} holds one tensor under two names, {stored[known]} and {name}")
+        stored[known] = name
+    need = {place.name for place in wanted}
+    if missing := sorted(need - stored.keys()):
+        raise UserError(
+            f"{checkpoint.source} lacks the tensor {missing[0]}{_more(missing)}, which its config.json needs"
+        )
+    extra = sorted(stored.keys() - need)
     if config.tied and "lm_head.weight" in extra:
-        extra.discard("lm_head.weight")
-        embedding = next(place.name for place in wanted if place.paths == ("embedding",))
-        if not np.array_equal(checkpoint.tensor("lm_head.weight"), checkpoint.tensor(embedding)):
+        extra.remove("lm_head.weight")
+        embedding = stored[next(place.name for place in wanted if place.paths == ("embedding",))]
+        if not np.array_equal(checkpoint.tensor(stored["lm_head.weight"]), checkpoint.tensor(embedding)):
             raise UserError(
                 f"{checkpoint.source} has tie_word_embeddings, but its lm_head.weight differs from {embedding}"
             )
     if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise UserError(
-            f"{checkpoint.source} holds the tensor {min(extra)}{more}, which a {config.family} model of its config.json "
-            "does not have"
+            f"{checkpoint.source} holds the tensor {stored[extra[0]]}{_more(extra)}, which a {config.family} model of "
+            "its config.json does not have"
         )
+    return stored
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

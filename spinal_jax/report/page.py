@@ -69,7 +69,7 @@ def render_report(trace: DepthTrace) -> str:
 
 
 def describe_positions(selector: str) -> str:
-    """The position selector of METHOD.md 2 in words."""
+    """A position selector, such as last:4, in words."""
     name, _, count = selector.partition(":")
     words = {
         "last": f"the last {count} tokens of each prompt" if count != "1" else "the last token of each prompt",

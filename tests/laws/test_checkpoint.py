@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import httpx
 import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
 from huggingface_hub import errors
 from safetensors.numpy import save_file
-from spinal_jax.errors import UserError
-from spinal_jax.models.checkpoint import open_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-CONFIG = {"model_type": "llama", "hidden_size": 4, "auto_map": {"AutoConfig": "evil.Config"}}
+from spinal_jax.errors import UserError
+from spinal_jax.models.checkpoint import open_checkpoint
+
+CONFIG = {"model_type": "llama", "hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def some_tensors(seed: int = 0) -> dict[str, np.ndarray]:
@@ -96,18 +97,16 @@ def test_opening_reads_no_weights(tmp_path: Path) -> None:
     first, second = some_tensors(0), some_tensors(1)
     checkpoint = open_checkpoint(str(write_folder(tmp_path / "m", first)))
     write_folder(tmp_path / "m", second)
-    np.testing.assert_array_equal(
-        checkpoint.tensor("model.embed_tokens.weight"), second["model.embed_tokens.weight"]
-    )
+    np.testing.assert_array_equal(checkpoint.tensor("model.embed_tokens.weight"), second["model.embed_tokens.weight"])
 
 
 def test_a_file_that_shrinks_after_opening_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_folder(tmp_path / "m", some_tensors())))
     weights = tmp_path / "m" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-40])
+    weights.write_bytes(weights.read_bytes()[:-80])
+    last = max(checkpoint.names(), key=lambda name: checkpoint.names()[name].shape)
     with pytest.raises(UserError, match=r"model\.safetensors has become shorter"):
-        for name in checkpoint.names():
-            checkpoint.tensor(name)
+        checkpoint.tensor(last)
 
 
 def test_sha256_is_of_the_weight_files_in_order_of_name(tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_a_source_that_is_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_a_revision_belongs_to_a_hub_id(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", some_tensors())
-    with pytest.raises(UserError, match="'v2'.*only a hub id"):
+    with pytest.raises(UserError, match=r"'v2'.*only a hub id"):
         open_checkpoint(str(folder), revision="v2")
 
 
@@ -235,7 +234,7 @@ def test_a_hub_id_downloads_the_named_revision(tmp_path: Path, monkeypatch: pyte
 
 
 def http_error(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
-    response = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid/owner/name"))
+    response: Any = SimpleNamespace(headers={}, request=None)
     return kind("first line\nsecond line", response=response)
 
 
@@ -287,17 +286,19 @@ def test_the_folders_tokenizer_is_fast_and_has_its_chat_template(tmp_path: Path)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
 
 
-def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "evil"])
+def test_code_that_comes_with_a_checkpoint_is_never_run(tmp_path: Path, model_type: str) -> None:
     folder = write_folder(tmp_path / "m", some_tensors())
     trace = tmp_path / "it-ran"
-    code = f"open({str(trace)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Evil\n"
-    (folder / "evil.py").write_text(code)
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
     write_tokenizer(folder, {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}})
+    config = {**CONFIG, "model_type": model_type, "auto_map": {"AutoConfig": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(str(folder))
-    try:
+    assert checkpoint.config == config
+    with pytest.raises(UserError, match="never run") as error:
         checkpoint.tokenizer()
-    except UserError as error:
-        assert str(folder) in str(error) and "\n" not in str(error)
+    assert "\n" not in str(error.value)
     assert not trace.exists()
 
 
@@ -322,4 +323,3 @@ def test_transformers_gives_no_advice_about_pytorch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert logging.getLogger("transformers").level != logging.CRITICAL

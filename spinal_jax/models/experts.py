@@ -1,0 +1,194 @@
+"""Sparse mixture of experts: a router sends every token to its best few experts, and no token is ever dropped.
+
+The chosen (token, expert) pairs are sorted by expert, and each expert works through its own rows in blocks, so the cost
+is that of the chosen experts alone. (`jax.lax.ragged_dot` of jax 0.10 multiplies every row with every expert on a CPU.)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spinal_jax.models.config import Activation, DecoderConfig, Experts
+from spinal_jax.models.layers import MLP, Linear, activate, normal
+
+LARGEST_BLOCK = 128  # rows of one expert multiplied at once
+
+
+class ExpertWeights(NamedTuple):
+    """The gated MLPs of all experts, or of one where E is sliced away."""
+
+    gate: Array  # [E, f, d]
+    up: Array  # [E, f, d]
+    down: Array  # [E, d, f]
+
+
+def route(experts: Experts, logits: Array, correction: Array | None) -> tuple[Array, Array]:
+    """Which experts each token goes to, and how much each counts.
+
+    Args:
+        experts: see `config.Experts`.
+        logits: float32 [N, E] of the router.
+        correction: [E] added to the scores for the choice alone, or None.
+
+    Returns:
+        (chosen int32 [N, k], weight float32 [N, k])
+    """
+    scores = jax.nn.softmax(logits) if experts.scoring == "softmax" else jax.nn.sigmoid(logits)
+    merit = jax.lax.stop_gradient(scores)
+    if correction is not None:
+        merit = merit + jax.lax.stop_gradient(correction).astype(jnp.float32)
+    if experts.groups > 1:
+        grouped = merit.reshape(-1, experts.groups, experts.count // experts.groups)
+        worth = jnp.sum(jax.lax.top_k(grouped, experts.group_top)[0], axis=-1)  # [N, groups]
+        kept = jax.lax.top_k(worth, experts.groups_kept)[1]
+        competes = jnp.any(jax.nn.one_hot(kept, experts.groups, dtype=jnp.bool_), axis=1)  # [N, groups]
+        merit = jnp.where(competes[..., None], grouped, -jnp.inf).reshape(merit.shape)
+    chosen = jax.lax.top_k(merit, experts.per_token)[1]
+    weight = jnp.take_along_axis(scores, chosen, axis=-1)
+    if experts.normalise:
+        weight = weight / (jnp.sum(weight, axis=-1, keepdims=True) + 1e-20)  # DeepSeek's guard, below any softmax sum
+    return chosen, weight * experts.scale
+
+
+def expert_mlp(activation: Activation, weights: ExpertWeights, x: Array) -> Array:
+    """One expert on its rows `x` [n, d]."""
+    # Said here, not left to `jax.default_matmul_precision`, because a custom backward pass is traced outside of it.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+    def multiply(rows: Array, weight: Array) -> Array:
+        return jnp.einsum("ni,oi->no", rows, weight, precision=precision)
+
+    hidden = activate(activation, multiply(x, weights.gate)) * multiply(x, weights.up)
+    return multiply(hidden, weights.down)
+
+
+def block_rows(rows: int, experts: int) -> int:
+    """Rows an expert takes at a time: a power of two no smaller than its fair share, within limits."""
+    share = -(-rows // experts)
+    return min(LARGEST_BLOCK, max(8, 1 << (share - 1).bit_length()))
+
+
+def apply_experts(activation: Activation, weights: ExpertWeights, rows: Array, sizes: Array) -> Array:
+    """Every row through its own expert.
+
+    Args:
+        activation: of the experts' MLPs.
+        weights: of all experts.
+        rows: [M, d] sorted by expert.
+        sizes: int32 [E] how many rows each expert has; they add up to M.
+
+    Returns:
+        [M, d]
+    """
+    # Never false, and compiled away. Under shard_map it marks the weights as differing between devices as the rows do:
+    # else their gradients would be summed over devices within loops that take another number of turns on each.
+    always = sizes[0] >= 0
+    return _apply(activation, jax.tree.map(lambda w: jnp.where(always, w, w), weights), rows, sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(activation: Activation, weights: ExpertWeights, rows: Array, sizes: Array) -> Array:
+    size = block_rows(rows.shape[0], sizes.shape[0])
+    padded = jnp.pad(rows, ((0, size), (0, 0)))  # the last block may reach beyond the last row
+
+    def expert(out: Array, xs: tuple[ExpertWeights, Array, Array]) -> tuple[Array, None]:
+        own, start, count = xs
+
+        def block(index: Array, out: Array) -> Array:
+            at = start + index * size
+            part = jax.lax.dynamic_slice_in_dim(padded, at, size)
+            # A block that reaches into the next expert's rows writes there what that expert then overwrites.
+            return jax.lax.dynamic_update_slice_in_dim(out, expert_mlp(activation, own, part), at, axis=0)
+
+        return jax.lax.fori_loop(0, (count + size - 1) // size, block, out), None
+
+    out, _ = jax.lax.scan(expert, padded, (weights, jnp.cumsum(sizes) - sizes, sizes))
+    return out[: rows.shape[0]]
+
+
+def _forward(
+    activation: Activation, weights: ExpertWeights, rows: Array, sizes: Array
+) -> tuple[Array, tuple[ExpertWeights, Array, Array]]:
+    return _apply(activation, weights, rows, sizes), (weights, rows, sizes)
+
+
+def _backward(
+    activation: Activation, saved: tuple[ExpertWeights, Array, Array], gradient: Array
+) -> tuple[ExpertWeights, Array, None]:
+    """The same walk over the experts' blocks; what a block computes inside is computed again, not kept."""
+    weights, rows, sizes = saved
+    size = block_rows(rows.shape[0], sizes.shape[0])
+    padded, padded_gradient = (jnp.pad(x, ((0, size), (0, 0))) for x in (rows, gradient))
+
+    def expert(out: Array, xs: tuple[ExpertWeights, Array, Array]) -> tuple[Array, ExpertWeights]:
+        own, start, count = xs
+
+        def block(index: Array, carry: tuple[Array, ExpertWeights]) -> tuple[Array, ExpertWeights]:
+            out, sums = carry
+            at = start + index * size
+            part = jax.lax.dynamic_slice_in_dim(padded, at, size)
+            above = jax.lax.dynamic_slice_in_dim(padded_gradient, at, size)
+            mine = jnp.arange(size, dtype=jnp.int32)[:, None] < count - index * size
+            _, pull = jax.vjp(partial(expert_mlp, activation), own, part)
+            to_weights, to_rows = pull(jnp.where(mine, above, jnp.zeros_like(above)))
+            sums = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums, to_weights)
+            return jax.lax.dynamic_update_slice_in_dim(out, to_rows, at, axis=0), sums
+
+        zeros = jax.tree.map(lambda w: jnp.where(count < 0, w.astype(jnp.float32), 0.0), own)  # marked as `count` is
+        out, sums = jax.lax.fori_loop(0, (count + size - 1) // size, block, (out, zeros))
+        return out, jax.tree.map(lambda s, w: s.astype(w.dtype), sums, own)
+
+    out, to_weights = jax.lax.scan(expert, padded_gradient, (weights, jnp.cumsum(sizes) - sizes, sizes))
+    return to_weights, out[: rows.shape[0]], None
+
+
+_apply.defvjp(_forward, _backward)
+
+
+class MixtureOfExperts(nnx.Module):
+    """What takes the place of the dense MLP in a sparse block: routed experts, and a shared one in some families."""
+
+    def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], rngs: nnx.Rngs):
+        experts = config.experts
+        assert experts is not None
+        stack, width = (*lead, experts.count), config.width
+        self.experts = experts
+        self.activation = config.activation
+        self.router = nnx.Param(normal(rngs, (*stack, width)))
+        # Not a Param: DeepSeek moves it by the experts' load, never by a gradient, and weight decay must not touch it.
+        self.correction = nnx.Variable(normal(rngs, stack)) if experts.correction_bias else None
+        self.gate = nnx.Param(normal(rngs, (*stack, experts.width, width)))
+        self.up = nnx.Param(normal(rngs, (*stack, experts.width, width)))
+        self.down = nnx.Param(normal(rngs, (*stack, width, experts.width)))
+        self.shared = MLP(config, experts.shared_width, lead=lead, rngs=rngs) if experts.shared_width else None
+        self.shared_gate = Linear(1, width, bias=False, lead=lead, rngs=rngs) if experts.shared_gate else None
+
+    def __call__(self, x: Array) -> Array:
+        count, per_token = self.experts.count, self.experts.per_token
+        tokens = x.reshape(-1, x.shape[-1])  # [N, d]
+        # In full float32 whatever the model's dtype: a rounded logit sends a token elsewhere.
+        logits = jnp.einsum(
+            "nd,ed->ne",
+            tokens.astype(jnp.float32),
+            self.router[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        chosen, weight = route(self.experts, logits, None if self.correction is None else self.correction[...])
+        expert = chosen.reshape(-1)  # [N k]
+        order = jnp.argsort(expert)
+        # Gathers of permutations only, never a scatter that adds: sums come out in the same order every time.
+        copies = jnp.repeat(tokens, per_token, axis=0).at[order].get(unique_indices=True)
+        weights = ExpertWeights(self.gate[...], self.up[...], self.down[...])
+        sorted_out = apply_experts(self.activation, weights, copies, jnp.bincount(expert, length=count))
+        out = sorted_out.at[jnp.argsort(order)].get(unique_indices=True).reshape(-1, per_token, x.shape[-1])
+        mixed = jnp.sum(weight[..., None] * out.astype(jnp.float32), axis=1).astype(x.dtype).reshape(x.shape)
+        if self.shared is None:
+            return mixed
+        shared = self.shared(x)
+        return mixed + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)

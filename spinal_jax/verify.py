@@ -1,0 +1,311 @@
+"""The user's own proof that a checkpoint is, here, the model that Hugging Face runs; and what could not be proved."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import log_softmax
+
+from spinal_jax import data
+from spinal_jax.config import PromptsConfig, VerifyConfig
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.transport import Lens, lens_stats
+from spinal_jax.models.checkpoint import Checkpoint, SafetensorsFolder, open_checkpoint
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.decoder import Decoder, collect
+from spinal_jax.models.export import export
+from spinal_jax.models.folders import Bar, no_bar
+from spinal_jax.models.gguf import GgufFile
+from spinal_jax.models.orbax import OrbaxFolder, read_model
+from spinal_jax.models.translate import load_decoder, parameter_shapes
+from spinal_jax.trace import LENS_TOLERANCE
+
+# Random tiny models differ by 1e-6. Experts round apart where a router's weights are scaled up.
+TOLERANCE, TOLERANCE_WITH_EXPERTS = 1e-4, 2e-4
+
+
+class Check(NamedTuple):
+    """One thing that was looked at. `passed` is None where it could not be."""
+
+    what: str
+    passed: bool | None
+    found: str
+
+
+class Stream(NamedTuple):
+    """A forward of one prompt, float32."""
+
+    residual: np.ndarray  # [D + 1, T, d], before the final norm
+    logits: np.ndarray  # [T, V]
+
+
+class Difference(NamedTuple):
+    """How far two models are apart on the same prompts."""
+
+    residual: np.ndarray  # [D + 1] largest difference of a boundary, over its largest value
+    logits: float  # the same of the logits
+    kl: np.ndarray  # [positions] nats, from theirs to ours
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of a checkpoint; as text, a report with a last line that says PASS or FAIL."""
+
+    title: str
+    checks: tuple[Check, ...]
+    difference: Difference | None = None  # from Hugging Face's model, where that could be run
+
+    @property
+    def passed(self) -> bool:
+        """Nothing that could be checked was wrong."""
+        return all(check.passed is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        marks = {True: "ok", False: "FAIL", None: "?"}
+        lines = [self.title]
+        lines += [f"  {marks[check.passed]:<4}  {check.what}: {check.found}" for check in self.checks]
+        if self.difference is not None:
+            lines += ["", "  boundary  relative error"]
+            lines += [f"  {i:>8}  {error:.1e}" for i, error in enumerate(self.difference.residual)]
+            lines += [f"  {'logits':>8}  {self.difference.logits:.1e}"]
+        wrong = [check.what for check in self.checks if check.passed is False]
+        unknown = [check.what for check in self.checks if check.passed is None]
+        verdict = f"FAIL: {', '.join(wrong)}" if wrong else "PASS"
+        return "\n".join([*lines, "", verdict + (f"; not checked: {', '.join(unknown)}" if unknown else "")])
+
+
+def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
+    """Looks at a checkpoint's names, shapes and hash, runs it, and compares it with Hugging Face's model.
+
+    Both run in float32 on the same prompts. The comparison needs PyTorch; without it the report says so. A GGUF file is
+    read by transformers for it, with its own dequantisation; a converted folder is exported to a scratch folder first.
+
+    Raises:
+        UserError: for a source that cannot be opened, or prompts that cannot be read.
+    """
+    bar = bar or no_bar
+    checkpoint = open_checkpoint(config.model.source, config.model.revision)
+    try:
+        family, decoder = read_model(checkpoint.config, config.model.ignore_keys)
+        title = f"{config.model.source}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, float32"
+        tokens = _tokens(config.prompts, checkpoint, decoder)
+        checks = [_hash(checkpoint, bar)]
+        total = sum(info.dtype.itemsize * int(np.prod(info.shape)) for info in checkpoint.names().values())
+        try:
+            with bar("load weights", total, "B") as advance:
+                model = load_decoder(checkpoint, family, decoder, jnp.dtype(jnp.float32), advance)
+        except UserError as error:
+            return Verification(title, (*checks, Check("names and shapes", False, str(error))))
+        parameters = sum(int(np.prod(shape.shape)) for shape in parameter_shapes(decoder).values())
+        found = f"{len(checkpoint.names())} tensors fill {parameters:,} parameters, none is missing or left over"
+        checks.append(Check("names and shapes", True, found))
+        ours, gap = run(model, tokens)
+        del model
+        found = f"probabilities differ by {gap:.1e} at most, {LENS_TOLERANCE:.0e} are allowed"
+        checks.append(Check("the lens at the last boundary is the output", gap <= LENS_TOLERANCE, found))
+        if find_spec("torch") is None:
+            missing = "residual stream and output were not compared, because torch is not installed (pip install torch)"
+            return Verification(title, (*checks, Check("Hugging Face's model", None, missing)))
+        try:
+            with bar("PyTorch", len(tokens), "prompt") as advance:
+                theirs = list(_torch_streams(checkpoint, config, tokens, advance))
+        except _Unreadable as error:
+            return Verification(title, (*checks, Check("Hugging Face's model", None, str(error))))
+    finally:
+        checkpoint.close()
+    difference = compare(ours, theirs)
+    tolerance = config.tolerance or (TOLERANCE if decoder.experts is None else TOLERANCE_WITH_EXPERTS)
+    return Verification(title, (*checks, *judge(difference, tolerance, config.kl_tolerance)), difference)
+
+
+def compare(ours: Sequence[Stream], theirs: Sequence[Stream]) -> Difference:
+    """The difference of two models over all prompts. A value that is not a number counts as infinitely wrong."""
+
+    def relative(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:  # over all but the first axis
+        gap = np.max([np.abs(a - b).reshape(len(a), -1).max(axis=1) for a, b in pairs], axis=0)
+        size = np.max([np.abs(b).reshape(len(b), -1).max(axis=1) for _, b in pairs], axis=0)
+        return np.nan_to_num(gap / np.maximum(size, np.finfo(np.float32).tiny), nan=np.inf)
+
+    residual = relative([(a.residual, b.residual) for a, b in zip(ours, theirs, strict=True)])
+    (logits,) = relative([(a.logits[None], b.logits[None]) for a, b in zip(ours, theirs, strict=True)])
+    kl = []
+    for a, b in zip(ours, theirs, strict=True):
+        p, q = (log_softmax(stream.logits.astype(np.float64), axis=-1) for stream in (b, a))
+        kl.append(np.sum(np.exp(p) * (p - q), axis=-1))
+    return Difference(residual, float(logits), np.nan_to_num(np.concatenate(kl), nan=np.inf))
+
+
+def judge(difference: Difference, tolerance: float, kl_tolerance: float) -> tuple[Check, Check]:
+    """Whether residuals and logits agree within `tolerance`, and output distributions within `kl_tolerance` nats."""
+    worst = int(np.argmax(difference.residual))
+    stream = max(float(difference.residual.max()), difference.logits)
+    where = f"boundary {worst}" if difference.residual[worst] >= difference.logits else "the logits"
+    kl = difference.kl
+    return (
+        Check(
+            "residual stream and logits",
+            stream <= tolerance,
+            f"relative error {stream:.1e} at most, at {where}; {tolerance:.0e} is allowed",
+        ),
+        Check(
+            "output distribution",
+            float(kl.max()) <= kl_tolerance,
+            f"KL {kl.mean():.1e} nats on average over {len(kl)} positions, {kl.max():.1e} at most; {kl_tolerance:.0e} "
+            "is allowed",
+        ),
+    )
+
+
+def run(model: Decoder, tokens: Sequence[np.ndarray]) -> tuple[list[Stream], float]:
+    """Our forward of every prompt, in one right-padded batch, and by how much a probability that the lens reads at
+    the last boundary differs from the model's output."""
+    batch, width = len(tokens), max(map(len, tokens))
+    rows = {name: np.zeros((batch, width), np.int32) for name in ("tokens", "positions", "segments", "lengths")}
+    for i, ids in enumerate(tokens):
+        part = slice(0, len(ids))
+        rows["tokens"][i, part], rows["positions"][i, part] = ids, np.arange(len(ids))
+        rows["segments"][i, part], rows["lengths"][i, part] = 1, len(ids)
+    residual, logits, by_lens = (np.asarray(x, np.float32) for x in _forward(model, **rows))
+    streams = [Stream(residual[:, i, : len(ids)], logits[i, : len(ids)]) for i, ids in enumerate(tokens)]
+    real = rows["segments"] > 0
+    gap = np.abs(np.exp(log_softmax(logits, axis=-1)) - by_lens)[real].max()
+    return streams, float(np.nan_to_num(gap, nan=np.inf))
+
+
+@jax.jit
+def _forward(
+    model: Decoder, tokens: jax.Array, positions: jax.Array, segments: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Residual stream [D + 1, B, T, d], logits [B, T, V], and the probabilities that the audit's lens reads at D."""
+    last, residual = model.forward(
+        tokens, positions=positions, segments=segments, lengths=lengths, tap=collect(lambda h: h)
+    )
+    weight, bias = model.unembed_weights()
+    with model.precision():
+        normed = model.final_norm(residual[-1:]).reshape(1, -1, model.config.width)
+        stats = lens_stats(Lens(weight, bias, model.config.final_softcap, 1.0), normed, ())
+    logits = model.lens(residual[-1])
+    by_lens = jnp.exp(logits - stats.log_normaliser[0].reshape(*tokens.shape, 1))
+    return residual, model.lens(last), by_lens
+
+
+def _tokens(config: PromptsConfig, checkpoint: Checkpoint, decoder: DecoderConfig) -> list[np.ndarray]:
+    """The prompts' token ids, shortest first."""
+    prompts = data.read_prompts(config.path, config.format, config.field, config.limit, config.offset)
+    limit = min(config.max_length, decoder.max_positions) if decoder.learned_positions else config.max_length
+    tokenizer = checkpoint.tokenizer()
+    ids = [data.token_ids(prompt, tokenizer, limit, config.chat_template) for prompt in prompts.prompts]
+    ids = sorted((i for i in ids if len(i)), key=len)
+    if not ids:
+        raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
+    if (top := max(int(i.max()) for i in ids)) >= decoder.vocab_size:
+        raise UserError(f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not fit")
+    return ids
+
+
+def _hash(checkpoint: Checkpoint, bar: Bar) -> Check:
+    """Compares the weights' hash with one that was recorded when they were written, where there is one."""
+    with bar("hash", 1, "source") as advance:
+        digest = checkpoint.sha256()
+        advance(1)
+    if isinstance(checkpoint, OrbaxFolder):
+        same = digest == checkpoint.record["sha256"]
+        return Check("hash", same, f"sha256 {digest} is {'' if same else 'not '}what spinal.json recorded")
+    if isinstance(checkpoint, SafetensorsFolder) and (wrong := _wrong_blobs(checkpoint.folder)) is not None:
+        if wrong:
+            return Check("hash", False, f"{wrong[0]} is not the file that the hub sent")
+        return Check("hash", True, f"sha256 {digest}; each file is the one that the hub sent")
+    return Check("hash", None, f"sha256 {digest}, and nothing here says what it should be")
+
+
+def _wrong_blobs(folder: Path) -> list[str] | None:
+    """Names of weight files that differ from their hash in the hub's cache, or None for a folder that is elsewhere."""
+    from spinal_jax.models.checkpoint import sha256_of
+
+    blobs = {path.name: path.resolve() for path in sorted(folder.glob("*.safetensors")) if path.is_symlink()}
+    if not blobs or not all(re.fullmatch(r"[0-9a-f]{64}", blob.name) for blob in blobs.values()):
+        return None
+    return [name for name, blob in blobs.items() if sha256_of([blob]) != blob.name]
+
+
+class _Unreadable(Exception):
+    """Hugging Face cannot open what we can."""
+
+
+def _torch_streams(
+    checkpoint: Checkpoint, config: VerifyConfig, tokens: Sequence[np.ndarray], advance: Any
+) -> Iterator[Stream]:
+    """The same prompts through Hugging Face's model, one at a time: some rotary embeddings count the padding of a
+    batch, and remember the longest prompt so far, which is why the shortest comes first."""
+    import torch
+
+    with _reference(checkpoint, config) as model, torch.no_grad():
+        base: Any = model.base_model
+        base = getattr(base, "language_model", base)
+        blocks = base.layers if hasattr(base, "layers") else base.h
+        seen: list[Any] = []
+        hooks = [
+            blocks[0].register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        ]
+        for block in blocks:
+            hooks.append(
+                block.register_forward_hook(
+                    lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+                )
+            )
+        try:
+            for ids in tokens:
+                seen.clear()
+                logits = model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits
+                yield Stream(torch.cat(seen).float().numpy(), logits[0].float().numpy())
+                advance(1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextlib.contextmanager
+def _reference(checkpoint: Checkpoint, config: VerifyConfig) -> Iterator[Any]:
+    """Hugging Face's model of the checkpoint, float32, with no weight missing or left over."""
+    import torch
+    from transformers import AutoModelForCausalLM, logging
+
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": "eager",
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
+    with contextlib.ExitStack() as stack:
+        if isinstance(checkpoint, GgufFile):
+            folder, options["gguf_file"] = checkpoint.path.parent, checkpoint.path.name
+        elif isinstance(checkpoint, SafetensorsFolder):
+            folder = checkpoint.folder
+        else:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spinal-verify-")))
+            folder = export(checkpoint, str(scratch / "model"), ignore_keys=config.model.ignore_keys)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        except (ValueError, OSError, ImportError) as error:
+            raise _Unreadable(f"transformers cannot open it: {' '.join(str(error).split())}") from error
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        if missing := sorted(info["missing_keys"]):
+            raise _Unreadable(f"transformers does not find {missing[0]} in it and would make up random values")
+        yield model.eval()

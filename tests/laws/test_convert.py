@@ -1,0 +1,464 @@
+"""Converted folders: the same tensors, read by Orbax itself, in the same bytes however often the writing was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import save_file
+
+from spinal_jax import cli
+from spinal_jax.errors import UserError
+from spinal_jax.models import convert as convert_module
+from spinal_jax.models import folders, orbax
+from spinal_jax.models.checkpoint import open_checkpoint
+from spinal_jax.models.convert import convert
+from spinal_jax.models.export import export
+from spinal_jax.models.orbax import read_model
+from spinal_jax.models.translate import load_decoder, parameter_shapes, places
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def write_model(folder: Path, seed: int = 0, shards: int = 2, dtype: Any = np.float32, **changed: Any) -> Path:
+    """A Hugging Face folder of a random model of CONFIG, with files that stand for a tokenizer."""
+    values = CONFIG | changed
+    family, config = read_model(values)
+    shapes = parameter_shapes(config)
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for place in places(family.rules(config), config, shapes):
+        parts = [rng.normal(size=shapes[path].shape[len(place.row) :]).astype(dtype) for path in place.paths]
+        tensors[place.name] = place.rule.join(parts, config)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    weight_map = {}
+    for number in range(shards):
+        shard = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = dict(sorted(tensors.items())[number::shards])
+        save_file(part, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"do_sample": true}')
+    return folder
+
+
+def converted(source: Path, out: Path, **options: Any) -> Path:
+    return convert(open_checkpoint(str(source)), str(out), **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path) -> Path:
+    return converted(source, source.parent / "converted")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row lies in several files, each written in several steps."""
+    monkeypatch.setattr(orbax, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(orbax, "WRITE_BYTES", 700)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@contextmanager
+def killer(after: int) -> Iterator[Callable[..., Any]]:
+    """A progress bar that is never seen again after so many advances."""
+    left = after
+
+    def advance(amount: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+
+    @contextmanager
+    def bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        yield advance
+
+    yield bar
+
+
+def test_the_same_tensors_come_back(source: Path, folder: Path) -> None:
+    before, after = open_checkpoint(str(source)), open_checkpoint(str(folder))
+    assert (after.kind, after.config, after.revision) == ("orbax", before.config, None)
+    assert after.names() == before.names()
+    assert list(after.names()) == sorted(after.names())
+    for name in before.names():
+        assert after.tensor(name).tobytes() == before.tensor(name).tobytes()
+    with pytest.raises(KeyError):
+        after.tensor("model.layers.9.mlp.up_proj.weight")
+
+
+def test_the_record_says_what_was_read_and_written(source: Path, folder: Path) -> None:
+    record = json.loads((folder / "spinal.json").read_text())
+    sha256 = open_checkpoint(str(source)).sha256()
+    assert record["source"] == {"name": "model", "kind": "huggingface", "revision": None, "sha256": sha256}
+    assert record["sha256"] == open_checkpoint(str(folder)).sha256()
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    assert not list(source.parent.glob("*.partial"))
+
+
+def test_orbax_itself_reads_it_into_any_sharding(source: Path, folder: Path) -> None:
+    family, config = read_model(CONFIG)
+    wanted = load_decoder(open_checkpoint(str(source)), family, config, jnp.dtype(jnp.float32))
+    tree = ocp.load(folder)
+    np.testing.assert_array_equal(tree["stacks"]["0"]["mlp"]["up"]["weight"], wanted.stacks[0].mlp.up.weight[...])
+    np.testing.assert_array_equal(tree["embedding"], wanted.embedding[...])
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.sharding.NamedSharding(mesh, jax.P(None, "fsdp"))
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded if x.ndim == 3 else whole), tree
+    )
+    loaded = ocp.load(folder, abstract)
+    up = loaded["stacks"]["0"]["mlp"]["up"]["weight"]
+    assert up.sharding == sharded
+    np.testing.assert_array_equal(up, wanted.stacks[0].mlp.up.weight[...])
+
+
+def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:
+    before = open_checkpoint(str(source))
+    after = open_checkpoint(str(converted(source, tmp_path / "half", dtype="bfloat16")))
+    for name in before.names():
+        assert after.names()[name].dtype == BFLOAT16
+        assert after.tensor(name).tobytes() == before.tensor(name).astype(BFLOAT16).tobytes()
+    again = open_checkpoint(str(convert(after, str(tmp_path / "whole"), dtype="float32")))
+    assert again.tensor("lm_head.weight").tobytes() == after.tensor("lm_head.weight").astype(np.float32).tobytes()
+
+
+def test_each_parameter_keeps_its_dtype(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", shards=1, dtype=BFLOAT16)
+    checkpoint = open_checkpoint(str(source))
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(np.float16)
+    save_file(tensors, source / "model.safetensors")
+    after = open_checkpoint(str(converted(source, tmp_path / "out")))
+    assert after.names()["model.norm.weight"].dtype == np.float32
+    assert after.names()["lm_head.weight"].dtype == BFLOAT16
+    # A stack has one dtype: the narrowest that holds all of its rows.
+    for layer in range(3):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        assert after.names()[name].dtype == np.float32
+        np.testing.assert_array_equal(after.tensor(name), tensors[name].astype(np.float32))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_killed_anywhere_it_ends_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    wanted = contents(converted(source, tmp_path / "wanted"))
+    assert len([name for name in wanted if name.startswith("state/embedding/")]) > 5
+    out = tmp_path / "out"
+    kills = 0
+    while not out.exists():  # one more step each time, over everything that earlier runs left
+        with killer(after=1 + 3 * kills) as bar:
+            try:
+                converted(source, out, bar=bar)
+            except Killed:
+                kills += 1
+                with pytest.raises(UserError, match="was not finished"):
+                    open_checkpoint(f"{out}.partial")
+    assert kills > 10
+    assert contents(out) == wanted
+
+
+def test_what_is_done_is_not_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with killer(after=20) as bar, pytest.raises(Killed):
+        converted(source, tmp_path / "out", bar=bar)
+    read: list[str] = []
+    checkpoint = open_checkpoint(str(source))
+    tensor = checkpoint.tensor
+    monkeypatch.setattr(checkpoint, "tensor", lambda name: (read.append(name), tensor(name))[1])
+    total = 0
+
+    @contextmanager
+    def bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], None]]:
+        nonlocal total
+        done = 0
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done += amount
+
+        yield advance
+        assert done == size  # what was skipped counts as done
+        total += 1
+
+    convert(checkpoint, str(tmp_path / "out"), bar=bar)
+    assert total == 3
+    assert 0 < len(read) <= len(checkpoint.names()) - 18
+
+
+def test_half_written_files_of_a_killed_run_do_not_stay(source: Path, folder: Path, tmp_path: Path) -> None:
+    with killer(after=10) as bar, pytest.raises(Killed):
+        converted(source, tmp_path / "out", bar=bar)
+    state = tmp_path / "out.partial" / "state"
+    (state / "embedding" / "0.0.__lock").write_bytes(b"half")
+    (state / "stacks.0.mlp.up.weight").mkdir(exist_ok=True)
+    (state / "stacks.0.mlp.up.weight" / ".zarray.__lock").write_bytes(b"")
+    assert contents(converted(source, tmp_path / "out")) == contents(folder)
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_killed_while_it_takes_the_place_of_another(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """Before the old folder is set aside, or after: it is never lost, and the next run ends as if nothing had been."""
+    other = write_model(tmp_path / "other", seed=1)
+    out = converted(other, tmp_path / "out")
+    rename, left = os.rename, renames
+
+    def dying(before: Any, after: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        rename(before, after)
+
+    monkeypatch.setattr(folders.os, "rename", dying)
+    with pytest.raises(Killed):
+        converted(source, out, overwrite=True)
+    monkeypatch.undo()
+    assert contents(tmp_path / ("out" if renames == 0 else "out.replaced")) != contents(folder)
+    assert contents(converted(source, out, overwrite=True)) == contents(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_real_sigkill(source: Path, folder: Path, tmp_path: Path) -> None:
+    """In another process, which dies within a write."""
+    script = f"""
+import os, signal, sys
+from spinal_jax.models import orbax
+from spinal_jax.models.checkpoint import open_checkpoint
+from spinal_jax.models.convert import convert
+write, left = orbax.ParameterFile.write, 9
+def dying(self, row, values, progress):
+    global left
+    left -= 1
+    if left == 0:
+        self._store[row].write(values)  # begun, and not waited for
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, row, values, progress)
+orbax.ParameterFile.write = dying
+convert(open_checkpoint({str(source)!r}), {str(tmp_path / "out")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert contents(converted(source, tmp_path / "out")) == contents(folder)
+
+
+def test_memory_is_that_of_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a stack, nor of several copies: as far as NumPy's own allocations show it."""
+    monkeypatch.setattr(orbax, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(orbax, "WRITE_BYTES", 1 << 18)
+    sizes = {"hidden_size": 128, "intermediate_size": 4096, "vocab_size": 8192, "num_hidden_layers": 8}
+    source = write_model(tmp_path / "model", **sizes)
+    checkpoint = open_checkpoint(str(source))
+    largest = max(int(np.prod(info.shape)) * info.dtype.itemsize for info in checkpoint.names().values())
+    assert largest == 4 << 20
+    folders_before = parameter_shapes(read_model(checkpoint.config)[1])  # tracing allocates too: once, before
+    assert sum(int(np.prod(s.shape)) for s in folders_before.values()) * 4 > 12 * largest
+    tracemalloc.start()
+    try:
+        for out, dtype in (("same", None), ("half", "bfloat16")):
+            tracemalloc.reset_peak()
+            convert(checkpoint, str(tmp_path / out), dtype=dtype)
+            assert tracemalloc.get_traced_memory()[1] < largest + (2 << 20)
+        tracemalloc.reset_peak()
+        export(open_checkpoint(str(source)), str(tmp_path / "export"))
+        assert tracemalloc.get_traced_memory()[1] < largest + (2 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def refusal(source: Path | str, out: Path | str, **options: Any) -> str:
+    """The one line with which a conversion is refused."""
+    with pytest.raises(UserError) as error:
+        converted(Path(source), Path(out), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_there_is_replaced_only_when_asked(source: Path, folder: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", seed=1)
+    out = converted(other, tmp_path / "out")
+    first = contents(out)
+    assert "already holds a complete checkpoint; set overwrite=true" in refusal(source, out)
+    assert contents(out) == first
+    with killer(after=10) as bar, pytest.raises(Killed):
+        converted(source, out, overwrite=True, bar=bar)
+    assert contents(out) == first
+    assert contents(converted(source, out, overwrite=True)) == contents(folder)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_ours_is_never_replaced(source: Path, tmp_path: Path, overwrite: bool) -> None:
+    mine = tmp_path / "out"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    assert "was not written by spinal convert or export" in refusal(source, mine, overwrite=overwrite)
+    file = tmp_path / "file"
+    file.write_text("work")
+    assert "was not written by spinal" in refusal(source, file, overwrite=overwrite)
+    shutil.move(mine, tmp_path / "new.partial")
+    assert "is in the way" in refusal(source, tmp_path / "new", overwrite=overwrite)
+    assert (tmp_path / "new.partial" / "thesis.tex").exists()
+
+
+def test_an_empty_folder_may_be_named(source: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert contents(converted(source, tmp_path / "out")) == contents(folder)
+
+
+def test_source_and_out_stay_apart(source: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "outer" / "model"
+    shutil.copytree(source, moved)
+    link = tmp_path / "link"
+    link.symlink_to(moved)
+    for out in (moved, moved / "inner", link / "inner"):
+        assert "lies inside the source" in refusal(moved, out, overwrite=True)
+    assert "holds the source" in refusal(moved, moved.parent, overwrite=True)
+    assert contents(moved) == contents(source)
+
+
+def test_an_unfinished_conversion_of_something_else_is_not_mixed_in(source: Path, folder: Path, tmp_path: Path) -> None:
+    for options in ({"dtype": "bfloat16"}, {}):
+        origin = source if options else write_model(tmp_path / "other", seed=1)
+        with killer(after=10) as bar, pytest.raises(Killed):
+            converted(origin, tmp_path / "out", bar=bar, overwrite=True, **options)
+        assert "unfinished checkpoint of another source or with other settings" in refusal(source, tmp_path / "out")
+    assert contents(converted(source, tmp_path / "out", overwrite=True)) == contents(folder)
+
+
+def test_sources_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    config = broken / "config.json"
+    config.write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
+    assert "model_type 'mamba' is not supported" in refusal(broken, tmp_path / "out")
+    config.write_text(json.dumps(CONFIG | {"intermediate_size": 25}))
+    assert "tensor model.layers.0.mlp.gate_proj.weight has shape (24, 16)" in refusal(broken, tmp_path / "out")
+    config.write_text(json.dumps(CONFIG | {"num_hidden_layers": 4}))
+    assert "lacks the tensor model.layers.3." in refusal(broken, tmp_path / "out2")
+    config.write_text(json.dumps(CONFIG))
+    checkpoint = open_checkpoint(str(source))
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    save_file(tensors | {"model.norm.weight": np.ones(16, np.int8)}, broken / "model.safetensors")
+    assert "model.norm.weight has the dtype int8" in refusal(broken, tmp_path / "out2")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out2.partial").exists()
+
+
+def test_keys_that_are_to_be_ignored_are_remembered(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model")
+    (source / "config.json").write_text(json.dumps(CONFIG | {"motto": "onward"}))
+    assert "motto" in refusal(source, tmp_path / "out")
+    out = converted(source, tmp_path / "out", ignore_keys=("motto",))
+    assert open_checkpoint(str(out)).config["motto"] == "onward"
+
+
+def test_damaged_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    def damaged() -> Path:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "copy")
+        return tmp_path / "copy"
+
+    copy = damaged()
+    shutil.rmtree(copy / "state" / "embedding")
+    with pytest.raises(UserError, match="lacks the parameter embedding"):
+        open_checkpoint(str(copy))
+    copy = damaged()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 51}))
+    with pytest.raises(UserError, match=r"embedding has shape \(50, 16\), but its config.json says \(51, 16\)"):
+        open_checkpoint(str(copy))
+    copy = damaged()
+    (copy / "state" / "embedding" / "0.0").unlink()
+    with pytest.raises(UserError, match="embed_tokens.weight cannot be read"):
+        open_checkpoint(str(copy)).tensor("model.embed_tokens.weight")
+    copy = damaged()
+    (copy / "state" / "embedding" / "0.0").write_bytes(b"short")
+    with pytest.raises(UserError, match="embed_tokens.weight cannot be read"):
+        open_checkpoint(str(copy)).tensor("model.embed_tokens.weight")
+    copy = damaged()
+    (copy / "spinal.json").unlink()
+    with pytest.raises(UserError, match="that spinal convert did not write"):
+        open_checkpoint(str(copy))
+
+
+def test_an_orbax_folder_of_another_program_is_refused(tmp_path: Path) -> None:
+    ocp.save(tmp_path / "tree", {"a": np.ones(3)})
+    with pytest.raises(UserError, match="that spinal convert did not write"):
+        open_checkpoint(str(tmp_path / "tree"))
+
+
+def spinal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command line, in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["spinal", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def test_the_commands(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert spinal(monkeypatch, "convert", f"model.source={source}", "out=a/b") == 0
+    assert capsys.readouterr().out == "a/b\n"
+    assert contents(tmp_path / "a" / "b") == contents(folder)
+    assert spinal(monkeypatch, "convert", f"model.source={source}", "out=a/b") == cli.MISTAKE
+    assert "set overwrite=true" in capsys.readouterr().err
+    assert spinal(monkeypatch, "export", "model.source=a/b", "out=c", "shard_gb=1e-6", "model.dtype=bfloat16") == 0
+    assert open_checkpoint("c").names()["lm_head.weight"].dtype == BFLOAT16
+    assert len(list(Path("c").glob("model-*.safetensors"))) > 3
+    assert spinal(monkeypatch, "export", "model.source=a/b", "out=d", "shard_gb=0") == cli.MISTAKE
+    assert "shard_gb is 0" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
+
+
+def test_nothing_of_convert_needs_more_than_its_arguments(folder: Path) -> None:
+    """An opened folder is complete by itself: where it came from may be gone."""
+    assert convert_module.SCHEMA == json.loads((folder / "spinal.json").read_text())["schema"]
+    assert str(folder.parent) not in (folder / "spinal.json").read_text()
