@@ -148,7 +148,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     from spinal_jax.batch import SLOTS
     from spinal_jax.config import AuditConfig, ModelConfig, PromptsConfig
     from spinal_jax.metrics import contraction
-    from spinal_jax.metrics.transport import Lens, lens_stats
+    from spinal_jax.metrics.transport import lens_stats
     from spinal_jax.models.decoder import fold
 
     config = AuditConfig(
@@ -207,7 +207,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     ]
     x, wide = jnp.ones((tokens, width)), jnp.ones((tokens, decoder.mlp_width))
     kept = jax.random.normal(jax.random.key(1), (boundaries, measured_count, width)) / 3
-    unembed, bias = model.unembed_weights()
+    head = model.head()
     lens = partial(lens_stats, pairs=trace.pairs_of(decoder.depth))
     chunk = 512
 
@@ -229,7 +229,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         ),
         "block matmuls": jax.jit(block_matmuls),
         "Gram sums": jax.jit(gram_stage),
-        "transport": jax.jit(lambda x, u, b: lens(Lens(u, b, decoder.final_softcap, 1.0), x)),
+        "transport": jax.jit(lambda model, x: lens(model.head(), x)),
         "transport matmuls": jax.jit(lens_matmuls),
     }
     begin = time.perf_counter()
@@ -241,8 +241,8 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         "block matmuls": seconds(lambda: jit["block matmuls"](x, wide, stack)),
         "forward and Gram sums": seconds(lambda: jit["forward and Gram sums"](model, batch, grams)),
         "Gram sums": seconds(lambda: jit["Gram sums"](grams, states, batch)),
-        "transport": seconds(lambda: jit["transport"](kept, unembed, bias)),
-        "transport matmuls": seconds(lambda: jit["transport matmuls"](kept, unembed)),
+        "transport": seconds(lambda: jit["transport"](model, kept)),
+        "transport matmuls": seconds(lambda: jit["transport matmuls"](kept, head.unembed)),
         "eigenvalues of one boundary": seconds(lambda: contraction.singular_values(rows.T @ rows)),
     }
     return {

@@ -28,7 +28,7 @@ from spinal_jax.config import MetricsConfig
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction, jackknife
 from spinal_jax.metrics.depth import summary, terminal_block
-from spinal_jax.metrics.transport import Lens, LensStats, Pair, lens_stats, turning_angle
+from spinal_jax.metrics.transport import LensStats, Pair, lens_stats, turning_angle
 from spinal_jax.models.decoder import Decoder, Tap
 
 LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
@@ -104,10 +104,8 @@ def audit_step(
         segments=batch.segments,
         lengths=batch.lengths,
     )
-    weight, bias = model.unembed_weights()
     with model.precision():
-        lens = Lens(weight, bias, config.final_softcap, temperature)
-        stats = lens_stats(lens, model.final_norm(kept), pairs_of(config.depth), top_k)
+        stats = lens_stats(model.head(temperature), model.final_norm(kept), pairs_of(config.depth), top_k)
     by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
     sums = jax.tree.map(jnp.add, state.sums, group_sums(stats, by_group))
     # The model's own way to its output, at one position a batch: the last block's result, whole vocabulary at once.

@@ -66,7 +66,13 @@ class Lens:
 
     def logits(self, scores: Array, bias: Array | float) -> Array:
         """From the product with the unembedding, float32."""
-        return softcap(scores + bias, self.cap) / self.temperature
+        z = scores + bias
+        return (z if self.cap is None else self.cap * jnp.tanh(z / self.cap)) / self.temperature
+
+    def read(self, x: Array) -> Array:
+        """float32 [..., V] from x [..., d], the whole vocabulary at once."""
+        scores = jnp.einsum("...d,vd->...v", x, self.unembed, preferred_element_type=jnp.float32)
+        return self.logits(scores, 0.0 if self.bias is None else self.bias.astype(jnp.float32))
 
 
 def lens_stats(lens: Lens, x: Array, pairs: tuple[Pair, ...], top_k: int | None = None) -> LensStats:
@@ -221,7 +227,3 @@ def coarse_distance(
     squared = squared + jnp.square(jnp.sqrt(rest_p) - jnp.sqrt(rest_q))
     return 4 * jnp.arcsin(jnp.minimum(jnp.sqrt(squared) / 2, 1.0))  # the chord of an angle L / 2 is 2 sin(L / 4)
 
-
-def softcap(z: Array, cap: float | None) -> Array:
-    """`cap * tanh(z / cap)`, or `z` where there is no cap."""
-    return z if cap is None else cap * jnp.tanh(z / cap)

@@ -67,9 +67,9 @@ def convert(
             if all(target.has(place.row) for target in targets.values()):
                 advance(sum(target.row_bytes for target in targets.values()))
                 continue
-            tensor = checkpoint.tensor(stored[place.name])
-            for path, part in parts_of(place, tensor, config, shapes):
+            for path, part in parts_of(place, checkpoint.tensor(stored[place.name]), config, shapes):
                 targets[path].write(place.row, part, advance)
+            del part  # before the next tensor is read
     (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
     folders.write_companions(checkpoint, partial)
     write_orbax_metadata(partial, shapes)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.attention import Attention, Layout, PerLayer, layout, per_layer
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.experts import MixtureOfExperts
@@ -189,17 +190,17 @@ class Decoder(nnx.Module):
         weight, bias = self.unembedding.weight, self.unembedding.bias
         return (self.embedding if weight is None else weight)[...], None if bias is None else bias[...]
 
+    def head(self, temperature: float = 1.0) -> Lens:
+        """How logits are read from a normed residual."""
+        return Lens(*self.unembed_weights(), self.config.final_softcap, temperature)
+
     def lens(self, h: Array) -> Array:
         """Logits that the model's own final norm and unembedding read from any boundary, float32 [..., V].
 
         At boundary D these are the model's output.
         """
-        weight, bias = self.unembed_weights()
         with self.precision():
-            z = jnp.einsum("...d,vd->...v", self.final_norm(h), weight, preferred_element_type=jnp.float32)
-        if bias is not None:
-            z = z + bias.astype(jnp.float32)
-        return softcap(z, self.config.final_softcap)
+            return self.head().read(self.final_norm(h))
 
     def precision(self) -> Any:
         """Float32 means float32: TPUs and GPUs would otherwise multiply at lower precision."""
@@ -209,8 +210,3 @@ class Decoder(nnx.Module):
 def look_up(table: Array, index: Array) -> Array:
     """Rows of `table` [n, d]; NaN for an index beyond the last, which by default would silently mean the last."""
     return table.at[index].get(mode="fill", fill_value=jnp.nan)
-
-
-def softcap(z: Array, cap: float | None) -> Array:
-    """`cap * tanh(z / cap)`, or `z` where there is no cap."""
-    return z if cap is None else cap * jnp.tanh(z / cap)

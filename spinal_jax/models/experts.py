@@ -159,7 +159,7 @@ class MixtureOfExperts(nnx.Module):
         assert experts is not None
         stack, width = (*lead, experts.count), config.width
         self.experts = experts
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.router = nnx.Param(normal(rngs, (*stack, width)))
         # Not a Param: DeepSeek moves it by the experts' load, never by a gradient, and weight decay must not touch it.
         self.correction = nnx.Variable(normal(rngs, stack)) if experts.correction_bias else None

@@ -81,12 +81,15 @@ def export(
         for name, members in shards.items():
             with (partial / name).open("wb") as file:
                 file.write(_header(members))
-                for place, source, info in members:
-                    tensor = checkpoint.tensor(source)
-                    parts = [part for _, part in parts_of(place, tensor, config, shapes)]
-                    del tensor  # often a view of it is what goes on
-                    _write(file, place.rule.join(parts, config), info)
-                    advance(math.prod(info.shape) * info.dtype.itemsize)
+                for tensor in members:
+                    read = checkpoint.tensor(tensor.stored)
+                    parts = [part for _, part in parts_of(tensor.place, read, config, shapes)]
+                    del read
+                    joined = tensor.place.rule.join(parts, config)
+                    del parts
+                    _write(file, joined, tensor.info)
+                    del joined  # before the next tensor is read
+                    advance(tensor.size)
     embedding = next(tensor for tensor in planned if tensor.place.paths == ("embedding",))
     described = exported_config(checkpoint.config, embedding.info.dtype)
     (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class ParameterFile:
         inner = shape[lead:]
         pieces = max(1, math.ceil(self.row_bytes / CHUNK_BYTES))
         self.rows = max(1, math.ceil(inner[0] / pieces))  # of the first inner axis, in a chunk
+        self.chunks = (1,) * lead + (self.rows, *inner[1:])
         self._array: ts.TensorStore | None = None
 
     @property
@@ -62,7 +63,7 @@ class ParameterFile:
         if self._array is None:
             metadata = {
                 "shape": self.shape,
-                "chunks": (1,) * self.lead + (self.rows, *self.shape[self.lead + 1 :]),
+                "chunks": self.chunks,
                 "dtype": "bfloat16" if self.dtype == ml_dtypes.bfloat16 else self.dtype.str,
                 "compressor": None,
                 "dimension_separator": ".",
@@ -77,22 +78,14 @@ class ParameterFile:
         """Size of a row."""
         return math.prod(self.shape[self.lead :]) * self.dtype.itemsize
 
-    def chunks(self, row: tuple[int, ...]) -> Iterator[Path]:
-        """The files that hold a row."""
-        count = math.ceil(self.shape[self.lead] / self.rows)
-        rest = (0,) * (len(self.shape) - self.lead - 1)
-        for piece in range(count):
-            yield self.folder / ".".join(map(str, (*row, piece, *rest)))
+    def has(self, row: tuple[int, ...]) -> bool:
+        """Whether a row is written. A file is renamed to its name when it is whole, so being there is enough."""
+        return all(file.exists() for file in chunk_files(self.folder, self.shape, self.chunks, row))
 
     def files(self) -> Iterator[Path]:
         """All files that the parameter has when it is whole."""
         yield self.folder / ".zarray"
-        for row in itertools.product(*map(range, self.shape[: self.lead])):
-            yield from self.chunks(row)
-
-    def has(self, row: tuple[int, ...]) -> bool:
-        """Whether a row is written. A file is renamed to its name when it is whole, so being there is enough."""
-        return all(chunk.exists() for chunk in self.chunks(row))
+        yield from chunk_files(self.folder, self.shape, self.chunks)
 
     def write(self, row: tuple[int, ...], values: np.ndarray, progress: Callable[[int], None]) -> None:
         """Writes a row, little more than WRITE_BYTES of it being copied at a time."""
@@ -103,6 +96,13 @@ class ParameterFile:
             part = values[start : start + step].astype(self.dtype, copy=False)
             target[start : start + len(part)].write(part).result()
             progress(part.nbytes)
+
+
+def chunk_files(folder: Path, shape: Sequence[int], chunks: Sequence[int], row: tuple[int, ...] = ()) -> Iterator[Path]:
+    """The files of a zarr array, or of a `row` of it alone: its first indices, along which a chunk has one entry."""
+    counts = [math.ceil(size / chunk) for size, chunk in zip(shape, chunks, strict=True)]
+    for index in itertools.product(*map(range, counts[len(row) :])):
+        yield folder / ".".join(map(str, (*row, *index)))
 
 
 def write_orbax_metadata(folder: Path, paths: Iterable[str]) -> None:
@@ -162,6 +162,12 @@ class OrbaxFolder:
             raise UserError(f"{self.source} lacks the parameter {path}, which its config.json needs") from error
         if array.shape != shape:
             raise UserError(f"{self.source}: {path} has shape {array.shape}, but its config.json says {shape}")
+        # TensorStore would take a file that is missing for zeros.
+        chunk = array.chunk_layout.read_chunk.shape
+        size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
+        for file in chunk_files(self.folder / STATE / path, shape, chunk):
+            if not file.exists() or file.stat().st_size != size:
+                raise UserError(f"{self.source} is damaged: {file} is missing or cut short")
         return array
 
     def _describe(self) -> dict[str, TensorInfo]:
@@ -184,11 +190,7 @@ class OrbaxFolder:
     def tensor(self, name: str) -> np.ndarray:
         place: Place = self._places[name]
         rows = [self._parameters[path][place.row] for path in place.paths]
-        try:
-            parts = [row.read().result() for row in rows]
-        except ValueError as error:
-            raise UserError(f"{self.source}: the parameter of {name} cannot be read: {error}") from error
-        return place.rule.join(parts, self._decoder)
+        return place.rule.join([row.read().result() for row in rows], self._decoder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from spinal_jax.models.tokenizer import folder_tokenizer

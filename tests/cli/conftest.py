@@ -52,8 +52,13 @@ def write_model() -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model. Nobody may change it."""
-    return _write_model(tmp_path_factory.mktemp("models") / "tiny")
+    """The tiny model, with code beside it that would leave a file `ran` there. Nobody may change it."""
+    folder = _write_model(tmp_path_factory.mktemp("models") / "tiny")
+    (folder / "modeling_evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    for name, cls in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"auto_map": {cls: "modeling_evil.Evil"}}))
+    return folder
 
 
 @pytest.fixture(scope="session")

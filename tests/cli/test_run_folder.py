@@ -32,12 +32,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def finished(start: Start, model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The same audit by two processes at once that hash differently, on a model that would run code if it were let."""
-    (model / "modeling_evil.py").write_text(f"open({str(model / 'ran')!r}, 'w')\n")
-    for name, cls in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
-        content = json.loads((model / name).read_text())
-        content["auto_map"] = {cls: "modeling_evil.Evil"}
-        (model / name).write_text(json.dumps(content))
+    """The same audit by two processes at once that hash differently."""
     work = tmp_path_factory.mktemp("work")
     common = ("audit", f"model.source={model}", f"prompts.path={prompts}", "prompts.format=text")
     processes = [
@@ -183,7 +178,7 @@ def test_a_sweep_writes_a_folder_for_each_value(spinal: Spinal, model: Path, pro
 def test_a_thousand_prompts_of_every_kind(spinal: Spinal, model: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     alphabet = [*"abcdefghijklmnopqrstuvwxyz      ", "é", "ß", "漢", "🙂", "👩‍👩‍👧‍👦", "\u202e", "\x00", "\u2028"]
-    lines = ["".join(rng.choice(alphabet, rng.integers(1, 300))).strip() or "x" for _ in range(1000)]
+    lines = ["".join(rng.choice(alphabet, rng.integers(1, 2001))).strip() or "x" for _ in range(1000)]
     lines[10:900:89] = ["long " * 400, *[""] * 4, *["  \t "] * 5]
     lines[500] = "word " * 20_000
     raw = [line.encode() for line in lines]

@@ -78,7 +78,8 @@ def padded(s: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([s, np.zeros(width - len(s))])
 
 
-# Alpha is promised to 1e-3 whatever the spectrum, and float32 sums come near to that. A float64 sum rounds s_k^2 by eps64 (s_1 / s_k)^2, 2e-8 at a ratio of 1e4.
+# Alpha is promised to 1e-3 whatever the spectrum, and float32 sums come near to that. A float64 sum rounds s_k^2 by
+# eps64 (s_1 / s_k)^2, 2e-8 at a ratio of 1e4.
 PROMISED, FLOAT64 = 1e-3, 1e-7
 
 

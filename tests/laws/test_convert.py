@@ -22,9 +22,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
-from spinal_jax import cli
 from spinal_jax.errors import UserError
-from spinal_jax.models import convert as convert_module
 from spinal_jax.models import folders, orbax
 from spinal_jax.models.checkpoint import open_checkpoint
 from spinal_jax.models.convert import convert
@@ -290,22 +288,22 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path, monkeypatch: pytest.Monkey
     """Not of a stack, nor of several copies: as far as NumPy's own allocations show it."""
     monkeypatch.setattr(orbax, "CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(orbax, "WRITE_BYTES", 1 << 18)
-    sizes = {"hidden_size": 128, "intermediate_size": 4096, "vocab_size": 8192, "num_hidden_layers": 8}
+    sizes = {"hidden_size": 64, "intermediate_size": 8192, "vocab_size": 8192, "num_hidden_layers": 5}
     source = write_model(tmp_path / "model", **sizes)
     checkpoint = open_checkpoint(str(source))
     largest = max(int(np.prod(info.shape)) * info.dtype.itemsize for info in checkpoint.names().values())
-    assert largest == 4 << 20
-    folders_before = parameter_shapes(read_model(checkpoint.config)[1])  # tracing allocates too: once, before
-    assert sum(int(np.prod(s.shape)) for s in folders_before.values()) * 4 > 12 * largest
+    assert largest == 2 << 20
+    shapes = parameter_shapes(read_model(checkpoint.config)[1])  # and tracing, which allocates too, is done once
+    assert max(int(np.prod(s.shape)) for s in shapes.values()) * 4 > 3 * largest
     tracemalloc.start()
     try:
         for out, dtype in (("same", None), ("half", "bfloat16")):
             tracemalloc.reset_peak()
             convert(checkpoint, str(tmp_path / out), dtype=dtype)
-            assert tracemalloc.get_traced_memory()[1] < largest + (2 << 20)
+            assert tracemalloc.get_traced_memory()[1] < largest + (1 << 20)
         tracemalloc.reset_peak()
         export(open_checkpoint(str(source)), str(tmp_path / "export"))
-        assert tracemalloc.get_traced_memory()[1] < largest + (2 << 20)
+        assert tracemalloc.get_traced_memory()[1] < largest + (1 << 20)
     finally:
         tracemalloc.stop()
 
@@ -413,12 +411,13 @@ def test_damaged_folders_are_refused(folder: Path, tmp_path: Path) -> None:
         open_checkpoint(str(copy))
     copy = damaged()
     (copy / "state" / "embedding" / "0.0").unlink()
-    with pytest.raises(UserError, match="embed_tokens.weight cannot be read"):
-        open_checkpoint(str(copy)).tensor("model.embed_tokens.weight")
+    with pytest.raises(UserError, match=r"is damaged: .*embedding/0\.0 is missing or cut short"):
+        open_checkpoint(str(copy))
     copy = damaged()
-    (copy / "state" / "embedding" / "0.0").write_bytes(b"short")
-    with pytest.raises(UserError, match="embed_tokens.weight cannot be read"):
-        open_checkpoint(str(copy)).tensor("model.embed_tokens.weight")
+    up = copy / "state" / "stacks.0.mlp.up.weight" / "2.0.0"
+    up.write_bytes(up.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"2\.0\.0 is missing or cut short"):
+        open_checkpoint(str(copy))
     copy = damaged()
     (copy / "spinal.json").unlink()
     with pytest.raises(UserError, match="that spinal convert did not write"):
@@ -431,34 +430,33 @@ def test_an_orbax_folder_of_another_program_is_refused(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "tree"))
 
 
-def spinal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The command line, in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["spinal", *arguments])
+def test_the_commands(source: Path, folder: Path, tmp_path: Path) -> None:
+    """In one other process, since Hydra and JAX take seconds to start."""
+    commands = [
+        ["convert", f"model.source={source}", "out=a/b"],
+        ["convert", f"model.source={source}", "out=a/b"],
+        ["export", "model.source=a/b", "out=c", "shard_gb=1e-6", "model.dtype=bfloat16"],
+        ["export", "model.source=a/b", "out=d", "shard_gb=0"],
+    ]
+    script = f"""
+import sys
+from spinal_jax import cli
+for arguments in {commands!r}:
+    sys.argv = ["spinal", *arguments]
     try:
         cli.main()
+        print("code 0")
     except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
-
-
-def test_the_commands(
-    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert spinal(monkeypatch, "convert", f"model.source={source}", "out=a/b") == 0
-    assert capsys.readouterr().out == "a/b\n"
+        print("code", stopped.code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["a/b", "code 0", "code 2", "c", "code 0", "code 2"], done.stderr
+    first, second = done.stderr.splitlines()
+    assert first.startswith("spinal: out=a/b already holds a complete checkpoint; set overwrite=true")
+    assert second.startswith("spinal: shard_gb is 0")
     assert contents(tmp_path / "a" / "b") == contents(folder)
-    assert spinal(monkeypatch, "convert", f"model.source={source}", "out=a/b") == cli.MISTAKE
-    assert "set overwrite=true" in capsys.readouterr().err
-    assert spinal(monkeypatch, "export", "model.source=a/b", "out=c", "shard_gb=1e-6", "model.dtype=bfloat16") == 0
-    assert open_checkpoint("c").names()["lm_head.weight"].dtype == BFLOAT16
-    assert len(list(Path("c").glob("model-*.safetensors"))) > 3
-    assert spinal(monkeypatch, "export", "model.source=a/b", "out=d", "shard_gb=0") == cli.MISTAKE
-    assert "shard_gb is 0" in capsys.readouterr().err
+    exported = open_checkpoint(str(tmp_path / "c"))
+    assert {info.dtype for info in exported.names().values()} == {BFLOAT16}
+    assert len(list((tmp_path / "c").glob("model-*.safetensors"))) > 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
-
-
-def test_nothing_of_convert_needs_more_than_its_arguments(folder: Path) -> None:
-    """An opened folder is complete by itself: where it came from may be gone."""
-    assert convert_module.SCHEMA == json.loads((folder / "spinal.json").read_text())["schema"]
-    assert str(folder.parent) not in (folder / "spinal.json").read_text()
