@@ -1,7 +1,7 @@
 """SPINAL in JAX: how a language model's layers contract and transport, measured with error bars.
 
-    trace = spinal_jax.audit("FOLDER")                 # a DepthTrace
-    trace.columns["contraction"], trace.interval("transport")
+trace = spinal_jax.audit("FOLDER")                 # a DepthTrace
+trace.columns["contraction"], trace.interval("transport")
 """
 
 from __future__ import annotations

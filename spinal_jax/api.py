@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16384
-PROGRESS_DELAY = 2.0  # seconds before a bar appears
 WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
 
 
@@ -69,7 +68,7 @@ def audit(
         window, skip, center: as its `metrics.contraction.` settings.
         positions, temperature, top_k: as its `metrics.transport.` settings.
         groups: of prompts, for the jackknife.
-        progress: show progress bars for what takes longer than two seconds.
+        progress: show progress bars.
 
     Returns:
         A `DepthTrace`; its columns are arrays over the D + 1 boundaries. `save_trace(trace, folder)` keeps it.
@@ -110,14 +109,11 @@ Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int]
 
 
 def bars(show: bool) -> Bar:
-    """Opens progress bars for (what, how much, unit), on standard error, for what takes longer than two seconds."""
+    """Opens progress bars for (what, how much, unit)."""
 
     @contextlib.contextmanager
     def bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        scale = total > 10_000
-        with tqdm(
-            total=total, desc=what, unit=unit, unit_scale=scale, delay=PROGRESS_DELAY, disable=not show, leave=False
-        ) as shown:
+        with tqdm(total=total, desc=what, unit=unit, unit_scale=total > 10_000, disable=not show, leave=False) as shown:
             yield lambda amount: (shown.update(amount), None)[1]
 
     return bar

@@ -40,7 +40,7 @@ class TokenBatch:
     counted: Array  # float32 [B, T] 1 where the position counts for contraction
     slots: Array  # int32 [B] the accumulator of the row's group
     measured: Array  # int32 [M] flat index b * T + t of each position that transport measures
-    measured_weight: Array  # float32 [M]
+    measured_weight: Array  # float32 [M] 1 for the real ones, which come first
     measured_group: Array  # int32 [M]
 
 

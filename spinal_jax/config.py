@@ -34,6 +34,9 @@ class ModelConfig:
     name: str | None = None  # shown in reports; default: from the source
     ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
 
+    def __post_init__(self) -> None:
+        _require(bool(self.source.strip()), "model.source", self.source, "a hub id, a folder or a .gguf file")
+
 
 @dataclass(frozen=True)
 class PromptsConfig:
@@ -121,6 +124,9 @@ class SourceConfig:
     dtype: Literal["float32", "bfloat16"] | None = None  # of what is written; null: as the source has it
     name: str | None = None  # not used here; ready-made models state it
     ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source.strip()), "model.source", self.source, "a hub id, a folder or a .gguf file")
 
 
 @dataclass(frozen=True)

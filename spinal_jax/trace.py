@@ -105,7 +105,8 @@ def audit_step(
         lengths=batch.lengths,
     )
     with model.precision():
-        stats = lens_stats(model.head(temperature), model.final_norm(kept), pairs_of(config.depth), top_k)
+        count = jnp.sum(batch.measured_weight > 0, dtype=jnp.int32)
+        stats = lens_stats(model.head(temperature), model.final_norm(kept), pairs_of(config.depth), top_k, count)
     by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
     sums = jax.tree.map(jnp.add, state.sums, group_sums(stats, by_group))
     # The model's own way to its output, at one position a batch: the last block's result, whole vocabulary at once.
@@ -195,7 +196,7 @@ def measure(
             raise AssertionError(
                 f"the lens at the last boundary differs from the model's output by a probability of {gap:.2g}"
             )
-        with bar("spectra", config.depth + 1, "layer") as advance:
+        with bar("spectra", config.depth + 1, "boundary") as advance:
             return _finish(spool, sums, plan, settings, advance)
 
 
@@ -249,8 +250,10 @@ def _finish(
     )
     if np.isnan(whole.columns["contraction"]).all():
         raise UserError(
-            f"{int(total)} measured tokens leave fewer than {contraction.MIN_RANKS} singular values in the window "
-            f"{list(window)} at every boundary; give more or longer prompts, or a wider metrics.contraction.window"
+            f"at every boundary fewer than {contraction.MIN_RANKS} singular values lie above the noise floor, "
+            f"max(N, d) "
+            f"eps32 s_1 with N = {int(total)}, and in the window {list(window)}; choose a wider "
+            f"metrics.contraction.window"
         )
     positions = np.asarray(sums.positions)[used]
 

@@ -20,7 +20,7 @@ from jax import Array
 
 # Logits that exist at a time, all boundaries x a tile of positions x a chunk of vocabulary: about what a CPU core's
 # second-level cache holds on a CPU, enough to fill the machine elsewhere.
-TILE_BYTES = {"cpu": 3 * 2**19}
+TILE_BYTES = {"cpu": 2**20}
 TILE_BYTES_ELSEWHERE = 2**27
 LEAST = -1e30  # a masked logit: finite, so that its product with a mass of 0 is 0
 CHUNK = 512  # least tokens in a chunk of vocabulary, where the tile allows
@@ -75,7 +75,9 @@ class Lens:
         return self.logits(scores, 0.0 if self.bias is None else self.bias.astype(jnp.float32))
 
 
-def lens_stats(lens: Lens, x: Array, pairs: tuple[Pair, ...], top_k: int | None = None) -> LensStats:
+def lens_stats(
+    lens: Lens, x: Array, pairs: tuple[Pair, ...], top_k: int | None = None, count: Array | None = None
+) -> LensStats:
     """Distances, entropies and normalisers of the distributions that the lens reads.
 
     Args:
@@ -84,20 +86,30 @@ def lens_stats(lens: Lens, x: Array, pairs: tuple[Pair, ...], top_k: int | None 
         pairs: which boundaries to compare.
         top_k: tell only the `top_k` likeliest tokens of either distribution apart and count the rest as one, which
             gives a lower bound of each distance; None is exact.
+        count: how many of the M positions matter, the first ones; work on the rest is saved, and what is returned for
+            them has no meaning. None: all.
     """
-    boundaries, count, _ = x.shape
+    boundaries, positions, _ = x.shape
     budget = TILE_BYTES.get(jax.default_backend(), TILE_BYTES_ELSEWHERE) // (4 * boundaries)  # positions x tokens
-    tile = min(count, max(8, budget // CHUNK))
-    tiles = -(-count // tile)
-    tile = -(-count // tiles)  # even tiles
+    tile = min(positions, max(8, budget // CHUNK))
+    tiles = -(-positions // tile)
+    tile = -(-positions // tiles)  # even tiles
     chunks = -(-lens.unembed.shape[0] // max(128, budget // tile))
-    x = jnp.pad(x, ((0, 0), (0, tiles * tile - count), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (0, tiles * tile - positions), (0, 0)))
 
     def one_tile(part: Array) -> LensStats:  # [L, tile, d]
         return _finish(_walk(lens, part, pairs, chunks, top_k or 0), lens, part, pairs, top_k)
 
-    parts = jax.lax.map(one_tile, x.reshape(boundaries, tiles, tile, -1).swapaxes(0, 1))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(a.shape[1], -1)[:, :count], parts)
+    def step(number: Array, found: LensStats) -> LensStats:
+        begin = number * tile
+        stats = one_tile(jax.lax.dynamic_slice_in_dim(x, begin, tile, axis=1))
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, begin, axis=1), found, stats)
+
+    shapes = jax.eval_shape(one_tile, x[:, :tile])
+    empty = jax.tree.map(lambda a: jnp.zeros((a.shape[0], tiles * tile), a.dtype), shapes)
+    needed = tiles if count is None else jnp.minimum(-(-count // tile), tiles)
+    found = jax.lax.fori_loop(0, needed, step, empty)
+    return jax.tree.map(lambda a: a[:, :positions], found)
 
 
 def _walk(lens: Lens, x: Array, pairs: tuple[Pair, ...], chunks: int, top_k: int) -> _Running:
@@ -226,4 +238,3 @@ def coarse_distance(
     squared = jnp.sum(jnp.square(jnp.sqrt(p) - jnp.sqrt(q)), axis=-1)
     squared = squared + jnp.square(jnp.sqrt(rest_p) - jnp.sqrt(rest_q))
     return 4 * jnp.arcsin(jnp.minimum(jnp.sqrt(squared) / 2, 1.0))  # the chord of an angle L / 2 is 2 sin(L / 4)
-

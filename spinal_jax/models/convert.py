@@ -26,7 +26,7 @@ def convert(
 ) -> Path:
     """Writes the checkpoint to `out` and returns its path; `open_checkpoint` opens that like any other.
 
-    One tensor of the checkpoint is in memory at a time, and the copies of some 64 MiB of it. What is done stays when
+    One tensor of the checkpoint is in memory at a time, and copies of some 32 MiB of it. What is done stays when
     the process is killed, under `out` + ".partial", and the same call then goes on from there: the bytes that it ends
     with are those of an uninterrupted one. Beside the parameters stand config.json, the tokenizer's files and
     spinal.json, with the hashes of what was read and of what was written.

@@ -21,6 +21,9 @@ from spinal_jax.models.hf_config import HFConfig
 Split = Callable[[np.ndarray, DecoderConfig], Sequence[np.ndarray]]
 Join = Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]
 
+# A router's correction bias decides which experts run; DeepSeek-V3 keeps it in float32 beside bfloat16 weights.
+KEEP_FLOAT32, FLOAT32 = ".correction", np.dtype(np.float32)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -159,6 +162,10 @@ def load_decoder(
     shapes = parameter_shapes(config)
     wanted = [list(places([rule], config, shapes)) for rule in family.rules(config)]
     stored = stored_names(checkpoint, family, config, [place for group in wanted for place in group], shapes)
+    infos = checkpoint.names()
+    for place in (place for group in wanted for place in group):  # shapes before bytes: an array of no memory each
+        for _ in parts_of(place, np.broadcast_to(np.float32(0), infos[stored[place.name]].shape), config, shapes):
+            pass
     loaded: dict[str, jax.Array] = {}
     for group in wanted:  # a rule at a time: only its stacks are on the host at once
         stacks: dict[str, np.ndarray] = {}
@@ -166,7 +173,7 @@ def load_decoder(
             tensor = checkpoint.tensor(stored[place.name])
             for path, part in parts_of(place, tensor, config, shapes):
                 if path not in stacks:
-                    stacks[path] = np.empty(shapes[path].shape, dtype)
+                    stacks[path] = np.empty(shapes[path].shape, FLOAT32 if path.endswith(KEEP_FLOAT32) else dtype)
                 stacks[path][place.row] = part
                 progress(part.nbytes)
         loaded |= {path: jax.device_put(array) for path, array in stacks.items()}
