@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -113,7 +113,7 @@ def audit_step(
     output = model.lens(last.reshape(-1, config.width)[batch.measured[0]]) / temperature
     logp = model.lens(kept[-1, 0]) / temperature - stats.log_normaliser[-1, 0]
     gap = jnp.max(jnp.abs(jax.nn.softmax(output) - jnp.exp(logp)))
-    return State(grams, sums, jnp.maximum(state.lens_gap, gap))
+    return State(grams, sums, jnp.maximum(state.lens_gap, jnp.where(count > 0, gap, 0.0)))
 
 
 def group_sums(stats: LensStats, by_group: Array) -> Sums:
@@ -144,13 +144,12 @@ class GramSpool:
         self.groups: list[int] = []  # of each record
         self.first: dict[int, np.ndarray] = {}  # group -> [D + 1, d]
 
-    def append(self, group: int, grams: contraction.Grams) -> None:
-        """Stores the sums [D + 1, ...] of one visit to a group."""
-        second = np.asarray(grams.second)
+    def append(self, group: int, grams: contraction.Grams, slot: int) -> None:
+        """Stores the sums of one visit to a group, a boundary at a time."""
         for boundary in range(self.boundaries):
-            self.file.write(np.ascontiguousarray(second[boundary][self.triangle]).data)
+            self.file.write(np.asarray(grams.second[slot, boundary])[self.triangle].data)
         self.groups.append(group)
-        first = np.asarray(grams.first).astype(np.float64)
+        first = np.asarray(grams.first[slot]).astype(np.float64)
         self.first[group] = self.first.get(group, 0) + first
 
     def read(self, boundary: int) -> dict[int, np.ndarray]:
@@ -225,7 +224,7 @@ def _run(
         state = step(model, state, batch)
         jax.block_until_ready(state.lens_gap)
         for visit in complete[number]:
-            spool.append(visit.group, jax.tree.map(lambda x, s=visit.slot: x[s], state.grams))
+            spool.append(visit.group, state.grams, visit.slot)
             state = state._replace(grams=clear(state.grams, visit.slot))
         advance(int((batch.segments > 0).sum()))
     return jax.tree.map(lambda x: np.asarray(x, np.float64), state.sums), float(state.lens_gap)
@@ -239,14 +238,15 @@ def _finish(
     for sequence in plan.sequences:
         by_group[sequence.group] += max(0, len(sequence.ids) - plan.skip)
     used = np.flatnonzero((np.asarray(sums.positions) > 0) & (by_group > 0))
+    drops = used if len(used) > 1 else used[:0]  # without the only group there is nothing
     rows, total = by_group[used], by_group.sum()
     window = settings.contraction.window
-    spectra, spectra_without = _spectra(spool, used, rows, settings.contraction.center, advance)
+    spectra, spectra_without = _spectra(spool, drops, by_group, settings.contraction.center, advance)
     everything = jax.tree.map(lambda x: x.sum(axis=0), sums)
     whole = curve(spectra, int(total), everything, window)
     without = tuple(
-        curve(s, int(total - m), jax.tree.map(lambda x, y, g=g: x - y[g], everything, sums), window)
-        for s, m, g in zip(spectra_without, rows, used, strict=True)
+        curve(s, int(total - by_group[g]), jax.tree.map(lambda x, y, g=g: x - y[g], everything, sums), window)
+        for s, g in zip(spectra_without, drops, strict=True)
     )
     if np.isnan(whole.columns["contraction"]).all():
         raise UserError(
@@ -290,16 +290,16 @@ def curve(spectra: np.ndarray, rows: int, sums: Sums, window: tuple[float, float
 
 
 def _spectra(
-    spool: GramSpool, used: np.ndarray, rows: np.ndarray, center: bool, advance: Callable[[int], None]
+    spool: GramSpool, drops: np.ndarray, rows: np.ndarray, center: bool, advance: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Singular values of all rows [D + 1, d], and without each used group [G, D + 1, d]."""
+    """Singular values of all rows [D + 1, d], and without each of the groups `drops` [len(drops), D + 1, d]; `rows` is
+    how many each group has."""
     whole = np.zeros((spool.boundaries, spool.width))
-    without = np.zeros((len(used), spool.boundaries, spool.width))
-    sizes = dict(zip(used, rows, strict=True))
+    without = np.zeros((len(drops), spool.boundaries, spool.width))
 
     def one(boundary: int, grams: dict[int, np.ndarray], total: np.ndarray, drop: int | None) -> np.ndarray:
         second = total if drop is None else total - grams[drop]
-        count = sum(size for group, size in sizes.items() if group != drop)
+        count = rows.sum() - (0 if drop is None else rows[drop])
         first = sum((f[boundary] for g, f in spool.first.items() if g != drop), np.zeros(spool.width))
         return contraction.singular_values(second, first if center else None, int(count))
 
@@ -308,8 +308,7 @@ def _spectra(
         for boundary in range(spool.boundaries):
             grams = spool.read(boundary)
             total = sum(grams.values(), np.zeros((spool.width, spool.width)))
-            drops: Iterator[int | None] = iter([None, *used])
-            results = list(pool.map(partial(one, boundary, grams, total), drops))
-            whole[boundary], without[:, boundary] = results[0], results[1:]
+            spectra = np.stack(list(pool.map(partial(one, boundary, grams, total), [None, *drops])))
+            whole[boundary], without[:, boundary] = spectra[0], spectra[1:]
             advance(1)
     return whole, without

@@ -300,12 +300,13 @@ def _reference(checkpoint: Checkpoint, config: VerifyConfig) -> Iterator[Any]:
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         except (ValueError, OSError, ImportError) as error:
             raise _Unreadable(f"transformers cannot open it: {' '.join(str(error).split())}") from error
         finally:
             if shown:
                 logging.enable_progress_bar()
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise _Unreadable(f"transformers does not find {missing[0]} in it and would make up random values")
         yield model.eval()

@@ -67,9 +67,11 @@ def convert(
             if all(target.has(place.row) for target in targets.values()):
                 advance(sum(target.row_bytes for target in targets.values()))
                 continue
-            for path, part in parts_of(place, checkpoint.tensor(stored[place.name]), config, shapes):
+            parts = dict(parts_of(place, checkpoint.tensor(stored[place.name]), config, shapes))
+            while parts:  # each is let go before the next tensor is read
+                path, part = parts.popitem()
                 targets[path].write(place.row, part, advance)
-            del part  # before the next tensor is read
+                del part
     (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
     folders.write_companions(checkpoint, partial)
     write_orbax_metadata(partial, shapes)

@@ -88,13 +88,15 @@ class ParameterFile:
         yield from chunk_files(self.folder, self.shape, self.chunks)
 
     def write(self, row: tuple[int, ...], values: np.ndarray, progress: Callable[[int], None]) -> None:
-        """Writes a row, little more than WRITE_BYTES of it being copied at a time."""
+        """Writes a row, little more than WRITE_BYTES of it being copied at a time. UserError where the disk is full."""
         wide = math.prod(values.shape[1:]) * max(values.dtype.itemsize, self.dtype.itemsize)
         step = max(1, WRITE_BYTES // (wide * self.rows)) * self.rows  # whole chunks
-        target = self._store[row]
         for start in range(0, len(values), step):
             part = values[start : start + step].astype(self.dtype, copy=False)
-            target[start : start + len(part)].write(part).result()
+            try:
+                self._store[row][start : start + len(part)].write(part).result()
+            except ValueError as error:  # TensorStore's word for whatever goes wrong with a file
+                raise UserError(f"{self.folder} cannot be written: {str(error).partition(' [')[0]}") from error
             progress(part.nbytes)
 
 
@@ -163,7 +165,7 @@ class OrbaxFolder:
         if array.shape != shape:
             raise UserError(f"{self.source}: {path} has shape {array.shape}, but its config.json says {shape}")
         # TensorStore would take a file that is missing for zeros.
-        chunk = array.chunk_layout.read_chunk.shape
+        chunk: Any = array.chunk_layout.read_chunk.shape
         size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
         for file in chunk_files(self.folder / STATE / path, shape, chunk):
             if not file.exists() or file.stat().st_size != size:

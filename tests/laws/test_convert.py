@@ -386,6 +386,17 @@ def test_sources_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out2.partial").exists()
 
 
+def test_a_disk_that_cannot_be_written(source: Path, folder: Path, tmp_path: Path) -> None:
+    """After the cause is gone the same command goes on."""
+    with killer(after=10) as bar, pytest.raises(Killed):
+        converted(source, tmp_path / "out", bar=bar)
+    state = tmp_path / "out.partial" / "state"
+    (state / "stacks.0.mlp.down.weight").write_text("not a folder")
+    assert "stacks.0.mlp.down.weight cannot be written" in refusal(source, tmp_path / "out")
+    (state / "stacks.0.mlp.down.weight").unlink()
+    assert contents(converted(source, tmp_path / "out")) == contents(folder)
+
+
 def test_keys_that_are_to_be_ignored_are_remembered(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model")
     (source / "config.json").write_text(json.dumps(CONFIG | {"motto": "onward"}))

@@ -129,9 +129,10 @@ def reference(
     turns = [math.nan]
     for i in range(1, depth):
         a, b, c = step[i - 1] / 2, step[i] / 2, fisher_rao(logp[i - 1], logp[i + 1]) / 2
+        moved = (2 * a >= 1e-3) & (2 * b >= 1e-3)
+        a, b, c = a[moved], b[moved], c[moved]
         cosine = (np.cos(c) - np.cos(a) * np.cos(b)) / (np.sin(a) * np.sin(b))
-        angle = math.pi - np.arccos(np.clip(cosine, -1, 1))
-        turns.append(float(np.mean(angle[(2 * a >= 1e-3) & (2 * b >= 1e-3)])))
+        turns.append(float(np.mean(math.pi - np.arccos(np.clip(cosine, -1, 1)))))
     columns["curvature"] = np.array([*turns, math.nan])
     first = depth - math.ceil(depth / 3) + 1
     alpha, steps = columns["contraction"][first:], columns["transport"][first:]
@@ -236,7 +237,10 @@ def test_equal_audits_agree_to_the_byte(model: Decoder, found: Measurement) -> N
 @pytest.mark.parametrize(
     ("fields", "settings"),
     [
-        ({"final_softcap": 2.0, "tied": True}, config(temperature=0.7)),
+        (
+            {"final_softcap": 2.0, "tied": True, "learned_positions": True, "ropes": (), "layer_rope": ()},
+            config(temperature=0.7),
+        ),
         ({"unembed_bias": True, "depth": 3, "windows": (8, 0, 8)}, config(positions="all", center=True)),
         ({"depth": 1}, config()),
     ],
@@ -246,6 +250,19 @@ def test_other_models_and_settings(
 ) -> None:
     model = make_decoder(1, **fields)
     compare(audit(model, pool(), settings).whole, *reference(model, pool(), settings))
+
+
+def test_tokens_that_do_not_move_and_directions_in_the_noise(make_decoder: Callable[..., Decoder]) -> None:
+    """Steps of nothing have no turn, and how many singular values count depends on how many rows there are."""
+    model = make_decoder(windows=(1,) * 7)  # tokens see themselves alone, so that a zero stays one
+    embedding = np.array(model.embedding[...]) * np.geomspace(1, 1e-6, 32, dtype=np.float32)
+    embedding[:100] = 0
+    model.embedding[...] = jnp.asarray(embedding)
+    found = audit(model, pool())
+    compare(found.whole, *reference(model, pool()))
+    assert found.whole.columns["rank"][0] < 32
+    for group, without in zip(FULL, found.without, strict=True):
+        compare(without, *reference(model, [s for s in pool() if s.group != group]))
 
 
 def test_long_prompts_beside_short_ones(make_decoder: Callable[..., Decoder]) -> None:
