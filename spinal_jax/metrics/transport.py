@@ -20,10 +20,10 @@ from jax import Array
 
 # Logits that exist at a time, all boundaries x a tile of positions x a chunk of vocabulary: about what a CPU core's
 # second-level cache holds on a CPU, enough to fill the machine elsewhere.
-TILE_BYTES = {"cpu": 2**20}
+TILE_BYTES = {"cpu": 2**21}
 TILE_BYTES_ELSEWHERE = 2**27
 LEAST = -1e30  # a masked logit: finite, so that its product with a mass of 0 is 0
-CHUNK = 512  # least tokens in a chunk of vocabulary, where the tile allows
+CHUNK = 1024  # least tokens in a chunk of vocabulary, where the tile allows
 
 
 class Pair(NamedTuple):
