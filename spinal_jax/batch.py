@@ -70,8 +70,7 @@ class Positions:
             return Positions(kind, int(count))
         raise UserError(
             f"metrics.transport.positions is {text!r}; it takes last:K, response:K, stride:K (K a whole number "
-            f"above 0) "
-            "or all"
+            "above 0) or all"
         )
 
     def of(self, sequence: TokenSequence) -> np.ndarray:
@@ -253,8 +252,10 @@ def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:
 
 
 def _cut(counts: list[int], height: int) -> list[tuple[int, int]]:
-    """Cuts consecutive rows into batches [a, b) of at most `height` rows and `SLOTS` groups; `counts` is rows a "
-    "group."""
+    """Cuts consecutive rows into batches [a, b) of at most `height` rows and `SLOTS` groups.
+
+    `counts` says how many rows each group has.
+    """
     ends = np.cumsum(counts)
     cuts, start, total = [], 0, int(ends[-1])
     while start < total:

@@ -216,8 +216,10 @@ def turning_angle(before: Array, after: Array, across: Array, least: float = 1e-
 
 
 def merge_top(values: Array, tokens: Array, z: Array, first: Array) -> tuple[Array, Array]:
-    """The K largest of `values` [..., K] (with their `tokens`) and a chunk of logits z [..., v] from token `first` "
-    "on."""
+    """The K largest of `values` [..., K] and a chunk of logits z [..., v], with their tokens.
+
+    `tokens` [..., K] are those of `values`; the chunk's are `first`, `first + 1`, ...
+    """
     count = values.shape[-1]
     here = jnp.broadcast_to(first + jnp.arange(z.shape[-1], dtype=jnp.int32), z.shape)
     every, names = jnp.concatenate([values, z], -1), jnp.concatenate([tokens, here], -1)
