@@ -250,8 +250,7 @@ def plan_prompts(config: AuditConfig, decoder: DecoderConfig, prompts: data.Prom
     if math.floor(high * most) - max(1, math.ceil(low * most)) + 1 < MIN_RANKS:
         raise UserError(
             f"{work.rows} measured tokens of {decoder.width} features leave fewer than {MIN_RANKS} singular values "
-            f"in the "
-            f"window {[low, high]}; give more or longer prompts, or a wider metrics.contraction.window"
+            f"in the window {[low, high]}; give more or longer prompts, or a wider metrics.contraction.window"
         )
     if work.positions == 0:
         raise UserError(
@@ -274,8 +273,8 @@ def start_line(name: str, config: AuditConfig, decoder: DecoderConfig, work: Pla
     return (
         f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {config.model.dtype} | "
         f"{kind} x {count}, mesh 1 x 1 x 1 | {len(work.sequences):,} prompts, {work.tokens:,} tokens in "
-        f"{len(work.batches)} "
-        f"batches, {work.waste:.0%} padding | N = {work.rows:,} rows, 4 d = {4 * decoder.width:,}{enough}"
+        f"{len(work.batches)} batches, {work.waste:.0%} padding | N = {work.rows:,} rows, "
+        f"4 d = {4 * decoder.width:,}{enough}"
     )
 
 
@@ -285,16 +284,12 @@ def caveats(found: Measurement, work: Plan, width: int) -> list[str]:
     if work.rows < 4 * width:
         lines.append(
             f"Only {work.rows} rows for {width} features (N / d = {work.rows / width:.1f}): below 4 the tail of a "
-            f"sampled "
-            "spectrum is steeper than the true one, so contraction reads high."
+            "sampled spectrum is steeper than the true one, so contraction reads high."
         )
     lost = [i for i, a in enumerate(found.whole.columns["contraction"]) if math.isnan(a)]
     if lost:
-        lines.append(
-            f"No contraction at {'boundary' if len(lost) == 1 else 'boundaries'} {', '.join(map(str, lost))}: fewer "
-            f"than "
-            f"{MIN_RANKS} singular values lie in the window."
-        )
+        where = f"{'boundary' if len(lost) == 1 else 'boundaries'} {', '.join(map(str, lost))}"
+        lines.append(f"No contraction at {where}: fewer than {MIN_RANKS} singular values lie in the window.")
     worst = float(np.nanmin(found.whole.columns["fit_r2"]))
     if worst < WEAK_FIT:
         at = int(np.nanargmin(found.whole.columns["fit_r2"]))

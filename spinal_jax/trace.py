@@ -251,9 +251,8 @@ def _finish(
     if np.isnan(whole.columns["contraction"]).all():
         raise UserError(
             f"at every boundary fewer than {contraction.MIN_RANKS} singular values lie above the noise floor, "
-            f"max(N, d) "
-            f"eps32 s_1 with N = {int(total)}, and in the window {list(window)}; choose a wider "
-            f"metrics.contraction.window"
+            f"max(N, d) eps32 s_1 with N = {int(total)}, and in the window {list(window)}; choose a wider "
+            "metrics.contraction.window"
         )
     positions = np.asarray(sums.positions)[used]
 
