@@ -157,7 +157,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     )
     prompts = data.read_prompts(args.prompts, args.format, limit=args.limit)
     with api.opened(config.model) as (checkpoint, family, decoder):
-        plan = api.plan_prompts(config, decoder, prompts, checkpoint)
+        plan = api.plan_prompts(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
         model = api.load(checkpoint, family, decoder, config.model.dtype)
     batch = next(iter(plan))
     height, length = batch.tokens.shape

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from spinal_jax import data
 from spinal_jax.batch import Plan, Positions, TokenSequence, plan
-from spinal_jax.config import AuditConfig, ModelConfig, PromptsConfig, build
+from spinal_jax.config import AuditConfig, MetricsConfig, ModelConfig, PromptsConfig, build
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.contraction import MIN_RANKS
 from spinal_jax.metrics.depth import terminal_block
@@ -129,40 +129,80 @@ def run_audit(
     bar = bar or bars(False)
     prompts = _prompts(config.prompts, texts)
     with opened(config.model) as (checkpoint, family, decoder):
-        work = plan_prompts(config, decoder, prompts, checkpoint)
+        work = plan_prompts(
+            prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics, config.batch_tokens
+        )
         name = config.model.name or model_name(config.model.source)
         if say:
             say(start_line(name, config, decoder, work))
         model = load(checkpoint, family, decoder, config.model.dtype, bar)
         digest, revision = checkpoint.sha256(), checkpoint.revision
     found = measure(model, work, config.metrics, bar)
-    warnings = caveats(found, work, decoder.width)
-    settings = config.metrics
+    return depth_trace(
+        model_record(name, config.model.source, revision, config.model.dtype, digest),
+        prompts_record(prompts, config.prompts),
+        decoder,
+        config.metrics,
+        work,
+        found,
+    )
+
+
+def model_record(name: str, source: str, revision: str | None, dtype: str, sha256: str) -> dict[str, Any]:
+    """What a trace says of a model beside its shape; of a folder or file only the last part of the path."""
+    return {
+        "name": name,
+        "source": Path(source).name or source,
+        "revision": revision,
+        "dtype": dtype,
+        "sha256": sha256,
+    }
+
+
+def prompts_record(prompts: data.PromptSet, config: PromptsConfig) -> dict[str, Any]:
+    """What a trace says of its prompts beside how many tokens they have."""
+    return {
+        "source": Path(prompts.source).name,
+        "format": prompts.format,
+        "count": len(prompts.prompts),
+        "skipped_empty": prompts.skipped_empty,
+        "max_length": config.max_length,
+        "chat_template": config.chat_template,
+        "sha256": prompts.sha256,
+    }
+
+
+def depth_trace(
+    model: dict[str, Any],
+    prompts: dict[str, Any],
+    decoder: DecoderConfig,
+    settings: MetricsConfig,
+    work: Plan,
+    found: Measurement,
+) -> DepthTrace:
+    """The trace of a measurement: `measure(weights, work, settings)` of a model that may be in memory alone.
+
+    Args:
+        model: as from `model_record`.
+        prompts: as from `prompts_record`.
+        decoder: the model's shape.
+        settings, work, found: what `measure` was given, and what it returned.
+    """
     return DepthTrace(
         model={
-            "name": name,
-            "source": Path(config.model.source).name or config.model.source,
-            "revision": revision,
+            **model,
             "family": decoder.family,
             "parameters": sum(math.prod(shape.shape) for shape in parameter_shapes(decoder).values()),
             "layers": decoder.depth,
             "width": decoder.width,
             "vocabulary": decoder.vocab_size,
-            "dtype": config.model.dtype,
-            "sha256": digest,
         },
         prompts={
-            "source": Path(prompts.source).name,
-            "format": prompts.format,
-            "count": len(prompts.prompts),
-            "skipped_empty": prompts.skipped_empty,
+            **prompts,
             "groups": len(found.rows),
             "tokens": work.tokens,
             "rows": work.rows,
             "positions": work.positions,
-            "max_length": config.prompts.max_length,
-            "chat_template": config.prompts.chat_template,
-            "sha256": prompts.sha256,
         },
         settings={
             "window": list(settings.contraction.window),
@@ -181,7 +221,7 @@ def run_audit(
             "degrees_of_freedom": len(found.rows) - 1,
         },
         environment=environment(),
-        warnings=tuple(warnings),
+        warnings=tuple(caveats(found, work, decoder.width)),
         arrays={
             "singular_values": found.singular_values,
             "groups/singular_values": found.singular_values_without.astype(np.float32),
@@ -223,16 +263,21 @@ def _prompts(config: PromptsConfig, texts: Sequence[str] | None) -> data.PromptS
     return data.PromptSet(kept, "a list of texts", "text", len(texts) - len(kept), digest)
 
 
-def plan_prompts(config: AuditConfig, decoder: DecoderConfig, prompts: data.PromptSet, checkpoint: Checkpoint) -> Plan:
+def plan_prompts(
+    prompts: data.PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+    decoder: DecoderConfig,
+    asked: PromptsConfig,
+    settings: MetricsConfig,
+    batch_tokens: int | None = None,
+) -> Plan:
     """Tokenises and packs. UserError where too few tokens are left for a fit at any layer."""
-    tokenizer = checkpoint.tokenizer()
-    settings, groups = config.metrics, config.metrics.groups
-    limit = config.prompts.max_length
+    limit, groups = asked.max_length, settings.groups
     if decoder.learned_positions and limit > decoder.max_positions:
         raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
     sequences = []
     for prompt in prompts.prompts:
-        ids = data.token_ids(prompt, tokenizer, limit, config.prompts.chat_template)
+        ids = data.token_ids(prompt, tokenizer, limit, asked.chat_template)
         if len(ids):
             sequences.append(TokenSequence(ids, data.group_of(prompt.text, groups)))
     if not sequences:
@@ -241,9 +286,7 @@ def plan_prompts(config: AuditConfig, decoder: DecoderConfig, prompts: data.Prom
         raise UserError(
             f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
         )
-    batch_tokens = config.batch_tokens or (
-        CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS
-    )
+    batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS)
     work = plan(sequences, Positions.parse(settings.transport.positions), settings.contraction.skip, batch_tokens)
     low, high = settings.contraction.window
     most = min(work.rows, decoder.width)

@@ -84,7 +84,7 @@ def pairs_of(depth: int) -> tuple[Pair, Pair, Pair]:
 def audit_step(
     model: Decoder, state: State, batch: TokenBatch, *, temperature: float, top_k: int | None, groups: int
 ) -> State:
-    """Adds one batch to the sums. Pure; jitted by `measure` with `state` donated."""
+    """Adds one batch to the sums. Pure."""
     config = model.config
     measured = batch.measured.shape[0]
 
@@ -133,6 +133,15 @@ def group_sums(stats: LensStats, by_group: Array) -> Sums:
         total(counts.astype(jnp.float32), before=1, behind=1),
         total(terminal)[:, 0],
     )
+
+
+# Compiled once for the shapes of a model and a batch, however often `measure` is called; `state` is donated.
+_audit_step = jax.jit(audit_step, static_argnames=("temperature", "top_k", "groups"), donate_argnames="state")
+
+
+@partial(jax.jit, donate_argnames="grams")
+def _clear(grams: contraction.Grams, slot: int) -> contraction.Grams:
+    return jax.tree.map(lambda x: x.at[slot].set(0), grams)
 
 
 class GramSpool:
@@ -212,20 +221,18 @@ def _run(
         Sums(zeros(groups), zeros(by), zeros(by), zeros(by), zeros(by), zeros(groups)),
         zeros(()),
     )
-    step = jax.jit(
-        partial(audit_step, temperature=settings.transport.temperature, top_k=settings.transport.top_k, groups=groups),
-        donate_argnames="state",
-    )
-    clear = jax.jit(lambda grams, slot: jax.tree.map(lambda x: x.at[slot].set(0), grams), donate_argnames="grams")
+    transport = settings.transport
     complete: dict[int, list[Visit]] = defaultdict(list)
     for visit in plan.visits:
         complete[visit.last_batch].append(visit)
     for number, batch in enumerate(plan):
-        state = step(model, state, batch)
+        state = _audit_step(
+            model, state, batch, temperature=transport.temperature, top_k=transport.top_k, groups=groups
+        )
         jax.block_until_ready(state.lens_gap)
         for visit in complete[number]:
             spool.append(visit.group, state.grams, visit.slot)
-            state = state._replace(grams=clear(state.grams, visit.slot))
+            state = state._replace(grams=_clear(state.grams, visit.slot))
         advance(int((batch.segments > 0).sum()))
     return jax.tree.map(lambda x: np.asarray(x, np.float64), state.sums), float(state.lens_gap)
 

@@ -341,7 +341,7 @@ def test_the_scratch_file_is_gone_afterwards(model: Decoder, scratch: list[Any],
 def test_a_lens_that_is_not_the_models_output_stops_the_audit(
     make_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch, scratch: list[Any], tmp_path: Path
 ) -> None:
-    model = make_decoder(final_softcap=2.0)
+    model = make_decoder(final_softcap=2.5)  # a cap of its own, because the step stays compiled
     original = Decoder.lens
 
     def uncapped(self: Decoder, h: jax.Array) -> jax.Array:
@@ -361,6 +361,20 @@ def test_parameters_that_are_not_numbers_stop_the_audit(make_decoder: Callable[.
     model.embedding[...] = model.embedding[...].at[:].set(jnp.nan)
     with pytest.raises(AssertionError, match="differs from the model's output"):
         audit(model, pool())
+
+
+def test_a_second_audit_of_equal_shapes_compiles_nothing(
+    make_decoder: Callable[..., Decoder], caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiled(seed: int) -> list[str]:
+        model = make_decoder(seed, depth=4)
+        caplog.clear()
+        with jax.log_compiles():
+            audit(model, pool())
+        return [r.message for r in caplog.records if r.message.startswith("Compiling")]
+
+    assert any("audit_step" in line for line in compiled(0))
+    assert not compiled(1)
 
 
 def test_progress_counts_every_token_and_boundary(model: Decoder) -> None:
