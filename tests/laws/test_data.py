@@ -261,7 +261,7 @@ def message(call: Callable[[], object]) -> str:
         call()
     said = str(caught.value)
     assert "\n" not in said
-    assert said.endswith(".")
+    assert not said.endswith(".")
     return said
 
 
