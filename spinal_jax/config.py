@@ -19,7 +19,8 @@ from spinal_jax.errors import UserError
 T = TypeVar("T")
 
 
-def _require(condition: bool, path: str, value: object, right: str) -> None:
+def require(condition: bool, path: str, value: object, right: str) -> None:
+    """UserError, unless `condition`: the setting `path` is `value`, and takes what `right` says."""
     if not condition:
         raise UserError(f"{path} is {value!r}; it takes {right}")
 
@@ -35,7 +36,7 @@ class ModelConfig:
     ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
 
     def __post_init__(self) -> None:
-        _require(bool(self.source.strip()), "model.source", self.source, "a hub id, a folder or a .gguf file")
+        require(bool(self.source.strip()), "model.source", self.source, "a hub id, a folder or a .gguf file")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class PromptsConfig:
     """Which prompts."""
 
     path: str | None = None  # null: the pool that ships with the package
-    format: Literal["jsonl", "hh", "text"] = "jsonl"
+    format: Literal["jsonl", "hh", "text", "world"] = "jsonl"
     field: str = "prompt"  # of a jsonl row
     limit: int | None = None  # rows
     offset: int = 0  # rows
@@ -51,9 +52,9 @@ class PromptsConfig:
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit > 0, "prompts.limit", self.limit, "a number above 0, or null for all")
-        _require(self.offset >= 0, "prompts.offset", self.offset, "0 or more rows to pass over")
-        _require(self.max_length > 1, "prompts.max_length", self.max_length, "2 or more tokens")
+        require(self.limit is None or self.limit > 0, "prompts.limit", self.limit, "a number above 0, or null for all")
+        require(self.offset >= 0, "prompts.offset", self.offset, "0 or more rows to pass over")
+        require(self.max_length > 1, "prompts.max_length", self.max_length, "2 or more tokens")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class ContractionConfig:
     def __post_init__(self) -> None:
         low, high = self.window
         right = "two fractions [lo, hi] with 0 <= lo < hi <= 1"
-        _require(0 <= low < high <= 1, "metrics.contraction.window", list(self.window), right)
-        _require(self.skip >= 0, "metrics.contraction.skip", self.skip, "0 or more tokens")
+        require(0 <= low < high <= 1, "metrics.contraction.window", list(self.window), right)
+        require(self.skip >= 0, "metrics.contraction.skip", self.skip, "0 or more tokens")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class TransportConfig:
 
     def __post_init__(self) -> None:
         Positions.parse(self.positions)
-        _require(self.temperature > 0, "metrics.transport.temperature", self.temperature, "a number above 0")
-        _require(
+        require(self.temperature > 0, "metrics.transport.temperature", self.temperature, "a number above 0")
+        require(
             self.top_k is None or self.top_k > 0, "metrics.transport.top_k", self.top_k, "null or a number above 0"
         )
 
@@ -96,7 +97,22 @@ class MetricsConfig:
     groups: int = 16  # of prompts, for the jackknife
 
     def __post_init__(self) -> None:
-        _require(2 <= self.groups <= 1024, "metrics.groups", self.groups, "a number from 2 to 1024")
+        require(2 <= self.groups <= 1024, "metrics.groups", self.groups, "a number from 2 to 1024")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How devices share the work: data x fsdp x tensor; -1 takes the devices that are left."""
+
+    data: int = -1  # rows of a batch
+    fsdp: int = 1  # rows of a batch, and parameters
+    tensor: int = 1  # parameters: heads, inner features, vocabulary
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            require(size == -1 or size > 0, f"parallel.{name}", size, "a number above 0, or -1 for what is left")
+        require(list(sizes.values()).count(-1) < 2, "parallel", sizes, "-1 for one axis at most")
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,7 @@ class AuditConfig:
     overwrite: bool = False  # replace a complete run
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.batch_tokens is None or self.batch_tokens > 0, "batch_tokens", self.batch_tokens, "null or above 0"
         )
 
@@ -126,7 +142,7 @@ class SourceConfig:
     ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
 
     def __post_init__(self) -> None:
-        _require(bool(self.source.strip()), "model.source", self.source, "a hub id, a folder or a .gguf file")
+        require(bool(self.source.strip()), "model.source", self.source, "a hub id, a folder or a .gguf file")
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,7 @@ class ExportConfig:
     overwrite: bool = False  # replace a checkpoint that was written there before
 
     def __post_init__(self) -> None:
-        _require(self.shard_gb > 0, "shard_gb", self.shard_gb, "a number of gigabytes above 0")
+        require(self.shard_gb > 0, "shard_gb", self.shard_gb, "a number of gigabytes above 0")
 
 
 @dataclass(frozen=True)
@@ -162,9 +178,9 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         right = "float32 here: rounding to bfloat16 would hide what is to be found"
-        _require(self.model.dtype == "float32", "model.dtype", self.model.dtype, right)
-        _require(self.tolerance is None or self.tolerance > 0, "tolerance", self.tolerance, "null or a number above 0")
-        _require(self.kl_tolerance > 0, "kl_tolerance", self.kl_tolerance, "a number of nats above 0")
+        require(self.model.dtype == "float32", "model.dtype", self.model.dtype, right)
+        require(self.tolerance is None or self.tolerance > 0, "tolerance", self.tolerance, "null or a number above 0")
+        require(self.kl_tolerance > 0, "kl_tolerance", self.kl_tolerance, "a number of nats above 0")
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -206,22 +222,23 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = (a for a in arguments if a is not type(None))
-        return _value(inner, value, path)
+        kinds = [a for a in arguments if a is not type(None)]
+        listed = isinstance(value, (list, tuple))
+        return _value(next((a for a in kinds if (typing.get_origin(a) is tuple) == listed), kinds[0]), value, path)
     if is_dataclass(hint):
-        _require(isinstance(value, Mapping), path, value, f"settings such as {path}.{fields(hint)[0].name}")
+        require(isinstance(value, Mapping), path, value, f"settings such as {path}.{fields(hint)[0].name}")
         return build(typing.cast(type, hint), value, path)
     if origin is Literal:
-        _require(value in arguments, path, value, " or ".join(map(str, arguments)))
+        require(value in arguments, path, value, " or ".join(map(str, arguments)))
         return value
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), path, value, "a list")
+        require(isinstance(value, (list, tuple)), path, value, "a list")
         if arguments[-1] is Ellipsis:
             return tuple(_value(arguments[0], v, path) for v in value)
-        _require(len(value) == len(arguments), path, value, f"a list of {len(arguments)}")
+        require(len(value) == len(arguments), path, value, f"a list of {len(arguments)}")
         return tuple(_value(a, v, path) for a, v in zip(arguments, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, names[hint])
+    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, names[hint])
     return value

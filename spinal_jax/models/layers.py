@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,14 +16,17 @@ from spinal_jax.models.config import Activation, DecoderConfig
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` for `x` [..., in]."""
+    """`x @ weight.T + bias` for `x` [..., in], and what an adapter adds (`spinal_jax.models.lora`)."""
 
     def __init__(self, out: int, width: int, *, bias: bool, lead: tuple[int, ...] = (), rngs: nnx.Rngs):
         self.weight = nnx.Param(normal(rngs, (*lead, out, width)))
         self.bias = nnx.Param(jnp.zeros((*lead, out), jnp.float32)) if bias else None
+        self.adapter: Callable[[Array], Array] | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        if self.adapter is not None:
+            y = y + self.adapter(x)
         return y if self.bias is None else y + self.bias[...]
 
 
