@@ -314,7 +314,8 @@ def _compose(command: str, arguments: list[str], job: Job) -> None:
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()
 
-    sys.argv = [f"spinal {command}", *arguments]
+    groups = _groups(command)
+    sys.argv = [f"spinal {command}", *(_in_hydras_words(argument, groups) for argument in arguments)]
     try:
         hydra.main(version_base="1.3", config_path=str(_conf()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -364,7 +365,21 @@ class Setting(NamedTuple):
 
 
 _LINE = re.compile(r"( *)(\w+):(?: +(.+?))??(?: +# (.+))?")
-_GROUP = re.compile(r" +- (\w+)(?:@([\w.]+))?: (\w+)")
+_GROUP = re.compile(r" +- /?(\w+)(?:@([\w.]+))?: (\w+)")
+
+
+def _groups(command: str) -> dict[str, str]:
+    """What is set from files of conf/, such as `reference` -> the folder of those files, such as `model`."""
+    lines = (_conf() / f"{command}.yaml").read_text(encoding="utf-8").splitlines()
+    return {found[2] or found[1]: found[1] for line in lines if (found := _GROUP.fullmatch(line))}
+
+
+def _in_hydras_words(argument: str, groups: dict[str, str]) -> str:
+    """The argument, and where it chooses a file for a group that borrows another's, `reference=FILE`, with that
+    other's name, `model@reference=FILE`: Hydra would take what was written for a text to put in the group's place."""
+    name, equals, file = argument.partition("=")
+    folder = groups.get(name, name)
+    return argument if folder == name or not equals else f"{folder}@{name}={file}"
 
 
 def _settings(file: Path, prefix: str = "") -> Iterator[Setting]:
@@ -385,6 +400,13 @@ def _settings(file: Path, prefix: str = "") -> Iterator[Setting]:
                 yield Setting(f"{above[-1][1]}{key}", found[3], found[4] or "")
 
 
+def _listed(name: str, options: list[str], width: int) -> list[str]:
+    """`  name=this|that`, in as many lines as it takes."""
+    text = f"{name}{'| '.join(options)}"
+    lines = textwrap.wrap(text, width - 2, subsequent_indent=" " * len(name), break_on_hyphens=False)
+    return [f"  {line.replace('| ', '|')}" for line in lines]
+
+
 def _names(command: str) -> list[str]:
     """Every name that can be overridden: settings and the groups they lie in."""
     names = [setting.name for setting in _settings(_conf() / f"{command}.yaml")]
@@ -403,13 +425,15 @@ def _help(command: str) -> str:
         meaning = textwrap.wrap(setting.meaning, width) or [""]
         lines.append(f"  {setting.name:<{name}}  {setting.default:<{default}}  {meaning[0]}".rstrip())
         lines += [" " * indent + line for line in meaning[1:]]
-    groups = []
-    for group in sorted({setting.name.partition(".")[0] for setting in settings if "." in setting.name}):
-        options = sorted(file.stem for file in (_conf() / group).glob("*.yaml"))
-        if len(options) > 1:
-            groups.append(f"  {group}={'|'.join(options)}")
-    if groups:
-        lines += ["", "groups of settings", *groups]
+    groups: dict[str, list[str]] = {}
+    for group, folder in sorted(_groups(command).items()):
+        groups.setdefault(folder, []).append(group)
+    options = {folder: sorted(file.stem for file in (_conf() / folder).glob("*.yaml")) for folder in groups}
+    if any(len(files) > 1 for files in options.values()):
+        lines += ["", "groups of settings"]
+    for folder, names in groups.items():
+        if len(options[folder]) > 1:
+            lines += _listed(" or ".join(f"{name}=" for name in names), options[folder], width + indent)
     lines += ["", "where it writes, and sweeps"]
     if f"dir: runs/{command}/" in (_conf() / f"{command}.yaml").read_text(encoding="utf-8"):
         lines.append(f"  hydra.run.dir=DIR     the run folder; runs/{command}/DATE_TIME unless said")

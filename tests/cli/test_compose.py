@@ -1,0 +1,102 @@
+"""Every file of conf/, under every command that takes it, composes to settings that the command's record accepts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from spinal_jax import cli, config
+from spinal_jax.errors import UserError
+
+CONF = cli._conf()
+COMMANDS = sorted(file.stem for file in CONF.glob("*.yaml"))
+MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+
+
+@contextmanager
+def composing(folder: Path = CONF) -> Iterator[Callable[..., dict[str, Any]]]:
+    """`settings(command, argument, ...)`: what Hydra makes of them, with a text for each setting that is missing."""
+
+    def settings(command: str, *arguments: str) -> dict[str, Any]:
+        found = compose(command, [cli._in_hydras_words(argument, cli._groups(command)) for argument in arguments])
+        for name in OmegaConf.missing_keys(found):
+            OmegaConf.update(found, name, "given")
+        values = OmegaConf.to_container(found, resolve=True)
+        assert isinstance(values, dict)
+        return {str(key): value for key, value in values.items()}
+
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        yield settings
+
+
+def build(command: str, settings: dict[str, Any]) -> Any:
+    return config.build(getattr(config, f"{command.title()}Config"), settings)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_file_of_every_group_builds_the_record(command: str) -> None:
+    assert command in cli.COMMANDS
+    with composing() as settings:
+        plain = settings(command)
+        build(command, plain)
+        for group, folder in cli._groups(command).items():
+            files = sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
+            assert files
+            for file in files:
+                chosen = settings(command, f"{group}={file}")
+                record = build(command, chosen)
+                if folder == "model" and file != "any":
+                    assert re.fullmatch(HUB_ID, getattr(record, group).source)
+                    # A model says which checkpoint it is; how it is read stays the command's own.
+                    assert {**chosen[group], "source": None} == {**plain[group], "source": None}, file
+
+
+def test_models_name_different_checkpoints_and_models_that_exist() -> None:
+    texts = {name: (CONF / "model" / f"{name}.yaml").read_text() for name in MODELS if name != "any"}
+    sources = [re.findall(r"^source: (\S+)$", text, re.MULTILINE) for text in texts.values()]
+    assert all(len(found) == 1 for found in sources)
+    assert len({found[0] for found in sources}) == len(sources)
+    for name, text in texts.items():
+        for base in re.findall(r"^# Trained further from (\S+)\.$", text, re.MULTILINE):
+            assert base in texts, name
+            assert base != name
+
+
+def test_a_second_group_is_filled_from_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "conf"
+    shutil.copytree(CONF, folder)
+    (folder / "pair.yaml").write_text(
+        "defaults:\n  - model: any\n  - /model@reference: any\n  - _self_\n  - override hydra/job_logging: none\n"
+        "  - override hydra/hydra_logging: none\n\n"
+        f"hydra:\n  output_subdir: null\n  run:\n    dir: {tmp_path}\n"
+    )
+    monkeypatch.setattr(cli, "_conf", lambda: folder)
+    monkeypatch.setitem(cli.COMMANDS, "pair", cli.Command(lambda command, arguments: None, "", ""))
+    seen: list[dict[str, Any]] = []
+
+    def run(*arguments: str) -> dict[str, Any]:
+        cli._compose("pair", list(arguments), lambda settings, out: seen.append(settings))
+        return seen[-1]
+
+    settings = run("model=zephyr-7b-dpo", "reference=zephyr-7b-sft", "reference.dtype=bfloat16")
+    assert settings["model"]["source"] == "alignment-handbook/zephyr-7b-dpo-full"
+    assert settings["model"]["dtype"] == "float32"
+    assert settings["reference"] == settings["model"] | {
+        "source": "alignment-handbook/zephyr-7b-sft-full",
+        "dtype": "bfloat16",
+    }
+    assert run("model.source=m", "reference.source=r")["reference"]["source"] == "r"
+    with pytest.raises(UserError, match=r"Could not find 'model/nobody'"):
+        run("model=phi-2", "reference=nobody")
+    helped = cli._help("pair").splitlines()
+    assert any(line.startswith("  reference.source ") for line in helped)
+    assert sum("model= or reference=any|" in line for line in helped) == 1
