@@ -1,0 +1,89 @@
+"""Reads documents for language modelling, and cuts them into the pieces a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spinal_jax.data.pairs import Completion
+from spinal_jax.data.rows import asked, digest, field_of, json_object, rows, text_of
+from spinal_jax.data.spans import encode
+from spinal_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FORMATS = ("text", "jsonl")
+
+
+@dataclass(frozen=True)
+class DocumentSet:
+    """The documents of one file in file order; `skipped_empty` counts blank lines and documents of white space alone.
+
+    `sha256` is the `rows.digest` of the texts.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    format: str
+    skipped_empty: int
+    sha256: str
+
+
+def read_documents(
+    path: str | Path, format: str = "text", field: str = "text", limit: int | None = None, offset: int = 0
+) -> DocumentSet:
+    """The documents of rows `offset` to `offset + limit` of a file, gzipped if it ends in `.gz`.
+
+    Formats: `text`, one document a line as it stands; `jsonl`, one JSON object a line of which `field` is the document.
+
+    Raises `UserError` if the file cannot be read, a row is not of the format (the line is named), or nothing is left.
+    """
+    if format not in _FORMATS:
+        raise UserError(f"documents.format={format!r} is unknown; choose one of {', '.join(_FORMATS)}")
+    source = str(path)
+    texts: list[str] = []
+    skipped = 0
+    for row in rows(path, source, "documents", offset, limit):
+        text = row.text
+        if text and format == "jsonl":
+            text = text_of(field_of(json_object(row, " or documents.format=text"), field, row.where), field, row.where)
+        if text.strip():
+            texts.append(text)
+        else:
+            skipped += 1
+    if not texts:
+        wanted = asked(offset, limit)
+        raise UserError(
+            f"{source!r} has no document among the rows asked for ({wanted}; {skipped} empty ones left out)"
+        )
+    return DocumentSet(tuple(texts), source, format, skipped, digest(texts))
+
+
+def tokenise_documents(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Completion, ...]:
+    """The token ids of every document, in pieces of at most `max_length`, of which all but the first token is predicted.
+
+    A document has the tokenizer's default special tokens, and its EOS at the end. A longer one is cut into pieces that
+    each begin with the last token of the one before: every token but a document's first is predicted once. A document
+    of a single token is left out.
+
+    Raises `UserError` if `max_length` < 2 or no document has two tokens.
+    """
+    if max_length < 2:
+        raise UserError(f"documents.max_length={max_length} leaves no token to predict; give 2 or more")
+    eos: Any = tokenizer.eos_token_id
+    pieces: list[Completion] = []
+    for ids, _ in encode(texts, tokenizer, special=True):
+        if eos is not None and ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        for first in range(0, len(ids) - 1, max_length - 1):
+            pieces.append(Completion(np.asarray(ids[first : first + max_length], dtype=np.int32), 1))
+    if not pieces:
+        raise UserError(f"none of the {len(texts)} documents has two tokens, so there is nothing to predict")
+    return tuple(pieces)
