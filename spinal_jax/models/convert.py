@@ -52,7 +52,7 @@ def convert(
     dtypes: dict[str, np.dtype] = {}
     leads: dict[str, int] = {}
     for place in wanted:
-        own = folders.written_dtype(checkpoint, stored[place.name], dtype)
+        own = folders.written_dtype(checkpoint, stored[place.name], place, dtype)
         for path in place.paths:
             dtypes[path] = wider(own, dtypes.get(path, own))
             leads[path] = len(place.row)

@@ -72,7 +72,7 @@ def export(
     planned: list[_Planned] = []
     for place in sorted(wanted, key=lambda place: place.name):
         name = stored[place.name]
-        own = folders.written_dtype(checkpoint, name, dtype)
+        own = folders.written_dtype(checkpoint, name, place, dtype)
         planned.append(_Planned(place, name, TensorInfo(checkpoint.names()[name].shape, own)))
     record = folders.source_record(checkpoint, SCHEMA, dtype, ignore_keys, bar)
     partial = folders.begin(folder, record, overwrite, resume=False)

@@ -17,6 +17,7 @@ from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:
     from spinal_jax.models.checkpoint import Checkpoint
+    from spinal_jax.models.translate import Place
 
 Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
 
@@ -48,6 +49,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def check_out(out: str, source: str, overwrite: bool) -> Path:
     """The absolute path of an output folder that may be written; UserError where something would be lost."""
     folder, origin = Path(out).expanduser().absolute(), Path(source).expanduser()
+    replaced = _replaced(folder)
+    if replaced.exists() and read_record(replaced) is None and (not replaced.is_dir() or any(replaced.iterdir())):
+        raise UserError(f"{replaced} is in the way and was not written by spinal; move it elsewhere")
     if origin.exists():
         inner, outer = folder.resolve(), origin.resolve()
         if inner == outer or outer in inner.parents:
@@ -87,7 +91,7 @@ def begin(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool
                     "that one, or set overwrite=true to discard it"
                 )
             if not (same and resume):
-                shutil.rmtree(partial)
+                _discard(partial)
         partial.mkdir(parents=True, exist_ok=True)
         _write_record(partial, {**record, "sha256": None})
     except OSError as error:
@@ -98,12 +102,30 @@ def begin(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool
 def finish(partial: Path, folder: Path, record: Mapping[str, Any]) -> None:
     """Makes `partial` whole, `record` now having the "sha256", and moves it to `folder`, in place of what is there."""
     _write_record(partial, record)
-    replaced = folder.with_name(f"{folder.name}.replaced")
+    replaced = _replaced(folder)
     if folder.exists() and any(folder.iterdir()):
+        if replaced.exists():
+            _discard(replaced)
         os.rename(folder, replaced)
     os.rename(partial, folder)
-    if replaced.exists() and read_record(replaced) is not None:  # perhaps of a run that was killed right here
-        shutil.rmtree(replaced)
+    if replaced.exists():  # perhaps of a run that was killed right here
+        _discard(replaced)
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the folder that is replaced stands until the new one has its name."""
+    return folder.with_name(f"{folder.name}.replaced")
+
+
+def _discard(folder: Path) -> None:
+    """Deletes a folder of ours, its record last: killed in between, what is left of it can still be told to be ours."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != RECORD:
+            path.unlink()
+    (folder / RECORD).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
@@ -128,12 +150,17 @@ def source_record(
     }
 
 
-def written_dtype(checkpoint: Checkpoint, name: str, dtype: str | None) -> np.dtype:
-    """The dtype in which a tensor is written, `dtype` or else its own. UserError where it holds no plain numbers."""
+def written_dtype(checkpoint: Checkpoint, name: str, place: Place, dtype: str | None) -> np.dtype:
+    """The dtype in which the tensor of a place is written: its own, or `dtype` unless it is one that stays float32.
+
+    `name` is what the checkpoint calls it. UserError where it holds no plain numbers.
+    """
     own = checkpoint.names()[name].dtype
     if not jnp.issubdtype(own, jnp.floating) or own.itemsize < 2:
         raise UserError(f"{checkpoint.source}: {name} has the dtype {own}; weights must be floats of 16 bits or more")
-    return own if dtype is None else np.dtype(jnp.dtype(dtype))
+    if dtype is None:
+        return own
+    return np.dtype(np.float32) if place.keeps_float32 else np.dtype(jnp.dtype(dtype))
 
 
 def write_companions(checkpoint: Checkpoint, folder: Path) -> None:

@@ -104,6 +104,11 @@ class Place:
     paths: tuple[str, ...]  # full paths of our parameters
     row: tuple[int, ...]  # (block within its stack, expert), as far as the rule has them
 
+    @property
+    def keeps_float32(self) -> bool:
+        """Whether it fills a parameter that is float32 in a model of any dtype."""
+        return any(path.endswith(KEEP_FLOAT32) for path in self.paths)
+
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of every parameter of the decoder, stacked over depth; nothing is allocated."""

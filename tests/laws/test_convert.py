@@ -260,6 +260,47 @@ def test_killed_while_it_takes_the_place_of_another(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
+@pytest.mark.parametrize("deleted", [0, 1, 3, 6])  # entries of the seven that the folder has
+def test_killed_while_it_clears_what_was_there(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
+) -> None:
+    """What is half deleted is still known as ours, when an old folder goes and when what another run left does."""
+    other = write_model(tmp_path / "other", seed=1)
+    out = converted(other, tmp_path / "out")
+
+    def dying(left: int) -> None:
+        rmtree, unlink = shutil.rmtree, Path.unlink
+
+        def count(remove: Callable[..., None]) -> Callable[..., None]:
+            def counting(path: Path, *more: Any, **options: Any) -> None:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Killed
+                remove(path, *more, **options)
+
+            return counting
+
+        monkeypatch.setattr(folders.shutil, "rmtree", count(rmtree))
+        monkeypatch.setattr(Path, "unlink", count(unlink))
+
+    dying(deleted)
+    with pytest.raises(Killed):
+        converted(source, out, overwrite=True)
+    monkeypatch.undo()
+    assert contents(out) == contents(folder)
+    assert contents(converted(other, out, overwrite=True)) != contents(folder)
+
+    with killer(after=10) as bar, pytest.raises(Killed):
+        converted(other, tmp_path / "new", bar=bar)
+    dying(deleted % 2)  # it has state/ and the record
+    with pytest.raises(Killed):
+        converted(source, tmp_path / "new", overwrite=True)
+    monkeypatch.undo()
+    assert contents(converted(source, tmp_path / "new", overwrite=True)) == contents(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other", "out"]
+
+
 def test_a_real_sigkill(source: Path, folder: Path, tmp_path: Path) -> None:
     """In another process, which dies within a write."""
     script = f"""
@@ -337,9 +378,10 @@ def test_what_is_not_ours_is_never_replaced(source: Path, tmp_path: Path, overwr
     file = tmp_path / "file"
     file.write_text("work")
     assert "was not written by spinal" in refusal(source, file, overwrite=overwrite)
-    shutil.move(mine, tmp_path / "new.partial")
-    assert "is in the way" in refusal(source, tmp_path / "new", overwrite=overwrite)
-    assert (tmp_path / "new.partial" / "thesis.tex").exists()
+    for before, name in (("out", "new.partial"), ("new.partial", "new.replaced")):
+        shutil.move(tmp_path / before, tmp_path / name)
+        assert f"{name} is in the way" in refusal(source, tmp_path / "new", overwrite=overwrite)
+        assert (tmp_path / name / "thesis.tex").exists()
 
 
 def test_an_empty_folder_may_be_named(source: Path, folder: Path, tmp_path: Path) -> None:

@@ -123,6 +123,34 @@ def test_the_dtype_that_is_written_is_the_one_that_config_json_says(tmp_path: Pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "after").dtype == torch.bfloat16
 
 
+def test_the_bias_that_chooses_experts_stays_float32(tmp_path: Path) -> None:
+    """Rounded to bfloat16 it would send tokens elsewhere; Hugging Face keeps it, and so do both that we write."""
+    random_model(config_of("deepseek_v3", 0)).save_pretrained(tmp_path / "before")
+    before = open_checkpoint(str(tmp_path / "before"))
+    biases = {name for name in before.names() if name.endswith("e_score_correction_bias")}
+    assert biases
+    ours = convert(before, str(tmp_path / "ours"), dtype="bfloat16")
+    for folder in (ours, export(before, str(tmp_path / "hf"), dtype="bfloat16"), export_of(ours, tmp_path / "hf2")):
+        after = open_checkpoint(str(folder))
+        for name, info in after.names().items():
+            assert info.dtype == (np.float32 if name in biases else ml_dtypes.bfloat16), name
+        for name in biases:
+            values = before.tensor(name)
+            assert (values.astype(ml_dtypes.bfloat16) != values).any()
+            assert after.tensor(name).tobytes() == values.tobytes()
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    loaded = {name: tensor for name, tensor in model.state_dict().items() if name in biases}
+    assert loaded.keys() == biases
+    for name, tensor in loaded.items():
+        assert tensor.dtype == torch.float32
+        assert tensor.numpy().tobytes() == before.tensor(name).tobytes()
+
+
+def export_of(folder: Path, out: Path) -> Path:
+    return export(open_checkpoint(str(folder)), str(out), dtype="bfloat16")
+
+
 def test_one_model_from_four_sources_has_one_trace(tmp_path: Path, byte_level: Any) -> None:  # noqa: F811
     keys = {key: value for key, value in byte_level_keys(byte_level).items() if key.startswith("tokenizer.")}
     vocabulary = len(keys["tokenizer.ggml.tokens"])
