@@ -1,0 +1,102 @@
+"""All sharding: which devices there are, how they are arranged, and where every array lies.
+
+A mesh has three axes: `data` (rows of a batch), `fsdp` (rows too, and parameters along one dimension) and `tensor`
+(parameters along the other). Models hold no sharding of their own; the rules below say it once, by the path of a
+parameter, and XLA's partitioner does the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spinal_jax.config import ParallelConfig
+from spinal_jax.errors import UserError
+
+T = TypeVar("T")
+
+AXES = ("data", "fsdp", "tensor")
+ROOTS = ("embedding", "positions", "stacks", "final_norm", "unembedding")
+LARGE = 1 << 22  # elements from which a parameter must not lie whole on every device of a mesh that shards
+
+# (paths, axes of the last dimensions); what no rule names is small and lies whole on every device.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r".*norm\.(weight|bias)", ()),
+    (r"embedding|unembedding\.weight", ("tensor", "fsdp")),  # [V, d]
+    (r"positions", (None, "fsdp")),  # [T, d]
+    (r".*\b(out|down)\.weight|.*\bdown", ("fsdp", "tensor")),  # [d, inner]
+    (r".*\.weight", ("tensor", "fsdp")),  # [inner, d]
+    (r".*\b(gate|up)", ("tensor", "fsdp")),  # [.., inner, d] of experts
+    (r".*\badapter\.a", (None, "fsdp")),
+    (r".*\badapter\.b", ("fsdp", None)),
+)
+
+
+def make_mesh(config: ParallelConfig) -> Mesh:
+    """The devices as data x fsdp x tensor; one axis may be -1, which takes what is left.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    count = jax.device_count()
+    known = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count:
+        asked = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
+        raise UserError(f"parallel is {asked}, but there are {count} devices; -1 for one axis takes what is left")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lies. A dimension that an axis does not divide is not split along it.
+
+    Raises:
+        UserError: a large parameter would lie whole on every device of a mesh that is there to split it.
+    """
+    axes: tuple[str | None, ...] = next((axes for rule, axes in RULES if re.fullmatch(rule, path)), ())
+    axes = axes[-len(shape) :] if len(shape) else ()
+    axes = (None,) * (len(shape) - len(axes)) + axes
+    fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)]
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    if split > 1 and math.prod(shape) >= LARGE and not any(axis and mesh.shape[axis] > 1 for axis in fitting):
+        raise UserError(
+            f"{path} {list(shape)} would lie whole on each of {mesh.size} devices: fsdp {mesh.shape['fsdp']} and "
+            f"tensor {mesh.shape['tensor']} do not divide it; choose sizes that do"
+        )
+    return NamedSharding(mesh, PartitionSpec(*fitting))
+
+
+def shard_parameters(tree: T, mesh: Mesh) -> T:
+    """Parameters by path, or a tree that holds such dictionaries (an optimiser's moments), placed by RULES."""
+
+    def place(path: Any, leaf: Array) -> Array:
+        names = [str(getattr(key, "key", key)) for key in path]
+        name = next((name for name in reversed(names) if name.partition(".")[0] in ROOTS), "")
+        return jax.device_put(leaf, parameter_sharding(mesh, name, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def shard_rows(tree: T, mesh: Mesh) -> T:
+    """Host arrays of a batch on the devices: matrices [R, ..] split by rows over data and fsdp, vectors whole."""
+    by_rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.device_put(x, by_rows if np.ndim(x) > 1 else whole), tree)
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """How many devices share the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def replicated(tree: T, mesh: Mesh) -> T:
+    """Whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,52 @@
+"""The optimiser: optax, by the names people use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import optax
+from jax import Array
+
+from spinal_jax.train.config import OptimizerConfig
+
+UNDECAYED = re.compile(r".*norm\.weight|.*\.bias|.*correction")
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of optimiser step 0, 1, ...: a linear rise over the warm-up, then the named decay to 0 at
+    `steps`."""
+    warmup = min(config.warmup_steps, steps)
+    rest = max(1, steps - warmup)
+    after: optax.Schedule
+    match config.schedule:
+        case "linear":
+            after = optax.linear_schedule(config.learning_rate, 0.0, rest)
+        case "cosine":
+            after = optax.cosine_decay_schedule(config.learning_rate, rest)
+        case "constant":
+            after = optax.constant_schedule(config.learning_rate)
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def decayed(parameters: Mapping[str, Array]) -> dict[str, bool]:
+    """Which parameters weight decay applies to: all but norms and biases."""
+    return {name: UNDECAYED.fullmatch(name) is None for name in parameters}
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then the named method. Its moments are float32, like the parameters."""
+    rate, decay = schedule(config, steps), config.weight_decay
+    match config.name:
+        case "adamw":
+            method = optax.adamw(rate, config.beta1, config.beta2, config.eps, weight_decay=decay, mask=decayed)
+        case "adafactor":
+            method = optax.adafactor(rate, weight_decay_rate=decay or None, weight_decay_mask=decayed)
+        case "lion":
+            method = optax.lion(rate, config.beta1, config.beta2, weight_decay=decay, mask=decayed)
+        case "sgd":
+            method = optax.chain(optax.add_decayed_weights(decay, decayed), optax.sgd(rate, config.beta1 or None))
+    return method if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), method)
