@@ -140,7 +140,8 @@ def source_record(
     with bar("hash source", 1, "source") as advance:
         digest = checkpoint.sha256()
         advance(1)
-    name = Path(checkpoint.source).name if Path(checkpoint.source).exists() else checkpoint.source
+    origin = Path(checkpoint.source).expanduser()
+    name = origin.resolve().name if origin.exists() else checkpoint.source  # "." has no name of its own
     return {
         "schema": schema,
         "source": {"name": name, "kind": checkpoint.kind, "revision": checkpoint.revision, "sha256": digest},

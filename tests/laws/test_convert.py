@@ -125,7 +125,9 @@ def test_the_same_tensors_come_back(source: Path, folder: Path) -> None:
         after.tensor("model.layers.9.mlp.up_proj.weight")
 
 
-def test_the_record_says_what_was_read_and_written(source: Path, folder: Path) -> None:
+def test_the_record_says_what_was_read_and_written(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = json.loads((folder / "spinal.json").read_text())
     sha256 = open_checkpoint(str(source)).sha256()
     assert record["source"] == {"name": "model", "kind": "huggingface", "revision": None, "sha256": sha256}
@@ -133,6 +135,8 @@ def test_the_record_says_what_was_read_and_written(source: Path, folder: Path) -
     for name in ("tokenizer_config.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
     assert not list(source.parent.glob("*.partial"))
+    monkeypatch.chdir(source)
+    assert contents(converted(Path("."), tmp_path / "from_here")) == contents(folder)
 
 
 def test_orbax_itself_reads_it_into_any_sharding(source: Path, folder: Path) -> None:
