@@ -140,7 +140,7 @@ class DepthTrace:
 
     def to_json(self) -> str:
         """The text of trace.json: equal traces give equal bytes; NaN is null; `arrays` are not in it."""
-        sections = {name: _ordered(getattr(self, name), keys) for name, keys in SECTIONS.items()}
+        sections = {name: ordered(getattr(self, name), keys) for name, keys in SECTIONS.items()}
         document: dict[str, Any] = {"schema": SCHEMA}
         for name in ("model", "prompts", "settings"):
             document[name] = sections[name]
@@ -148,7 +148,7 @@ class DepthTrace:
         for name in ("columns", "summary", "environment"):
             document[name] = sections[name]
         document["warnings"] = list(self.warnings)
-        lines = ",\n".join(f"  {json.dumps(key)}: {_two_levels(value)}" for key, value in document.items())
+        lines = ",\n".join(f"  {json.dumps(key)}: {two_levels(value)}" for key, value in document.items())
         return "{\n" + lines + "\n}\n"
 
     @classmethod
@@ -167,7 +167,7 @@ class DepthTrace:
             raise UserError(f"the trace says schema {schema!r}; this version of spinal_jax reads {SCHEMA!r}")
         try:
             sections = {name: dict(document[name]) for name in SECTIONS}
-            sections["columns"] = {name: _floats(name, values) for name, values in sections["columns"].items()}
+            sections["columns"] = {name: floats(name, values) for name, values in sections["columns"].items()}
             sections["summary"] = {name: _number(name, value) for name, value in sections["summary"].items()}
             trace = cls(**sections, warnings=tuple(document["warnings"]), arrays=arrays or {})
         except KeyError as error:
@@ -217,7 +217,7 @@ class DepthTrace:
             mean = number(inside.mean()) if len(inside) else "–"
             mean = self._with_half(name) if name in self.summary else f"{mean} {unit}".rstrip()
             label = name.replace("_", " ")
-            body.append(f"<tr><th>{label}</th><td>{_sparkline(values, first)}</td><td>{mean}</td><td>{span}</td></tr>")
+            body.append(f"<tr><th>{label}</th><td>{sparkline(values, first)}</td><td>{mean}</td><td>{span}</td></tr>")
         model, prompts = self.model, self.prompts
         heading = f"{model['name']} · {self.depth} blocks · {prompts['count']:,} prompts · {prompts['rows']:,} rows"
         path = ", ".join(
@@ -320,22 +320,22 @@ def _frozen(values: np.ndarray) -> np.ndarray:
     return view
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as JSON can hold it: NaN -> None, arrays and tuples -> lists, mappings by sorted key."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(value[key]) for key in sorted(value)}
+        return {str(key): plain(value[key]) for key in sorted(value)}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _ordered(section: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: _plain(section[key]) for key in (*keys, *sorted(set(section) - set(keys)))}
+def ordered(section: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: plain(section[key]) for key in (*keys, *sorted(set(section) - set(keys)))}
 
 
-def _two_levels(value: Any) -> str:
+def two_levels(value: Any) -> str:
     """JSON with one line per key of a section, so that a trace diffs well and a column stays on its line."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False)
@@ -343,7 +343,7 @@ def _two_levels(value: Any) -> str:
     return "{\n" + lines + "\n  }"
 
 
-def _floats(name: str, values: Any) -> np.ndarray:
+def floats(name: str, values: Any) -> np.ndarray:
     known = isinstance(values, list) and all(type(value) in (float, int, type(None)) for value in values)
     if not known:
         raise ValueError(f"column {name} is not a list of numbers and nulls")
@@ -358,7 +358,7 @@ def _number(name: str, value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _sparkline(values: np.ndarray, first: int, width: int = 180, height: int = 30) -> str:
+def sparkline(values: np.ndarray, first: int, width: int = 180, height: int = 30) -> str:
     """A column over depth as a small inline SVG in the text's colour, the terminal block shaded."""
     seen = values[np.isfinite(values)]
     if not len(seen):

@@ -12,8 +12,6 @@ N = 4096 and by the square of N less above. Fewer rows get a float64 sum (`gram_
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,9 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-EPS32 = float(np.finfo(np.float32).eps)
+from spinal_jax.metrics.tail import EPS32 as EPS32
+from spinal_jax.metrics.tail import MIN_RANKS as MIN_RANKS
+from spinal_jax.metrics.tail import TailFit as TailFit
+from spinal_jax.metrics.tail import effective_rank as effective_rank
+from spinal_jax.metrics.tail import tail_fit as tail_fit
+
 STRIPES = 4  # a Gram matrix is symmetric: its lower triangle in this many stripes costs 62 % of the whole
-MIN_RANKS = 8  # fewer in the window give no number
 FLOAT32_ROWS = 8192  # and at least 4 d: then a float32 Gram sum keeps alpha within 1e-3, whatever the spectrum
 
 
@@ -80,43 +82,3 @@ def singular_values(second: np.ndarray, first: np.ndarray | None = None, rows: i
         mean = first.astype(np.float64) / rows
         gram = gram - rows * np.outer(mean, mean)
     return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0))
-
-
-@dataclass(frozen=True)
-class TailFit:
-    """A line through part of a log-log spectrum. NaN where fewer than MIN_RANKS ranks lie in the window."""
-
-    alpha: float  # minus the slope
-    r2: float
-    quadratic: float  # coefficient of (log k)^2 when a parabola is fitted instead; 0 for a straight line
-    rank: int  # singular values above the numerical noise
-    low: int  # first rank fitted, counted from 1
-    high: int  # last rank fitted
-    intercept: float  # of log s on log k
-
-
-def tail_fit(s: np.ndarray, rows: int, window: tuple[float, float]) -> TailFit:
-    """Fits the window `(lo, hi)` of the spectrum `s` [d], descending, of `rows` hidden states.
-
-    Ranks k from `max(1, ceil(lo r))` to `floor(hi r)`, r the numerical rank: ordinary least squares of log s_k on log
-    k.
-    """
-    rank = int(np.sum(s > max(rows, len(s)) * EPS32 * s[0])) if s[0] > 0 else 0
-    low, high = max(1, math.ceil(window[0] * rank)), math.floor(window[1] * rank)
-    if high - low + 1 < MIN_RANKS:
-        return TailFit(math.nan, math.nan, math.nan, rank, low, high, math.nan)
-    x, y = np.log(np.arange(low, high + 1)), np.log(s[low - 1 : high])
-    mean_x, mean_y = x.mean(), y.mean()
-    dx, dy = x - mean_x, y - mean_y
-    slope = float(dx @ dy / (dx @ dx))
-    residual, spread = dy - slope * dx, float(dy @ dy)
-    bend = dx * dx
-    bend = bend - bend.mean() - (bend @ dx) / (dx @ dx) * dx  # what a parabola has that no line has
-    r2 = 1 - float(residual @ residual) / spread if spread > 0 else math.nan
-    return TailFit(-slope, r2, float(bend @ residual / (bend @ bend)), rank, low, high, float(mean_y - slope * mean_x))
-
-
-def effective_rank(s: np.ndarray) -> float:
-    """exp of the entropy of s / sum(s): how many directions share the spectrum (Roy and Vetterli 2007; RankMe)."""
-    p = s[s > 0] / np.sum(s)
-    return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan

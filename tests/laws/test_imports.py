@@ -29,6 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "trace": {"errors", "batch", "config", "metrics", "models", "reading", "spectra"},
     "data": {"errors"},
     "result": {"errors"},
+    "comparison": {"errors", "result"},
+    "paired": {"errors", "metrics", "result"},
+    "robustness": {"errors", "metrics", "result", "paired"},
+    "compare": {"errors", "metrics", "result", "comparison", "paired", "robustness"},
     "report": {"errors", "result"},
     "runs": {"errors", "result", "report"},
     "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
@@ -38,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Libraries that only these parts may import, and only inside a function.
 RESERVED = {"hydra": {"cli"}, "omegaconf": {"cli"}, "torch": {"verify"}}
-WITHOUT_JAX = ("errors", "result", "report", "data", "__init__")  # a saved trace is read and drawn where no JAX is
+# Saved traces are read, compared and drawn where no JAX is.
+WITHOUT_JAX = ("errors", "result", "comparison", "compare", "report", "data", "__init__")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

@@ -1,0 +1,271 @@
+"""What changed between two checkpoints, as a frozen record, and its file forms: JSON, CSV and safetensors."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from spinal_jax.errors import UserError
+from spinal_jax.result import floats, number, ordered, plus_minus, sparkline, two_levels, write_whole
+
+SCHEMA = "spinal-comparison/1"
+METRICS = ("contraction", "transport", "entropy", "curvature", "effective_rank")  # of one checkpoint, compared
+BOTH = ("policy_distance", "gradient_norm")  # that only both models in memory give
+UNITS = {"transport": "rad", "entropy": "nats", "curvature": "rad", "policy_distance": "rad"}
+
+# fmt: off
+_WITH_INTERVAL = ("delta_align", "delta_contraction", "delta_transport", "coherence", "coherence_reference",
+                  "gradient_concentration", "spinal_score")
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "aligned": ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256"),
+    "reference": ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256"),
+    "prompts": ("source", "count", "groups", "rows", "positions", "sha256"),
+    "settings": ("depth", "same_prompts", "weights"),
+    "columns": (*(f"delta_{name}{end}" for name in METRICS for end in ("", "_low", "_high", "_p", "_p_holm")),
+                *(f"{name}{end}" for name in BOTH for end in ("", "_low", "_high")),
+                *(f"{side}_{name}{end}" for side in ("aligned", "reference") for name in METRICS
+                  for end in ("", "_low", "_high"))),
+    "summary": ("verdict", "sentence", "terminal", "delta_align", "delta_align_se", "delta_align_low",
+                "delta_align_high", "p_value", "p_value_by",
+                *(f"{name}{end}" for name in _WITH_INTERVAL[1:] for end in ("", "_low", "_high")),
+                "degrees_of_freedom", "gradient_apart", "localisation"),
+    "robustness": ("sentence", "holds", "of", "settings"),
+}
+# fmt: on
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """What `spinal_jax.compare` found, by boundary 0..D and for the terminal block (docs/method.md).
+
+    Attributes:
+      aligned, reference: the two models, as in their traces. prompts, settings: what both were measured on, and how.
+      columns: name -> float64 [D+1], NaN where undefined. `delta_X` is X of the aligned model minus X of the
+        reference, `_low` and `_high` its 95 % interval, `_p` its p-value by sign flips, `_p_holm` the same after
+        Holm's correction over boundaries. `policy_distance` in radians; `gradient_norm` of block l at boundary l.
+        `aligned_X` and `reference_X` are the two depth traces.
+      summary: numbers of the terminal block with their intervals, and the verdict: "contraction", "expansion", "no
+        detectable change", or "undetermined" where there is no interval.
+      robustness: the same under other settings of the measurement; `settings` is a list of records.
+      warnings: sentences that a reader of the numbers must know.
+      arrays: "groups/delta_align" [G] and "groups/delta_X" [G, D+1]: pseudo-values, what each group by itself says.
+
+    Raises:
+      ValueError: a section lacks a key, or columns differ in length.
+    """
+
+    aligned: Mapping[str, Any]
+    reference: Mapping[str, Any]
+    prompts: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    columns: Mapping[str, np.ndarray]
+    summary: Mapping[str, Any]
+    robustness: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for section, keys in SECTIONS.items():
+            missing = [key for key in keys if key not in getattr(self, section)]
+            if missing:
+                raise ValueError(f"{section} has no {', '.join(missing)}")
+        columns = {name: np.array(values, np.float64) for name, values in self.columns.items()}
+        shape = columns["delta_contraction"].shape
+        for name, values in columns.items():
+            values.flags.writeable = False
+            if values.ndim != 1 or len(values) < 2 or values.shape != shape:
+                raise ValueError(
+                    f"column {name} has shape {values.shape}; every column has one value per boundary, {shape}"
+                )
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "warnings", tuple(self.warnings))
+
+    @property
+    def boundaries(self) -> int:
+        """D + 1."""
+        return len(self.columns["delta_contraction"])
+
+    @property
+    def depth(self) -> int:
+        """D, the number of decoder blocks."""
+        return self.boundaries - 1
+
+    @property
+    def terminal(self) -> tuple[int, int]:
+        """First and last boundary of the terminal block, both included."""
+        first, last = self.summary["terminal"]
+        return int(first), int(last)
+
+    @property
+    def verdict(self) -> str:
+        return str(self.summary["verdict"])
+
+    def to_json(self) -> str:
+        """The text of comparison.json: equal comparisons give equal bytes; NaN is null; `arrays` are not in it."""
+        sections = {name: ordered(getattr(self, name), keys) for name, keys in SECTIONS.items()}
+        document: dict[str, Any] = {"schema": SCHEMA}
+        for name in ("aligned", "reference", "prompts", "settings"):
+            document[name] = sections[name]
+        document["boundaries"] = self.boundaries
+        for name in ("columns", "summary", "robustness"):
+            document[name] = sections[name]
+        document["warnings"] = list(self.warnings)
+        lines = ",\n".join(f"  {json.dumps(key)}: {two_levels(value)}" for key, value in document.items())
+        return "{\n" + lines + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, arrays: Mapping[str, np.ndarray] | None = None) -> Comparison:
+        """The inverse of `to_json`.
+
+        Raises:
+          UserError: not JSON, another schema version, or a section, key or length that does not fit the schema.
+        """
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"the comparison is not valid JSON: {error}") from error
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if schema != SCHEMA:
+            raise UserError(f"the comparison says schema {schema!r}; this version of spinal_jax reads {SCHEMA!r}")
+        try:
+            sections = {name: dict(document[name]) for name in SECTIONS}
+            sections["columns"] = {name: floats(name, values) for name, values in sections["columns"].items()}
+            for name in ("summary", "robustness"):
+                sections[name] = _undefined(sections[name])
+            found = cls(**sections, warnings=tuple(document["warnings"]), arrays=arrays or {})
+        except KeyError as error:
+            raise UserError(f"the comparison is malformed: it has no {error.args[0]}") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the comparison is malformed: {error}") from error
+        if (said := document.get("boundaries")) != found.boundaries:
+            raise UserError(
+                f"the comparison is malformed: it says {said} boundaries, its columns have {found.boundaries}"
+            )
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Long form: one dict per metric and boundary; NaN where a metric has no interval or p-value."""
+        nothing = np.full(self.boundaries, math.nan)
+        ends = ("low", "high", "p", "p_holm")
+        rows = []
+        for metric, values in self.columns.items():
+            if metric.endswith(tuple(f"_{end}" for end in ends)):
+                continue
+            beside = {end: self.columns.get(f"{metric}_{end}", nothing) for end in ends}
+            for at in range(self.boundaries):
+                row = {"boundary": at, "relative_depth": at / self.depth, "metric": metric, "value": float(values[at])}
+                rows.append(row | {end: float(column[at]) for end, column in beside.items()})
+        return rows
+
+    def __repr__(self) -> str:
+        first, last = self.terminal
+        lines = [
+            f"Comparison of {self.aligned['name']} with {self.reference['name']}: {self.verdict}",
+            f"  {self.summary['sentence']}",
+            f"  parts     means of boundaries {first}..{last}: contraction {self.shown('delta_contraction')}, "
+            f"transport {self.shown('delta_transport')} rad",
+            f"  score     SPINALScore {self.shown('spinal_score')}: Delta_align {self.shown('delta_align')}, coherence "
+            f"{self.shown('coherence')}, gradient share {self.shown('gradient_concentration')}",
+            f"  where     {self._where()}",
+            f"  settings  {self.robustness['sentence']}",
+        ]
+        return "\n".join(lines + [f"  warning   {warning}" for warning in self.warnings])
+
+    def _where(self) -> str:
+        parts = []
+        for name, at in self.summary["localisation"].items():
+            if not math.isnan(at["share"]):
+                run = f"{at['run'][0]}..{at['run'][1]}"
+                parts.append(f"{name.replace('_', ' ')} {at['share']:.0%} (even {at['share_even']:.0%}), run {run}")
+        return "in the terminal block " + "; ".join(parts) if parts else "nothing changed anywhere"
+
+    def shown(self, name: str) -> str:
+        """A number of the summary with half of its 95 % interval, for people."""
+        value = float(self.summary[name])
+        return plus_minus(value, (self.summary[f"{name}_high"] - self.summary[f"{name}_low"]) / 2)
+
+    def _repr_html_(self) -> str:
+        first, last = self.terminal
+        body = []
+        for name in (*(f"delta_{metric}" for metric in METRICS), *BOTH):
+            values, unit = self.columns[name], UNITS.get(name.removeprefix("delta_"), "")
+            inside = values[first : last + 1]
+            inside = inside[np.isfinite(inside)]
+            mean = f"{number(inside.mean())} {unit}".rstrip() if len(inside) else "–"  # noqa: RUF001
+            p = self.columns.get(f"{name}_p_holm")
+            sure = "" if p is None else f"{int(np.sum(p < 0.05))} of {int(np.isfinite(p).sum())}"
+            label = name.replace("_", " ")
+            body.append(f"<tr><th>{label}</th><td>{sparkline(values, first)}</td><td>{mean}</td><td>{sure}</td></tr>")
+        notes = "".join(f"<div>⚠ {html.escape(warning)}</div>" for warning in self.warnings)
+        names = html.escape(f"{self.aligned['name']} − {self.reference['name']}")  # noqa: RUF001
+        return (
+            f"<div><b>{names}: {html.escape(self.verdict)}</b><div>{html.escape(self.summary['sentence'])}</div>"
+            f"<table><thead><tr><th></th><th>boundary 0 to {self.depth}</th><th>mean of {first}..{last}</th>"
+            f"<th>p &lt; 0.05 (Holm)</th></tr></thead><tbody>{''.join(body)}</tbody></table>"
+            f"<div>{html.escape(self.robustness['sentence'])}</div>{notes}</div>"
+        )
+
+
+def load_comparison(path: str | os.PathLike[str]) -> Comparison:
+    """The comparison of a run folder, or of a comparison.json; its arrays come from comparison.safetensors beside it.
+
+    Raises:
+      UserError: nothing there, another schema version, or a file that cannot be read.
+    """
+    path = Path(path)
+    file = path / "comparison.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"no comparison at {path}: give a run folder that holds comparison.json, or the path of a comparison.json"
+        )
+    beside = file.with_name("comparison.safetensors")
+    try:
+        text = file.read_text(encoding="utf-8")
+        arrays = load(beside.read_bytes()) if beside.is_file() else {}
+        return Comparison.from_json(text, arrays)
+    except SafetensorError as error:
+        raise UserError(f"{beside} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def save_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> None:
+    """Writes comparison.safetensors (when there are arrays), comparison.csv and, last, comparison.json; each whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / "comparison.safetensors"
+    if comparison.arrays:
+        write_whole(beside, save({name: np.ascontiguousarray(a) for name, a in comparison.arrays.items()}))
+    else:
+        beside.unlink(missing_ok=True)
+    rows = comparison.rows()
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    write_whole(folder / "comparison.csv", table.getvalue().encode())
+    write_whole(folder / "comparison.json", comparison.to_json().encode())
+
+
+def _undefined(value: Any) -> Any:
+    """JSON's null is NaN again."""
+    if isinstance(value, dict):
+        return {key: _undefined(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_undefined(item) for item in value]
+    return math.nan if value is None else value
