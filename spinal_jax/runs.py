@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,13 +13,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -46,7 +46,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} already holds {there}, though no complete run; {remedy}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A scratch folder inside `folder` for the parts of a run, its manifest among them.
 
@@ -93,7 +93,7 @@ def _parts_of(folder: Path) -> list[str]:
     return names
 
 
-@contextmanager
+@contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C and SIGTERM back until the block has ended."""
     if threading.current_thread() is not threading.main_thread():
@@ -133,21 +133,50 @@ def write_manifest(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
+class Events:
+    """A TensorBoard event file."""
+
+    def __init__(self, folder: Path, step: int = 0):
+        """Opens a new file in `folder`; what older ones there hold at `step` and later no longer counts."""
+        count = len(list(folder.glob(f"{EVENTS}*")))
+        # TensorBoard reads the files of a folder in order of name.
+        self._file = (folder / (EVENTS if not count else f"{EVENTS}.{count:03}")).open("wb")
+        self._writer = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if count:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=step, session_log=start))
+
+    def _write(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
+
+    def add(self, step: int, summary: Any) -> None:
+        """Adds a summary as it is."""
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def scalar(self, step: int, tag: str, value: float) -> None:
+        """Adds a number, if it is one."""
+        if np.isfinite(value):
+            self.add(step, Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        """Adds a picture."""
+        self.add(step, Summary(value=[Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=png))]))
+
+    def close(self) -> None:
+        """Writes the rest."""
+        self._writer.close()
+
+
 def write_events(trace: DepthTrace, folder: Path) -> None:
     """TensorBoard: every column as a curve over boundaries, the summary as scalars, the figures as images."""
-    with (folder / EVENTS).open("wb") as file:
-        writer = RecordWriter(file)
-
-        def add(step: int, tag: str, **value: Any) -> None:
-            summary = Summary(value=[Summary.Value(tag=f"spinal/{tag}", **value)])
-            writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
-
-        writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    with contextlib.closing(Events(folder)) as events:
         for name, values in trace.columns.items():
-            for boundary in np.flatnonzero(np.isfinite(values)):
-                add(int(boundary), f"by_boundary/{name}", simple_value=float(values[boundary]))
+            for boundary, value in enumerate(values.tolist()):
+                events.scalar(boundary, f"spinal/by_boundary/{name}", value)
         for name, value in trace.summary.items():
-            if isinstance(value, float) and np.isfinite(value):
-                add(0, f"summary/{name}", simple_value=value)
+            if isinstance(value, float):
+                events.scalar(0, f"spinal/summary/{name}", value)
         for name, figure in figures(trace).items():
-            add(0, name, image=Summary.Image(encoded_image_string=png_bytes(figure, dpi=100)))
+            events.image(0, f"spinal/{name}", png_bytes(figure, dpi=100))
