@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from spinal_jax.data.byte_level import SIZES, byte_tokenizer
 from spinal_jax.data.documents import DocumentSet, read_documents, tokenise_documents
 from spinal_jax.data.order import examples_of, order, split
 from spinal_jax.data.pairs import Completion, PairSet, PreferencePair, TokenPair, read_pairs, tokenise_pairs
 from spinal_jax.data.prompts import SHIPPED, Prompt, PromptSet, group_of, read_prompts, token_ids
+from spinal_jax.data.world import World
 
 __all__ = [
     "SHIPPED",
+    "SIZES",
     "Completion",
     "DocumentSet",
     "PairSet",
@@ -16,6 +19,8 @@ __all__ = [
     "Prompt",
     "PromptSet",
     "TokenPair",
+    "World",
+    "byte_tokenizer",
     "examples_of",
     "group_of",
     "order",

@@ -67,7 +67,7 @@ def read_documents(
 def tokenise_documents(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Completion, ...]:
-    """The token ids of every document, in pieces of at most `max_length`, of which all but the first token is predicted.
+    """The token ids of every document, in pieces of at most `max_length`; all but a piece's first are predicted.
 
     A document has the tokenizer's default special tokens, and its EOS at the end. A longer one is cut into pieces that
     each begin with the last token of the one before: every token but a document's first is predicted once. A document
