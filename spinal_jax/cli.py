@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spinal_jax import help as pages
 from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -263,21 +263,13 @@ def _usage() -> str:
 
 # What Hydra takes beside settings.
 HYDRA_OPTIONS = {"-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info", "--hydra-help"}
-QUOTING = "a value that holds , = ( ) [ ] { } : or quotes needs quotes of its own: 'NAME=\"VALUE\"'"
-HYDRA_HELP = """
-  -m NAME=A,B,C         one run for each value, in folders under multirun/{command}/DATE_TIME
-  hydra.sweep.dir=DIR   instead of that
-  --cfg job             prints the settings and runs nothing
-  --hydra-help          what else Hydra can do
-
-{quoting}"""
 
 
 def _compose(command: str, arguments: list[str], job: Job) -> None:
     """Runs `job(settings, output folder)` under Hydra, once or for each run of a sweep."""
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     if "-h" in options or "--help" in options:
-        print(_help(command))
+        print(pages.help_text(command, COMMANDS[command].takes, COMMANDS[command].does))
         return
     if unknown := next((option for option in options if option not in HYDRA_OPTIONS), None):
         raise UserError(f"there is no option {unknown}; settings are given as NAME=VALUE, see spinal {command} --help")
@@ -314,10 +306,10 @@ def _compose(command: str, arguments: list[str], job: Job) -> None:
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()
 
-    groups = _groups(command)
+    groups = pages.groups_of(command)
     sys.argv = [f"spinal {command}", *(_in_hydras_words(argument, groups) for argument in arguments)]
     try:
-        hydra.main(version_base="1.3", config_path=str(_conf()), config_name=command)(task)()
+        hydra.main(version_base="1.3", config_path=str(pages.conf_folder()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_hydras_words(error, command)) from error
     except OSError as error:
@@ -337,11 +329,11 @@ def _hydras_words(error: Exception, command: str) -> str:
     first, *others = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OverrideParseException):
         reason = others[0] if first.startswith("Error parsing override") else first
-        return f"{error.override!r} cannot be read as NAME=VALUE ({reason}); {QUOTING}"
+        return f"{error.override!r} cannot be read as NAME=VALUE ({reason}); {pages.QUOTING}"
     if isinstance(error, MissingConfigException) and error.options:
         return f"{first}; there are {', '.join(error.options)}"
     if wrong := re.search(r"Could not override '([^']+)'", first):
-        close = difflib.get_close_matches(wrong[1], _names(command), n=1)
+        close = difflib.get_close_matches(wrong[1], pages.names_of(command), n=1)
         hint = f"did you mean {close[0]}?" if close else f"spinal {command} --help lists the settings"
         return f"Could not override {wrong[1]!r}: there is no such setting; {hint}"
     if first.startswith("Ambiguous value"):
@@ -350,95 +342,12 @@ def _hydras_words(error: Exception, command: str) -> str:
     return f"{where.removeprefix('full_key: ')}: {first}" if where else first
 
 
-def _conf() -> Path:
-    """Where the YAML files lie: inside an installed wheel, beside the package in a checkout."""
-    package = Path(__file__).parent
-    return next(path for path in (package / "conf", package.parent / "conf") if (path / "audit.yaml").exists())
-
-
-class Setting(NamedTuple):
-    """One line of a YAML file of conf/."""
-
-    name: str  # dotted
-    default: str
-    meaning: str
-
-
-_LINE = re.compile(r"( *)(\w+):(?: +(.+?))??(?: +# (.+))?")
-_GROUP = re.compile(r" +- /?(\w+)(?:@([\w.]+))?: (\w+)")
-
-
-def _groups(command: str) -> dict[str, str]:
-    """What is set from files of conf/, such as `reference` -> the folder of those files, such as `model`."""
-    lines = (_conf() / f"{command}.yaml").read_text(encoding="utf-8").splitlines()
-    return {found[2] or found[1]: found[1] for line in lines if (found := _GROUP.fullmatch(line))}
-
-
 def _in_hydras_words(argument: str, groups: dict[str, str]) -> str:
     """The argument, and where it chooses a file for a group that borrows another's, `reference=FILE`, with that
     other's name, `model@reference=FILE`: Hydra would take what was written for a text to put in the group's place."""
     name, equals, file = argument.partition("=")
     folder = groups.get(name, name)
     return argument if folder == name or not equals else f"{folder}@{name}={file}"
-
-
-def _settings(file: Path, prefix: str = "") -> Iterator[Setting]:
-    """The settings of a YAML file of conf/ and of the groups it begins with, with the comments beside them."""
-    above: list[tuple[int, str]] = [(-1, prefix)]  # indent and dotted name of the mappings around a line
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if group := _GROUP.fullmatch(line):
-            yield from _settings(_conf() / group[1] / f"{group[3]}.yaml", f"{group[2] or group[1]}.")
-        elif found := _LINE.fullmatch(line):
-            indent, key = len(found[1]), found[2]
-            if indent == 0 and key == "hydra":
-                return
-            while above[-1][0] >= indent:
-                above.pop()
-            if found[3] is None:
-                above.append((indent, f"{above[-1][1]}{key}."))
-            else:
-                yield Setting(f"{above[-1][1]}{key}", found[3], found[4] or "")
-
-
-def _listed(name: str, options: list[str], width: int) -> list[str]:
-    """`  name=this|that`, in as many lines as it takes."""
-    text = f"{name}{'| '.join(options)}"
-    lines = textwrap.wrap(text, width - 2, subsequent_indent=" " * len(name), break_on_hyphens=False)
-    return [f"  {line.replace('| ', '|')}" for line in lines]
-
-
-def _names(command: str) -> list[str]:
-    """Every name that can be overridden: settings and the groups they lie in."""
-    names = [setting.name for setting in _settings(_conf() / f"{command}.yaml")]
-    return [*names, *{name.rpartition(".")[0] for name in names if "." in name}]
-
-
-def _help(command: str) -> str:
-    # What a file says itself overrides what its groups say.
-    settings = [*{setting.name: setting for setting in _settings(_conf() / f"{command}.yaml")}.values()]
-    name, default = (max(len(setting[column]) for setting in settings) for column in (0, 1))
-    indent = name + default + 6
-    width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 120) - indent)
-    lines = [f"usage: spinal {command} {COMMANDS[command].takes} [setting=value ...]", "", COMMANDS[command].does, ""]
-    lines.append("settings and their defaults (???: to be given)")
-    for setting in settings:
-        meaning = textwrap.wrap(setting.meaning, width) or [""]
-        lines.append(f"  {setting.name:<{name}}  {setting.default:<{default}}  {meaning[0]}".rstrip())
-        lines += [" " * indent + line for line in meaning[1:]]
-    groups: dict[str, list[str]] = {}
-    for group, folder in sorted(_groups(command).items()):
-        groups.setdefault(folder, []).append(group)
-    options = {folder: sorted(file.stem for file in (_conf() / folder).glob("*.yaml")) for folder in groups}
-    if any(len(files) > 1 for files in options.values()):
-        lines += ["", "groups of settings"]
-    for folder, names in groups.items():
-        if len(options[folder]) > 1:
-            lines += _listed(" or ".join(f"{name}=" for name in names), options[folder], width + indent)
-    lines += ["", "where it writes, and sweeps"]
-    if f"dir: runs/{command}/" in (_conf() / f"{command}.yaml").read_text(encoding="utf-8"):
-        lines.append(f"  hydra.run.dir=DIR     the run folder; runs/{command}/DATE_TIME unless said")
-    rest = HYDRA_HELP.format(command=command, quoting=QUOTING[0].upper() + QUOTING[1:])
-    return "\n".join(lines) + rest
 
 
 if __name__ == "__main__":

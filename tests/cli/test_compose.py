@@ -14,9 +14,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from spinal_jax import cli, config
+from spinal_jax import help as pages
 from spinal_jax.errors import UserError
 
-CONF = cli._conf()
+CONF = pages.conf_folder()
 COMMANDS = sorted(file.stem for file in CONF.glob("*.yaml"))
 MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -27,7 +28,7 @@ def composing(folder: Path = CONF) -> Iterator[Callable[..., dict[str, Any]]]:
     """`settings(command, argument, ...)`: what Hydra makes of them, with a text for each setting that is missing."""
 
     def settings(command: str, *arguments: str) -> dict[str, Any]:
-        found = compose(command, [cli._in_hydras_words(argument, cli._groups(command)) for argument in arguments])
+        found = compose(command, [cli._in_hydras_words(argument, pages.groups_of(command)) for argument in arguments])
         for name in OmegaConf.missing_keys(found):
             OmegaConf.update(found, name, "given")
         values = OmegaConf.to_container(found, resolve=True)
@@ -48,7 +49,7 @@ def test_every_file_of_every_group_builds_the_record(command: str) -> None:
     with composing() as settings:
         plain = settings(command)
         build(command, plain)
-        for group, folder in cli._groups(command).items():
+        for group, folder in pages.groups_of(command).items():
             files = sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
             assert files
             for file in files:
@@ -79,7 +80,7 @@ def test_a_second_group_is_filled_from_the_same_files(tmp_path: Path, monkeypatc
         "  - override hydra/hydra_logging: none\n\n"
         f"hydra:\n  output_subdir: null\n  run:\n    dir: {tmp_path}\n"
     )
-    monkeypatch.setattr(cli, "_conf", lambda: folder)
+    monkeypatch.setattr(pages, "conf_folder", lambda: folder)
     monkeypatch.setitem(cli.COMMANDS, "pair", cli.Command(lambda command, arguments: None, "", ""))
     seen: list[dict[str, Any]] = []
 
@@ -97,6 +98,6 @@ def test_a_second_group_is_filled_from_the_same_files(tmp_path: Path, monkeypatc
     assert run("model.source=m", "reference.source=r")["reference"]["source"] == "r"
     with pytest.raises(UserError, match=r"Could not find 'model/nobody'"):
         run("model=phi-2", "reference=nobody")
-    helped = cli._help("pair").splitlines()
+    helped = pages.help_text("pair", "", "").splitlines()
     assert any(line.startswith("  reference.source ") for line in helped)
     assert sum("model= or reference=any|" in line for line in helped) == 1

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from omegaconf import OmegaConf
 
 from spinal_jax import cli
+from spinal_jax import help as pages
 from spinal_jax.config import AuditConfig, ModelConfig, build
 
 from .conftest import Spinal
@@ -46,7 +47,7 @@ def test_help_of_audit_lists_every_setting_once(spinal: Spinal) -> None:
 
 
 def test_the_defaults_in_yaml_are_those_of_the_records() -> None:
-    dots = [f"{setting.name}={setting.default}" for setting in cli._settings(cli._conf() / "audit.yaml")]
+    dots = [f"{setting.name}={setting.default}" for setting in pages.settings_of(pages.conf_folder() / "audit.yaml")]
     settings = OmegaConf.from_dotlist(["model.source=m" if dot == "model.source=???" else dot for dot in dots])
     assert build(AuditConfig, OmegaConf.to_container(settings)) == AuditConfig(ModelConfig("m"))  # type: ignore[arg-type]
 

@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
     "verify": {"errors", "config", "metrics", "models", "trace", "data"},
     "__init__": {"errors", "result", "models", "api"},
-    "cli": {"errors", "config", "models", "report", "result", "runs", "api", "verify"},
+    "help": set(),
+    "cli": {"errors", "help", "config", "models", "report", "result", "runs", "api", "verify"},
 }
 # Libraries that only these parts may import, and only inside a function.
 RESERVED = {"hydra": {"cli"}, "omegaconf": {"cli"}, "torch": {"verify"}}
