@@ -144,7 +144,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from spinal_jax import api, data, trace
+    from spinal_jax import api, data, reading
     from spinal_jax.batch import SLOTS
     from spinal_jax.config import AuditConfig, ModelConfig, PromptsConfig
     from spinal_jax.metrics import contraction
@@ -208,7 +208,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     x, wide = jnp.ones((tokens, width)), jnp.ones((tokens, decoder.mlp_width))
     kept = jax.random.normal(jax.random.key(1), (boundaries, measured_count, width)) / 3
     head = model.head()
-    lens = partial(lens_stats, pairs=trace.pairs_of(decoder.depth))
+    lens = partial(lens_stats, pairs=reading.pairs_of(decoder.depth + 1))
     chunk = 512
 
     def lens_matmuls(x: Any, unembed: Any) -> Any:
@@ -229,7 +229,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         ),
         "block matmuls": jax.jit(block_matmuls),
         "Gram sums": jax.jit(gram_stage),
-        "transport": jax.jit(lambda model, x: lens(model.head(), x)),
+        "transport": jax.jit(lambda model, x: lens((model.head(),), (x,))),
         "transport matmuls": jax.jit(lens_matmuls),
     }
     begin = time.perf_counter()

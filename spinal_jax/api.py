@@ -228,6 +228,7 @@ def depth_trace(
             "groups/rows": found.rows,
             "groups/positions": found.positions,
             **{f"groups/{k}": np.array([c.columns[k] for c in found.without]) for k in found.whole.columns},
+            **{f"variants/{k}": v for k, v in found.variants.items()},
         },
     )
 

@@ -83,9 +83,26 @@ class TransportConfig:
     def __post_init__(self) -> None:
         Positions.parse(self.positions)
         require(self.temperature > 0, "metrics.transport.temperature", self.temperature, "a number above 0")
-        require(
-            self.top_k is None or self.top_k > 0, "metrics.transport.top_k", self.top_k, "null or a number above 0"
-        )
+        require(self.top_k is None or self.top_k > 0, "metrics.transport.top_k", self.top_k, "null or a number above 0")
+
+
+@dataclass(frozen=True)
+class VariantsConfig:
+    """Other settings that the same pass is measured under, kept in the trace's arrays: `metrics.variants`."""
+
+    center: bool = True  # contraction with the mean row subtracted
+    skip: tuple[int, ...] = ()  # contraction that skips so many tokens instead
+    positions: tuple[str, ...] | None = None  # transport at last:K alone; null: 1, 2 and 4 where the setting has more
+    groups: bool = False  # contraction without each group too, for intervals: each costs as the spectra themselves
+
+    def __post_init__(self) -> None:
+        for skip in self.skip:
+            require(skip >= 0, "metrics.variants.skip", list(self.skip), "numbers of tokens, 0 or more")
+        for text in self.positions or ():
+            right = "a list of last:K, K a whole number above 0"
+            kind, _, count = text.partition(":")
+            good = kind == "last" and count.isascii() and count.isdigit() and int(count) > 0
+            require(good, "metrics.variants.positions", list(self.positions or ()), right)
 
 
 @dataclass(frozen=True)
@@ -95,9 +112,25 @@ class MetricsConfig:
     contraction: ContractionConfig = field(default_factory=ContractionConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     groups: int = 16  # of prompts, for the jackknife
+    variants: VariantsConfig = field(default_factory=VariantsConfig)
 
     def __post_init__(self) -> None:
         require(2 <= self.groups <= 1024, "metrics.groups", self.groups, "a number from 2 to 1024")
+        for last in self.lasts:
+            right = f"last:K with fewer tokens than metrics.transport.positions={self.transport.positions} measures"
+            require(self._has(last), "metrics.variants.positions", f"last:{last}", right)
+
+    @property
+    def lasts(self) -> tuple[int, ...]:
+        """The K of each variant `last:K` of transport's positions."""
+        if self.variants.positions is None:
+            return tuple(k for k in (1, 2, 4) if self._has(k))
+        return tuple(int(text.removeprefix("last:")) for text in self.variants.positions)
+
+    def _has(self, last: int) -> bool:
+        """Whether the last `last` tokens are some of those that transport measures."""
+        base = Positions.parse(self.transport.positions)
+        return base.kind == "all" or (base.kind == "last" and last < base.count)
 
 
 @dataclass(frozen=True)

@@ -1,57 +1,44 @@
-"""The audit of one checkpoint: one jitted step over batches of prompts, then float64 arithmetic on the host.
+"""The audit of one checkpoint, alone or against a reference: two jitted steps a batch, then float64 on the host.
 
-The step runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where transport
-is measured, then reads their token distributions in one pass over the vocabulary. Only sums by prompt group stay: Gram
-sums on the device for the groups being visited, all others in a scratch file, so memory does not grow with the number
-of prompts.
+`gather` runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where transport
+is measured; `read` takes their token distributions in one pass over the vocabulary. Only sums by prompt group stay:
+Gram sums on the device for the groups being visited, all others in a scratch file, so memory does not grow with the
+number of prompts.
+
+Two models need not be in memory together: of a `Reference` stay its unembedding and, in a scratch file, its residuals
+at the measured positions, and one pass over the vocabulary then reads both models.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from threadpoolctl import threadpool_limits
 
 from spinal_jax.batch import SLOTS, Plan, TokenBatch, Visit
 from spinal_jax.config import MetricsConfig
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction, jackknife
-from spinal_jax.metrics.depth import summary, terminal_block
-from spinal_jax.metrics.transport import LensStats, Pair, lens_stats, turning_angle
+from spinal_jax.metrics.depth import summary
+from spinal_jax.metrics.tail import MIN_RANKS
+from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.decoder import Decoder, Tap
+from spinal_jax.reading import Across, Reading, Sums, nothing_read, over_groups, read_batch
+from spinal_jax.spectra import GramSpool, Groups, Spectra, all_spectra, groups_of, spectra_count
 
 LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
 LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may differ from the model's output
-
-
-class Sums(NamedTuple):
-    """Transport by prompt group: sums over measured positions, to be divided last. float32."""
-
-    positions: Array  # [G] how many were measured
-    step: Array  # [G, D + 1] radians, of the step that arrives at a boundary; 0 at boundary 0
-    entropy: Array  # [G, D + 1] nats
-    turning: Array  # [G, D + 1] radians
-    turned: Array  # [G, D + 1] positions that count for `turning`
-    direct: Array  # [G] radians
-
-
-class State(NamedTuple):
-    """Everything the audit step carries."""
-
-    grams: contraction.Grams
-    sums: Sums
-    lens_gap: Array  # largest difference seen between lens at D and model output, as a probability
+Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +47,16 @@ class Curve:
 
     columns: dict[str, np.ndarray]  # [D + 1] each
     summary: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PolicyDistance:
+    """How far a model's distributions lie from a reference's at the same positions: means, and without each group."""
+
+    distance: np.ndarray  # [D + 1] radians, Fisher-Rao
+    distance_without: np.ndarray  # [G, D + 1]
+    divergence: float  # nats, KL(model || reference) of what they put out
+    divergence_without: np.ndarray  # [G]
 
 
 @dataclass(frozen=True)
@@ -73,28 +70,36 @@ class Measurement:
     singular_values_without: np.ndarray  # [G, D + 1, d]
     rows: np.ndarray  # [G] contraction rows of each group
     positions: np.ndarray  # [G] transport positions of each group
+    variants: Mapping[str, np.ndarray]  # other settings of the same pass, named as in docs/method.md
+    policy: PolicyDistance | None = None  # where there is a reference
 
 
-def pairs_of(depth: int) -> tuple[Pair, Pair, Pair]:
-    """Steps, two-block chords (for the turning angle) and the terminal chord (for directness)."""
-    before = terminal_block(depth)[0] - 1
-    return Pair(0, depth, 1), Pair(0, max(depth - 1, 0), 2), Pair(before, before + 1, depth - before)
+def gather(
+    model: Decoder, grams: tuple[contraction.Grams, ...], gap: Array, batch: TokenBatch, *, skips: tuple[int, ...]
+) -> tuple[tuple[contraction.Grams, ...], Array, Array]:
+    """Runs the forward of one batch. Pure.
 
+    Args:
+        grams: the sums of the rows that count and, for each of `skips`, of those from that position on.
+        gap: largest difference seen so far between the model's own output and what its lens reads at boundary D.
 
-def audit_step(
-    model: Decoder, state: State, batch: TokenBatch, *, temperature: float, top_k: int | None, groups: int
-) -> State:
-    """Adds one batch to the sums. Pure."""
+    Returns:
+        (grams, x [D + 1, M, d] at the measured positions after the final norm, gap)
+    """
     config = model.config
     measured = batch.measured.shape[0]
+    real = batch.segments > 0
+    counted = (batch.counted, *((real & (batch.positions >= skip)).astype(jnp.float32) for skip in skips))
 
-    def init(h: jax.ShapeDtypeStruct, boundaries: int) -> tuple[contraction.Grams, Array]:
-        return state.grams, jnp.zeros((boundaries, measured, config.width), h.dtype)
+    def init(h: jax.ShapeDtypeStruct, boundaries: int) -> tuple[tuple[contraction.Grams, ...], Array]:
+        return grams, jnp.zeros((boundaries, measured, config.width), h.dtype)
 
-    def update(carry: tuple[contraction.Grams, Array], h: Array, index: Array) -> tuple[contraction.Grams, Array]:
+    def update(carry: tuple[tuple[contraction.Grams, ...], Array], h: Array, index: Array) -> Any:
         grams, kept = carry
         rows = h.reshape(-1, config.width)[batch.measured]
-        grams = contraction.update(grams, h, batch.counted, batch.slots, index)
+        grams = tuple(
+            contraction.update(sums, h, which, batch.slots, index) for sums, which in zip(grams, counted, strict=True)
+        )
         return grams, kept.at[index].set(rows)
 
     last, (grams, kept) = model.forward(
@@ -104,39 +109,17 @@ def audit_step(
         segments=batch.segments,
         lengths=batch.lengths,
     )
+    x = model.final_norm(kept)
+    # The model's own way to its output, at one position a batch: the last block's result.
+    output = jax.nn.softmax(model.lens(last.reshape(-1, config.width)[batch.measured[0]]))
     with model.precision():
-        count = jnp.sum(batch.measured_weight > 0, dtype=jnp.int32)
-        stats = lens_stats(model.head(temperature), model.final_norm(kept), pairs_of(config.depth), top_k, count)
-    by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
-    sums = jax.tree.map(jnp.add, state.sums, group_sums(stats, by_group))
-    # The model's own way to its output, at one position a batch: the last block's result, whole vocabulary at once.
-    output = model.lens(last.reshape(-1, config.width)[batch.measured[0]]) / temperature
-    logp = model.lens(kept[-1, 0]) / temperature - stats.log_normaliser[-1, 0]
-    gap = jnp.max(jnp.abs(jax.nn.softmax(output) - jnp.exp(logp)))
-    return State(grams, sums, jnp.maximum(state.lens_gap, jnp.where(count > 0, gap, 0.0)))
+        seen = jax.nn.softmax(model.head().read(x[-1, 0]))
+    off = jnp.where(batch.measured_weight[0] > 0, jnp.max(jnp.abs(output - seen)), 0.0)
+    return grams, x, jnp.maximum(gap, off)
 
 
-def group_sums(stats: LensStats, by_group: Array) -> Sums:
-    """Sums over the measured positions of each group, `by_group` [M, G] being 1 where a position belongs."""
-    step, chord, terminal = stats.distances  # [D, M], [D - 1, M], [1, M]
-    angle, counts = turning_angle(step[:-1], step[1:], chord)  # [D - 1, M]
-
-    def total(values: Array, before: int = 0, behind: int = 0) -> Array:  # [l, M] -> [G, before + l + behind]
-        padded = jnp.pad(values, ((before, behind), (0, 0)))
-        return jnp.einsum("lm,mg->gl", padded, by_group, precision=jax.lax.Precision.HIGHEST)
-
-    return Sums(
-        jnp.sum(by_group, axis=0),
-        total(step, before=1),
-        total(stats.entropy),
-        total(angle, before=1, behind=1),
-        total(counts.astype(jnp.float32), before=1, behind=1),
-        total(terminal)[:, 0],
-    )
-
-
-# Compiled once for the shapes of a model and a batch, however often `measure` is called; `state` is donated.
-_audit_step = jax.jit(audit_step, static_argnames=("temperature", "top_k", "groups"), donate_argnames="state")
+# Compiled once for the shapes of a model and a batch, however often `measure` is called; `grams` is donated.
+_gather = jax.jit(gather, static_argnames="skips", donate_argnames="grams")
 
 
 @partial(jax.jit, donate_argnames="grams")
@@ -144,41 +127,60 @@ def _clear(grams: contraction.Grams, slot: int) -> contraction.Grams:
     return jax.tree.map(lambda x: x.at[slot].set(0), grams)
 
 
-class GramSpool:
-    """Gram sums that have left the device: a scratch file of lower triangles, read back boundary by boundary."""
+class Reference:
+    """A model that others are measured against on the same batches (`keep`); to be closed.
 
-    def __init__(self, file: IO[bytes], boundaries: int, width: int, dtype: np.dtype):
-        self.file, self.boundaries, self.width, self.dtype = file, boundaries, width, dtype
-        self.triangle = np.tril_indices(width)
-        self.groups: list[int] = []  # of each record
-        self.first: dict[int, np.ndarray] = {}  # group -> [D + 1, d]
+    Attributes:
+        measurement: its own numbers. None until a first model is measured against it, because one pass over the
+            vocabulary reads both.
+    """
 
-    def append(self, group: int, grams: contraction.Grams, slot: int) -> None:
-        """Stores the sums of one visit to a group, a boundary at a time."""
-        for boundary in range(self.boundaries):
-            self.file.write(np.asarray(grams.second[slot, boundary])[self.triangle].data)
-        self.groups.append(group)
-        first = np.asarray(grams.first[slot]).astype(np.float64)
-        self.first[group] = self.first.get(group, 0) + first
+    def __init__(self, lens: Lens, plan: Plan, settings: MetricsConfig):
+        self.lens = jax.tree.map(jnp.copy, lens)  # so that the model's own weights may be donated or freed
+        self.plan, self.settings = plan, settings
+        self.spectra: Spectra | None = None
+        self.measurement: Measurement | None = None
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
+        self._records: list[tuple[int, np.dtype, tuple[int, ...]]] = []  # where each batch begins, and what it is
 
-    def read(self, boundary: int) -> dict[int, np.ndarray]:
-        """group -> Gram sum of its rows at a boundary, float64 [d, d], lower triangle."""
-        size = len(self.triangle[0])
-        sums: dict[int, np.ndarray] = {}
-        for record, group in enumerate(self.groups):
-            self.file.seek((record * self.boundaries + boundary) * size * self.dtype.itemsize)
-            flat = np.frombuffer(self.file.read(size * self.dtype.itemsize), self.dtype)
-            if group not in sums:
-                sums[group] = np.zeros((self.width, self.width))
-            sums[group][self.triangle] += flat
-        return sums
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the scratch file."""
+        self._file.close()
+
+    def append(self, batch: TokenBatch, x: Array) -> None:
+        """Keeps x [D + 1, M, d] of a batch, at its real positions."""
+        rows = np.ascontiguousarray(np.asarray(x)[:, : int((batch.measured_weight > 0).sum())])
+        self._records.append((self._file.tell(), rows.dtype, rows.shape))
+        self._file.write(rows.reshape(-1).view(np.uint8).data)
+
+    def read(self, number: int, positions: int) -> Array:
+        """x [D + 1, M, d] of a batch, M being `positions`."""
+        begin, dtype, shape = self._records[number]
+        self._file.seek(begin)
+        rows = np.frombuffer(self._file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+        return jnp.asarray(np.pad(rows, ((0, 0), (0, positions - shape[1]), (0, 0))))
+
+    def check(self, model: Decoder, plan: Plan, settings: MetricsConfig) -> None:
+        """ValueError unless the model and what it is to read fit."""
+        same = plan is self.plan or (
+            plan.batches == self.plan.batches
+            and all(np.array_equal(a.ids, b.ids) for a, b in zip(plan.sequences, self.plan.sequences, strict=True))
+        )
+        if not same or settings != self.settings:
+            raise ValueError("the reference was kept on other batches or settings")
+        ours = (model.config.depth + 1, model.config.vocab_size)
+        if ours != (theirs := (self._records[0][2][0], self.lens.unembed.shape[0])):
+            raise ValueError(f"the model has {ours} boundaries and tokens, the reference {theirs}")
 
 
 def measure(
-    model: Decoder,
-    plan: Plan,
-    settings: MetricsConfig,
-    bar: Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]] | None = None,
+    model: Decoder, plan: Plan, settings: MetricsConfig, bar: Bar | None = None, reference: Reference | None = None
 ) -> Measurement:
     """Runs the audit over a planned pool of prompts.
 
@@ -187,81 +189,138 @@ def measure(
         plan: the batches (`spinal_jax.batch.plan`).
         settings: what to measure.
         bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
+        reference: also measure the distance from this model; if its own measurement is missing, it is made here.
 
     Raises:
         UserError: the pool has too few rows for a fit at any boundary.
         AssertionError: the lens at the last boundary is not the model's own output.
+        ValueError: `reference` was kept on other batches or settings, or has another depth or vocabulary.
     """
-    bar = bar or (lambda what, total, unit: contextlib.nullcontext(lambda amount: None))
-    config = model.config
-    dtype = contraction.gram_dtype(plan.rows, config.width)
-    wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
-    with tempfile.TemporaryFile() as scratch, wide:
-        spool = GramSpool(scratch, config.depth + 1, config.width, dtype)
-        with bar("audit", plan.tokens, "tok") as advance:
-            sums, gap = _run(model, plan, settings, spool, advance)
-        if not gap < LENS_TOLERANCE:
-            raise AssertionError(
-                f"the lens at the last boundary differs from the model's output by a probability of {gap:.2g}"
-            )
-        with bar("spectra", config.depth + 1, "boundary") as advance:
-            return _finish(spool, sums, plan, settings, advance)
+    lens = model.head(settings.transport.temperature)
+    if reference is None:
+        lenses, known = (lens,), True
+    else:
+        reference.check(model, plan, settings)
+        lenses, known = (lens, reference.lens), reference.measurement is not None
+    reading = nothing_read(model.config.depth + 1, settings, 1 if known else 2, reference is not None)
+
+    def visit(number: int, batch: TokenBatch, x: Array) -> None:
+        nonlocal reading
+        both = (x,) if reference is None else (x, reference.read(number, x.shape[1]))
+        reading = jax.block_until_ready(read_batch(lenses, reading, both, batch, settings))
+
+    spectra = _run(model, plan, settings, bar or _no_bar, visit)
+    own, across = _read_out(reading)
+    if reference is not None and not known:
+        assert reference.spectra is not None
+        reference.measurement = _finish(reference.spectra, own[1], plan, settings)
+    return replace(_finish(spectra, own[0], plan, settings), policy=_policy(across, groups_of(plan, settings.groups)))
+
+
+def keep(
+    model: Decoder, plan: Plan, settings: MetricsConfig, bar: Bar | None = None, *, alone: bool = False
+) -> Reference:
+    """Runs a model whose numbers, and distances from it, are to be measured: a `Reference`, which is to be closed.
+
+    Only its unembedding stays on the device. The scratch file holds (D + 1) d numbers for each measured position.
+
+    Args:
+        model, plan, settings, bar: as `measure`.
+        alone: measure it now, by itself. Otherwise that waits for the first model measured against it, and costs less.
+    """
+    lens = model.head(settings.transport.temperature)
+    kept = Reference(lens, plan, settings)
+    reading = nothing_read(model.config.depth + 1, settings, 1, False)
+
+    def visit(number: int, batch: TokenBatch, x: Array) -> None:
+        nonlocal reading
+        kept.append(batch, x)
+        if alone:
+            reading = jax.block_until_ready(read_batch((lens,), reading, (x,), batch, settings))
+
+    try:
+        kept.spectra = _run(model, plan, settings, bar or _no_bar, visit)
+        if alone:
+            kept.measurement = _finish(kept.spectra, _read_out(reading)[0][0], plan, settings)
+    except BaseException:
+        kept.close()
+        raise
+    return kept
+
+
+def _no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    return contextlib.nullcontext(lambda amount: None)
+
+
+def _read_out(reading: Reading) -> tuple[tuple[Sums, ...], Across | None]:
+    """The sums as float64, once they are known to be of the model's own distributions."""
+    _check_gap(reading.gap)
+    host = jax.tree.map(lambda x: np.asarray(x, np.float64), reading)
+    return host.own, host.across
+
+
+def _check_gap(gap: Array) -> None:
+    if not float(gap) < LENS_TOLERANCE:
+        raise AssertionError(
+            f"the lens at the last boundary differs from the model's output by a probability of {float(gap):.2g}"
+        )
 
 
 def _run(
-    model: Decoder, plan: Plan, settings: MetricsConfig, spool: GramSpool, advance: Callable[[int], None]
-) -> tuple[Sums, float]:
-    """All batches through the step; Gram sums go to the spool, the rest comes back as float64 [G, ...]."""
-    config = model.config
-    boundaries, groups = config.depth + 1, settings.groups
-    zeros = partial(jnp.zeros, dtype=jnp.float32)
-    by = (groups, boundaries)
-    state = State(
-        contraction.init(SLOTS, boundaries, config.width, spool.dtype),
-        Sums(zeros(groups), zeros(by), zeros(by), zeros(by), zeros(by), zeros(groups)),
-        zeros(()),
-    )
-    transport = settings.transport
-    complete: dict[int, list[Visit]] = defaultdict(list)
-    for visit in plan.visits:
-        complete[visit.last_batch].append(visit)
-    for number, batch in enumerate(plan):
-        state = _audit_step(
-            model, state, batch, temperature=transport.temperature, top_k=transport.top_k, groups=groups
-        )
-        jax.block_until_ready(state.lens_gap)
-        for visit in complete[number]:
-            spool.append(visit.group, state.grams, visit.slot)
-            state = state._replace(grams=_clear(state.grams, visit.slot))
-        advance(int((batch.segments > 0).sum()))
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), state.sums), float(state.lens_gap)
+    model: Decoder,
+    plan: Plan,
+    settings: MetricsConfig,
+    bar: Bar,
+    visit: Callable[[int, TokenBatch, Array], None],
+) -> Spectra:
+    """All batches through the forward, what is kept of each handed to `visit`; then the spectra."""
+    config, skips = model.config, settings.variants.skip
+    boundaries = config.depth + 1
+    fewest = min(int(groups_of(plan, settings.groups, skip).rows.sum()) for skip in (plan.skip, *skips))
+    dtype = contraction.gram_dtype(fewest, config.width)
+    wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
+    with contextlib.ExitStack() as stack, wide:
+        spools = [
+            GramSpool(stack.enter_context(tempfile.TemporaryFile()), boundaries, config.width, dtype)
+            for _ in range(1 + len(skips))
+        ]
+        grams = tuple(contraction.init(SLOTS, boundaries, config.width, dtype) for _ in spools)
+        gap = jnp.zeros((), jnp.float32)
+        complete: dict[int, list[Visit]] = defaultdict(list)
+        for each in plan.visits:
+            complete[each.last_batch].append(each)
+        with bar("audit", plan.tokens, "tok") as advance:
+            for number, batch in enumerate(plan):
+                grams, x, gap = _gather(model, grams, gap, batch, skips=skips)
+                visit(number, batch, x)
+                for done in complete[number]:
+                    for spool, sums in zip(spools, grams, strict=True):
+                        spool.append(done.group, sums, done.slot)
+                    grams = tuple(_clear(sums, done.slot) for sums in grams)
+                advance(int((batch.segments > 0).sum()))
+        _check_gap(gap)
+        with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
+            return all_spectra(spools, plan, settings, advance)
 
 
-def _finish(
-    spool: GramSpool, sums: Sums, plan: Plan, settings: MetricsConfig, advance: Callable[[int], None]
-) -> Measurement:
-    """Spectra, fits, means and their jackknife, float64."""
-    by_group = np.zeros(settings.groups)
-    for sequence in plan.sequences:
-        by_group[sequence.group] += max(0, len(sequence.ids) - plan.skip)
-    used = np.flatnonzero((np.asarray(sums.positions) > 0) & (by_group > 0))
-    drops = used if len(used) > 1 else used[:0]  # without the only group there is nothing
-    rows, total = by_group[used], by_group.sum()
+def _finish(spectra: Spectra, sums: Sums, plan: Plan, settings: MetricsConfig) -> Measurement:
+    """Fits, means and their jackknife, float64."""
+    groups = groups_of(plan, settings.groups)
+    used, drops, total = groups.used, groups.drops, groups.rows.sum()
+    rows, positions = groups.rows[used], groups.positions[used]
     window = settings.contraction.window
-    spectra, spectra_without = _spectra(spool, drops, by_group, settings.contraction.center, advance)
-    everything = jax.tree.map(lambda x: x.sum(axis=0), sums)
-    whole = curve(spectra, int(total), everything, window)
+    everything = over_groups(sums)
+    whole = curve(spectra.whole, int(total), everything, window)
     without = tuple(
-        curve(s, int(total - by_group[g]), jax.tree.map(lambda x, y, g=g: x - y[g], everything, sums), window)
-        for s, g in zip(spectra_without, drops, strict=True)
+        curve(s, int(total - groups.rows[g]), over_groups(sums, g), window)
+        for s, g in zip(spectra.without, drops, strict=True)
     )
     if np.isnan(whole.columns["contraction"]).all():
         raise UserError(
-            f"at every boundary fewer than {contraction.MIN_RANKS} singular values lie above the noise floor, "
+            f"at every boundary fewer than {MIN_RANKS} singular values lie above the noise floor, "
             f"max(N, d) eps32 s_1 with N = {int(total)}, and in the window {list(window)}; choose a wider "
             "metrics.contraction.window"
         )
-    positions = np.asarray(sums.positions)[used]
 
     def error(name: str, full: np.ndarray | float, replicates: list[Any]) -> np.ndarray:
         sizes = positions if name in LENS_COLUMNS else rows
@@ -271,7 +330,36 @@ def _finish(
         {k: error(k, v, [c.columns[k] for c in without]) for k, v in whole.columns.items()},
         {k: float(error(k, v, [c.summary[k] for c in without])) for k, v in whole.summary.items()},
     )
-    return Measurement(whole, without, errors, spectra, spectra_without, rows, positions)
+    variants = dict(spectra.variants)
+    for place, last in enumerate(settings.lasts):
+        name, step = f"positions=last:{last}", sums.last_step[place]
+        count = np.asarray(sums.last_positions[place])
+        variants[f"{name}/transport"] = _means(step.sum(axis=0), count.sum())
+        variants[f"{name}/groups/positions"] = count[used]
+        variants[f"{name}/groups/transport"] = np.array(
+            [_means(step.sum(axis=0) - step[g], count.sum() - count[g]) for g in drops]
+        ).reshape(len(drops), step.shape[-1])
+    return Measurement(whole, without, errors, spectra.whole, spectra.without, rows, positions, variants)
+
+
+def _means(step: np.ndarray | Array, positions: float) -> np.ndarray:
+    """[D + 1] mean step arriving at each boundary, NaN at 0."""
+    transport = np.asarray(step / positions)
+    transport[0] = np.nan
+    return transport
+
+
+def _policy(across: Across | None, groups: Groups) -> PolicyDistance | None:
+    if across is None:
+        return None
+    distance, divergence, count = across.distance.sum(axis=0), across.divergence.sum(), groups.positions.sum()
+    left = count - groups.positions[groups.drops]
+    return PolicyDistance(
+        np.asarray(distance / count),
+        np.asarray((distance - across.distance[groups.drops]) / left[:, None]),
+        float(divergence / count),
+        np.asarray((divergence - across.divergence[groups.drops]) / left),
+    )
 
 
 def curve(spectra: np.ndarray, rows: int, sums: Sums, window: tuple[float, float]) -> Curve:
@@ -279,8 +367,7 @@ def curve(spectra: np.ndarray, rows: int, sums: Sums, window: tuple[float, float
     fits = [contraction.tail_fit(s, rows, window) for s in spectra]
     with np.errstate(invalid="ignore", divide="ignore"):  # a boundary without a turning angle is NaN
         turning = np.where(sums.turned > 0, sums.turning / sums.turned, np.nan)
-    transport = np.asarray(sums.step / sums.positions)
-    transport[0] = np.nan
+    transport = _means(sums.step, float(sums.positions))
     columns = {
         "contraction": np.array([fit.alpha for fit in fits]),
         "fit_r2": np.array([fit.r2 for fit in fits]),
@@ -293,28 +380,3 @@ def curve(spectra: np.ndarray, rows: int, sums: Sums, window: tuple[float, float
     }
     direct = float(sums.direct / sums.positions)
     return Curve(columns, summary(columns["contraction"], columns["transport"], direct))
-
-
-def _spectra(
-    spool: GramSpool, drops: np.ndarray, rows: np.ndarray, center: bool, advance: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Singular values of all rows [D + 1, d], and without each of the groups `drops` [len(drops), D + 1, d]; `rows` is
-    how many each group has."""
-    whole = np.zeros((spool.boundaries, spool.width))
-    without = np.zeros((len(drops), spool.boundaries, spool.width))
-
-    def one(boundary: int, grams: dict[int, np.ndarray], total: np.ndarray, drop: int | None) -> np.ndarray:
-        second = total if drop is None else total - grams[drop]
-        count = rows.sum() - (0 if drop is None else rows[drop])
-        first = sum((f[boundary] for g, f in spool.first.items() if g != drop), np.zeros(spool.width))
-        return contraction.singular_values(second, first if center else None, int(count))
-
-    # LAPACK's symmetric eigensolver gains little from threads of its own: one matrix a core instead.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
-        for boundary in range(spool.boundaries):
-            grams = spool.read(boundary)
-            total = sum(grams.values(), np.zeros((spool.width, spool.width)))
-            spectra = np.stack(list(pool.map(partial(one, boundary, grams, total), [None, *drops])))
-            whole[boundary], without[:, boundary] = spectra[0], spectra[1:]
-            advance(1)
-    return whole, without

@@ -193,7 +193,7 @@ def _forward(
     weight, bias = model.unembed_weights()
     with model.precision():
         normed = model.final_norm(residual[-1:]).reshape(1, -1, model.config.width)
-        stats = lens_stats(Lens(weight, bias, model.config.final_softcap, 1.0), normed, ())
+        stats = lens_stats((Lens(weight, bias, model.config.final_softcap, 1.0),), (normed,), ())
     logits = model.lens(residual[-1])
     by_lens = jnp.exp(logits - stats.log_normaliser[0].reshape(*tokens.shape, 1))
     return residual, model.lens(last), by_lens

@@ -6,12 +6,17 @@ The vocabulary is walked in chunks. With t = exp(z / 2 - m / 2) for logits z and
 A = sum t^2 and, for a pair of boundaries, to D = sum (t - t')^2; when the maxima grow and t, t' shrink by factors a, b,
 D becomes `a b D + (a - b)(a A - b A')`, which subtracts nothing large. At the end
 `1 - BC = (D - (sqrt A - sqrt A')^2) / (2 sqrt(A A'))`, so small distances keep their digits where arccos loses them.
+
+Several models that share a vocabulary are read in one walk: each chunk has the logits of all of them side by side, so
+distances between models cost no matmul of their own. Their boundaries are numbered through: 0..D are the first
+model's, D + 1..2D + 1 the second's.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,7 +32,7 @@ CHUNK = 1024  # least tokens in a chunk of vocabulary, where the tile allows
 
 
 class Pair(NamedTuple):
-    """Two equally long runs of boundaries, compared one by one: `first[i]` with `first[i] + offset`."""
+    """Two equally long runs of boundaries, each within one model, compared one by one: `i` with `i + offset`."""
 
     start: int
     stop: int
@@ -39,22 +44,27 @@ class Pair(NamedTuple):
 
 
 class LensStats(NamedTuple):
-    """What one pass over the vocabulary leaves, at M positions of D + 1 boundaries. float32."""
+    """What one pass over the vocabulary leaves, at M positions of the D + 1 boundaries of each model. float32."""
 
     distances: tuple[Array, ...]  # for each Pair, [stop - start, M] radians
-    entropy: Array  # [D + 1, M] nats
-    log_normaliser: Array  # [D + 1, M] log sum exp of the logits
+    divergences: Array  # [n, M] nats, KL(p || q) of the pairs of boundaries asked for
+    entropy: Array  # [models (D + 1), M] nats
+    log_normaliser: Array  # [models (D + 1), M] log sum exp of the logits
 
 
 class _Running(NamedTuple):
-    top: Array  # [L, M] running maximum of the logits
-    mass: Array  # [L, M] A
-    moment: Array  # [L, M] sum t^2 z
+    """Sums over what was seen of the vocabulary; tuples have an entry for each model unless said otherwise."""
+
+    top: tuple[Array, ...]  # [L, M] running maximum of the logits
+    mass: tuple[Array, ...]  # [L, M] A
+    moment: tuple[Array, ...]  # [L, M] sum t^2 z
     gaps: tuple[Array, ...]  # D for each pair
-    best: Array  # [L, M, K] largest logits, K = 0 without top_k
-    tokens: Array  # [L, M, K] which tokens have them
+    leaning: tuple[Array, ...]  # [M] sum t^2 (z - z') for each divergence
+    best: tuple[Array, ...]  # [L, M, K] largest logits, K = 0 without top_k
+    tokens: tuple[Array, ...]  # [L, M, K] which tokens have them
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["unembed", "bias"], meta_fields=["cap", "temperature"])
 @dataclass(frozen=True)
 class Lens:
     """How logits are read from a normed residual: `cap(x @ unembed.T + bias) / temperature`."""
@@ -76,117 +86,182 @@ class Lens:
 
 
 def lens_stats(
-    lens: Lens, x: Array, pairs: tuple[Pair, ...], top_k: int | None = None, count: Array | None = None
+    lenses: tuple[Lens, ...],
+    x: tuple[Array, ...],
+    pairs: tuple[Pair, ...],
+    divergences: tuple[tuple[int, int], ...] = (),
+    top_k: int | None = None,
+    count: Array | None = None,
 ) -> LensStats:
-    """Distances, entropies and normalisers of the distributions that the lens reads.
+    """Distances, entropies and normalisers of the distributions that the lenses read.
 
     Args:
-        lens: the model's unembedding.
-        x: [L, M, d] after the final norm, at L boundaries.
+        lenses: the unembedding of each model, all of one vocabulary.
+        x: for each, [L, M, d] after the final norm, at L boundaries of the same M positions.
         pairs: which boundaries to compare.
+        divergences: between which boundaries to take the Kullback-Leibler divergence KL(p || q).
         top_k: tell only the `top_k` likeliest tokens of either distribution apart and count the rest as one, which
-            gives a lower bound of each distance; None is exact.
+            gives a lower bound of each distance; None is exact. Divergences are exact either way.
         count: how many of the M positions matter, the first ones; work on the rest is saved, and what is returned for
             them has no meaning. None: all.
     """
-    boundaries, positions, _ = x.shape
-    top_k = None if top_k is None else min(top_k, lens.unembed.shape[0])
-    budget = TILE_BYTES.get(jax.default_backend(), TILE_BYTES_ELSEWHERE) // (4 * boundaries)  # positions x tokens
+    boundaries, positions, _ = x[0].shape
+    vocab = lenses[0].unembed.shape[0]
+    top_k = None if top_k is None else min(top_k, vocab)
+    budget = TILE_BYTES.get(jax.default_backend(), TILE_BYTES_ELSEWHERE)
+    budget //= 4 * boundaries * len(lenses)  # positions x tokens
     tile = min(positions, max(8, budget // CHUNK))
     tiles = -(-positions // tile)
     tile = -(-positions // tiles)  # even tiles
-    chunks = -(-lens.unembed.shape[0] // max(128, budget // tile))
-    x = jnp.pad(x, ((0, 0), (0, tiles * tile - positions), (0, 0)))
+    chunks = -(-vocab // max(128, budget // tile))
+    x = tuple(jnp.pad(part, ((0, 0), (0, tiles * tile - positions), (0, 0))) for part in x)
 
-    def one_tile(part: Array) -> LensStats:  # [L, tile, d]
-        return _finish(_walk(lens, part, pairs, chunks, top_k or 0), lens, part, pairs, top_k)
+    def one_tile(part: tuple[Array, ...]) -> LensStats:  # [L, tile, d] each
+        run = _walk(lenses, part, pairs, divergences, chunks, top_k or 0)
+        return _finish(run, lenses, part, pairs, divergences, top_k)
 
     def step(number: Array, found: LensStats) -> LensStats:
         begin = number * tile
-        stats = one_tile(jax.lax.dynamic_slice_in_dim(x, begin, tile, axis=1))
+        stats = one_tile(tuple(jax.lax.dynamic_slice_in_dim(part, begin, tile, axis=1) for part in x))
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, begin, axis=1), found, stats)
 
-    shapes = jax.eval_shape(one_tile, x[:, :tile])
+    shapes = jax.eval_shape(one_tile, tuple(part[:, :tile] for part in x))
     empty = jax.tree.map(lambda a: jnp.zeros((a.shape[0], tiles * tile), a.dtype), shapes)
     needed = tiles if count is None else jnp.minimum(-(-count // tile), tiles)
     found = jax.lax.fori_loop(0, needed, step, empty)
     return jax.tree.map(lambda a: a[:, :positions], found)
 
 
-def _walk(lens: Lens, x: Array, pairs: tuple[Pair, ...], chunks: int, top_k: int) -> _Running:
-    """The vocabulary in `chunks` parts, for one tile x [L, tile, d]."""
-    vocab, shape = lens.unembed.shape[0], x.shape[:2]
+def _of(models: tuple[Array, ...], at: slice) -> Array:
+    """The boundaries `at`, numbered through, of what each model has by boundary."""
+    boundaries = models[0].shape[0]
+    model = min(at.start // boundaries, len(models) - 1)  # an empty run may begin behind the last
+    return models[model][at.start - model * boundaries : at.stop - model * boundaries]
+
+
+def _walk(
+    lenses: tuple[Lens, ...],
+    x: tuple[Array, ...],
+    pairs: tuple[Pair, ...],
+    divergences: tuple[tuple[int, int], ...],
+    chunks: int,
+    top_k: int,
+) -> _Running:
+    """The vocabulary in `chunks` parts, for one tile x [L, tile, d] of each model."""
+    vocab, shape = lenses[0].unembed.shape[0], x[0].shape[:2]
     chunk = -(-vocab // chunks)
 
     def step(number: Array, run: _Running) -> _Running:
         begin = number * chunk
         start = jnp.minimum(begin, vocab - chunk)  # the last chunk reaches back and masks what was seen
-        rows = jax.lax.dynamic_slice_in_dim(lens.unembed, start, chunk)
-        bias = 0.0 if lens.bias is None else jax.lax.dynamic_slice_in_dim(lens.bias, start, chunk).astype(jnp.float32)
-        z = lens.logits(jnp.einsum("lmd,vd->lmv", x, rows, preferred_element_type=jnp.float32), bias)
-        if vocab % chunk:
-            z = jnp.where(start + jnp.arange(chunk, dtype=jnp.int32) >= begin, z, LEAST)
-        run = _add(run, z, pairs)
+
+        def logits(lens: Lens, x: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(lens.unembed, start, chunk)
+            bias = (
+                0.0 if lens.bias is None else jax.lax.dynamic_slice_in_dim(lens.bias, start, chunk).astype(jnp.float32)
+            )
+            z = lens.logits(jnp.einsum("lmd,vd->lmv", x, rows, preferred_element_type=jnp.float32), bias)
+            if vocab % chunk:
+                z = jnp.where(start + jnp.arange(chunk, dtype=jnp.int32) >= begin, z, LEAST)
+            return z
+
+        z = tuple(map(logits, lenses, x))
+        run = _add(run, z, pairs, divergences)
         if top_k:
-            best, tokens = merge_top(run.best, run.tokens, z, start)
-            run = run._replace(best=best, tokens=tokens)
+            best = [merge_top(b, n, part, start) for b, n, part in zip(run.best, run.tokens, z, strict=True)]
+            run = run._replace(best=tuple(b for b, _ in best), tokens=tuple(t for _, t in best))
         return run
 
     zeros = jnp.zeros(shape, jnp.float32)
+    models = len(lenses)
     empty = _Running(
-        zeros - jnp.inf,
-        zeros,
-        zeros,
+        (zeros - jnp.inf,) * models,
+        (zeros,) * models,
+        (zeros,) * models,
         tuple(jnp.zeros((p.stop - p.start, shape[1]), jnp.float32) for p in pairs),
-        jnp.full((*shape, top_k), -jnp.inf, jnp.float32),
-        jnp.zeros((*shape, top_k), jnp.int32),
+        (zeros[0],) * len(divergences),
+        (jnp.full((*shape, top_k), -jnp.inf, jnp.float32),) * models,
+        (jnp.zeros((*shape, top_k), jnp.int32),) * models,
     )
     return jax.lax.fori_loop(0, chunks, step, empty)
 
 
-def _add(run: _Running, z: Array, pairs: tuple[Pair, ...]) -> _Running:
-    """One chunk of logits z [L, M, v] into the running sums."""
-    top = jnp.maximum(run.top, jnp.max(z, axis=-1))
+def _add(
+    run: _Running, z: tuple[Array, ...], pairs: tuple[Pair, ...], divergences: tuple[tuple[int, int], ...]
+) -> _Running:
+    """One chunk of logits z [L, M, v] of each model into the running sums."""
+    top = tuple(jnp.maximum(before, jnp.max(part, axis=-1)) for before, part in zip(run.top, z, strict=True))
     # The barriers keep XLA from computing exp again for every sum that reads it, and from copying slices.
-    t = jax.lax.optimization_barrier(jnp.exp((z - top[..., None]) / 2))
-    shrink = jnp.exp((run.top - top) / 2)  # 0 before anything was seen
-    square = t * t
+    t = tuple(
+        jax.lax.optimization_barrier(jnp.exp((part - new[..., None]) / 2)) for part, new in zip(z, top, strict=True)
+    )
+    shrink = tuple(
+        jnp.exp((old - new) / 2) for old, new in zip(run.top, top, strict=True)
+    )  # 0 before anything was seen
+    square = tuple(part * part for part in t)
     gaps = []
     for pair, gap in zip(pairs, run.gaps, strict=True):
         here, there = pair.slices()
-        a, b, mass, other = shrink[here], shrink[there], run.mass[here], run.mass[there]
+        a, b, mass, other = _of(shrink, here), _of(shrink, there), _of(run.mass, here), _of(run.mass, there)
         rescaled = a * b * gap + (a - b) * (a * mass - b * other)
-        parting = jax.lax.optimization_barrier(jnp.square(t[here] - t[there]))
+        parting = jax.lax.optimization_barrier(jnp.square(_of(t, here) - _of(t, there)))
         gaps.append(rescaled + jnp.sum(parting, axis=-1))
+    leaning = []
+    for (here, there), sum_so_far in zip(divergences, run.leaning, strict=True):
+        p, q = slice(here, here + 1), slice(there, there + 1)
+        more = jnp.sum(_of(square, p) * (_of(z, p) - _of(z, q)), axis=-1)
+        leaning.append((_of(shrink, p) ** 2 * sum_so_far + more)[0])
     return run._replace(
         top=top,
-        mass=shrink**2 * run.mass + jnp.sum(square, axis=-1),
-        moment=shrink**2 * run.moment + jnp.sum(square * z, axis=-1),
+        mass=tuple(a**2 * mass + jnp.sum(s, axis=-1) for a, mass, s in zip(shrink, run.mass, square, strict=True)),
+        moment=tuple(
+            a**2 * moment + jnp.sum(s * part, axis=-1)
+            for a, moment, s, part in zip(shrink, run.moment, square, z, strict=True)
+        ),
         gaps=tuple(gaps),
+        leaning=tuple(leaning),
     )
 
 
-def _finish(run: _Running, lens: Lens, x: Array, pairs: tuple[Pair, ...], top_k: int | None) -> LensStats:
-    log_mass = jnp.log(run.mass)
-    log_normaliser = run.top + log_mass
+def _finish(
+    run: _Running,
+    lenses: tuple[Lens, ...],
+    x: tuple[Array, ...],
+    pairs: tuple[Pair, ...],
+    divergences: tuple[tuple[int, int], ...],
+    top_k: int | None,
+) -> LensStats:
+    boundaries = x[0].shape[0]
+    mass, top = jnp.concatenate(run.mass), jnp.concatenate(run.top)
+    log_normaliser = top + jnp.log(mass)
     distances = []
     for pair, gap in zip(pairs, run.gaps, strict=True):
         here, there = pair.slices()
-        exact = fisher_rao(run.mass[here], run.mass[there], gap)
+        exact = fisher_rao(mass[here], mass[there], gap)
         if top_k is None:
             distances.append(exact)
             continue
 
         def log_p(at: slice, tokens: Array) -> Array:
             """Log-probabilities [l, M, K] of `tokens` at the boundaries `at`."""
+            lens = lenses[at.start // boundaries]
             bias = 0.0 if lens.bias is None else lens.bias[tokens].astype(jnp.float32)
-            scores = jnp.einsum("lmd,lmkd->lmk", x[at], lens.unembed[tokens], preferred_element_type=jnp.float32)
+            scores = jnp.einsum("lmd,lmkd->lmk", _of(x, at), lens.unembed[tokens], preferred_element_type=jnp.float32)
             return lens.logits(scores, bias) - log_normaliser[at][..., None]
 
-        p, q = run.tokens[here], run.tokens[there]
+        p, q = _of(run.tokens, here), _of(run.tokens, there)
         coarse = coarse_distance(log_p(here, p), log_p(there, q), log_p(here, q), log_p(there, p), p, q)
         distances.append(jnp.minimum(coarse, exact))  # where hardly anything is left over, its rounding shows
-    return LensStats(tuple(distances), log_normaliser - run.moment / run.mass, log_normaliser)
+    divergent = [
+        leaning / mass[p] - (top[p] - top[q] + jnp.log(mass[p] / mass[q]))  # equal distributions leave exactly 0
+        for (p, q), leaning in zip(divergences, run.leaning, strict=True)
+    ]
+    return LensStats(
+        tuple(distances),
+        jnp.maximum(jnp.stack(divergent), 0.0) if divergent else jnp.zeros((0, *mass.shape[1:]), jnp.float32),
+        log_normaliser - jnp.concatenate(run.moment) / mass,
+        log_normaliser,
+    )
 
 
 def fisher_rao(mass: Array, other: Array, gap: Array) -> Array:

@@ -28,6 +28,7 @@ FULL: dict[str, Any] = {
         "contraction": {"window": [0.1, 0.5], "skip": 1, "center": False},
         "transport": {"positions": "last:4", "temperature": 1.0, "top_k": None},
         "groups": 16,
+        "variants": {"center": True, "skip": [0, 4], "positions": ["last:2"], "groups": False},
     },
     "batch_tokens": 512,
     "overwrite": False,
@@ -105,6 +106,10 @@ def test_a_missing_setting_is_named(values: dict[str, Any]) -> None:
         ("prompts.chat_template", "true"),
         ("metrics", []),
         ("metrics.groups", 1),
+        ("metrics.variants.skip", [-1]),
+        ("metrics.variants.positions", ["stride:2"]),
+        ("metrics.variants.positions", ["last:0"]),
+        ("metrics.variants.positions", ["last:4"]),  # transport measures no more than those
         ("metrics.groups", 2000),
         ("metrics.groups", True),
         ("metrics.contraction.window", 0.5),

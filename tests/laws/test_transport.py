@@ -32,7 +32,7 @@ def _stats(
     top_k: int | None,
 ) -> LensStats:
     with jax.default_matmul_precision("highest"):
-        return lens_stats(Lens(unembed, bias, cap, temperature), x, pairs, top_k)
+        return lens_stats((Lens(unembed, bias, cap, temperature),), (x,), pairs, top_k=top_k)
 
 
 def stats(
@@ -226,6 +226,63 @@ def test_a_position_does_not_depend_on_how_many_there_are() -> None:
         for a, b in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
             assert a.shape[1] == count
             np.testing.assert_allclose(a, b[:, :count], atol=ENTROPY * 30)  # the vocabulary is summed in other chunks
+
+
+def two_models(x: Any, unembed: Any, top_k: int | None = None) -> LensStats:
+    """Two models read in one walk: x and unembed have an entry for each; distances within the first and across."""
+    last = len(x[0]) - 1
+    pairs = (Pair(0, last, 1), Pair(last + 1, 2 * last + 1, 1), Pair(0, last + 1, last + 1))
+    lenses = tuple(Lens(jnp.asarray(u), None, None, 1.0) for u in unembed)
+    divergences = tuple((i, i + last + 1) for i in range(last + 1))
+
+    @jax.jit
+    def walk(lenses: tuple[Lens, ...], x: tuple[jax.Array, ...]) -> LensStats:
+        with jax.default_matmul_precision("highest"):
+            return lens_stats(lenses, x, pairs, divergences, top_k)
+
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), walk(lenses, tuple(map(jnp.asarray, x))))
+
+
+@pytest.mark.parametrize(("vocab", "widths"), [(2, (3, 5)), (997, (16, 16)), (20011, (8, 24))])
+def test_two_models_in_one_walk(vocab: int, widths: tuple[int, int]) -> None:
+    """The second near the first in some positions and far in others; the walk has chunks and tiles with rests."""
+    rng = np.random.default_rng(vocab)
+    shape = (5, 37)
+    x = [(3 * rng.normal(size=(*shape, w)) / w**0.5).astype(np.float32) for w in widths]
+    unembed = [rng.normal(size=(vocab, w)).astype(np.float32) for w in widths]
+    far = rng.choice([0.0, 1e-3, 0.1, 1.0], size=(*shape, 1))
+    if widths[0] == widths[1]:
+        unembed[1] = unembed[0]
+        x[1] = (x[0] + far * x[1]).astype(np.float32)
+    found = two_models(x, unembed)
+    logp = [log_softmax(a.astype(np.float64) @ u.astype(np.float64).T) for a, u in zip(x, unembed, strict=True)]
+    for model in (0, 1):
+        np.testing.assert_allclose(
+            found.distances[model], distance(logp[model][:-1], logp[model][1:]), atol=RADIANS / 2
+        )
+    np.testing.assert_allclose(found.distances[2], distance(*logp), atol=RADIANS / 2)
+    divergence = np.sum(np.exp(logp[0]) * (logp[0] - logp[1]), axis=-1)
+    np.testing.assert_allclose(found.divergences, divergence, atol=ENTROPY * 30, rtol=2e-6)
+    assert (found.divergences >= 0).all()
+    entropy = [-np.sum(np.exp(p) * p, axis=-1) for p in logp]
+    np.testing.assert_allclose(found.entropy, np.concatenate(entropy), atol=ENTROPY * 30)
+    if widths[0] == widths[1]:
+        same = far[..., 0] == 0
+        assert same.any()
+        assert not found.distances[2][same].any()
+        assert not found.divergences[same].any()
+
+
+def test_divergence_of_huge_logits_and_of_tokens_that_one_model_never_says() -> None:
+    z = np.full((2, 3, 40), -1e4, np.float32)
+    z[0, 0, 3] = z[1, 0, 3] = 1e4  # the same token
+    z[0, 1, 3] = z[1, 1, 7] = 1e4  # another: 2e4 nats
+    z[:, 2] = 0
+    z[1, 2, :20] = -30.0
+    eye = np.eye(40, dtype=np.float32)
+    found = two_models((z[:1], z[1:]), (eye, eye))
+    logp, logq = log_softmax(z.astype(np.float64))
+    np.testing.assert_allclose(found.divergences[0], np.sum(np.exp(logp) * (logp - logq), axis=-1), rtol=1e-6)
 
 
 @settings(max_examples=40)
