@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,9 @@ _FORMATS = ("text", "jsonl")
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """The documents of one file in file order; `skipped_empty` counts blank lines and documents of white space alone.
+    """Documents in file order, and where they came from.
 
-    `sha256` is the `rows.digest` of the texts.
+    `skipped_empty` counts blank lines and documents of white space alone. `sha256` is the `rows.digest` of the texts.
     """
 
     texts: tuple[str, ...]
@@ -44,14 +43,14 @@ def read_documents(
     Raises `UserError` if the file cannot be read, a row is not of the format (the line is named), or nothing is left.
     """
     if format not in _FORMATS:
-        raise UserError(f"documents.format={format!r} is unknown; choose one of {', '.join(_FORMATS)}")
+        raise UserError(f"corpus.format={format!r} is unknown; choose one of {', '.join(_FORMATS)}")
     source = str(path)
     texts: list[str] = []
     skipped = 0
-    for row in rows(path, source, "documents", offset, limit):
+    for row in rows(path, source, "corpus", offset, limit):
         text = row.text
         if text and format == "jsonl":
-            text = text_of(field_of(json_object(row, " or documents.format=text"), field, row.where), field, row.where)
+            text = text_of(field_of(json_object(row, " or corpus.format=text"), field, row.where), field, row.where)
         if text.strip():
             texts.append(text)
         else:
@@ -65,7 +64,7 @@ def read_documents(
 
 
 def tokenise_documents(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    documents: DocumentSet, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Completion, ...]:
     """The token ids of every document, in pieces of at most `max_length`; all but a piece's first are predicted.
 
@@ -76,14 +75,16 @@ def tokenise_documents(
     Raises `UserError` if `max_length` < 2 or no document has two tokens.
     """
     if max_length < 2:
-        raise UserError(f"documents.max_length={max_length} leaves no token to predict; give 2 or more")
+        raise UserError(f"corpus.max_length={max_length} leaves no token to predict; give 2 or more")
     eos: Any = tokenizer.eos_token_id
     pieces: list[Completion] = []
-    for ids, _ in encode(texts, tokenizer, special=True):
+    for ids, _ in encode(documents.texts, tokenizer, special=True):
         if eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
         for first in range(0, len(ids) - 1, max_length - 1):
             pieces.append(Completion(np.asarray(ids[first : first + max_length], dtype=np.int32), 1))
     if not pieces:
-        raise UserError(f"none of the {len(texts)} documents has two tokens, so there is nothing to predict")
+        raise UserError(
+            f"{documents.source!r}: none of its {len(documents.texts)} documents has two tokens, and so one to predict"
+        )
     return tuple(pieces)

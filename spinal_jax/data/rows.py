@@ -1,6 +1,6 @@
 """Streams the rows of a text file, and reads the fields of a JSON row; whatever is wrong is one `UserError`.
 
-`key` is the part of the configuration that names the file (`prompts`, `preferences`), as errors say it.
+`key` is the part of the configuration that names the file (`prompts`, `preferences`, `corpus`), as errors say it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
+from spinal_jax.data.documents import DocumentSet
 from spinal_jax.data.order import order
 from spinal_jax.data.pairs import PairSet, PreferencePair
 from spinal_jax.data.prompts import Prompt, PromptSet, group_of
@@ -55,13 +56,14 @@ class World:
             if not 0 <= value <= 1:
                 raise UserError(f"the world's {name} is {value}; it takes a fraction from 0 to 1")
 
-    def documents(self, count: int) -> list[str]:
+    def documents(self, count: int) -> DocumentSet:
         """The first `count` dialogues of training questions, which depend on the seed alone.
 
         Documents 2k and 2k + 1 answer the same question, one kindly and one curtly, in either order.
         """
         _above_zero("documents", count)
-        return [self._document(index) for index in range(count)]
+        texts = tuple(self._document(index) for index in range(count))
+        return DocumentSet(texts, f"World(seed={self.seed})", "world", 0, digest(texts))
 
     def pairs(self, count: int, split: Literal["train", "test"] = "train") -> PairSet:
         """The first `count` preference pairs; no question of one split is in another.
