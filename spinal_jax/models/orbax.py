@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEMA = "spinal-checkpoint/1"
 STATE = "state"  # what Orbax calls the tree
 CHUNK_BYTES = 1 << 24  # at most, of one chunk: a file of its own, and what a device must read to get a part of it
-WRITE_BYTES = 1 << 25  # about how much is handed to TensorStore at a time, which copies it
+WRITE_BYTES = CHUNK_BYTES  # about how much is handed to TensorStore at a time, which copies it
 
 
 def read_model(config: Mapping[str, Any], ignore: Iterable[str] = ()) -> tuple[Family, DecoderConfig]:
