@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union
 
 from spinal_jax.batch import Positions
@@ -29,11 +29,12 @@ def require(condition: bool, path: str, value: object, right: str) -> None:
 class ModelConfig:
     """Which checkpoint, and how it computes."""
 
-    source: str  # hub id, folder with config.json and safetensors, .gguf file, or converted folder
+    source: str  # hub id, folder with config.json and safetensors, .gguf file, converted folder, or random:SIZE
     revision: str | None = None  # of a hub id
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and forward; statistics are float32 or better
     name: str | None = None  # shown in reports; default: from the source
     ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
+    seed: int = 0  # of the weights of random:SIZE and random:SOURCE
 
     def __post_init__(self) -> None:
         require(bool(self.source.strip()), "model.source", self.source, "a hub id, a folder or a .gguf file")
@@ -117,8 +118,8 @@ class MetricsConfig:
     def __post_init__(self) -> None:
         require(2 <= self.groups <= 1024, "metrics.groups", self.groups, "a number from 2 to 1024")
         for last in self.lasts:
-            right = f"last:K with fewer tokens than metrics.transport.positions={self.transport.positions} measures"
-            require(self._has(last), "metrics.variants.positions", f"last:{last}", right)
+            right = f"last:K of fewer tokens than metrics.transport.positions={self.transport.positions} measures"
+            require(self._has(last), "metrics.variants.positions", list(self.variants.positions or ()), right)
 
     @property
     def lasts(self) -> tuple[int, ...]:
@@ -162,6 +163,77 @@ class AuditConfig:
         require(
             self.batch_tokens is None or self.batch_tokens > 0, "batch_tokens", self.batch_tokens, "null or above 0"
         )
+
+
+@dataclass(frozen=True)
+class ComparedConfig:
+    """One of two checkpoints to compare: the run folder of its audit, or the checkpoint itself."""
+
+    trace: str | None = None  # run folder of an audit
+    source: str | None = None  # hub id, folder with config.json and safetensors, .gguf file, or converted folder
+    revision: str | None = None  # of a hub id
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and forward; statistics are float32 or better
+    name: str | None = None  # shown in reports; default: from the source
+    ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Weights of the parts of the SPINALScore: `score`."""
+
+    delta: float = 1 / 3  # of Delta_align
+    coherence: float = 1 / 3  # of the aligned model's coherence
+    gradient: float = 1 / 3  # of the terminal block's share of the preference gradient
+
+    def __post_init__(self) -> None:
+        for name in ("delta", "coherence", "gradient"):
+            require(getattr(self, name) >= 0, f"score.{name}", getattr(self, name), "a weight of 0 or more")
+
+
+@dataclass(frozen=True)
+class AssertConfig:
+    """What the evidence must show, or the command ends with exit code 3: `assert`."""
+
+    verdict: Literal["contraction", "expansion", "no detectable change"] | None = None
+    delta_align_low: float | None = None  # the 95 % interval of Delta_align begins here or above
+    delta_align_high: float | None = None  # the 95 % interval of Delta_align ends here or below
+    p_value: float | None = None  # at most
+    spinal_score_low: float | None = None  # the 95 % interval of the SPINALScore begins here or above
+    holds: float | None = None  # least share of the settings in which the sign of Delta_align holds
+
+    def __post_init__(self) -> None:
+        for name in ("p_value", "holds"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, f"assert.{name}", value, "null or a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """`spinal compare`."""
+
+    model: ComparedConfig
+    reference: ComparedConfig
+    others: tuple[str, ...] = ()  # more run folders, to be ranked with the model
+    other_references: tuple[str, ...] = ()  # one for each of them; none: the reference
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    align: Literal["equal", "relative"] = "equal"
+    same_prompts: bool = True
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    assert_: AssertConfig = field(default_factory=AssertConfig)
+    batch_tokens: int | None = None  # tokens computed at a time; null: by device
+    overwrite: bool = False  # replace a complete run
+
+    def __post_init__(self) -> None:
+        for name in ("model", "reference"):
+            side: ComparedConfig = getattr(self, name)
+            if (side.trace is None) == (side.source is None):
+                both = f"{name}.trace is {side.trace!r} and {name}.source is {side.source!r}; give one of them"
+                neither = f"{name} is missing; give {name}.trace=RUN of an audit, or {name}.source=CHECKPOINT"
+                raise UserError(neither if side.trace is None else both)
+        right = "as many folders as others, or none"
+        fits = len(self.other_references) in (0, len(self.others))
+        require(fits, "other_references", list(self.other_references), right)
 
 
 @dataclass(frozen=True)
@@ -221,7 +293,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
+            return {k.removesuffix("_"): plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     return plain(asdict(config))
@@ -230,7 +302,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def build(record: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """A `record` from nested mappings. UserError names the dotted path of an unknown, missing or mistyped key."""
     hints = typing.get_type_hints(record)
-    known = {f.name: f for f in fields(record)}  # type: ignore[arg-type]
+    known = {_key(f): f for f in fields(record)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             raise UserError(
@@ -239,10 +311,15 @@ def build(record: type[T], values: Mapping[str, Any], path: str = "") -> T:
     chosen = {}
     for name, declared in known.items():
         if name in values:
-            chosen[name] = _value(hints[name], values[name], _join(path, name))
+            chosen[declared.name] = _value(hints[declared.name], values[name], _join(path, name))
         elif declared.default is MISSING and declared.default_factory is MISSING:
             raise UserError(f"{_join(path, name)} is missing; give {_join(path, name)}=...")
     return record(**chosen)
+
+
+def _key(declared: Field[Any]) -> str:
+    """What users call a field: one that is a keyword of Python, such as assert, ends with an underscore here."""
+    return declared.name.removesuffix("_")
 
 
 def _join(path: str, key: str) -> str:
