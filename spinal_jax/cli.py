@@ -23,12 +23,13 @@ from spinal_jax.errors import UserError
 if TYPE_CHECKING:
     from spinal_jax.api import Bar
 
-FAILED, MISTAKE = 1, 2  # exit codes
+FAILED, MISTAKE, SHORT = 1, 2, 3  # exit codes
 Job = Callable[[dict[str, Any], Path], None]
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 a mistake in what was asked, 130 Ctrl-C, 143 SIGTERM, 1 anything else."""
+    """Entry point. Exit codes: 0 done, 2 a mistake in what was asked, 3 evidence short of `assert`, 130 Ctrl-C, 143
+    SIGTERM, 1 anything else."""
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, _stop) for number in signals}
     try:
@@ -120,11 +121,60 @@ def _audit_job(settings: dict[str, Any], folder: Path) -> None:
             write_report(scratch)
             advance(1)
             runs.write_events(trace, scratch)
-        runs.write_manifest(scratch, "audit", config.to_mapping(asked), trace, seconds)
+        runs.write_manifest(scratch, "audit", config.to_mapping(asked), runs.about_trace(trace), seconds)
     rate = trace.prompts["tokens"] / seconds["audit"]
     print(trace)
     print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())} ({rate:,.0f} tokens/s in the audit)")
     print(f"  report    {_shown(folder / 'report.html')}", flush=True)
+
+
+def _compare(command: str, arguments: list[str]) -> None:
+    # A checkpoint that is given by its trace has no source.
+    _compose(command, arguments, _compare_job, optional=("model.source", "reference.source"))
+
+
+def _compare_job(settings: dict[str, Any], folder: Path) -> None:
+    from spinal_jax import config, runs
+
+    asked = config.build(config.CompareConfig, settings)
+    runs.check_free(folder, asked.overwrite)
+    from spinal_jax.compare import Weights, compare, shortfalls
+    from spinal_jax.comparison import save_comparison
+    from spinal_jax.ranking import rank, save_ranking
+    from spinal_jax.result import load_trace
+
+    model, reference = asked.model, asked.reference
+    if source := model.source or reference.source:
+        raise UserError(
+            f"spinal compare takes two saved runs, model.trace=RUN reference.trace=RUN; audit {source!r} first with "
+            f"spinal audit model.source={source} hydra.run.dir=RUN"
+        )
+    assert model.trace is not None
+    assert reference.trace is not None
+    weights = Weights(asked.score.delta, asked.score.coherence, asked.score.gradient)
+    references = asked.other_references or (reference.trace,) * len(asked.others)
+    seconds: dict[str, float] = {}
+    found = []
+    with _stages(seconds)("compare", 1 + len(asked.others), "pair") as advance:
+        for one, other in ((model.trace, reference.trace), *zip(asked.others, references, strict=True)):
+            traces = load_trace(one), load_trace(other)
+            found.append(compare(*traces, align=asked.align, same_prompts=asked.same_prompts, weights=weights))
+            advance(1)
+    first, *others = found
+    with runs.writing(folder, asked.overwrite) as scratch:
+        save_comparison(first, scratch)
+        for number, other in enumerate(others, 1):
+            save_comparison(other, scratch / "others" / str(number))
+        if others:
+            save_ranking(rank(found), scratch)
+        runs.write_manifest(scratch, "compare", config.to_mapping(asked), runs.about_comparison(first), seconds)
+    print(first)
+    if others:
+        print(rank(found))
+    print(f"  written   {_shown(folder / 'comparison.json')}", flush=True)
+    if short := shortfalls(first, **config.to_mapping(asked.assert_)):
+        _complain(f"the evidence falls short of assert: {'; '.join(short)}")
+        sys.exit(SHORT)
 
 
 def _convert(command: str, arguments: list[str]) -> None:
@@ -237,6 +287,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "audit": Command(_audit, "model.source=FOLDER|FILE.gguf|HUB_ID", "The depth trace of one checkpoint."),
+    "compare": Command(
+        _compare,
+        "model.trace=RUN reference.trace=RUN",
+        "What alignment changed between two checkpoints, where, and how sure that is; exit code 3 short of `assert`.",
+    ),
     "convert": Command(
         _convert,
         "model.source=FOLDER|FILE.gguf|HUB_ID out=DIR",
@@ -265,8 +320,9 @@ def _usage() -> str:
 HYDRA_OPTIONS = {"-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info", "--hydra-help"}
 
 
-def _compose(command: str, arguments: list[str], job: Job) -> None:
-    """Runs `job(settings, output folder)` under Hydra, once or for each run of a sweep."""
+def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, ...] = ()) -> None:
+    """Runs `job(settings, output folder)` under Hydra, once or for each run of a sweep. What is `optional` and missing
+    is null."""
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     if "-h" in options or "--help" in options:
         print(pages.help_text(command, COMMANDS[command].takes, COMMANDS[command].does))
@@ -295,7 +351,10 @@ def _compose(command: str, arguments: list[str], job: Job) -> None:
         if overrides:
             print(f"run {run.job.num}: {overrides}", file=sys.stderr)
         try:
-            if missing := sorted(OmegaConf.missing_keys(settings)):
+            missing = sorted(OmegaConf.missing_keys(settings))
+            for name in (name for name in missing if name in optional):
+                OmegaConf.update(settings, name, None)
+            if missing := [name for name in missing if name not in optional]:
                 raise UserError(f"{missing[0]} is missing; give {missing[0]}=...")
             job(OmegaConf.to_container(settings, resolve=True), folder)  # type: ignore[arg-type]
         except (UserError, OmegaConfBaseException) as error:
@@ -333,8 +392,11 @@ def _hydras_words(error: Exception, command: str) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         return f"{first}; there are {', '.join(error.options)}"
     if wrong := re.search(r"Could not override '([^']+)'", first):
-        close = difflib.get_close_matches(wrong[1], pages.names_of(command), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"spinal {command} --help lists the settings"
+        names, group = pages.names_of(command), wrong[1].rpartition(".")[0]
+        close = [name for name in difflib.get_close_matches(wrong[1], names, n=1) if name != group]
+        beside = [name for name in names if group and name.rpartition(".")[0] == group]
+        known = f"there are {', '.join(beside)}" if beside else f"spinal {command} --help lists the settings"
+        hint = f"did you mean {close[0]}?" if close else known
         return f"Could not override {wrong[1]!r}: there is no such setting; {hint}"
     if first.startswith("Ambiguous value"):
         return f"{first}: add -m to sweep over the values, or quote them to have one text"

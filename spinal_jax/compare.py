@@ -18,7 +18,7 @@ from spinal_jax.metrics import signflip
 from spinal_jax.metrics.depth import coherence
 from spinal_jax.metrics.jackknife import Estimate, t_quantile
 from spinal_jax.metrics.localisation import localise, share
-from spinal_jax.paired import Curve, Depth, check, curve, difference, resampled
+from spinal_jax.paired import Align, Curve, check, curve, difference, resampled
 from spinal_jax.result import DepthTrace, number
 
 LOCALISED = ("contraction", "transport")
@@ -62,7 +62,7 @@ def compare(
     reference: DepthTrace,
     extras: BothModels | None = None,
     *,
-    depth: Depth = "equal",
+    align: Align = "equal",
     same_prompts: bool = True,
     weights: Weights = EQUAL,
 ) -> Comparison:
@@ -77,7 +77,7 @@ def compare(
     Args:
         aligned, reference: traces of the same tokens, with their arrays.
         extras: what both models in memory give; without it those columns and the score are NaN.
-        depth: "relative" reads the reference at the relative depths of the aligned model's boundaries.
+        align: "relative" reads the reference at the relative depths of the aligned model's boundaries.
         same_prompts: False compares traces of different prompts with equally many groups: a control. Group g of one is
             then set against group g of the other, which is as good as any pairing of independent groups.
         weights: of the score.
@@ -85,7 +85,7 @@ def compare(
     Raises:
         UserError: the traces were not measured alike; it says what differs.
     """
-    warnings = check(aligned, reference, depth, same_prompts)
+    warnings = check(aligned, reference, align, same_prompts)
     extras = extras or BothModels()
     first, last = aligned.terminal
     columns: dict[str, np.ndarray] = {}
@@ -149,13 +149,51 @@ def compare(
         aligned={name: aligned.model[name] for name in MODEL_KEYS},
         reference={name: reference.model[name] for name in MODEL_KEYS},
         prompts=dict(aligned.prompts),
-        settings={**settings, "depth": depth, "same_prompts": same_prompts, "weights": weights._asdict()},
+        settings={**settings, "align": align, "same_prompts": same_prompts, "weights": weights._asdict()},
         columns=columns,
         summary=summary,
         robustness=robustness.verdict_of(robustness.grid(aligned, reference)),
         warnings=(*warnings, *_caveats(extras, groups, word, p)),
         arrays=arrays,
     )
+
+
+def shortfalls(
+    found: Comparison,
+    *,
+    verdict: str | None = None,
+    delta_align_low: float | None = None,
+    delta_align_high: float | None = None,
+    p_value: float | None = None,
+    spinal_score_low: float | None = None,
+    holds: float | None = None,
+) -> list[str]:
+    """Where the evidence falls short of what was asked for, a phrase each; a number that is not defined falls short.
+
+    Args:
+        found: the comparison.
+        verdict: which it must be.
+        delta_align_low, spinal_score_low: the 95 % interval of that number must begin here or above.
+        delta_align_high: the 95 % interval must end here or below.
+        p_value: at most this.
+        holds: the sign of Delta_align must hold in at least this share of the settings.
+    """
+    lines = []
+    if verdict is not None and found.verdict != verdict:
+        lines.append(f"the verdict is {found.verdict!r}, not {verdict!r}")
+    for name, least in (("delta_align_low", delta_align_low), ("spinal_score_low", spinal_score_low)):
+        if least is not None and not found.summary[name] >= least:
+            label = "Delta_align" if name == "delta_align_low" else "the SPINALScore"
+            lines.append(f"the interval of {label} begins at {number(found.summary[name])}, not at {least} or above")
+    if delta_align_high is not None and not found.summary["delta_align_high"] <= delta_align_high:
+        end = number(found.summary["delta_align_high"])
+        lines.append(f"the interval of Delta_align ends at {end}, not at {delta_align_high} or below")
+    if p_value is not None and not found.summary["p_value"] <= p_value:
+        lines.append(f"the p-value is {number(found.summary['p_value'], 2)}, not at most {p_value}")
+    there, of = found.robustness["holds"], found.robustness["of"]
+    if holds is not None and not there / of >= holds:
+        lines.append(f"the sign of Delta_align holds in {there} of {of} settings, not in at least {holds:.0%}")
+    return lines
 
 
 def coherence_of(trace: DepthTrace) -> Estimate:

@@ -32,7 +32,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "aligned": ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256"),
     "reference": ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256"),
     "prompts": ("source", "count", "groups", "rows", "positions", "sha256"),
-    "settings": ("depth", "same_prompts", "weights"),
+    "settings": ("align", "same_prompts", "weights"),
     "columns": (*(f"delta_{name}{end}" for name in METRICS for end in ("", "_low", "_high", "_p", "_p_holm")),
                 *(f"{name}{end}" for name in BOTH for end in ("", "_low", "_high")),
                 *(f"{side}_{name}{end}" for side in ("aligned", "reference") for name in METRICS

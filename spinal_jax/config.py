@@ -29,12 +29,11 @@ def require(condition: bool, path: str, value: object, right: str) -> None:
 class ModelConfig:
     """Which checkpoint, and how it computes."""
 
-    source: str  # hub id, folder with config.json and safetensors, .gguf file, converted folder, or random:SIZE
+    source: str  # hub id, folder with config.json and safetensors, .gguf file, converted folder, or random:SIZE@SEED
     revision: str | None = None  # of a hub id
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and forward; statistics are float32 or better
     name: str | None = None  # shown in reports; default: from the source
     ignore_keys: tuple[str, ...] = ()  # config.json keys that you know change nothing
-    seed: int = 0  # of the weights of random:SIZE and random:SOURCE
 
     def __post_init__(self) -> None:
         require(bool(self.source.strip()), "model.source", self.source, "a hub id, a folder or a .gguf file")

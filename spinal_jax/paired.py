@@ -12,7 +12,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.metrics.jackknife import Estimate
 from spinal_jax.result import DepthTrace
 
-Depth = Literal["equal", "relative"]
+Align = Literal["equal", "relative"]
 BY_ROWS = frozenset({"contraction", "effective_rank"})  # the other columns are means over transport positions
 
 
@@ -86,7 +86,7 @@ def difference(aligned: Curve, reference: Curve) -> Curve:
     return Curve(aligned.full - reference.full, aligned.without - reference.without, share)
 
 
-def check(aligned: DepthTrace, reference: DepthTrace, depth: Depth, same_prompts: bool) -> list[str]:
+def check(aligned: DepthTrace, reference: DepthTrace, align: Align, same_prompts: bool) -> list[str]:
     """What a reader must know of the pair, in sentences.
 
     Raises:
@@ -120,8 +120,8 @@ def check(aligned: DepthTrace, reference: DepthTrace, depth: Depth, same_prompts
             same(f"the number of {name} by group", lambda t, name=name: _plain(_array(t, f"groups/{name}")), remedy)
     remedy = "give both more prompts, or fewer metrics.groups"
     same("the number of groups with prompts", lambda trace: len(_array(trace, "groups/rows")), remedy)
-    if depth == "equal":
-        remedy = "depth=relative compares models of different depth by relative position"
+    if align == "equal":
+        remedy = "align=relative compares models of different depth by relative position"
         same("the number of blocks", lambda trace: trace.depth, remedy)
     return _warnings(aligned, reference)
 

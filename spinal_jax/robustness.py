@@ -18,10 +18,11 @@ WINDOWS = ((0.05, 0.50), (0.10, 0.40), (0.10, 0.50), (0.10, 0.70), (0.20, 0.60))
 def grid(aligned: DepthTrace, reference: DepthTrace) -> list[dict[str, Any]]:
     """Delta_align for each window of the fit x each way in which contraction was measured x each of transport.
 
-    A trace measures in more than one way when it holds `variants/NAME/singular_values` [D+1, d] with
-    `variants/NAME/groups/singular_values` [G, D+1, d] (and `variants/NAME/groups/rows` [G] where other rows count), or
-    `variants/NAME/transport` [D+1] with `variants/NAME/groups/transport` [G, D+1] (and `variants/NAME/groups/positions`
-    [G] where there are other positions). What only one of the traces holds is left out.
+    A trace measures in more than one way when it holds `variants/NAME/singular_values` [D+1, d] (with
+    `variants/NAME/groups/rows` [G] where other rows count), or `variants/NAME/transport` [D+1] (with
+    `variants/NAME/groups/positions` [G] where there are other positions). Replicates beside them,
+    `variants/NAME/groups/singular_values` [G, D+1, d] and `variants/NAME/groups/transport` [G, D+1], give intervals.
+    What only one of the traces holds is left out.
 
     Returns:
         Records with window, contraction (NAME, or "as measured"), transport (likewise), delta_align, low, high (95 %
@@ -55,9 +56,11 @@ def verdict_of(settings: list[dict[str, Any]]) -> dict[str, Any]:
         holds, sure, sentence = 0, 0, "Delta_align has no sign whose robustness could be told."
     else:
         holds = sum(bool(sign * found["delta_align"] > 0) for found in settings)
-        sure = sum(bool(min(sign * found["low"], sign * found["high"]) > 0) for found in settings)
+        bounded = [found for found in settings if not np.isnan(found["low"])]
+        sure = sum(bool(min(sign * found["low"], sign * found["high"]) > 0) for found in bounded)
         sentence = (
-            f"The sign of Delta_align holds in {holds} of {of} settings, in {sure} with an interval that leaves out 0."
+            f"The sign of Delta_align holds in {holds} of {of} settings; in {sure} of the {len(bounded)} that have an "
+            f"interval, it leaves out 0."
         )
     return {"sentence": sentence, "holds": holds, "of": of, "sure": sure, "settings": settings}
 
@@ -88,38 +91,44 @@ def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, t
     low, high = trace.settings["window"]
     own = (float(low), float(high))
     yield MEASURED, own, curve(trace, "contraction")
-    rest = [window for window in WINDOWS if window != own]
     for name in ("", *_variants("singular_values", trace, other)):
         prefix = f"variants/{name}/" if name else ""
-        keys = f"{prefix}singular_values", f"{prefix}groups/singular_values"
-        if not all(key in t.arrays for key in keys for t in (trace, other)):
-            continue
-        full, without = (trace.arrays[key] for key in keys)
+        if not all(f"{prefix}singular_values" in t.arrays for t in (trace, other)):
+            continue  # a trace that was read without its spectra
         sizes = trace.arrays.get(f"{prefix}groups/rows", trace.arrays["groups/rows"]).astype(np.float64)
-        total = sizes.sum() if f"{prefix}groups/rows" in trace.arrays and name else trace.prompts["rows"]
+        total = trace.prompts["rows"] + sizes.sum() - trace.arrays["groups/rows"].sum()
+        rest = [window for window in WINDOWS if window != own]
         windows = [own, *rest] if name else rest
-        alphas = tail_slopes(full, np.asarray(total), windows)
-        if len(without) == len(sizes):
-            alphas_without = tail_slopes(without, (total - sizes)[:, None], windows)
-        else:  # an only group cannot be left out
-            alphas_without = np.full((len(windows), len(sizes), trace.boundaries), np.nan)
-        for window, alpha, replicates in zip(windows, alphas, alphas_without, strict=True):
-            yield name or MEASURED, window, Curve(alpha, replicates, sizes)
+        alphas = tail_slopes(trace.arrays[f"{prefix}singular_values"], np.asarray(total), windows)
+        without = _replicates(f"{prefix}groups/singular_values", len(sizes), trace, other)
+        if without is None:
+            replicates = np.full((len(windows), len(sizes), trace.boundaries), np.nan)
+        else:
+            replicates = tail_slopes(without, (total - sizes)[:, None], windows)
+        for window, alpha, each in zip(windows, alphas, replicates, strict=True):
+            yield name or MEASURED, window, Curve(alpha, each, sizes)
 
 
 def _transports(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, Curve]]:
+    """(how, L) of `trace` in every way that both traces can give."""
     yield MEASURED, curve(trace, "transport")
     for name in _variants("transport", trace, other):
         prefix = f"variants/{name}/"
         sizes = trace.arrays.get(f"{prefix}groups/positions", trace.arrays["groups/positions"]).astype(np.float64)
-        full, without = (trace.arrays[f"{prefix}{key}"].astype(np.float64) for key in ("transport", "groups/transport"))
-        if len(without) != len(sizes):
+        without = _replicates(f"{prefix}groups/transport", len(sizes), trace, other)
+        if without is None:
             without = np.full((len(sizes), trace.boundaries), np.nan)
-        yield name, Curve(full, without, sizes)
+        full = trace.arrays[f"{prefix}transport"].astype(np.float64)
+        yield name, Curve(full, without.astype(np.float64), sizes)
 
 
 def _variants(of: str, trace: DepthTrace, other: DepthTrace) -> list[str]:
-    """Names of the variants of which both traces hold `of` and its replicates, sorted."""
-    names = {key.split("/")[1] for key in trace.arrays if key.startswith("variants/") and key.count("/") >= 2}
-    keys = (of, f"groups/{of}")
-    return sorted(n for n in names if all(f"variants/{n}/{key}" in t.arrays for key in keys for t in (trace, other)))
+    """Names of the variants of which both traces hold `of`, sorted."""
+    names = {key.split("/")[1] for key in trace.arrays if key.startswith("variants/")}
+    return sorted(name for name in names if all(f"variants/{name}/{of}" in t.arrays for t in (trace, other)))
+
+
+def _replicates(key: str, groups: int, trace: DepthTrace, other: DepthTrace) -> np.ndarray | None:
+    """An array [G, ...] that both traces hold, one for each group; an only group cannot be left out."""
+    held = all(len(t.arrays.get(key, ())) == groups for t in (trace, other))
+    return trace.arrays[key] if held else None

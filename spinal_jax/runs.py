@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from spinal_jax.comparison import Comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report.figures import figures, png_bytes
-from spinal_jax.result import DepthTrace
+from spinal_jax.result import DepthTrace, plain
 
 SCHEMA = "spinal-manifest/1"
 MANIFEST = "manifest.json"  # a run folder without it is not complete
 EVENTS = "events.out.tfevents.spinal"  # TensorBoard reads files with "tfevents" in their name
-PARTS = ("trace.json", "trace.csv", "spectra.safetensors", "figures", "report.html", EVENTS)
+PARTS = (
+    *("trace.json", "trace.csv", "spectra.safetensors", "figures", "report.html", EVENTS),
+    *("comparison.json", "comparison.csv", "comparison.safetensors", "ranking.json", "ranking.csv", "others"),
+)
 SCRATCH = ".writing-"
 
 
@@ -111,15 +116,25 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def write_manifest(
-    folder: Path, command: str, config: Mapping[str, Any], trace: DepthTrace, seconds: Mapping[str, float]
+    folder: Path, command: str, config: Mapping[str, Any], about: Mapping[str, Any], seconds: Mapping[str, float]
 ) -> None:
-    """What ran: resolved configuration, versions and devices, hashes, the files of the run, and under `time` all that
-    differs between equal runs: when it ended (UTC) and how many seconds each stage took."""
-    settings = json.dumps(trace.settings, sort_keys=True).encode()
+    """What ran: resolved configuration, versions and devices, hashes (`about`), the files of the run, and under `time`
+    all that differs between equal runs: when it ended (UTC) and how many seconds each stage took."""
     manifest = {
         "schema": SCHEMA,
         "command": command,
         "config": config,
+        **about,
+        "files": sorted(path.name for path in folder.iterdir()),
+        "time": {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": dict(seconds)},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def about_trace(trace: DepthTrace) -> dict[str, Any]:
+    """What a manifest says of a trace: versions and devices, hashes of weights, prompts and settings."""
+    settings = json.dumps(trace.settings, sort_keys=True).encode()
+    return {
         "environment": dict(trace.environment),
         "sha256": {
             "weights": trace.model["sha256"],
@@ -127,10 +142,22 @@ def write_manifest(
             "settings": hashlib.sha256(settings).hexdigest(),
         },
         "prompts": {name: trace.prompts[name] for name in ("count", "skipped_empty")},
-        "files": sorted(path.name for path in folder.iterdir()),
-        "time": {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": dict(seconds)},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def about_comparison(found: Comparison) -> dict[str, Any]:
+    """What a manifest says of a comparison: hashes of both models' weights, the prompts and the settings."""
+    settings = json.dumps(plain(found.settings), sort_keys=True).encode()
+    return {
+        "environment": {name: version(name) for name in ("spinal-jax", "numpy", "scipy")},
+        "sha256": {
+            "aligned": found.aligned["sha256"],
+            "reference": found.reference["sha256"],
+            "prompts": found.prompts["sha256"],
+            "settings": hashlib.sha256(settings).hexdigest(),
+        },
+        "prompts": {name: found.prompts[name] for name in ("count", "skipped_empty")},
+    }
 
 
 class Events:
