@@ -310,7 +310,8 @@ def _from_messages(prompt: object, chosen: list[Any], rejected: list[Any], where
 def _ending_with_user(turns: list[tuple[str, str]], where: str) -> tuple[tuple[str, str], ...]:
     if not turns or turns[-1][0] != "user":
         last = f"the {turns[-1][0]}'s" if turns else "nothing"
-        raise UserError(f"{where}: the prompt's messages must end with the user's, not {last}")
+        prompt = "'prompt', or what 'chosen' and 'rejected' share,"
+        raise UserError(f"{where}: {prompt} must end with the user's message, not {last}")
     return tuple(turns)
 
 

@@ -130,7 +130,8 @@ class _Question(NamedTuple):
 
 @functools.cache
 def _questions() -> dict[Split, tuple[_Question, ...]]:
-    """Every question there is, by split: an eighth for tests and an eighth for audits, by a hash of the text."""
+    """Every question there is, by split: an eighth for tests and an eighth for audits, by a hash of
+    the text that is not the one by which prompts fall into jackknife groups."""
     found: dict[Split, list[_Question]] = {"train": [], "test": [], "audit": []}
     splits: dict[int, Split] = {0: "test", 1: "audit"}
     for relation in RELATIONS:
@@ -139,7 +140,7 @@ def _questions() -> dict[Split, tuple[_Question, ...]]:
                 for greeting in GREETINGS:
                     turns = (("user", greeting + question.format(**forms(subject))),)
                     prompt = transcript(turns)
-                    found[splits.get(group_of(prompt, 8), "train")].append(_Question(relation, subject, turns, prompt))
+                    found[splits.get(group_of(f"split {prompt}", 8), "train")].append(_Question(relation, subject, turns, prompt))
     return {split: tuple(questions) for split, questions in found.items()}
 
 
