@@ -130,8 +130,10 @@ class _Question(NamedTuple):
 
 @functools.cache
 def _questions() -> dict[Split, tuple[_Question, ...]]:
-    """Every question there is, by split: an eighth for tests and an eighth for audits, by a hash of
-    the text that is not the one by which prompts fall into jackknife groups."""
+    """Every question there is, by split: an eighth for tests and an eighth for audits.
+
+    The hash that decides is not the one by which prompts fall into groups, for then a split would fill only a few.
+    """
     found: dict[Split, list[_Question]] = {"train": [], "test": [], "audit": []}
     splits: dict[int, Split] = {0: "test", 1: "audit"}
     for relation in RELATIONS:
@@ -140,7 +142,8 @@ def _questions() -> dict[Split, tuple[_Question, ...]]:
                 for greeting in GREETINGS:
                     turns = (("user", greeting + question.format(**forms(subject))),)
                     prompt = transcript(turns)
-                    found[splits.get(group_of(f"split {prompt}", 8), "train")].append(_Question(relation, subject, turns, prompt))
+                    split = splits.get(group_of(f"split {prompt}", 8), "train")
+                    found[split].append(_Question(relation, subject, turns, prompt))
     return {split: tuple(questions) for split, questions in found.items()}
 
 
