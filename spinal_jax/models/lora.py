@@ -81,7 +81,10 @@ def attach(model: Decoder, rank: int, alpha: float, targets: Sequence[str], seed
         wanted = ALIASES.get(target, target)
         found = [name for name in names if target == ALL or name == wanted or name.endswith(f".{wanted}")]
         if not found:
-            raise UserError(f"lora.targets has {target!r}, which is no linear layer of this model; there are {ALL}, " + ", ".join(names))
+            raise UserError(
+                f"lora.targets has {target!r}, which is no linear layer of this model; there are {ALL}, "
+                + ", ".join(names)
+            )
         chosen.update(found)
     rngs = nnx.Rngs(seed)
     for name, layer in layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -36,6 +37,7 @@ class MemoryCheckpoint:
     ) -> None:
         """From `config` as config.json holds it and `arrays` by our paths, stacked over depth."""
         self.source, self.config = source, config
+        self.folder: Path | None = None  # of a Hugging Face model whose tokenizer's files are to be copied
         self._arrays, self._tokenizer = arrays, tokenizer
         family, self._decoder = read_model(config, ignore_keys)
         shapes = parameter_shapes(self._decoder)

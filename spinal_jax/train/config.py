@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from spinal_jax.config import MetricsConfig, ModelConfig, ParallelConfig, PromptsConfig, require
+from spinal_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,13 @@ class TrainConfig:
         listed = every if isinstance(every, tuple) else () if every is None else (every,)
         sound = all(step > 0 for step in listed) if not isinstance(every, tuple) else all(step >= 0 for step in listed)
         require(sound, "trace_every", every, "null, a number above 0, or a list of steps")
-        kind, given = self.objective.kind, "corpus" if self.objective.kind == "lm" else "preferences"
-        require(getattr(self, given) is not None, given, None, f"settings for objective={kind}: {given}=NAME")
+        if self.objective.kind == "lm" and self.corpus is None:
+            raise UserError("objective=lm trains on documents; give corpus=world, or corpus=text corpus.path=FILE")
+        if self.objective.kind != "lm" and self.preferences is None:
+            raise UserError(
+                f"objective={self.objective.kind} trains on preference pairs; give preferences=world, or "
+                "preferences=hh or jsonl with preferences.path=FILE"
+            )
         if self.lora.rank == 0:
             right = (
                 "float32 when all weights are trained; compute_dtype=bfloat16 computes in bfloat16 and keeps them so"

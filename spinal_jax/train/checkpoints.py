@@ -1,0 +1,83 @@
+"""Checkpoints of a run: Orbax, written while training goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from spinal_jax.errors import UserError
+from spinal_jax.train.step import TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
+
+
+class _Preserve:
+    """Orbax's policy: the latest few, and the one that is protected."""
+
+    def __init__(self, latest: int | None):
+        self.latest, self.protected = latest, -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        first = 0 if self.latest is None else len(checkpoints) - self.latest
+        return [number >= first or at.step == self.protected for number, at in enumerate(checkpoints)]
+
+
+class Checkpoints:
+    """The states of a run by step. A save returns once the arrays are copied; a killed one leaves nothing."""
+
+    def __init__(self, folder: Path, max_to_keep: int | None):
+        self._policy = _Preserve(max_to_keep)
+        self._orbax = ocp.training.Checkpointer(
+            folder.absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=self._policy,
+            cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that are saved, ascending."""
+        return sorted(at.step for at in self._orbax.checkpoints)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves in the background. Waits for the save before it, which Orbax would otherwise drop this one for."""
+        self.wait()
+        if step not in self.steps:
+            self._pending = self._orbax.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
+
+    def protect(self, step: int) -> None:
+        """Keeps one step whatever comes later, and no longer the one that was kept before."""
+        self._policy.protected = step
+
+    def wait(self) -> None:
+        """Returns once everything is on disk."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def load(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step, placed as `like` is. UserError where it is of another model."""
+
+        def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+        wanted = jax.tree.map(abstract, like._asdict())
+        try:
+            found = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint of step {step} in {self._orbax.directory} is of another model or optimiser: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        return TrainState(**found)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.wait()
+        self._orbax.close()

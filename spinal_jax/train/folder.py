@@ -1,0 +1,136 @@
+"""The folder of a training run, which grows while the run goes on and from which a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spinal_jax import runs
+from spinal_jax.errors import UserError
+from spinal_jax.result import DepthTrace, save_trace, write_whole
+from spinal_jax.runs import MANIFEST, Events
+
+SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
+    "settings.json",  # what the run was started with
+    "metrics.jsonl",
+    "traces",
+    "checkpoints",
+    "model",
+    "onset.json",
+)
+PARTS = (SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET, MANIFEST, "figures", "report.html", "failure.json")
+# A run may go on with other devices, and be told anew where a cache lies.
+FREE = {"parallel", "overwrite", "cache"}
+
+
+class TrainingFolder:
+    """Writes a run's parts. Every file but metrics.jsonl appears whole; metrics.jsonl grows by whole lines."""
+
+    def __init__(self, folder: Path, started_with: Mapping[str, Any], overwrite: bool):
+        """Opens the folder anew, or where a run with the same settings was cut off.
+
+        Args:
+            folder: of the run.
+            started_with: resolved configuration and hashes of what was read.
+            overwrite: remove the run that is there.
+
+        Raises:
+            UserError: the folder holds a complete run, or one that was started with other settings.
+        """
+        self.folder = folder
+        if overwrite:
+            self._clear()
+        if (folder / MANIFEST).exists():
+            raise UserError(
+                f"{folder} already holds a complete run; set overwrite=true to replace it, or choose another "
+                "hydra.run.dir"
+            )
+        settings = folder / SETTINGS
+        there = [name for name in (*PARTS, *runs.PARTS) if (folder / name).exists()]
+        if there and not settings.exists():
+            raise UserError(f"{folder} already holds {there[0]}, though no training run; choose another hydra.run.dir")
+        if settings.exists():
+            _check_same(json.loads(settings.read_text(encoding="utf-8")), started_with, folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(settings, (json.dumps(started_with, indent=1) + "\n").encode())
+        (folder / TRACES).mkdir(exist_ok=True)
+        self._events: Events | None = None
+        self._log: Any = None
+
+    def _clear(self) -> None:
+        for name in (*PARTS, *(path.name for path in self.folder.glob("events.out.tfevents.*"))):
+            path = self.folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def go_on(self, step: int) -> None:
+        """Forgets what was written at `step` and later, which will come again, and opens the logs."""
+        log = self.folder / METRICS
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        write_whole(log, "".join(kept).encode())
+        for later in (self.folder / TRACES).iterdir():
+            if later.name >= trace_name(step):
+                shutil.rmtree(later)
+        self._log = log.open("a", encoding="utf-8")
+        self._events = Events(self.folder, step)
+
+    @property
+    def events(self) -> Events:
+        """TensorBoard's file of this run."""
+        assert self._events is not None, "go_on opens it"
+        return self._events
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl, and scalars to TensorBoard under the tags that TRL's trainers use."""
+        self._log.write(json.dumps({"step": step, **values}) + "\n")
+        self._log.flush()
+        for name, value in values.items():
+            if isinstance(value, float):
+                held_out = name.startswith("eval_")
+                self.events.scalar(step, f"{'eval' if held_out else 'train'}/{name.removeprefix('eval_')}", value)
+
+    def trace(self, step: int, trace: DepthTrace, beside: Mapping[str, float]) -> None:
+        """Adds a trace to the folder, and its summary and the numbers `beside` it to TensorBoard."""
+        save_trace(trace, self.folder / TRACES / trace_name(step), step)
+        for name, value in (*trace.summary.items(), *beside.items()):
+            if isinstance(value, float):
+                self.events.scalar(step, f"spinal/{name}", value)
+
+    def close(self) -> None:
+        """Closes the logs."""
+        if self._log is not None:
+            self._log.close()
+            self.events.close()
+
+
+def trace_name(step: int) -> str:
+    """The folder of the trace of a step."""
+    return f"step_{step:06}"
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """UserError that names the first setting in which two runs differ."""
+    one, other = _flat(before), _flat(json.loads(json.dumps(now)))
+    for name in sorted(one.keys() | other.keys()):
+        if not FREE & set(name.split(".")) and one.get(name) != other.get(name):
+            raise UserError(
+                f"{folder} holds an unfinished run with {name} = {one.get(name)!r}, but this one has "
+                f"{other.get(name)!r}: make them equal to go on, set overwrite=true, or choose another hydra.run.dir"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

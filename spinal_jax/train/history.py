@@ -1,0 +1,123 @@
+"""The footprint of a run over its steps: traces of one fixed pool of prompts, each compared with that of step 0."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from spinal_jax import api
+from spinal_jax.batch import Plan
+from spinal_jax.compare import BothModels, compare
+from spinal_jax.comparison import Comparison, save_comparison
+from spinal_jax.config import MetricsConfig
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.jackknife import t_quantile
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.onset import Record, verdict
+from spinal_jax.result import DepthTrace, write_whole
+from spinal_jax.trace import Measurement, Reference, keep, measure
+from spinal_jax.train.folder import ONSET, TRACES, TrainingFolder, trace_name
+
+
+class History:
+    """Traces so far. The model of step 0 is the reference of all that follow."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        pool: Plan,
+        settings: MetricsConfig,
+        records: tuple[dict[str, Any], dict[str, Any]],
+        out: TrainingFolder,
+        bar: api.Bar,
+    ):
+        """Measures the model of step 0.
+
+        Args:
+            model: the policy before any step.
+            pool: the prompts, planned.
+            settings: what is measured.
+            records: what traces say of the model and of the prompts.
+            out: the run's folder.
+            bar: opens progress bars.
+        """
+        self.pool, self.settings, self.out, self.bar = pool, settings, out, bar
+        self.model_record, self.prompts_record = records
+        self.config = model.config
+        self.reference: Reference = keep(model, pool, settings, bar, alone=True)
+        assert self.reference.measurement is not None
+        self.first = self._trace(self.reference.measurement, 0)
+        self.last = self.first
+        self.records: list[Record] = []
+        self.beside: list[dict[str, float]] = []
+        self.told = verdict([], [])
+
+    def close(self) -> None:
+        """Frees what is kept of the model of step 0."""
+        self.reference.close()
+
+    def recall(self) -> None:
+        """Takes up what a run that was cut off has written."""
+        file = self.out.folder / ONSET
+        known = {path.name for path in (self.out.folder / TRACES).iterdir()}
+        if not file.exists():
+            return
+        for entry in json.loads(file.read_text(encoding="utf-8"))["records"]:
+            if trace_name(entry["step"]) in known:
+                values = {name: math.nan if value is None else value for name, value in entry.items()}
+                self.records.append(Record(**{name: values.pop(name) for name in Record._fields}))
+                self.beside.append(values)
+        self.told = verdict(self.records, self.beside)
+
+    def add(self, step: int, model: Decoder, beside: dict[str, float]) -> dict[str, Any]:
+        """Traces the policy after `step` updates, writes what is found, and returns what onset.json now holds.
+
+        Args:
+            step: how many updates were done.
+            model: the policy.
+            beside: what else is known of it: reward margin and accuracy.
+        """
+        found = measure(model, self.pool, self.settings, self.bar, self.reference)
+        trace = self.first if step == 0 else self._trace(found, step)
+        policy = found.policy
+        assert policy is not None
+        both = BothModels(policy_distance=policy.distance, policy_distance_without=policy.distance_without)
+        comparison = compare(trace, self.first, both)
+        self.out.trace(step, trace, _scalars(comparison) | {"kl": policy.divergence})
+        save_comparison(comparison, self.out.folder / TRACES / trace_name(step))
+        self.last = trace
+        self.records.append(record_of(step, comparison))
+        self.beside.append({**beside, "kl": policy.divergence})
+        self.told = verdict(self.records, self.beside)
+        write_whole(self.out.folder / ONSET, (json.dumps(_plain(self.told), indent=1) + "\n").encode())
+        return self.told
+
+    def _trace(self, found: Measurement, step: int) -> DepthTrace:
+        name = f"{self.model_record['name']}, step {step}"
+        model = {**self.model_record, "name": name}
+        return api.depth_trace(model, self.prompts_record, self.config, self.settings, self.pool, found)
+
+
+def record_of(step: int, comparison: Comparison) -> Record:
+    """What onset detection needs of a comparison with step 0. UserError without intervals."""
+    found = comparison.summary
+    if math.isnan(found["delta_align_se"]):
+        raise UserError("the prompts fall into one group only, so that nothing can be said of noise; give more prompts")
+    half = (found["delta_transport_high"] - found["delta_transport_low"]) / 2
+    error = half / t_quantile(found["degrees_of_freedom"])
+    return Record(step, found["delta_align"], found["delta_align_se"], found["delta_transport"], error)
+
+
+def _scalars(comparison: Comparison) -> dict[str, float]:
+    names = ("delta_align", "delta_contraction", "delta_transport", "coherence")
+    return {name: float(comparison.summary[name]) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it: NaN and infinity are null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,69 @@
+"""Log-probabilities under the reference, computed once and kept on disk under what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from spinal_jax.errors import UserError
+from spinal_jax.responses import Example, ResponseBatch, Shape, micro_batches
+from spinal_jax.result import write_whole
+
+Score = Callable[[ResponseBatch], np.ndarray]  # log-probability [S] of each sequence
+
+
+def cache_folder(asked: str | None) -> Path:
+    """Where cached log-probabilities lie: what the user asked for, or a place in their cache folder."""
+    if asked is not None:
+        return Path(asked).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spinal_jax" / "reference"
+
+
+def fingerprint(weights: str, dtype: str, examples: Iterable[Example]) -> str:
+    """Hex digest of all that a reference log-probability depends on. Tokenizer, template, data and length act through
+    the token ids alone, which are hashed with where each response starts."""
+    digest = hashlib.sha256(f"{weights} {dtype}".encode())
+    for example in examples:
+        for sequence in example:
+            digest.update(np.array([len(sequence.ids), sequence.start], np.int64).tobytes())
+            digest.update(np.ascontiguousarray(sequence.ids, np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def score_examples(
+    examples: Sequence[Example], batch_size: int, shape: Shape, score: Score, advance: Callable[[int], None]
+) -> np.ndarray:
+    """float32 [examples, sequences of each]: log-probabilities, `batch_size` examples being packed at a time."""
+    found = np.zeros((len(examples), len(examples[0])), np.float32)
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        for numbers, batch in micro_batches(part, shape):
+            values = score(batch)[: len(numbers) * found.shape[1]]
+            found[[start + number for number in numbers]] = values.reshape(len(numbers), -1)
+        advance(len(part))
+    return found
+
+
+def cached(file: Path, count: int, width: int) -> np.ndarray:
+    """float32 [count, width] from a file of the cache, NaN where nothing is known. UserError if it is damaged."""
+    if not file.exists():
+        return np.full((count, width), np.nan, np.float32)
+    try:
+        found = load_file(file)["logp"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise UserError(f"the cached log-probabilities {file} cannot be read ({error}); delete that file") from error
+    if found.shape != (count, width):
+        raise UserError(f"the cached log-probabilities {file} have shape {found.shape}; delete that file")
+    return found
+
+
+def keep(file: Path, logp: np.ndarray) -> None:
+    """Writes the file whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, save({"logp": logp}))

@@ -1,0 +1,289 @@
+"""Training from what a user names to a trained, traced checkpoint in a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from spinal_jax import api
+from spinal_jax.config import to_mapping
+from spinal_jax.mesh import AXES, make_mesh, row_multiple, shard_parameters, shard_rows
+from spinal_jax.models import lora
+from spinal_jax.models.checkpoint import Checkpoint
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.export import export
+from spinal_jax.models.memory import MemoryCheckpoint
+from spinal_jax.models.parts import Parts, cast, take_apart
+from spinal_jax.responses import TRIED_STEPS, Example, ResponseBatch, Shape, choose_shape
+from spinal_jax.result import DepthTrace
+from spinal_jax.train import reference as references
+from spinal_jax.train.checkpoints import Checkpoints
+from spinal_jax.train.config import TrainConfig
+from spinal_jax.train.examples import Examples, read_examples
+from spinal_jax.train.folder import CHECKPOINTS, MODEL, TrainingFolder
+from spinal_jax.train.history import History
+from spinal_jax.train.loop import Diverged, Lookup, Task, evaluate, optimise
+from spinal_jax.train.optimizer import optimizer, schedule
+from spinal_jax.train.step import Arrays, Steps, TrainState, make_steps, zeroed_adapters
+
+CPU_MICRO_TOKENS, ACCELERATOR_MICRO_TOKENS = 2048, 16384
+# By how much the loss of the first step may differ from ln 2, the reference having been computed in another order.
+FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
+TRACES, SAVES = 10, 4  # parts of a run after each of which there is a trace, and a checkpoint, where nothing is said
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to."""
+
+    step: int  # how many updates the exported model has had
+    metrics: dict[str, float]  # of the last step
+    trace: DepthTrace  # the last one
+    onset: dict[str, Any]  # what onset.json holds
+
+
+def run_train(config: TrainConfig, folder: Path, bar: api.Bar | None = None, say: Say | None = None) -> Trained:
+    """Trains what `config` says into `folder`, going on where a run with the same settings was cut off.
+
+    Args:
+        config: the settings.
+        folder: the run's, with the parts that `spinal_jax.train.folder` names.
+        bar: opens progress bars.
+        say: gets the start-up line and notable events.
+
+    Raises:
+        UserError: for anything the caller can mend.
+        Diverged: the loss or a gradient is not finite. The state before that step is saved.
+    """
+    bar, say = bar or api.bars(False), say or (lambda line: None)
+    mesh = make_mesh(config.parallel)
+    with contextlib.ExitStack() as stack:
+        checkpoint, family, decoder = stack.enter_context(api.opened(config.model))
+        tokenizer = checkpoint.tokenizer()
+        examples = read_examples(config, tokenizer, decoder)
+        stop = config.steps or math.ceil(config.epochs * len(examples.train) / config.batch_size)
+        shape = micro_shape(config, examples, stop, mesh)
+        prompts = api.read_pool(config.prompts)
+        pool = api.plan_prompts(prompts, tokenizer, decoder, config.prompts, config.metrics)
+        name, weights = config.model.name or api.model_name(config.model.source), checkpoint.sha256()
+        records = (
+            api.model_record(name, config.model.source, checkpoint.revision, config.model.dtype, weights),
+            api.prompts_record(prompts, config.prompts),
+        )
+        say(_start_line(name, config, decoder, examples, shape, stop, mesh))
+        started_with = {
+            "config": to_mapping(config),
+            "weights": weights,
+            "examples": references.fingerprint("", "", (*examples.train, *examples.held_out)),
+            "prompts": prompts.sha256,
+        }
+        out = stack.enter_context(contextlib.closing(TrainingFolder(folder, started_with, config.overwrite)))
+
+        model = api.load(checkpoint, family, decoder, config.model.dtype, bar)
+        if config.lora.rank:
+            lora.attach(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
+        parts, parameters, fixed = split(model, config, mesh)
+        del model
+        method = optimizer(config.optimizer, stop)
+        with jax.numpy_dtype_promotion("standard"):  # as in `make_steps`
+            state = TrainState(parameters, shard_parameters(method.init(parameters), mesh), jnp.int32(0))
+        steps = make_steps(parts, decoder, config.objective, method, dtype=config.compute_dtype, remat=config.remat)
+        train, held_out, live = _reference(config, steps, parameters, fixed, examples, shape, mesh, stop, weights, bar)
+        rate = schedule(config.optimizer, stop)
+        task = Task(config, steps, fixed, examples, shape, mesh, rate, train, held_out, live)
+        first = parts.assemble({**fixed, **parameters})
+        history = stack.enter_context(contextlib.closing(History(first, pool, config.metrics, records, out, bar)))
+        del first, parameters
+        saved = stack.enter_context(contextlib.closing(Checkpoints(folder / CHECKPOINTS, config.max_to_keep)))
+        if saved.steps:
+            state = saved.load(saved.steps[-1], state)
+            say(f"going on from step {saved.steps[-1]} of {stop}")
+        out.go_on(int(state.step))
+        history.recall()
+        try:
+            state, metrics = _course(task, state, stop, parts, history, saved, out, bar, say)
+        except Diverged as error:
+            saved.save(error.step, error.state)
+            raise
+        kept, state = _chosen(config, state, history, saved, say)
+        _export(checkpoint, parts, {**fixed, **state.parameters}, folder / MODEL, name, bar)
+        return Trained(kept, metrics, history.last, history.told)
+
+
+def split(model: Any, config: TrainConfig, mesh: Mesh) -> tuple[Parts, Arrays, Arrays]:
+    """(structure, parameters that are trained, float32, and those that are not), each placed on the mesh."""
+    parts, arrays = take_apart(model)
+    trained = parts.paths(nnx.LoRAParam if config.lora.rank else nnx.Param)
+    parameters = cast({name: arrays[name] for name in sorted(trained)}, jnp.float32)
+    fixed = {name: x for name, x in arrays.items() if name not in trained}
+    return parts, shard_parameters(parameters, mesh), shard_parameters(fixed, mesh)
+
+
+def micro_shape(config: TrainConfig, examples: Examples, stop: int, mesh: Mesh) -> Shape:
+    """The shape of micro-batches that suits the first steps."""
+    micro = config.micro_tokens or (CPU_MICRO_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_MICRO_TOKENS)
+    steps = [examples.step(n, config.batch_size, config.seed)[1] for n in range(min(stop, TRIED_STEPS))]
+    return choose_shape(steps, examples.longest, micro, row_multiple(mesh))
+
+
+def due(every: int | tuple[int, ...] | None, stop: int, parts: int) -> frozenset[int]:
+    """At which of the steps 0 to `stop` something is due that is asked for `every` so often, or at these steps; None:
+    after each of so many `parts` of the run. Always at 0 and `stop`, unless steps are listed, then at 0."""
+    if isinstance(every, tuple):
+        return frozenset({0, *(step for step in every if step <= stop)})
+    return frozenset({*range(0, stop, every or max(1, -(-stop // parts))), stop})
+
+
+def _start_line(
+    name: str, config: TrainConfig, decoder: DecoderConfig, examples: Examples, shape: Shape, stop: int, mesh: Mesh
+) -> str:
+    objective = config.objective
+    what = f"dpo ({objective.loss}, beta {objective.beta:g})" if objective.kind == "dpo" else objective.kind
+    method = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
+    sizes = " x ".join(str(mesh.shape[axis]) for axis in AXES)
+    return (
+        f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width} | {what}, {method}, "
+        f"{config.compute_dtype} | {jax.devices()[0].device_kind} x {jax.device_count()}, mesh {sizes} | "
+        f"{len(examples.train):,} examples, {len(examples.held_out):,} held out, {sum(examples.dropped.values()):,} "
+        f"left out | {stop:,} steps of {config.batch_size}, micro-batches of {shape.rows} x {shape.length} tokens"
+    )
+
+
+def _reference(
+    config: TrainConfig,
+    steps: Steps,
+    parameters: Arrays,
+    fixed: Arrays,
+    examples: Examples,
+    shape: Shape,
+    mesh: Mesh,
+    stop: int,
+    weights: str,
+    bar: api.Bar,
+) -> tuple[Lookup | None, Lookup | None, Arrays | None]:
+    """Where log-probabilities under the reference come from: of training and of held-out examples, or the parameters of
+    a reference that is computed beside each step."""
+    if config.objective.kind != "dpo":
+        return None, None, None
+    if config.objective.reference == "live":
+        base = zeroed_adapters(parameters) if config.lora.rank else parameters
+        return None, None, jax.tree.map(jnp.copy, base)  # the parameters themselves are consumed by the first step
+
+    def score(batch: ResponseBatch) -> np.ndarray:
+        return np.asarray(steps.score(parameters, fixed, shard_rows(batch, mesh)))
+
+    def cached(some: Sequence[Example], wanted: Sequence[int]) -> Lookup:
+        name = references.fingerprint(weights, config.compute_dtype, some)
+        file = references.cache_folder(config.objective.cache) / f"{name}.safetensors"
+        logp = references.cached(file, len(some), len(some[0]))
+        if unknown := [i for i in wanted if np.isnan(logp[i]).any()]:
+            with bar("reference", len(unknown), "example") as advance:
+                chosen = [some[i] for i in unknown]
+                logp[unknown] = references.score_examples(chosen, config.batch_size, shape, score, advance)
+            references.keep(file, logp)
+        return lambda numbers: logp[list(numbers)]
+
+    # In the order in which the run meets them, so that examples are packed as they will be.
+    seen = list(dict.fromkeys(i for n in range(stop) for i in examples.step(n, config.batch_size, config.seed)[0]))
+    held_out = examples.held_out
+    return cached(examples.train, seen), cached(held_out, range(len(held_out))) if held_out else None, None
+
+
+def _course(
+    task: Task,
+    state: TrainState,
+    stop: int,
+    parts: Parts,
+    history: History,
+    saved: Checkpoints,
+    out: TrainingFolder,
+    bar: api.Bar,
+    say: Say,
+) -> tuple[TrainState, dict[str, float]]:
+    """All steps that are left, and between them a checkpoint, an evaluation and a trace where they are due."""
+    config, start = task.config, int(state.step)
+    traces, saves = due(config.trace_every, stop, TRACES), due(config.save_every, stop, SAVES) - {0}
+    if config.keep == "best_before_onset":
+        saves |= traces
+    evaluations = due(config.eval_every, stop, 1) if task.examples.held_out else frozenset()
+    last: dict[str, float] = {}
+
+    def pause(step: int, state: TrainState) -> tuple[dict[str, float], bool]:
+        """What is due before step `step`: what was evaluated, and whether the run is to end."""
+        if step in saves:
+            saved.save(step, state)
+        found = evaluate(task, state.parameters) if step in evaluations else {}
+        if step not in traces:
+            return found, False
+        beside = {name: value for name, value in {**last, **found}.items() if "rewards/" in name}
+        told = history.add(step, parts.assemble({**task.fixed, **state.parameters}), beside)
+        saved.protect(told["healthy"])
+        return found, config.stop_on_destabilisation and told["destabilisation"] is not None
+
+    with bar("train", stop, "step") as advance:
+        advance(start)
+        found, ends = pause(start, state)
+        if not ends:
+            for done in optimise(task, state, start, stop):
+                state = done.state
+                if done.number == 0:
+                    _check_first(config, done.metrics)
+                last = done.metrics
+                if found or done.number % config.log_every == 0 or done.number == stop - 1:
+                    blocks = [float(norm) for norm in done.norms.blocks]
+                    out.metrics(done.number, {**last, **found, "block_grad_norms": blocks})
+                advance(1)
+                found, ends = pause(done.number + 1, state)
+                if ends:
+                    break
+    step = int(state.step)
+    if found:
+        out.metrics(step, found)
+    if ends:
+        say(f"stopped after step {step} of {stop}: {history.told['destabilisation']['evidence']}")
+    saved.save(step, state)
+    saved.wait()
+    return state, {**last, **found}
+
+
+def _check_first(config: TrainConfig, metrics: dict[str, float]) -> None:
+    """At step 0 policy and reference are one: the sigmoid loss is ln 2. AssertionError where it is not."""
+    objective = config.objective
+    if objective.kind != "dpo" or objective.loss not in ("sigmoid", "cdpo", "robust"):
+        return
+    off = max(abs(metrics["loss"] - math.log(2)), abs(metrics["rewards/margins"]))
+    if not off < FIRST_LOSS[config.compute_dtype]:
+        raise AssertionError(f"the first loss is {metrics['loss']:.6f}, not ln 2: policy and reference differ")
+
+
+def _chosen(
+    config: TrainConfig, state: TrainState, history: History, saved: Checkpoints, say: Say
+) -> tuple[int, TrainState]:
+    """The step whose weights are the run's result, and its state."""
+    healthy = int(history.told["healthy"])
+    if config.keep == "last" or history.told["destabilisation"] is None:
+        return int(state.step), state
+    say(f"keeping step {healthy}, the last healthy one")
+    return healthy, saved.load(healthy, state)
+
+
+def _export(checkpoint: Checkpoint, parts: Parts, arrays: Arrays, out: Path, name: str, bar: api.Bar) -> None:
+    """The model as a Hugging Face folder, adapters merged into its weights."""
+    model = parts.assemble(arrays)
+    lora.merge(model)
+    whole = take_apart(model)[1]
+    memory = MemoryCheckpoint(name, dict(checkpoint.config), whole, checkpoint.tokenizer())
+    memory.folder = getattr(checkpoint, "folder", None)
+    export(memory, str(out), overwrite=True, bar=bar)
