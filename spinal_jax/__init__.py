@@ -2,6 +2,7 @@
 
 trace = spinal_jax.audit("FOLDER")                 # a DepthTrace
 trace.columns["contraction"], trace.interval("transport")
+spinal_jax.compare(aligned, reference)             # of two traces, a Comparison
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spinal_jax.compare import BothModels, compare
+from spinal_jax.comparison import Comparison, load_comparison, save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.result import DepthTrace, load_trace, save_trace
 
@@ -16,7 +19,22 @@ if TYPE_CHECKING:
     from spinal_jax.api import audit, load_model
     from spinal_jax.models.decoder import Tap, collect, fold
 
-__all__ = ["DepthTrace", "Tap", "UserError", "audit", "collect", "fold", "load_model", "load_trace", "save_trace"]
+__all__ = [
+    "BothModels",
+    "Comparison",
+    "DepthTrace",
+    "Tap",
+    "UserError",
+    "audit",
+    "collect",
+    "compare",
+    "fold",
+    "load_comparison",
+    "load_model",
+    "load_trace",
+    "save_comparison",
+    "save_trace",
+]
 
 # These bring JAX with them; reading saved traces does without.
 _LAZY = {

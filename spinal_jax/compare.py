@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spinal_jax import robustness
-from spinal_jax.comparison import BOTH, METRICS, Comparison
+from spinal_jax.comparison import BOTH, LOCALISED, METRICS, Comparison
 from spinal_jax.metrics import signflip
 from spinal_jax.metrics.depth import coherence
 from spinal_jax.metrics.jackknife import Estimate, t_quantile
@@ -21,7 +21,6 @@ from spinal_jax.metrics.localisation import localise, share
 from spinal_jax.paired import Align, Curve, check, curve, difference, resampled
 from spinal_jax.result import DepthTrace, number
 
-LOCALISED = ("contraction", "transport")
 MODEL_KEYS = ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256")
 
 
@@ -101,8 +100,7 @@ def compare(
         columns[f"delta_{name}_p"] = delta.p_value
         columns[f"delta_{name}_p_holm"] = signflip.holm(delta.p_value)
         arrays[f"groups/delta_{name}"] = delta.pseudo_values
-        if name in LOCALISED:
-            masses[f"delta_{name}"] = difference(ours, theirs)
+        masses[f"delta_{name}"] = difference(ours, theirs)
     gained, moved = changes["contraction"].mean(first, last), changes["transport"].mean(first, last)
     delta_align = gained - moved
     arrays["groups/delta_align"] = delta_align.pseudo_values
@@ -131,8 +129,8 @@ def compare(
         "degrees_of_freedom": groups - 1,
         "gradient_apart": dict(extras.gradient_apart),
         "localisation": {
-            name: localise(np.abs(found.full[1:]), np.abs(found.without[:, 1:]), found.sizes)
-            for name, found in masses.items()
+            name: localise(np.abs(masses[name].full[1:]), np.abs(masses[name].without[:, 1:]), masses[name].sizes)
+            for name in LOCALISED
         },
     }
     for name, found in (

@@ -23,6 +23,7 @@ from spinal_jax.result import floats, number, ordered, plus_minus, sparkline, tw
 SCHEMA = "spinal-comparison/1"
 METRICS = ("contraction", "transport", "entropy", "curvature", "effective_rank")  # of one checkpoint, compared
 BOTH = ("policy_distance", "gradient_norm")  # that only both models in memory give
+LOCALISED = ("delta_contraction", "delta_transport", *BOTH)  # whose place in depth is told
 UNITS = {"transport": "rad", "entropy": "nats", "curvature": "rad", "policy_distance": "rad"}
 
 # fmt: off
@@ -185,7 +186,8 @@ class Comparison:
 
     def _where(self) -> str:
         parts = []
-        for name, at in self.summary["localisation"].items():
+        for name in LOCALISED:
+            at = self.summary["localisation"][name]
             if not math.isnan(at["share"]):
                 run = f"{at['run'][0]}..{at['run'][1]}"
                 parts.append(f"{name.replace('_', ' ')} {at['share']:.0%} (even {at['share_even']:.0%}), run {run}")

@@ -7,6 +7,7 @@ compared with its values under every choice of signs (Fisher 1935).
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def sign_flip_p(contributions: np.ndarray) -> np.ndarray:
     over random choices from a fixed seed. NaN where a contribution is, and without groups.
     """
     groups, shape = len(contributions), contributions.shape[1:]
-    columns = contributions.reshape(groups, -1).T  # [M, G]
+    columns = contributions.reshape(groups, math.prod(shape)).T  # [M, G]
     found = np.full(len(columns), np.nan)
     if groups:
         limits = np.abs(columns.sum(axis=1)) - ROUNDING * np.abs(columns).sum(axis=1)

@@ -1,130 +1,71 @@
-"""The comparison of two traces, against planted truth: spectra of rows drawn with known tail exponents."""
+"""The comparison of two traces finds what was planted, as surely as it says, and nothing where nothing was."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from spinal_jax.compare import compare
-from spinal_jax.metrics.depth import terminal_block
-from spinal_jax.metrics.tail import effective_rank, tail_slopes
-from spinal_jax.result import SECTIONS, DepthTrace
+import spinal_jax
+from spinal_jax.compare import BothModels, Weights, compare, shortfalls, verdict
+from spinal_jax.comparison import BOTH, METRICS, Comparison, load_comparison, save_comparison
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.depth import coherence
+from spinal_jax.metrics.jackknife import standard_error
+from spinal_jax.ranking import rank, save_ranking
+from spinal_jax.result import DepthTrace
 
-WINDOW = (0.10, 0.50)
-WIDTH = 32
-GROUPS = 16
-# Of prompts in each group, as hashing 64 prompts into 16 groups gives them.
-PROMPTS = np.array([4, 2, 5, 3, 7, 4, 4, 2, 3, 6, 5, 4, 1, 4, 6, 4])
-ROWS = 12 * PROMPTS
-POSITIONS = 4 * PROMPTS
+from .planted import GROUPS, POSITIONS, Truth, flat, simulated
 
-
-class Truth(NamedTuple):
-    """What is planted at each boundary, D + 1 of each."""
-
-    alpha: np.ndarray  # of the reference
-    delta_alpha: np.ndarray
-    delta_transport: np.ndarray
-
-
-def spectra(second: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(np.linalg.eigvalsh(second)[..., ::-1], 0.0))
-
-
-def simulated(truth: Truth, pairs: int, seed: int, likeness: float = 0.8) -> Iterator[tuple[DepthTrace, DepthTrace]]:
-    """Pairs (aligned, reference) of traces of the same prompts.
-
-    Rows are Gaussian with singular values `k ** -alpha` of their distribution; the rows of one model resemble those of
-    the other, as hidden states of the same tokens do. Transport differs from prompt to prompt, and by group.
-    """
-    rng, boundaries = np.random.default_rng(seed), len(truth.alpha)
-    k, group = np.arange(1, WIDTH + 1.0), np.repeat(np.arange(GROUPS), ROWS)
-    edges = np.concatenate([[0], np.cumsum(PROMPTS)])[:-1]
-    for _ in range(pairs):
-        common, own = rng.normal(size=(2, boundaries, ROWS.sum(), WIDTH))
-        rows = common, likeness * common + math.sqrt(1 - likeness**2) * own
-        step = rng.gamma(4, 0.1, (boundaries, PROMPTS.sum()))  # radians of each prompt
-        change = truth.delta_transport[:, None] + 0.1 * rng.normal(size=step.shape)
-        found = []
-        for z, alpha, steps in (
-            (rows[0], truth.alpha + truth.delta_alpha, step + change),
-            (rows[1], truth.alpha, step),
-        ):
-            h = z * k ** -alpha[:, None, None]
-            grams = np.stack([h[:, group == g].transpose(0, 2, 1) @ h[:, group == g] for g in range(GROUPS)])
-            found.append(trace_of(grams, 4 * np.add.reduceat(steps, edges, axis=1).T))
-        yield found[0], found[1]
-
-
-def trace_of(grams: np.ndarray, steps: np.ndarray, name: str = "model", **settings: Any) -> DepthTrace:
-    """A trace from the Gram sums [G, D+1, d, d] and the sums of steps [G, D+1] of its groups."""
-    total, whole, depth = int(ROWS.sum()), spectra(grams.sum(axis=0)), grams.shape[1] - 1
-    without = spectra(grams.sum(axis=0) - grams)
-    replicates = {
-        "contraction": tail_slopes(without, (total - ROWS)[:, None], [WINDOW])[0],
-        "effective_rank": np.array([[effective_rank(s) for s in at] for at in without])
-        if depth < 3
-        else without[..., 0],
-        "transport": (steps.sum(axis=0) - steps) / (POSITIONS.sum() - POSITIONS)[:, None],
-    }
-    columns = {
-        "contraction": tail_slopes(whole, np.asarray(total), [WINDOW])[0],
-        "effective_rank": np.array([effective_rank(s) for s in whole]) if depth < 3 else whole[..., 0],
-        "transport": steps.sum(axis=0) / POSITIONS.sum(),
-    }
-    columns["transport"][0] = replicates["transport"][:, 0] = np.nan
-    for other in ("entropy", "curvature"):
-        columns[other], replicates[other] = 2 * columns["transport"], 2 * replicates["transport"]
-    columns = {name: columns.get(name, np.ones(depth + 1)) for name in SECTIONS["columns"]}
-    model = (name, "folder", None, "llama", 9, depth, WIDTH, 99, "float32", name)
-    prompts = ("pool.txt", "text", int(PROMPTS.sum()), 0, GROUPS, total, total, int(POSITIONS.sum()), 128, False, "cd")
-    return DepthTrace(
-        model=dict(zip(SECTIONS["model"], model, strict=True)),
-        prompts=dict(zip(SECTIONS["prompts"], prompts, strict=True)),
-        settings=dict(zip(SECTIONS["settings"], (list(WINDOW), 1, False, "last:4", None, 1.0, GROUPS), strict=True))
-        | settings,
-        columns=columns,
-        summary=dict.fromkeys(SECTIONS["summary"], 0.0)
-        | {"terminal": terminal_block(depth), "degrees_of_freedom": GROUPS - 1},
-        environment={},
-        arrays={
-            "singular_values": whole,
-            "groups/singular_values": without,
-            "groups/rows": ROWS,
-            "groups/positions": POSITIONS,
-            **{f"groups/{name}": values for name, values in replicates.items()},
-        },
-    )
-
-
-def flat(depth: int, alpha: float = 1.0, delta_alpha: float = 0.0, delta_transport: float = 0.0) -> Truth:
-    return Truth(*(np.full(depth + 1, value) for value in (alpha, delta_alpha, delta_transport)))
+Pair = tuple[DepthTrace, DepthTrace]
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[DepthTrace, DepthTrace]:
+def pair() -> Pair:
     """One pair of depth 6 with an effect in the terminal block, boundaries 5 and 6."""
     truth = flat(6)
     truth.delta_alpha[5:], truth.delta_transport[5:] = 0.2, -0.1
-    ((aligned, reference),) = simulated(truth, 1, seed=1)
-    return replace(aligned, model=aligned.model | {"name": "tuned", "sha256": "aa"}), reference
+    (found,) = simulated(truth, 1, seed=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def both() -> BothModels:
+    """What both models of depth 6 would give: more of each towards the end."""
+    rng = np.random.default_rng(0)
+    mean, norms = np.arange(7.0) / 10, np.arange(1.0, 7)
+    return BothModels(
+        mean,
+        mean * (1 + 0.01 * rng.normal(size=(GROUPS, 7))),
+        norms,
+        norms * (1 + 0.01 * rng.normal(size=(5, 6))),
+        np.array([3, 4, 5, 6, 7]),
+        {"embedding": 0.5, "final_norm": 0.1, "unembedding": 0.4},
+    )
+
+
+def same(a: Comparison, b: Comparison) -> None:
+    assert a.to_json() == b.to_json()
+    assert a.arrays.keys() == b.arrays.keys()
+    for name, values in a.arrays.items():
+        np.testing.assert_array_equal(values, b.arrays[name])
 
 
 PAIRS = 400
-# Of 400 trials at 5 %, the share found lies within these in 93 % of seeds; that is what is asked of the method.
+# What the method promises. Of 400 independent trials at exactly 95 %, the share lies within these in 98 % of seeds.
 COVERED, NULL = (0.92, 0.98), (0.03, 0.07)
 
 
 def test_intervals_cover_what_was_planted() -> None:
-    truth = Truth(np.array([0.9, 1.0, 1.1, 1.0]), np.array([0.0, 0.1, -0.05, 0.15]), np.array([0.0, -0.05, 0.0, -0.1]))
+    truth = Truth(np.array([0.9, 1.1, 1.0]), np.array([0.1, -0.05, 0.15]), np.array([0.0, -0.05, -0.1]))
     found = [compare(*traces) for traces in simulated(truth, PAIRS, seed=2)]
     low, high = (np.array([c.summary[f"delta_align_{end}"] for c in found]) for end in ("low", "high"))
-    planted = truth.delta_alpha[3] - truth.delta_transport[3]  # the terminal block of 3 is the last
+    planted = truth.delta_alpha[2] - truth.delta_transport[2]  # the terminal block of 2 is the last
     assert COVERED[0] <= np.mean((low <= planted) & (planted <= high)) <= COVERED[1]
     for name, planted in (("contraction", truth.delta_alpha), ("transport", truth.delta_transport)):
         low, high = (np.array([c.columns[f"delta_{name}_{end}"] for c in found])[:, 1:] for end in ("low", "high"))
@@ -134,7 +75,7 @@ def test_intervals_cover_what_was_planted() -> None:
 
 
 def test_null_pairs_are_rarely_significant() -> None:
-    found = [compare(*traces) for traces in simulated(flat(3), PAIRS, seed=3)]
+    found = [compare(*traces) for traces in simulated(flat(2), PAIRS, seed=3)]
     p = np.array([c.summary["p_value"] for c in found])
     assert NULL[0] <= np.mean(p < 0.05) <= NULL[1]
     assert NULL[0] <= np.mean([c.verdict != "no detectable change" for c in found]) <= NULL[1]
@@ -143,3 +84,280 @@ def test_null_pairs_are_rarely_significant() -> None:
         assert NULL[0] <= np.mean(by_layer < 0.05) <= NULL[1]
         corrected = np.array([c.columns[f"delta_{name}_p_holm"] for c in found])[:, 1:]
         assert np.mean(np.any(corrected < 0.05, axis=1)) <= NULL[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_differences_in_a_random_half_of_the_layers_are_found(seed: int) -> None:
+    depth = 12
+    changed = np.sort(np.random.default_rng(seed).permutation(np.arange(1, depth + 1))[: depth // 2])
+    truth = flat(depth)
+    truth.delta_alpha[changed], truth.delta_transport[changed] = 0.2, -0.15
+    ((aligned, reference),) = simulated(truth, 1, seed=10 + seed)
+    found = compare(aligned, reference)
+    for name in ("contraction", "transport"):
+        assert np.flatnonzero(found.columns[f"delta_{name}_p_holm"] < 0.05).tolist() == changed.tolist()
+        where = found.summary["localisation"][f"delta_{name}"]
+        # Sampling error of the other half has a mass of its own, about a tenth of the whole, spread evenly.
+        assert where["share"] == pytest.approx(np.mean(changed >= 9), abs=0.1)
+        assert where["centroid"] == pytest.approx(changed.mean() / depth, abs=0.06)
+        assert where["run"][0] <= changed[1]
+        assert where["run"][1] >= changed[-2]
+
+
+def test_stronger_effects_give_stronger_scores(both: BothModels) -> None:
+    scores, changes, shares = [], [], []
+    for size in (0.0, 0.1, 0.2, 0.4):
+        truth = flat(6)
+        truth.delta_alpha[5:], truth.delta_transport[5:] = size, -size / 2
+        ((aligned, reference),) = simulated(truth, 1, seed=4)  # the same rows each time
+        found = compare(aligned, reference, both)
+        scores.append(found.summary["spinal_score"])
+        changes.append(found.summary["delta_align"])
+        shares.append(found.summary["localisation"]["delta_contraction"]["share"])
+    assert np.all(np.diff(changes) > 0.1)
+    assert np.all(np.diff(scores) > 0)
+    assert np.all(np.diff(shares) > 0)
+
+
+def test_swapping_the_models_flips_every_delta(pair: Pair) -> None:
+    one, other = compare(*pair), compare(*reversed(pair))
+    for name in METRICS:
+        np.testing.assert_array_equal(one.columns[f"delta_{name}"], -other.columns[f"delta_{name}"])
+        np.testing.assert_array_equal(one.columns[f"delta_{name}_low"], -other.columns[f"delta_{name}_high"])
+        np.testing.assert_array_equal(one.columns[f"delta_{name}_p"], other.columns[f"delta_{name}_p"])
+        np.testing.assert_array_equal(one.columns[f"aligned_{name}_low"], other.columns[f"reference_{name}_low"])
+    for name in ("delta_align", "delta_contraction", "delta_transport"):
+        assert one.summary[name] == -other.summary[name]
+        assert one.summary[f"{name}_low"] == -other.summary[f"{name}_high"]
+    assert one.summary["p_value"] == other.summary["p_value"]
+    assert one.summary["localisation"]["delta_contraction"] == other.summary["localisation"]["delta_contraction"]
+    for a, b in zip(one.robustness["settings"], other.robustness["settings"], strict=True):
+        assert a["delta_align"] == -b["delta_align"]
+    assert (one.verdict, other.verdict) == ("contraction", "expansion")
+
+
+def test_a_trace_against_itself_has_not_changed(pair: Pair) -> None:
+    found = compare(pair[0], pair[0])
+    for name in METRICS:
+        for end in ("", "_low", "_high"):
+            assert np.all(np.nan_to_num(found.columns[f"delta_{name}{end}"]) == 0)
+        assert set(np.nan_to_num(found.columns[f"delta_{name}_p"], nan=1.0)) == {1.0}
+    for end in ("", "_se", "_low", "_high"):
+        assert found.summary[f"delta_align{end}"] == 0
+    assert found.summary["p_value"] == 1
+    assert found.verdict == "no detectable change"
+    assert math.isnan(found.summary["localisation"]["delta_contraction"]["share"])
+    assert found.robustness["holds"] == 0
+    assert "no sign" in found.robustness["sentence"]
+    assert any("same weights" in line for line in found.warnings)
+
+
+def test_the_numbers_are_those_of_the_definition(pair: Pair, both: BothModels) -> None:
+    aligned, reference = pair
+    weights = Weights(0.5, 0.2, 0.3)
+    found = compare(aligned, reference, both, weights=weights)
+    a, b = aligned.columns, reference.columns
+    delta = np.mean(a["contraction"][5:] - b["contraction"][5:]) - np.mean(a["transport"][5:] - b["transport"][5:])
+    assert found.summary["delta_align"] == pytest.approx(delta, rel=1e-12)
+    smooth = (coherence(a["contraction"][5:]) + coherence(a["transport"][5:])) / 2
+    assert found.summary["coherence"] == pytest.approx(smooth, rel=1e-12)
+    assert found.summary["gradient_concentration"] == pytest.approx(11 / 21, rel=1e-12)  # blocks 5 and 6 of 1..6
+    score = 0.5 * delta + 0.2 * smooth + 0.3 * 11 / 21
+    assert found.summary["spinal_score"] == pytest.approx(score, rel=1e-12)
+    np.testing.assert_array_equal(found.columns["gradient_norm"], [np.nan, 1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(found.columns["policy_distance"], np.arange(7) / 10)
+    assert np.all(found.columns["policy_distance_high"][1:] > found.columns["policy_distance"][1:])
+    assert found.summary["localisation"]["policy_distance"]["share"] == pytest.approx(11 / 21)
+    assert found.summary["gradient_apart"] == {"embedding": 0.5, "final_norm": 0.1, "unembedding": 0.4}
+    assert not any("needs both" in line or "need both" in line for line in found.warnings)
+    # With the groups' rows and positions in proportion, Delta_align is as one number of all of them.
+    without = np.array([m.mean() for m in aligned.arrays["groups/contraction"][:, 5:]])
+    without = without - reference.arrays["groups/contraction"][:, 5:].mean(axis=1)
+    without = without - (aligned.arrays["groups/transport"] - reference.arrays["groups/transport"])[:, 5:].mean(axis=1)
+    error = standard_error(np.float64(delta), without, POSITIONS)
+    assert found.summary["delta_align_se"] == pytest.approx(float(error), rel=1e-9)
+
+
+def test_without_both_models_their_numbers_are_missing_and_it_says_so(pair: Pair) -> None:
+    found = compare(*pair)
+    for name in BOTH:
+        assert np.isnan(found.columns[name]).all()
+    for name in ("gradient_concentration", "spinal_score"):
+        assert math.isnan(found.summary[name])
+    assert any("policy distance" in line for line in found.warnings)
+    assert any("SPINALScore" in line and "preference pairs" in line for line in found.warnings)
+
+
+def changed(trace: DepthTrace, section: str, **values: Any) -> DepthTrace:
+    return replace(trace, **{section: {**getattr(trace, section), **values}})
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("settings", {"window": [0.1, 0.6]}, ["window", "[0.1, 0.6]", "[0.1, 0.5]"]),
+        ("settings", {"skip": 0}, ["skip", "0", "1"]),
+        ("settings", {"center": True}, ["center", "True", "False"]),
+        ("settings", {"positions": "last:8"}, ["positions", "'last:8'", "'last:4'"]),
+        ("settings", {"top_k": 5}, ["top_k", "5", "null"]),
+        ("settings", {"temperature": 2.0}, ["temperature", "2.0", "1.0"]),
+        ("settings", {"groups": 8}, ["groups", "8", "16"]),
+        ("prompts", {"sha256": "ef"}, ["prompts' sha256", "'cd'", "'ef'", "same_prompts=false"]),
+        ("prompts", {"max_length": 99}, ["max_length", "99", "128"]),
+        ("prompts", {"tokens": 5}, ["tokens", "5", "tokenizer"]),
+        ("prompts", {"rows": 5}, ["rows", "5", "tokenizer"]),
+        ("model", {"vocabulary": 100}, ["vocabulary", "100", "99", "tokenizer"]),
+        ("arrays", {"groups/rows": np.arange(1.0, 17)}, ["rows by group", "tokenizer"]),
+        ("arrays", {"groups/positions": np.arange(1.0, 17)}, ["positions by group", "tokenizer"]),
+    ],
+)
+def test_what_was_not_measured_alike_is_refused(
+    pair: Pair, section: str, values: dict[str, Any], words: list[str]
+) -> None:
+    aligned, reference = pair
+    with pytest.raises(UserError) as refused:
+        compare(aligned, changed(reference, section, **values))
+    assert "\n" not in str(refused.value)
+    for word in ("aligned", "reference", *words):
+        assert word in str(refused.value)
+
+
+def test_equal_tokens_count_for_more_than_equal_vocabularies(pair: Pair) -> None:
+    """Models of a family share a tokenizer and pad their vocabularies differently."""
+    aligned, reference = (changed(trace, "prompts", tokens_sha256="aa") for trace in pair)
+    compare(aligned, changed(reference, "model", vocabulary=100))
+    with pytest.raises(UserError, match="tokens' sha256 is 'aa' in aligned and 'bb' in reference"):
+        compare(aligned, changed(reference, "prompts", tokens_sha256="bb"))
+    compare(aligned, pair[1])  # a trace of before tokens were hashed
+
+
+def test_different_depths_need_relative_alignment(pair: Pair) -> None:
+    ((aligned, _),) = simulated(flat(4), 1, seed=6)
+    with pytest.raises(UserError, match=r"blocks is 4 in aligned and 6 in reference; align=relative"):
+        compare(aligned, pair[1])
+    found = compare(aligned, pair[1], align="relative")
+    assert found.depth == 4
+    assert any("interpolated" in line for line in found.warnings)
+    assert np.isnan(found.columns["delta_curvature"]).all()
+    # States at the relative depth, steps that add up to the same path.
+    at = np.arange(5) * 6 / 4
+    expected = np.interp(at, np.arange(7), pair[1].columns["contraction"])
+    np.testing.assert_allclose(found.columns["reference_contraction"], expected, rtol=1e-12)
+    steps = found.columns["reference_transport"][1:]
+    assert steps.sum() == pytest.approx(pair[1].columns["transport"][1:].sum(), rel=1e-12)
+    assert np.isfinite([found.summary["delta_align_low"], found.summary["p_value"]]).all()
+    same(compare(*pair, align="relative"), replace(compare(*pair), settings=compare(*pair, align="relative").settings))
+
+
+def test_traces_of_different_prompts_serve_as_a_control(pair: Pair) -> None:
+    ((other, _),) = simulated(flat(6), 1, seed=7)
+    other = changed(changed(other, "prompts", sha256="ef"), "model", name="other")
+    with pytest.raises(UserError, match="same_prompts=false"):
+        compare(pair[1], other)
+    assert compare(pair[1], other, same_prompts=False).settings["same_prompts"] is False
+
+
+def test_a_trace_without_its_arrays_or_with_one_group(pair: Pair) -> None:
+    aligned, reference = pair
+    with pytest.raises(UserError, match=r"spectra\.safetensors"):
+        compare(replace(aligned, arrays={}), reference)
+    alone = {
+        name: values[:1] if name in ("groups/rows", "groups/positions") else values[:0]
+        for name, values in aligned.arrays.items()
+        if name.startswith("groups/")
+    }
+    found = compare(*(replace(trace, arrays=alone) for trace in pair))
+    assert found.verdict == "undetermined"
+    assert found.summary["delta_align"] == compare(*pair).summary["delta_align"]
+    assert math.isnan(found.summary["delta_align_low"])
+    assert math.isnan(found.summary["p_value"])
+    assert any("one group" in line for line in found.warnings)
+
+
+def test_files_round_trip_and_appear_whole(pair: Pair, both: BothModels, tmp_path: Path) -> None:
+    for found in (compare(*pair), compare(*pair, both), compare(pair[0], pair[0])):
+        save_comparison(found, tmp_path / "run")
+        again = load_comparison(tmp_path / "run")
+        same(found, again)
+        assert repr(again) == repr(found)
+        assert again.rows()[0].keys() == {"boundary", "relative_depth", "metric", "value", "low", "high", "p", "p_holm"}
+    assert "NaN" not in (tmp_path / "run" / "comparison.json").read_text()
+    table = (tmp_path / "run" / "comparison.csv").read_text().splitlines()
+    metrics = len(METRICS) * 3 + len(BOTH)
+    assert len(table) == 1 + metrics * 7
+    with pytest.raises(UserError, match="no comparison at"):
+        load_comparison(tmp_path)
+    with pytest.raises(UserError, match="spinal-comparison/2"):
+        Comparison.from_json(found.to_json().replace("spinal-comparison/1", "spinal-comparison/2"))
+    with pytest.raises(UserError, match="summary has no verdict"):
+        Comparison.from_json(found.to_json().replace('"verdict"', '"word"'))
+
+
+def test_what_notebooks_show_is_escaped(pair: Pair) -> None:
+    found = compare(changed(pair[0], "model", name="<b>x</b>"), pair[1])
+    text = found._repr_html_()
+    assert "<b>x</b>" not in text
+    assert "&lt;b&gt;x" in text
+    assert "contraction" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.1, 0.2, "contraction"),
+        (-0.2, -0.1, "expansion"),
+        (-0.1, 0.1, "no detectable change"),
+        (0.0, 0.0, "no detectable change"),
+        (math.nan, math.nan, "undetermined"),
+    ],
+)
+def test_the_verdict_is_that_of_the_interval(low: float, high: float, word: str) -> None:
+    assert verdict(low, high) == word
+
+
+def test_evidence_that_falls_short_is_told(pair: Pair) -> None:
+    found = compare(*pair)
+    low, high = found.summary["delta_align_low"], found.summary["delta_align_high"]
+    enough = {
+        "verdict": "contraction",
+        "delta_align_low": low,
+        "delta_align_high": high,
+        "p_value": 0.001,
+        "holds": 1.0,
+    }
+    assert shortfalls(found, **enough) == []
+    assert shortfalls(found) == []
+    more = {"verdict": "expansion", "delta_align_low": low + 1e-9, "delta_align_high": high - 1e-9, "p_value": 1e-9}
+    for name, value in more.items():
+        assert len(shortfalls(found, **{**enough, name: value})) == 1, name
+    (line,) = shortfalls(found, spinal_score_low=0.0)  # not defined
+    assert "SPINALScore" in line
+    assert len(shortfalls(compare(*reversed(pair)), **enough)) == 2
+    assert len(shortfalls(compare(pair[0], pair[0]), holds=0.5)) == 1
+
+
+def ladder() -> Iterator[Comparison]:
+    for size, depth in ((0.1, 3), (0.4, 6), (0.2, 4)):
+        truth = flat(depth)
+        truth.delta_alpha[-2:] = size
+        ((aligned, reference),) = simulated(truth, 1, seed=8)
+        yield compare(changed(aligned, "model", name=f"+{size}"), reference)
+
+
+def test_several_are_ranked_by_what_changed(pair: Pair, tmp_path: Path) -> None:
+    undefined = compare(*(changed(trace, "columns", contraction=np.full(7, np.nan)) for trace in pair))
+    ranking = rank([undefined, *ladder()])
+    rows = ranking.rows()
+    assert [row["aligned"] for row in rows] == ["+0.4", "+0.2", "+0.1", "aligned"]
+    assert [row["blocks"] for row in rows] == [6, 4, 3, 6]
+    assert undefined.verdict == "undetermined"
+    save_ranking(ranking, tmp_path)
+    table = (tmp_path / "ranking.csv").read_text().splitlines()
+    assert len(table) == 5
+    assert "NaN" not in (tmp_path / "ranking.json").read_text()
+    assert "+0.4 against reference" in repr(ranking)
+
+
+def test_the_package_gives_the_function() -> None:
+    assert spinal_jax.compare is compare
+    assert spinal_jax.load_comparison is load_comparison

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"errors", "result", "comparison", "report"},
     "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
     "verify": {"errors", "config", "metrics", "models", "trace", "data"},
-    "__init__": {"errors", "result", "models", "api"},
+    "__init__": {"errors", "result", "comparison", "compare", "models", "api"},
     "help": set(),
     "cli": {
         "errors",
