@@ -96,7 +96,7 @@ class World:
     def _document(self, index: int) -> str:
         first = _Draw(f"{self.seed}/styles/{index // 2}").of((0, 1))
         question = self._question(index // 2, "train")
-        style = _STYLES[first]
+        style = _STYLES[(first + index) % 2]
         return question.prompt + self._response(question, style, _Draw(f"{self.seed}/document/{index}"))
 
     def _pair(self, index: int, split: Literal["train", "test"]) -> PreferencePair:
