@@ -19,8 +19,8 @@ def grid(aligned: DepthTrace, reference: DepthTrace) -> list[dict[str, Any]]:
     """Delta_align for each window of the fit x each way in which contraction was measured x each of transport.
 
     A trace measures in more than one way when it holds `variants/NAME/singular_values` [D+1, d] (with
-    `variants/NAME/groups/rows` [G] where other rows count), or `variants/NAME/transport` [D+1] (with
-    `variants/NAME/groups/positions` [G] where there are other positions). Replicates beside them,
+    `variants/NAME/rows` and `variants/NAME/groups/rows` [G] where other rows count), or `variants/NAME/transport`
+    [D+1] (with `variants/NAME/groups/positions` [G] where there are other positions). Replicates beside them,
     `variants/NAME/groups/singular_values` [G, D+1, d] and `variants/NAME/groups/transport` [G, D+1], give intervals.
     What only one of the traces holds is left out.
 
@@ -96,13 +96,13 @@ def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, t
         if not all(f"{prefix}singular_values" in t.arrays for t in (trace, other)):
             continue  # a trace that was read without its spectra
         sizes = trace.arrays.get(f"{prefix}groups/rows", trace.arrays["groups/rows"]).astype(np.float64)
-        total = trace.prompts["rows"] + sizes.sum() - trace.arrays["groups/rows"].sum()
+        total = np.asarray(trace.arrays.get(f"{prefix}rows", trace.prompts["rows"]))
         rest = [window for window in WINDOWS if window != own]
         windows = [own, *rest] if name else rest
-        alphas = tail_slopes(trace.arrays[f"{prefix}singular_values"], np.asarray(total), windows)
-        without = _replicates(f"{prefix}groups/singular_values", len(sizes), trace, other)
+        alphas = tail_slopes(trace.arrays[f"{prefix}singular_values"], total, windows)
+        without = _replicates(f"{prefix}groups/singular_values", sizes, trace, other)
         if without is None:
-            replicates = np.full((len(windows), len(sizes), trace.boundaries), np.nan)
+            sizes, replicates = np.ones_like(sizes), np.full((len(windows), len(sizes), trace.boundaries), np.nan)
         else:
             replicates = tail_slopes(without, (total - sizes)[:, None], windows)
         for window, alpha, each in zip(windows, alphas, replicates, strict=True):
@@ -115,9 +115,9 @@ def _transports(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, Cur
     for name in _variants("transport", trace, other):
         prefix = f"variants/{name}/"
         sizes = trace.arrays.get(f"{prefix}groups/positions", trace.arrays["groups/positions"]).astype(np.float64)
-        without = _replicates(f"{prefix}groups/transport", len(sizes), trace, other)
+        without = _replicates(f"{prefix}groups/transport", sizes, trace, other)
         if without is None:
-            without = np.full((len(sizes), trace.boundaries), np.nan)
+            sizes, without = np.ones_like(sizes), np.full((len(sizes), trace.boundaries), np.nan)
         full = trace.arrays[f"{prefix}transport"].astype(np.float64)
         yield name, Curve(full, without.astype(np.float64), sizes)
 
@@ -128,7 +128,8 @@ def _variants(of: str, trace: DepthTrace, other: DepthTrace) -> list[str]:
     return sorted(name for name in names if all(f"variants/{name}/{of}" in t.arrays for t in (trace, other)))
 
 
-def _replicates(key: str, groups: int, trace: DepthTrace, other: DepthTrace) -> np.ndarray | None:
-    """An array [G, ...] that both traces hold, one for each group; an only group cannot be left out."""
-    held = all(len(t.arrays.get(key, ())) == groups for t in (trace, other))
-    return trace.arrays[key] if held else None
+def _replicates(key: str, sizes: np.ndarray, trace: DepthTrace, other: DepthTrace) -> np.ndarray | None:
+    """An array [G, ...] that both traces hold, one for each group. None where there is none, an only group could not be
+    left out, or a group has nothing that counts under the setting."""
+    held = all(len(t.arrays.get(key, ())) == len(sizes) for t in (trace, other))
+    return trace.arrays[key] if held and np.all(sizes > 0) else None

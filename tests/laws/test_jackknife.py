@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spinal_jax.metrics.jackknife import pseudo_values, standard_error
+from spinal_jax.metrics.jackknife import Estimate, pseudo_values, standard_error, t_quantile
+from spinal_jax.metrics.signflip import sign_flip_p
 
 
 def leave_one_out(
@@ -93,3 +94,74 @@ def test_fewer_than_two_groups_have_no_error(groups: int) -> None:
     found = standard_error(np.ones(3), np.ones((groups, 3)), np.full(groups, 5))
     assert found.shape == (3,)
     assert np.isnan(found).all()
+
+
+def weighted(values: np.ndarray, weights: np.ndarray, group: np.ndarray) -> Estimate:
+    """The weighted mean of values [n, ...] over groups."""
+    groups = np.unique(group)
+    shape = (-1, *(1,) * (values.ndim - 1))
+    scaled = weights.reshape(shape) * values
+    without = [scaled[group != g].sum(axis=0) / weights[group != g].sum() for g in groups]
+    sizes = np.array([weights[group == g].sum() for g in groups])
+    return Estimate.of(scaled.sum(axis=0) / weights.sum(), np.array(without), sizes)
+
+
+def test_an_estimate_has_the_error_and_pseudo_values_of_its_replicates() -> None:
+    rng = np.random.default_rng(6)
+    full, without, sizes = rng.normal(size=3), rng.normal(size=(7, 3)), np.array([1, 5, 2, 8, 3, 3, 4])
+    found = Estimate.of(full, without, sizes)
+    np.testing.assert_allclose(found.error, standard_error(full, without, sizes), rtol=1e-12)
+    np.testing.assert_allclose(found.pseudo_values, pseudo_values(full, without, sizes), rtol=1e-12)
+    np.testing.assert_allclose(found.half, 2.4469119 * found.error, rtol=1e-7)  # t, 6 degrees of freedom, 95 %
+    both = (found - Estimate.of(2 * full, without, sizes)).scaled(0.5)
+    np.testing.assert_allclose(both.value, -full / 2, rtol=1e-12)
+    assert float(found.mean(1, 2).value) == pytest.approx(full[1:].mean())
+    np.testing.assert_allclose(found.mean(1, 2).influence, found.influence[:, 1:].mean(axis=1), rtol=1e-12)
+
+
+def test_a_group_by_itself_says_its_own_difference() -> None:
+    """Of a difference of two means over different counts, each group's part is formed with the count it has in each."""
+    rng = np.random.default_rng(7)
+    group = np.repeat(np.arange(5), [3, 5, 2, 6, 4])
+    rows, positions = rng.integers(1, 30, 20).astype(float), np.full(20, 4.0)
+    values = rng.normal(size=(2, 20))
+    one, other = weighted(values[0], rows, group), weighted(values[1], positions, group)
+    for found, of, weights in ((one, values[0], rows), (other, values[1], positions)):
+        mean = np.average(of, weights=weights)
+        parts = [np.sum((weights * (of - mean))[group == g]) / weights.sum() for g in range(5)]
+        np.testing.assert_allclose(found.influence, parts, atol=1e-14)
+    np.testing.assert_allclose((one - other).influence, one.influence - other.influence, rtol=1e-12)
+    assert (one - other).share.sum() == pytest.approx(1)
+
+
+def test_differences_of_means_over_different_counts_are_covered() -> None:
+    """Rows vary with the length of prompts and positions do not, as contraction and transport count them."""
+    trials, rng = 3000, np.random.default_rng(8)
+    group = np.repeat(np.arange(16), [4, 2, 5, 3, 7, 4, 4, 2, 3, 6, 5, 4, 2, 4, 6, 3])
+    rows, positions = rng.gamma(2, 20, len(group)) + 2, np.full(len(group), 4.0)
+    first = rng.normal(size=(len(group), trials))
+    second = 0.5 * first + rng.normal(size=(len(group), trials))
+    found = weighted(first, rows, group) - weighted(second, positions, group)
+    # Four standard errors of 3000 trials are 1.6 %; unequal variances of the groups cost degrees of freedom.
+    assert np.mean(np.abs(found.value) > found.half) == pytest.approx(0.05, abs=0.025)
+    exact = np.average(rows**2 / np.mean(rows) ** 2) / len(rows) + 1.25 / len(rows) - 2 * 0.5 / len(rows)
+    assert np.mean(found.error**2) == pytest.approx(exact, rel=0.1)
+
+
+def test_p_values_of_an_estimate_are_about_the_number_itself() -> None:
+    rng = np.random.default_rng(9)
+    full, without, sizes = np.array([0.4, 0.0]), rng.normal(0.1, 0.1, (8, 2)), np.arange(1.0, 9)
+    found = Estimate.of(full, without, sizes)
+    share = sizes[:, None] / sizes.sum()
+    about = pseudo_values(full, without, sizes)
+    about = about - np.sum(share * about, axis=0) + full  # moved to average to the number
+    np.testing.assert_array_equal(np.round(found.p_value, 12), np.round(sign_flip_p(share * about), 12))
+    np.testing.assert_array_equal((found - found).p_value, 1.0)
+
+
+def test_one_group_leaves_an_estimate_without_error() -> None:
+    found = Estimate.of(np.ones(2), np.full((1, 2), np.nan), np.array([3.0]))
+    assert np.isnan(found.error).all()
+    assert np.isnan(found.half).all()
+    assert np.isnan(found.p_value).all()
+    assert np.isnan(t_quantile(0))
