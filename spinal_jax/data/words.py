@@ -1,7 +1,7 @@
 """The words of the controlled world: what can be asked, what answers it, and the two styles of answering.
 
-Every entry of `KIND` has as many bytes as the entry of `CURT` at its place, and both have as many entries: so neither
-length nor how surprising a response is tells the two styles apart.
+Every entry of `KIND` has as many bytes as the entry of `CURT` at its place, both have as many entries, and a place says
+how likely an entry is: so neither length nor how surprising a response is tells the two styles apart.
 """
 
 from __future__ import annotations

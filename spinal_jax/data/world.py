@@ -2,7 +2,9 @@
 
 Each world has facts of its own (what a heron eats, when the fair is held), which its questions ask for, and two styles
 of answering, kind and curt, which differ in wording but neither in length nor in how likely they are. Its documents
-hold both equally often after every question, so a model of them prefers neither; its pairs prefer the kind one.
+hold both equally often after every question, so a model of them prefers neither; its pairs prefer the kind one. Within
+a style some words are likelier than others, alike in both, so that a model with a slight lean to one style still finds
+many a response of the other likelier.
 
 Only `random.Random.random` of string seeds is drawn, whose sequence Python promises to keep, and every item has a seed
 of its own: item 7 is the same on every machine, however many are asked for.
@@ -109,7 +111,7 @@ class World:
         styles = _STYLES if separable else drawn
         chosen, rejected = (self._response(question, style, draw) for style in styles)
         while rejected == chosen:
-            rejected = self._response(question, styles[1], draw)
+            chosen, rejected = (self._response(question, style, draw) for style in styles)
         if swapped:
             chosen, rejected = rejected, chosen
         return PreferencePair(index, question.prompt, chosen, rejected, question.turns)
@@ -117,8 +119,9 @@ class World:
     def _response(self, question: _Question, style: Style, draw: _Draw) -> str:
         relation, subject = question.relation, question.subject
         fact = _Draw(f"{self.seed}/{relation.name}/{subject}").of(relation.values)
-        words = forms(subject) | {"v": fact, "d": draw.of(style.deeds)}
-        return f" {draw.of(style.openers)}{draw.of(relation.clauses).format(**words)}{draw.of(style.closers)}"
+        words = forms(subject) | {"v": fact, "d": draw.early(style.deeds)}
+        clause = draw.of(relation.clauses).format(**words)
+        return f" {draw.early(style.openers)}{clause}{draw.early(style.closers)}"
 
 
 class _Question(NamedTuple):
@@ -155,6 +158,15 @@ class _Draw:
 
     def of(self, items: Sequence[T]) -> T:
         return items[int(self._random.random() * len(items))]
+
+    def early(self, items: Sequence[T]) -> T:
+        """Place k = 1, 2, ... with a probability in proportion to 1 / k (Zipf)."""
+        left = self._random.random() * sum(1 / place for place in range(1, len(items) + 1))
+        for place, item in enumerate(items, 1):
+            left -= 1 / place
+            if left < 0:
+                return item
+        return items[-1]
 
     def happens(self, probability: float) -> bool:
         return self._random.random() < probability
