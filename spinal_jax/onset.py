@@ -1,4 +1,4 @@
-"""Over training: where the alignment footprint begins, and where it destabilises (docs/method.md, section 6)."""
+"""Over training: where the alignment footprint begins, and where it destabilises (docs/method.md, "Over training")."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BAND = 2.0  # standard errors
-LASTING = 3  # records
+BAND = 2.0  # standard errors beyond which a record counts
+LASTING = 3  # records that must count in a row
+SURE = 3.5  # standard errors that one of them exceeds: two-sided 5 % over 100 records, however alike they are
 
 
 class Record(NamedTuple):
@@ -21,85 +22,110 @@ class Record(NamedTuple):
     transport_se: float
 
 
-class Change(NamedTuple):
-    """Something that began: at which record, and by how many standard errors over which series."""
+class Stay(NamedTuple):
+    """Records in a row that count."""
 
-    index: int
+    start: int
+    stop: int  # the first that counts no longer
+    known: int  # the record by which it could be told
+
+
+class Change(NamedTuple):
+    """Something that began: at which record, over which series, by how much, and how long it lasted."""
+
+    start: int
+    stop: int  # the first record of which it is no longer true, or how many there are
+    known: int  # the record by which it could be told
     series: str
-    by: float  # the change there, in the series' own unit
+    by: float  # the change at `start`, in the series' own unit
     errors: float  # the same in standard errors
+    most: float  # the largest of the records up to `stop`, in standard errors
 
     def sentence(self, records: Sequence[Record]) -> str:
         """The evidence in words."""
-        last = records[min(self.index + LASTING, len(records)) - 1].step
+        steps = [record.step for record in records]
         return (
-            f"{self.series} by {self.by:.3g} ({self.errors:.1f} standard errors) at step {records[self.index].step}, "
-            f"and stayed there to step {last}"
+            f"{self.series} by {abs(self.by):.3g} ({self.errors:.1f} standard errors) at step {steps[self.start]}, and "
+            f"did so in every trace up to step {steps[self.stop - 1]}, by at most {self.most:.1f} standard errors"
         )
 
 
-def lasting(outside: np.ndarray) -> int | None:
-    """The first index from which `outside` [n] holds for LASTING records."""
-    for start in range(len(outside) - LASTING + 1):
-        if outside[start : start + LASTING].all():
-            return start
+def lasting(errors: np.ndarray) -> Stay | None:
+    """The first stay of 3 records or more above 2 standard errors, one of them above 3.5; `errors` [n]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], errors > BAND, [False]])))
+    for start, stop in edges.reshape(-1, 2).tolist():
+        sure = np.flatnonzero(errors[start:stop] > SURE)
+        if stop - start >= LASTING and len(sure):
+            return Stay(start, stop, start + max(LASTING - 1, int(sure[0])))
     return None
 
 
+def departure(value: np.ndarray, error: np.ndarray) -> tuple[Stay, float] | None:
+    """Where a series [n] leaves the noise of step 0 lastingly, and to which side, 1 or -1."""
+    sides = [(stay, side) for side in (1.0, -1.0) if (stay := lasting(_in_errors(side * value, error)))]
+    return min(sides, default=None, key=lambda found: found[0].known)
+
+
 def onset(records: Sequence[Record]) -> Change | None:
-    """The first record from which Delta_align stays outside the noise band of step 0, on one side, for 3 records.
+    """The first record from which Delta_align stays outside the noise of step 0, on one side (see `lasting`).
 
-    The band is 2 jackknife standard errors of the difference to step 0.
+    The noise is the jackknife standard error of the difference to step 0.
     """
-    value, error = (np.array([getattr(r, name) for r in records]) for name in ("delta_align", "delta_align_se"))
-    starts = [lasting(side * value > BAND * error) for side in (1.0, -1.0)]
-    found = [start for start in starts if start is not None]
-    if not found:
+    value, error = _series(records, "delta_align")
+    found = departure(value, error)
+    if found is None:
         return None
-    start = min(found)
-    errors = _ratio(value[start], error[start])
-    return Change(start, "Delta_align left the noise of step 0", float(value[start]), errors)
+    stay, side = found
+    return _change(stay, "Delta_align left the noise of step 0", value, _in_errors(side * value, error))
 
 
-def losses(records: Sequence[Record], after: Change | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By series, how far each record is on the wrong side of the best before it, and whether that is more than 2
-    standard errors: Delta_align below its running maximum, terminal transport above its running minimum. Nothing counts
-    up to the onset `after`, and without one."""
-    found = {}
-    for words, name, side in (
-        ("Delta_align fell below its maximum", "delta_align", 1.0),
-        ("terminal transport rose above its minimum", "transport", -1.0),
-    ):
-        value, error = (np.array([getattr(r, n) for r in records]) for n in (name, f"{name}_se"))
-        lost = np.maximum.accumulate(side * value) - side * value
-        outside = lost > BAND * error
-        outside[: len(records) if after is None else after.index + 1] = False
-        found[words] = (lost, outside)
+class Loss(NamedTuple):
+    """How far each record is behind what its series had held, towards step 0 or beyond it."""
+
+    words: str
+    value: np.ndarray  # [n] in the series' own unit
+    errors: np.ndarray  # [n] the same in standard errors of the difference of two records
+
+
+def losses(records: Sequence[Record], after: Change | None) -> list[Loss]:
+    """The losses of Delta_align and of terminal transport; 0 up to the onset `after`, and without one.
+
+    Progress is the way that the footprint took at its onset: Delta_align's side, and for terminal transport the side to
+    which it had by then left the noise of step 0, else down with contraction and up with expansion. What is held is the
+    best level that 3 records in a row have reached (step 0 before any), so that no single high record is a maximum to
+    fall from. Its standard error and the record's own are added in quadrature.
+    """
+    found = []
+    for name, words in (("delta_align", "Delta_align"), ("transport", "terminal transport")):
+        value, error = _series(records, name)
+        lost = errors = np.zeros(len(records))
+        side = 0.0 if after is None else _side(records, after, name)
+        if after is not None:
+            level, level_error = _held(side * value, error)
+            lost = level - side * value
+            errors = _in_errors(lost, np.hypot(error, level_error))
+            lost[: after.start + 1] = errors[: after.start + 1] = 0
+        turned = "fell below" if side > 0 else "rose above"
+        found.append(Loss(f"{words} {turned} what it had held", lost, errors))
     return found
 
 
 def destabilisation(records: Sequence[Record], after: Change | None) -> Change | None:
-    """The first record after `after` from which, for 3 records, one of the `losses` is outside its band."""
-    found: list[Change] = []
-    for words, (lost, outside) in losses(records, after).items():
-        if (start := lasting(outside)) is not None:
-            name = "delta_align_se" if words.startswith("Delta") else "transport_se"
-            error = getattr(records[start], name)
-            found.append(Change(start, words, float(lost[start]), _ratio(lost[start], error)))
-    return min(found, default=None, key=lambda change: change.index)
+    """The first record after `after` from which one of the `losses` lasts (see `lasting`)."""
+    found = []
+    for words, lost, errors in losses(records, after):
+        if (stay := lasting(errors)) is not None:
+            found.append(_change(stay, words, lost, errors))
+    return min(found, default=None, key=lambda change: (change.known, change.start))
 
 
 def healthy(records: Sequence[Record], after: Change | None) -> int:
     """The step of the last record that is in no loss: before those that are called a destabilisation, and before one
     that may be its beginning."""
-    sound = ~np.any([outside for _, outside in losses(records, after).values()], axis=0)
+    sound = ~np.any([loss.errors > BAND for loss in losses(records, after)], axis=0)
     broke = destabilisation(records, after)
-    last = len(records) if broke is None else broke.index
+    last = len(records) if broke is None else broke.start
     return records[int(np.flatnonzero(sound[:last])[-1])].step
-
-
-def _ratio(value: float, error: float) -> float:
-    return abs(float(value)) / float(error) if error > 0 else float("inf")
 
 
 def verdict(records: Sequence[Record], beside: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -112,19 +138,59 @@ def verdict(records: Sequence[Record], beside: Sequence[dict[str, float]]) -> di
         if change is None:
             return None
         return {
-            "step": records[change.index].step,
+            "step": records[change.start].step,
             "evidence": change.sentence(records),
             "change": change.by,
             "standard_errors": change.errors,
-            **beside[change.index],
+            **beside[change.start],
         }
 
     return {
         "schema": "spinal-onset/1",
         "band": BAND,
         "lasting": LASTING,
+        "sure": SURE,
         "onset": told(began),
         "destabilisation": told(broke),
         "healthy": healthy(records, began) if records else 0,
         "records": [{**record._asdict(), **more} for record, more in zip(records, beside, strict=True)],
     }
+
+
+def _series(records: Sequence[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
+    value, error = (np.array([getattr(r, n) for r in records], float) for n in (name, f"{name}_se"))
+    return value, error
+
+
+def _in_errors(value: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """[n] as many standard errors; infinite where a change has no error, 0 where nothing changed."""
+    sure = np.where(value == 0, 0.0, np.copysign(np.inf, value))
+    return np.divide(value, error, out=sure, where=error > 0)
+
+
+def _held(progress: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By record, the best level that LASTING records in a row have held up to it, 0 at the least, and its error."""
+    level, level_error = np.zeros_like(progress), np.zeros_like(progress)
+    best, best_error = 0.0, 0.0
+    for at in range(len(progress)):
+        window = range(max(0, at - LASTING + 1), at + 1)
+        least = min(window, key=lambda i: progress[i])
+        if len(window) == LASTING and progress[least] > best:
+            best, best_error = float(progress[least]), float(error[least])
+        level[at], level_error[at] = best, best_error
+    return level, level_error
+
+
+def _side(records: Sequence[Record], after: Change, name: str) -> float:
+    side = float(np.sign(after.by))
+    if name == "delta_align":
+        return side
+    value, error = _series(records[: after.known + 1], name)
+    own = departure(value, error)
+    return -side if own is None else own[1]
+
+
+def _change(stay: Stay, series: str, value: np.ndarray, errors: np.ndarray) -> Change:
+    start, stop, known = stay
+    most = float(errors[start:stop].max())
+    return Change(start, stop, known, series, float(value[start]), float(errors[start]), most)
