@@ -114,3 +114,17 @@ def test_traces_without_spectra_have_the_one_setting(pair: Pair) -> None:
     found = grid(bare[0], bare[1])
     assert len(found) == 1
     assert "1 of 1 settings" in verdict_of(found)["sentence"]
+
+
+def test_the_sign_is_that_of_the_first_setting() -> None:
+    numbers = [
+        (-0.2, -0.3, -0.1),
+        (-0.1, -0.3, 0.1),
+        (0.1, 0.05, 0.2),
+        (-0.1, np.nan, np.nan),
+        (np.nan, np.nan, np.nan),
+    ]
+    told = verdict_of([{"delta_align": value, "low": low, "high": high} for value, low, high in numbers])
+    assert (told["holds"], told["sure"], told["of"]) == (3, 1, 5)
+    assert "3 of 5 settings; in 1 of the 3 that have" in told["sentence"]
+    assert verdict_of([{"delta_align": np.nan, "low": np.nan, "high": np.nan}])["holds"] == 0
