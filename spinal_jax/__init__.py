@@ -17,6 +17,7 @@ from spinal_jax.result import DepthTrace, load_trace, save_trace
 
 if TYPE_CHECKING:
     from spinal_jax.api import audit, load_model
+    from spinal_jax.footprint import compare_models
     from spinal_jax.models.decoder import Tap, collect, fold
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "audit",
     "collect",
     "compare",
+    "compare_models",
     "fold",
     "load_comparison",
     "load_model",
@@ -40,6 +42,7 @@ __all__ = [
 _LAZY = {
     "audit": "spinal_jax.api",
     "load_model": "spinal_jax.api",
+    "compare_models": "spinal_jax.footprint",
     "Tap": "spinal_jax.models.decoder",
     "collect": "spinal_jax.models.decoder",
     "fold": "spinal_jax.models.decoder",

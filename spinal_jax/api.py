@@ -29,6 +29,7 @@ from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import family_of
 from spinal_jax.models.hf_config import HFConfig
+from spinal_jax.models.memory import random_checkpoint
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.result import DepthTrace
 from spinal_jax.trace import Measurement, measure
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16384
+RANDOM = "random:"  # of a source: weights are drawn, not read
+WORLD_PROMPTS = 128  # of the controlled world's pool, where no limit is set
 WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
 
 
@@ -127,7 +130,7 @@ def run_audit(
 ) -> DepthTrace:
     """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line."""
     bar = bar or bars(False)
-    prompts = _prompts(config.prompts, texts)
+    prompts = read_pool(config.prompts, texts)
     with opened(config.model) as (checkpoint, family, decoder):
         work = plan_prompts(
             prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics, config.batch_tokens
@@ -203,6 +206,7 @@ def depth_trace(
             "tokens": work.tokens,
             "rows": work.rows,
             "positions": work.positions,
+            "tokens_sha256": tokens_sha256(work),
         },
         settings={
             "window": list(settings.contraction.window),
@@ -233,10 +237,19 @@ def depth_trace(
     )
 
 
+def tokens_sha256(work: Plan) -> str:
+    """Hex digest over the token ids of every prompt in order, each with its length."""
+    digest = hashlib.sha256()
+    for sequence in work.sequences:
+        digest.update(np.array([len(sequence.ids), *sequence.ids], "<i8").tobytes())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderConfig]]:
     """The checkpoint a user names, its family, and what its config.json says, read strictly."""
-    checkpoint = open_checkpoint(config.source, config.revision)
+    is_random = config.source.startswith(RANDOM)
+    checkpoint = _random(config) if is_random else open_checkpoint(config.source, config.revision)
     try:
         hf = HFConfig(checkpoint.config, config.ignore_keys)
         family = family_of(hf.model_type)
@@ -247,6 +260,22 @@ def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderCon
         checkpoint.close()
 
 
+def _random(config: ModelConfig) -> Checkpoint:
+    """`random:SHAPE@SEED`: drawn weights (seed 0 if none is given) for a byte-level Llama of a named size, or in the
+    shape and with the tokenizer of another checkpoint."""
+    shape, at, seed = config.source.removeprefix(RANDOM).rpartition("@")
+    if not (at and seed.isascii() and seed.isdigit()):
+        shape, seed = config.source.removeprefix(RANDOM), "0"
+    if shape in data.SIZES:
+        return random_checkpoint(config.source, dict(data.SIZES[shape]), data.byte_tokenizer(), int(seed))
+    try:
+        like = open_checkpoint(shape, config.revision)
+    except UserError as error:
+        raise UserError(f"{error}; sizes of random models are {', '.join(data.SIZES)}") from error
+    with contextlib.closing(like):
+        return random_checkpoint(config.source, like.config, like.tokenizer(), int(seed))
+
+
 def load(checkpoint: Checkpoint, family: Family, decoder: DecoderConfig, dtype: str, bar: Bar | None = None) -> Decoder:
     """The weights, with a progress bar over what is read."""
     size = sum(info.dtype.itemsize * math.prod(info.shape) for info in checkpoint.names().values())
@@ -254,7 +283,10 @@ def load(checkpoint: Checkpoint, family: Family, decoder: DecoderConfig, dtype: 
         return load_decoder(checkpoint, family, decoder, jnp.dtype(dtype), advance)
 
 
-def _prompts(config: PromptsConfig, texts: Sequence[str] | None) -> data.PromptSet:
+def read_pool(config: PromptsConfig, texts: Sequence[str] | None = None) -> data.PromptSet:
+    """The prompts that `config` names, or `texts` in their place. Errors: UserError."""
+    if config.format == "world" and texts is None:
+        return data.World().prompts(config.limit or WORLD_PROMPTS)
     if texts is None:
         return data.read_prompts(config.path, config.format, config.field, config.limit, config.offset)
     kept = tuple(data.Prompt(text, (("user", text),)) for text in texts if text.strip())

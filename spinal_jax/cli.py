@@ -141,27 +141,33 @@ def _compare_job(settings: dict[str, Any], folder: Path) -> None:
     from spinal_jax.compare import Weights, compare, shortfalls
     from spinal_jax.comparison import save_comparison
     from spinal_jax.ranking import rank, save_ranking
-    from spinal_jax.result import load_trace
+    from spinal_jax.result import load_trace, save_trace
 
-    model, reference = asked.model, asked.reference
-    if source := model.source or reference.source:
-        raise UserError(
-            f"spinal compare takes two saved runs, model.trace=RUN reference.trace=RUN; audit {source!r} first with "
-            f"spinal audit model.source={source} hydra.run.dir=RUN"
-        )
-    assert model.trace is not None
-    assert reference.trace is not None
     weights = Weights(asked.score.delta, asked.score.coherence, asked.score.gradient)
-    references = asked.other_references or (reference.trace,) * len(asked.others)
     seconds: dict[str, float] = {}
+    bar = _stages(seconds)
+    both = None
+    if asked.model.trace is not None and asked.reference.trace is not None:
+        aligned, reference = load_trace(asked.model.trace), load_trace(asked.reference.trace)
+    else:
+        from spinal_jax.footprint import run_footprint
+
+        measured = run_footprint(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
+        aligned, reference, both = measured.aligned, measured.reference, measured.both
+    references = [load_trace(run) for run in asked.other_references] or [reference] * len(asked.others)
+    more = [load_trace(run) for run in asked.others]
+    pairs = [(aligned, reference), *zip(more, references, strict=True)]
     found = []
-    with _stages(seconds)("compare", 1 + len(asked.others), "pair") as advance:
-        for one, other in ((model.trace, reference.trace), *zip(asked.others, references, strict=True)):
-            traces = load_trace(one), load_trace(other)
-            found.append(compare(*traces, align=asked.align, same_prompts=asked.same_prompts, weights=weights))
+    with bar("compare", len(pairs), "pair") as advance:
+        for pair in pairs:
+            extras = both if pair[0] is aligned else None
+            found.append(compare(*pair, extras, align=asked.align, same_prompts=asked.same_prompts, weights=weights))
             advance(1)
     first, *others = found
     with runs.writing(folder, asked.overwrite) as scratch:
+        if asked.model.source is not None:
+            save_trace(aligned, scratch / "aligned")
+            save_trace(reference, scratch / "reference")
         save_comparison(first, scratch)
         for number, other in enumerate(others, 1):
             save_comparison(other, scratch / "others" / str(number))
@@ -289,7 +295,7 @@ COMMANDS = {
     "audit": Command(_audit, "model.source=FOLDER|FILE.gguf|HUB_ID", "The depth trace of one checkpoint."),
     "compare": Command(
         _compare,
-        "model.trace=RUN reference.trace=RUN",
+        "model.source=ALIGNED reference.source=BASE | model.trace=RUN reference.trace=RUN",
         "What alignment changed between two checkpoints, where, and how sure that is; exit code 3 short of `assert`.",
     ),
     "convert": Command(

@@ -58,6 +58,35 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True)
+class PreferencesConfig:
+    """Which preference pairs; `sft` trains on the chosen responses."""
+
+    path: str | None = None
+    format: Literal["hh", "jsonl", "world"] = "hh"
+    limit: int | None = None  # rows, or pairs of the world
+    offset: int = 0  # rows to pass over
+    held_out: int = 0  # last rows, kept from training and used to evaluate
+    max_length: int = 256  # tokens of prompt and response
+    overlong: Literal["drop", "cut_prompt"] = "drop"
+    chat_template: bool = False
+    separability: float = 1.0  # of the world's pairs: share in which the two responses differ in style
+    label_noise: float = 0.0  # probability that chosen and rejected change places, in training
+    shuffle_labels: bool = False  # they do so by the toss of a coin: the null control
+    seed: int = 0  # of the world and of the labels
+
+    def __post_init__(self) -> None:
+        right = "the path of a file" if self.format != "world" else "null: the world is generated"
+        require((self.path is None) == (self.format == "world"), "preferences.path", self.path, right)
+        require(self.limit is None or self.limit > 0, "preferences.limit", self.limit, "a number above 0, or null")
+        require(self.offset >= 0, "preferences.offset", self.offset, "0 or more rows to pass over")
+        require(self.held_out >= 0, "preferences.held_out", self.held_out, "0 or more rows")
+        require(self.max_length > 2, "preferences.max_length", self.max_length, "3 or more tokens")
+        for name in ("separability", "label_noise"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"preferences.{name}", value, "a number from 0 to 1")
+
+
+@dataclass(frozen=True)
 class ContractionConfig:
     """How fast the tail of a layer's spectrum decays: `metrics.contraction`."""
 
@@ -215,6 +244,8 @@ class CompareConfig:
     others: tuple[str, ...] = ()  # more run folders, to be ranked with the model
     other_references: tuple[str, ...] = ()  # one for each of them; none: the reference
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    preferences: PreferencesConfig | None = None  # pairs for the preference gradient; null: without it
+    beta: float = 0.1  # of the DPO loss whose gradient that is
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     align: Literal["equal", "relative"] = "equal"
     same_prompts: bool = True
@@ -230,6 +261,14 @@ class CompareConfig:
                 both = f"{name}.trace is {side.trace!r} and {name}.source is {side.source!r}; give one of them"
                 neither = f"{name} is missing; give {name}.trace=RUN of an audit, or {name}.source=CHECKPOINT"
                 raise UserError(neither if side.trace is None else both)
+        sources = self.model.source is not None, self.reference.source is not None
+        if any(sources) and not all(sources):
+            kind, other = ("source", "trace") if self.model.source is not None else ("trace", "source")
+            one, two = getattr(self.model, kind), getattr(self.reference, other)
+            raise UserError(f"model.{kind} is {one!r} but reference.{other} is {two!r}; give both alike")
+        right = "null with saved traces: the preference gradient needs both models (model.source, reference.source)"
+        require(self.preferences is None or all(sources), "preferences", "given", right)
+        require(self.beta > 0, "beta", self.beta, "a number above 0")
         right = "as many folders as others, or none"
         fits = len(self.other_references) in (0, len(self.others))
         require(fits, "other_references", list(self.other_references), right)

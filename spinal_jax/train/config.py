@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from spinal_jax.config import MetricsConfig, ModelConfig, ParallelConfig, PromptsConfig, require
+from spinal_jax.config import MetricsConfig, ModelConfig, ParallelConfig, PreferencesConfig, PromptsConfig, require
 from spinal_jax.errors import UserError
 
 
@@ -27,35 +27,6 @@ class ObjectiveConfig:
         right = f"0 with objective.loss={self.loss}: only cdpo and robust smooth labels"
         smooths = self.loss in ("cdpo", "robust")
         require(self.label_smoothing == 0 or smooths, "objective.label_smoothing", self.label_smoothing, right)
-
-
-@dataclass(frozen=True)
-class PreferencesConfig:
-    """Which preference pairs; `sft` trains on the chosen responses."""
-
-    path: str | None = None
-    format: Literal["hh", "jsonl", "world"] = "hh"
-    limit: int | None = None  # rows, or pairs of the world
-    offset: int = 0  # rows to pass over
-    held_out: int = 0  # last rows, kept from training and used to evaluate
-    max_length: int = 256  # tokens of prompt and response
-    overlong: Literal["drop", "cut_prompt"] = "drop"
-    chat_template: bool = False
-    separability: float = 1.0  # of the world's pairs: share in which the two responses differ in style
-    label_noise: float = 0.0  # probability that chosen and rejected change places, in training
-    shuffle_labels: bool = False  # they do so by the toss of a coin: the null control
-    seed: int = 0  # of the world and of the labels
-
-    def __post_init__(self) -> None:
-        right = "the path of a file" if self.format != "world" else "null: the world is generated"
-        require((self.path is None) == (self.format == "world"), "preferences.path", self.path, right)
-        require(self.limit is None or self.limit > 0, "preferences.limit", self.limit, "a number above 0, or null")
-        require(self.offset >= 0, "preferences.offset", self.offset, "0 or more rows to pass over")
-        require(self.held_out >= 0, "preferences.held_out", self.held_out, "0 or more rows")
-        require(self.max_length > 2, "preferences.max_length", self.max_length, "3 or more tokens")
-        for name in ("separability", "label_noise"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"preferences.{name}", value, "a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -140,7 +111,7 @@ class TrainConfig:
     seed: int = 0  # of the order of examples and of new weights
     log_every: int = 1
     eval_every: int | None = None  # null: at the first and last step
-    trace_every: int | tuple[int, ...] | None = None  # steps between traces, or which; null: a tenth of the run
+    trace_every: int | tuple[int, ...] | None = None  # steps between traces, or which; null: a twentieth of the time
     save_every: int | None = None  # null: a quarter of the run
     max_to_keep: int | None = 2  # checkpoints; null: all
     keep: Literal["last", "best_before_onset"] = "last"

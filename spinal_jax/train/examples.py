@@ -68,7 +68,7 @@ def read_examples(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, decod
 def _pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
     asked = config.preferences
     assert asked is not None  # TrainConfig has checked it
-    sets = _pair_sets(asked)
+    sets = pair_sets(asked)
     tokens, dropped = [], [pairs.dropped for pairs in sets]
     for pairs in sets:
         kept, lost = data.tokenise_pairs(pairs, tokenizer, asked.max_length, asked.chat_template, asked.overlong)
@@ -94,7 +94,7 @@ def _pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
     )
 
 
-def _pair_sets(asked: PreferencesConfig) -> list[data.PairSet]:
+def pair_sets(asked: PreferencesConfig) -> list[data.PairSet]:
     """The pairs, or the world's training pairs and its test pairs, which ask other questions."""
     if asked.format != "world":
         assert asked.path is not None
