@@ -40,7 +40,7 @@ def main() -> None:
     except Stopped as stopped:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)  # the terminal's own ^C
-        _complain(f"{stopped}; nothing is kept of a run that was not finished")
+        _complain(f"{stopped}; {stopped.kept}")
         sys.stdout.flush()
         os._exit(128 + stopped.number)  # all is cleared up, and JAX may crash when Python ends with work in flight
     finally:
@@ -54,6 +54,7 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__("interrupted" if number == signal.SIGINT else "terminated")
         self.number = number
+        self.kept = "nothing is kept of a run that was not finished"
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -183,6 +184,38 @@ def _compare_job(settings: dict[str, Any], folder: Path) -> None:
         sys.exit(SHORT)
 
 
+def _train(command: str, arguments: list[str]) -> None:
+    _compose(command, arguments, _train_job)
+
+
+def _train_job(settings: dict[str, Any], folder: Path) -> None:
+    from spinal_jax import config, runs
+    from spinal_jax.train.config import TrainConfig
+
+    asked = config.build(TrainConfig, settings)
+    from spinal_jax.report.training import write_training_report
+    from spinal_jax.train.loop import Diverged
+    from spinal_jax.train.run import run_train
+
+    seconds: dict[str, float] = {}
+    bar = _stages(seconds)
+    try:
+        trained = run_train(asked, folder, bar, say=lambda line: print(line, file=sys.stderr))
+    except Diverged as error:
+        _complain(f"{error}; the state before it is saved in {_shown(folder / 'checkpoints')}")
+        sys.exit(FAILED)
+    except Stopped as stopped:
+        stopped.kept = "the same command goes on from the last checkpoint"
+        raise
+    with bar("report", 1, "page") as advance:
+        write_training_report(folder)
+        advance(1)
+    runs.write_manifest(folder, "train", config.to_mapping(asked), runs.about_trace(trained.trace), seconds)
+    print(trained)
+    print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())}")
+    print(f"  report    {_shown(folder / 'report.html')}", flush=True)
+
+
 def _convert(command: str, arguments: list[str]) -> None:
     _compose(command, arguments, _convert_job)
 
@@ -273,7 +306,7 @@ def _stages(seconds: dict[str, float]) -> Bar:
                 bar.update(amount)
 
             yield advance
-        seconds[what] = round(time.perf_counter() - begin, 3)
+        seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - begin, 3)
 
     return stage
 
@@ -297,6 +330,11 @@ COMMANDS = {
         _compare,
         "model.source=ALIGNED reference.source=BASE | model.trace=RUN reference.trace=RUN",
         "What alignment changed between two checkpoints, where, and how sure that is; exit code 3 short of `assert`.",
+    ),
+    "train": Command(
+        _train,
+        "objective=dpo|sft|lm model.source=CHECKPOINT preferences=hh preferences.path=FILE",
+        "Trains a checkpoint and records its footprint on the way; a killed run goes on when the command is run again.",
     ),
     "convert": Command(
         _convert,

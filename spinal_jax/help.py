@@ -48,6 +48,8 @@ def settings_of(file: Path, prefix: str = "") -> Iterator[Setting]:
     above: list[tuple[int, str]] = [(-1, prefix)]  # indent and dotted name of the mappings around a line
     for line in file.read_text(encoding="utf-8").splitlines():
         if group := _GROUP.fullmatch(line):
+            if group[3] == "null":  # nothing, unless it is chosen
+                continue
             yield from settings_of(conf_folder() / group[1] / f"{group[3]}.yaml", f"{group[2] or group[1]}.")
         elif found := _LINE.fullmatch(line):
             indent, key = len(found[1]), found[2]

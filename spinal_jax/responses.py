@@ -69,10 +69,10 @@ class Shape:
     sequences: int
 
 
-def row_length(longest: int) -> int:
+def row_length(longest: int, micro_tokens: int) -> int:
     """T for sequences of up to `longest` tokens: a few of them share a row where they are short."""
     tight = -(-longest // 8) * 8
-    return tight * max(1, ROW_TOKENS // tight)
+    return tight * max(1, min(ROW_TOKENS, micro_tokens) // tight)
 
 
 def choose_shape(steps: Sequence[Sequence[Example]], longest: int, micro_tokens: int, multiple: int = 1) -> Shape:
@@ -84,7 +84,7 @@ def choose_shape(steps: Sequence[Sequence[Example]], longest: int, micro_tokens:
         micro_tokens: most tokens of a micro-batch; a single example may need more.
         multiple: of which the number of rows must be one: the devices that share them.
     """
-    length = row_length(longest)
+    length = row_length(longest, micro_tokens)
     width = max(len(example) for step in steps for example in step)
     sequences = width * max(len(step) for step in steps)
     least = max(multiple, -(-width // multiple) * multiple if length < 2 * longest else multiple)

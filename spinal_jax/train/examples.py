@@ -77,7 +77,8 @@ def _pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
     # A file's last rows are held out; the world has test pairs of its own.
     train, held_out = data.split(tokens[0], None, asked.held_out) if len(sets) == 1 else tokens
     single = config.objective.kind == "sft"
-    flipped = _flips(asked, len(train))
+    flipped = _flips(asked, len(train), 0.5 if asked.shuffle_labels else asked.label_noise, "train")
+    tossed = _flips(asked, len(held_out), 0.5 if asked.shuffle_labels else 0.0, "held out")
 
     def example(pair: data.TokenPair, flip: bool) -> Example:
         chosen, rejected = (pair.rejected, pair.chosen) if flip else (pair.chosen, pair.rejected)
@@ -86,7 +87,7 @@ def _pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
     reasons = sorted({why for lost in dropped for why in lost})
     return Examples(
         tuple(example(pair, bool(flip)) for pair, flip in zip(train, flipped, strict=True)),
-        tuple(example(pair, False) for pair in held_out),
+        tuple(example(pair, bool(flip)) for pair, flip in zip(held_out, tossed, strict=True)),
         tuple(pair.id for pair in train),
         sets[0].source,
         hashlib.sha256(" ".join(pairs.sha256 for pairs in sets).encode()).hexdigest(),
@@ -107,11 +108,11 @@ def pair_sets(asked: PreferencesConfig) -> list[data.PairSet]:
     return [train, world.pairs(asked.held_out, "test")] if asked.held_out else [train]
 
 
-def _flips(asked: PreferencesConfig, count: int) -> np.ndarray:
-    """bool [count]: which training pairs change places. The held-out ones never do."""
-    probability = 0.5 if asked.shuffle_labels else asked.label_noise
-    draws = np.random.Philox(np.random.SeedSequence((asked.seed, 0x1ABE1))).random_raw(count)
-    return draws / 2.0**64 < probability
+def _flips(asked: PreferencesConfig, count: int, probability: float, which: str) -> np.ndarray:
+    """bool [count]: which pairs change places. Noise is of training labels alone; labels by the toss of a coin are so
+    wherever they are, for a model that leaned to one style by chance would else seem to know something."""
+    seed = np.random.SeedSequence((asked.seed, *which.encode()))
+    return np.random.Philox(seed).random_raw(count) / 2.0**64 < probability
 
 
 def _documents(asked: CorpusConfig | None, tokenizer: PreTrainedTokenizerBase) -> Examples:

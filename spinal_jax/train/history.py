@@ -65,8 +65,9 @@ class History:
             return
         for entry in json.loads(file.read_text(encoding="utf-8"))["records"]:
             if trace_name(entry["step"]) in known:
-                values = {name: math.nan if value is None else value for name, value in entry.items()}
-                self.records.append(Record(**{name: values.pop(name) for name in Record._fields}))
+                step = int(entry.pop("step"))
+                values = {name: math.nan if value is None else float(value) for name, value in entry.items()}
+                self.records.append(Record(step, *(values.pop(name) for name in Record._fields[1:])))
                 self.beside.append(values)
         self.told = verdict(self.records, self.beside)
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from spinal_jax import api
+from spinal_jax.batch import Plan
 from spinal_jax.config import to_mapping
 from spinal_jax.mesh import AXES, make_mesh, row_multiple, shard_parameters, shard_rows
 from spinal_jax.models import lora
@@ -39,7 +40,10 @@ from spinal_jax.train.step import Arrays, Steps, TrainState, make_steps, zeroed_
 CPU_MICRO_TOKENS, ACCELERATOR_MICRO_TOKENS = 2048, 16384
 # By how much the loss of the first step may differ from ln 2, the reference having been computed in another order.
 FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
-TRACES, SAVES = 10, 4  # parts of a run after each of which there is a trace, and a checkpoint, where nothing is said
+SAVES = 4  # parts of a run after each of which there is a checkpoint, where nothing is said
+# Where nothing is said, traces come so often that they take about a twentieth of the time. In passes over a token: an
+# audit is one forward, the lens and the spectra, a step a forward, another in the backward pass, and that.
+TRACE_SHARE, TRACE_PASSES, STEP_PASSES = 0.05, 2.0, 4.0
 
 Say = Callable[[str], None]
 
@@ -138,12 +142,19 @@ def micro_shape(config: TrainConfig, examples: Examples, stop: int, mesh: Mesh) 
     return choose_shape(steps, examples.longest, micro, row_multiple(mesh))
 
 
-def due(every: int | tuple[int, ...] | None, stop: int, parts: int) -> frozenset[int]:
-    """At which of the steps 0 to `stop` something is due that is asked for `every` so often, or at these steps; None:
-    after each of so many `parts` of the run. Always at 0 and `stop`, unless steps are listed, then at 0."""
+def due(every: int | tuple[int, ...], stop: int) -> frozenset[int]:
+    """At which of the steps 0 to `stop` something is due that is asked for `every` so often: always at 0 and `stop`. Of
+    a list of steps, at these and at 0."""
     if isinstance(every, tuple):
         return frozenset({0, *(step for step in every if step <= stop)})
-    return frozenset({*range(0, stop, every or max(1, -(-stop // parts))), stop})
+    return frozenset({*range(0, stop, every), stop})
+
+
+def trace_interval(pool: Plan, examples: Examples, batch_size: int) -> int:
+    """Steps between traces that cost about TRACE_SHARE of the training."""
+    tokens = sum(len(sequence.ids) for example in examples.train for sequence in example)
+    step = STEP_PASSES * batch_size * tokens / len(examples.train)
+    return math.ceil(TRACE_PASSES * pool.padded_tokens / (TRACE_SHARE * step))
 
 
 def _start_line(
@@ -214,10 +225,12 @@ def _course(
 ) -> tuple[TrainState, dict[str, float]]:
     """All steps that are left, and between them a checkpoint, an evaluation and a trace where they are due."""
     config, start = task.config, int(state.step)
-    traces, saves = due(config.trace_every, stop, TRACES), due(config.save_every, stop, SAVES) - {0}
+    interval = trace_interval(history.pool, task.examples, config.batch_size)
+    traces = due(config.trace_every or interval, stop)
+    saves = due(config.save_every or -(-stop // SAVES), stop) - {0}
     if config.keep == "best_before_onset":
         saves |= traces
-    evaluations = due(config.eval_every, stop, 1) if task.examples.held_out else frozenset()
+    evaluations = due(config.eval_every or stop, stop) if task.examples.held_out else frozenset()
     last: dict[str, float] = {}
 
     def pause(step: int, state: TrainState) -> tuple[dict[str, float], bool]:

@@ -105,7 +105,7 @@ def make_steps(
         return jax.tree.map(jnp.add, (gradients, sums), gradient(parameters, fixed, batch, normaliser))
 
     def update(state: TrainState, gradients: Arrays, sums: Sums) -> Updated:
-        norm = jnp.asarray(optax.global_norm(gradients))
+        norm = jnp.asarray(optax.tree.norm(gradients))
         norms = block_norms(gradients, config.depth)
 
         def step(state: TrainState) -> TrainState:
