@@ -111,6 +111,7 @@ class TrainConfig:
     seed: int = 0  # of the order of examples and of new weights
     log_every: int = 1
     eval_every: int | None = None  # null: at the first and last step
+    eval_examples: int | None = None  # held-out examples that are evaluated, the first ones; null: all
     trace_every: int | tuple[int, ...] | None = None  # steps between traces, or which; null: a twentieth of the time
     save_every: int | None = None  # null: a quarter of the run
     max_to_keep: int | None = 2  # checkpoints; null: all
@@ -119,7 +120,7 @@ class TrainConfig:
     overwrite: bool = False  # replace a complete run
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro_tokens", "eval_every", "save_every", "max_to_keep"):
+        for name in ("steps", "micro_tokens", "eval_every", "eval_examples", "save_every", "max_to_keep"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "null or a number above 0")
         for name in ("batch_size", "log_every", "epochs"):

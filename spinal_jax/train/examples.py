@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +52,7 @@ def read_examples(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, decod
             ids that it does not have.
     """
     found = _documents(config.corpus, tokenizer) if config.objective.kind == "lm" else _pairs(config, tokenizer)
+    found = replace(found, held_out=found.held_out[: config.eval_examples])
     if decoder.learned_positions and found.longest > decoder.max_positions:
         raise UserError(
             f"an example has {found.longest} tokens, but the model has {decoder.max_positions} positions; choose a "
