@@ -94,9 +94,9 @@ def _report(command: str, arguments: list[str]) -> None:
         return
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise UserError(f"{command} takes one run folder: {usage}")
-    from spinal_jax.report.page import write_report
+    from spinal_jax.report import draw_report
 
-    print(write_report(arguments[0]))
+    print(draw_report(arguments[0]))
 
 
 def _audit(command: str, arguments: list[str]) -> None:

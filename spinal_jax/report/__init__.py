@@ -1,14 +1,32 @@
-"""Figures and the HTML page of a saved depth trace: no model, no accelerator."""
+"""Figures and HTML pages of saved runs: no model, no accelerator."""
+
+import os
+from pathlib import Path
 
 from spinal_jax.report.figures import curve_figure, depth_figure, entropy_figure, save_figures, spectra_figure
 from spinal_jax.report.page import render_report, write_report
+from spinal_jax.report.training import render_training_report, write_training_report
+from spinal_jax.report.training_run import is_training_run, load_training_run
 
 __all__ = [
     "curve_figure",
     "depth_figure",
+    "draw_report",
     "entropy_figure",
+    "load_training_run",
     "render_report",
+    "render_training_report",
     "save_figures",
     "spectra_figure",
     "write_report",
+    "write_training_report",
 ]
+
+
+def draw_report(folder: str | os.PathLike[str]) -> Path:
+    """Draws figures and page of a run's folder, whatever the run was, and returns the page's path.
+
+    Raises:
+      UserError: the folder holds no run that can be drawn.
+    """
+    return write_training_report(folder) if is_training_run(folder) else write_report(folder)

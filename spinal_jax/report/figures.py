@@ -71,18 +71,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _styled(draw: Callable[P, R]) -> Callable[P, R]:
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """Runs under matplotlib's defaults and STYLE, whatever the caller's rcParams say, and restores those."""
 
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
         with style.context(["default", STYLE]):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
-@_styled
+@styled
 def depth_figure(trace: DepthTrace) -> Figure:
     """Contraction and transport over depth, two panels that share the boundary axis, with 95 % intervals."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -94,7 +94,7 @@ def depth_figure(trace: DepthTrace) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def entropy_figure(trace: DepthTrace) -> Figure:
     """Entropy of the lens distribution and turning angle of its path over depth, with 95 % intervals."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -106,7 +106,7 @@ def entropy_figure(trace: DepthTrace) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def curve_figure(trace: DepthTrace) -> Figure:
     """The depth curve (boundary, contraction, transport) in three dimensions, coloured by depth, with its shadows."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
@@ -120,8 +120,8 @@ def curve_figure(trace: DepthTrace) -> Figure:
         return figure
 
     points = np.stack([seen, alpha[seen], length[seen]], -1)
-    y_low, y_high = _padded(points[:, 1], 0.12)
-    z_high = _padded(points[:, 2])[1]
+    y_low, y_high = padded(points[:, 1], 0.12)
+    z_high = padded(points[:, 2])[1]
     axes.set(ylim=(y_low, y_high), zlim=(0, z_high))
     axes.view_init(elev=24, azim=-58)
     axes.set_box_aspect((1.2, 1, 0.95), zoom=0.92)
@@ -150,7 +150,7 @@ def curve_figure(trace: DepthTrace) -> Figure:
             axes.scatter(*points[chosen].T, **dots, depthshade=False, zorder=3)
     for i in sorted({0, len(points) - 1}):
         x, y, z = points[i]
-        axes.text(x, y, z + 0.06 * z_high, f"{seen[i]}", ha="center", weight="bold", path_effects=_halo(), zorder=4)
+        axes.text(x, y, z + 0.06 * z_high, f"{seen[i]}", ha="center", weight="bold", path_effects=halo(), zorder=4)
 
     bar_axes = figure.add_axes((0.2, 0.075, 0.6, 0.022))
     bar: Any = figure.colorbar(ScalarMappable(norm, cmap), cax=bar_axes, orientation="horizontal")
@@ -164,7 +164,7 @@ def curve_figure(trace: DepthTrace) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def spectra_figure(trace: DepthTrace, layers: Iterable[int] | None = None) -> Figure:
     """Singular values against rank, both logarithmic, of some boundaries (five spread over depth unless `layers` says
     which), each with the line that contraction is the slope of, over its fit window.
@@ -219,7 +219,7 @@ def figures(trace: DepthTrace) -> dict[str, Figure]:
     return {name: FIGURES[name](trace) for name in names}
 
 
-@_styled
+@styled
 def svg_text(figure: Figure, name: str) -> str:
     """The figure as an SVG document: equal figures give equal text; `name` goes into its element ids."""
     buffer = io.StringIO()
@@ -228,7 +228,7 @@ def svg_text(figure: Figure, name: str) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
-@_styled
+@styled
 def png_bytes(figure: Figure, dpi: int = 200) -> bytes:
     """The figure as a PNG: equal figures give equal bytes."""
     buffer = io.BytesIO()
@@ -271,7 +271,7 @@ def tail_line(s: np.ndarray, rank: int, window: tuple[float, float]) -> tuple[np
     return ends, np.exp(y.mean() + slope * (np.log(ends) - x.mean()))
 
 
-@_styled
+@styled
 def hover_bands(figure: Figure, trace: DepthTrace) -> list[tuple[int, float, float, float, float]]:
     """(boundary, x, y, width, height) in SVG units of the strip over each boundary, across all panels of a figure."""
     figure.draw_without_rendering()
@@ -301,7 +301,7 @@ def _over_depth(trace: DepthTrace, axes: Axes, column: str, label: str, colour: 
     axes.fill_between(boundary, low, high, color=colour, alpha=0.25, lw=0)
     size = 4.0 if trace.depth <= 40 else 2.5
     axes.plot(boundary, values, color=colour, marker=marker, markersize=size)
-    axes.set_ylim(*_padded(np.concatenate([values, low, high])))
+    axes.set_ylim(*padded(np.concatenate([values, low, high])))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
@@ -322,7 +322,7 @@ def _depth_colours(trace: DepthTrace) -> tuple[Colormap, BoundaryNorm]:
     return ListedColormap(colours), BoundaryNorm(np.arange(trace.boundaries + 1) - 0.5, trace.boundaries)
 
 
-def _padded(values: np.ndarray, share: float = 0.06) -> tuple[float, float]:
+def padded(values: np.ndarray, share: float = 0.06) -> tuple[float, float]:
     """Axis limits around the finite values, never empty."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     margin = share * (high - low) or 0.1 * abs(high) or 0.5
@@ -343,5 +343,5 @@ def _power_of_ten(value: float, _position: int | None = None) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _halo() -> list[Any]:
+def halo() -> list[Any]:
     return [withStroke(linewidth=2.5, foreground=SURFACE)]

@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from spinal_jax.report import figures
@@ -45,6 +45,24 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 def render_report(trace: DepthTrace) -> str:
     """The page as text: equal traces give equal text."""
+    low, high = trace.settings["window"]
+    drawn = figures.figures(trace)
+    return template("trace.html").render(
+        trace=trace,
+        headline=headline(trace),
+        tiles=_tiles(trace),
+        before=_before(trace),
+        per_dimension=trace.prompts["rows"] / trace.model["width"],
+        window=f"{100 * low:g} to {100 * high:g} %",
+        positions=describe_positions(trace.settings["positions"]),
+        pictures={name: inline(figure, name, _strips(figure, name, trace)) for name, figure in drawn.items()},
+        table=_table(trace),
+        caveats=caveats(trace),
+    )
+
+
+def template(name: str) -> Template:
+    """One of the page templates."""
     environment = Environment(
         loader=PackageLoader("spinal_jax.report", "templates"),
         autoescape=True,
@@ -53,19 +71,7 @@ def render_report(trace: DepthTrace) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number)
-    low, high = trace.settings["window"]
-    return environment.get_template("trace.html").render(
-        trace=trace,
-        headline=headline(trace),
-        tiles=_tiles(trace),
-        before=_before(trace),
-        per_dimension=trace.prompts["rows"] / trace.model["width"],
-        window=f"{100 * low:g} to {100 * high:g} %",
-        positions=describe_positions(trace.settings["positions"]),
-        pictures={name: _inline(figure, name, trace) for name, figure in figures.figures(trace).items()},
-        table=_table(trace),
-        caveats=caveats(trace),
-    )
+    return environment.get_template(name)
 
 
 def describe_positions(selector: str) -> str:
@@ -141,8 +147,9 @@ def _before(trace: DepthTrace) -> dict[str, Any] | None:
     return means | {"where": name_boundaries(range(1, trace.terminal[0]))}
 
 
-def _inline(figure: figures.Figure, name: str, trace: DepthTrace) -> Markup:
-    """The figure as an SVG element of the page: ids of its own, the page's colours, hover targets."""
+def inline(figure: figures.Figure, name: str, strips: Iterable[tuple[str, Sequence[float]]] = ()) -> Markup:
+    """The figure as an SVG element of the page: ids of its own, the page's colours, and over it hover targets, each
+    (what it says, (x, y, width, height))."""
     text = figures.svg_text(figure, name)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
@@ -156,12 +163,16 @@ def _inline(figure: figures.Figure, name: str, trace: DepthTrace) -> Markup:
     # What is left tells depth: lifted in the dark, where the low end would drown.
     text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", r"\1: color-mix(in srgb, #fff var(--lift), \2)", text)
     text = text.replace("<svg", '<svg role="img" aria-labelledby="caption-' + name + '"', 1)
-    strip = Markup('<rect class="hit" x="{}" y="{}" width="{}" height="{}"><title>boundary {}: {}</title></rect>\n')
-    strips = ""
-    if name in HOVER:
-        for at, *box in figures.hover_bands(figure, trace):
-            strips += strip.format(*(f"{v:.2f}" for v in box), at, _read_out(trace, HOVER[name], at))
-    return Markup(text.replace("</svg>", f"{strips}</svg>"))
+    strip = Markup('<rect class="hit" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>\n')
+    targets = "".join(strip.format(*(f"{v:.2f}" for v in box), words) for words, box in strips)
+    return Markup(text.replace("</svg>", f"{targets}</svg>"))
+
+
+def _strips(figure: figures.Figure, name: str, trace: DepthTrace) -> list[tuple[str, Sequence[float]]]:
+    if name not in HOVER:
+        return []
+    bands = figures.hover_bands(figure, trace)
+    return [(f"boundary {at}: {_read_out(trace, HOVER[name], at)}", box) for at, *box in bands]
 
 
 def _read_out(trace: DepthTrace, names: tuple[str, ...], at: int) -> str:
@@ -201,7 +212,8 @@ def _table(trace: DepthTrace) -> dict[str, Any]:
             text = f"{value:,.{places}f}".replace("-", "−") if math.isfinite(value) else "–"
             key = repr(float(value)) if math.isfinite(value) else ""
             row.append({"text": text, "half": f"{width:.{places}f}" if math.isfinite(width) else "", "key": key})
-    return {"head": [(title, UNITS.get(name, "")) for name, title in titles.items()], "rows": cells}
+    head = [(title, UNITS.get(name, "")) for name, title in titles.items()]
+    return {"corner": "boundary", "head": head, "keys": list(range(trace.boundaries)), "rows": cells}
 
 
 def caveats(trace: DepthTrace) -> list[str]:
