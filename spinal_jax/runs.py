@@ -20,7 +20,19 @@ from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
-from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from tensorboard.compat.proto.summary_pb2 import (
+    DATA_CLASS_TENSOR,  # type: ignore[attr-defined]
+    Summary,  # type: ignore[attr-defined]
+    SummaryMetadata,  # type: ignore[attr-defined]
+)
+from tensorboard.compat.proto.tensor_pb2 import TensorProto  # type: ignore[attr-defined]
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto  # type: ignore[attr-defined]
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT  # type: ignore[attr-defined]
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
+    HParamsPluginData,  # type: ignore[attr-defined]
+    SessionEndInfo,  # type: ignore[attr-defined]
+    SessionStartInfo,  # type: ignore[attr-defined]
+)
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spinal_jax.comparison import Comparison
@@ -169,6 +181,7 @@ class Events:
         # TensorBoard reads the files of a folder in order of name.
         self._file = (folder / (EVENTS if not count else f"{EVENTS}.{count:03}")).open("wb")
         self._writer = RecordWriter(self._file)
+        self._in_session = False
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if count:
             start = SessionLog(status=SessionLog.START)
@@ -191,8 +204,27 @@ class Events:
         """Adds a picture."""
         self.add(step, Summary(value=[Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=png))]))
 
+    def hparams(self, values: Mapping[str, bool | float | str]) -> None:
+        """Adds the settings by which TensorBoard's HParams page tells the runs of a sweep apart; `close` then adds
+        that the session ended. TensorBoard's own writer of these needs TensorFlow."""
+        start = SessionStartInfo(start_time_secs=time.time())
+        for name, value in values.items():
+            kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
+            setattr(start.hparams[name], kind, value)
+        self._session("session_start_info", start)
+        self._in_session = True
+
+    def _session(self, name: str, info: Any) -> None:
+        content = HParamsPluginData(version=0, **{name: info}).SerializeToString()
+        plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content)
+        nothing = TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(), float_val=[0.0])
+        metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
+        self.add(0, Summary(value=[Summary.Value(tag=f"_hparams_/{name}", metadata=metadata, tensor=nothing)]))
+
     def close(self) -> None:
         """Writes the rest."""
+        if self._in_session:
+            self._session("session_end_info", SessionEndInfo(end_time_secs=time.time()))
         self._writer.close()
 
 

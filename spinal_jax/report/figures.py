@@ -27,6 +27,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
+from spinal_jax.comparison import Comparison
 from spinal_jax.errors import UserError
 from spinal_jax.result import DepthTrace, number, write_whole
 
@@ -90,7 +91,7 @@ def depth_figure(trace: DepthTrace) -> Figure:
     _over_depth(trace, upper, "contraction", "contraction α", BLUE, "o", "higher: small modes vanish faster")
     _over_depth(trace, lower, "transport", "transport L (rad)", VERMILLION, "s", "higher: predictions move further")
     lower.set_ylim(bottom=0)
-    _depth_axis(trace, figure, upper, lower)
+    depth_axis(trace, figure, upper, lower)
     return figure
 
 
@@ -102,7 +103,7 @@ def entropy_figure(trace: DepthTrace) -> Figure:
     _over_depth(trace, upper, "entropy", "entropy (nats)", GREEN, "D", "higher: predictions less certain")
     _over_depth(trace, lower, "curvature", "curvature (rad)", PURPLE, "^", "0: straight on,  π: turns back")
     upper.set_ylim(bottom=0)
-    _depth_axis(trace, figure, upper, lower)
+    depth_axis(trace, figure, upper, lower)
     return figure
 
 
@@ -254,7 +255,7 @@ def spread(trace: DepthTrace) -> list[int]:
     return sorted({1, max(1, first // 3), max(1, 2 * first // 3), first, last})
 
 
-def terminal_name(trace: DepthTrace) -> str:
+def terminal_name(trace: DepthTrace | Comparison) -> str:
     """The terminal block with the boundaries its blocks end at: `terminal block 21-30`."""
     first, last = trace.terminal
     return f"terminal block {first}–{last}" if first < last else f"terminal block {last}"
@@ -272,7 +273,7 @@ def tail_line(s: np.ndarray, rank: int, window: tuple[float, float]) -> tuple[np
 
 
 @styled
-def hover_bands(figure: Figure, trace: DepthTrace) -> list[tuple[int, float, float, float, float]]:
+def hover_bands(figure: Figure, trace: DepthTrace | Comparison) -> list[tuple[int, float, float, float, float]]:
     """(boundary, x, y, width, height) in SVG units of the strip over each boundary, across all panels of a figure."""
     figure.draw_without_rendering()
     width, height = (72 * inches for inches in figure.get_size_inches())
@@ -305,7 +306,7 @@ def _over_depth(trace: DepthTrace, axes: Axes, column: str, label: str, colour: 
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _depth_axis(trace: DepthTrace, figure: Figure, upper: Axes, lower: Axes) -> None:
+def depth_axis(trace: DepthTrace | Comparison, figure: Figure, upper: Axes, lower: Axes) -> None:
     """What two stacked panels share: the name of the shaded block, the boundary axis, what the bands are."""
     upper.set_title(terminal_name(trace), loc="right", fontsize=9, pad=4)
     lower.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))

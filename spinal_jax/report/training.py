@@ -104,7 +104,8 @@ def evidence(run: TrainingRun) -> list[tuple[str, str]]:
 
 
 def caveats(run: TrainingRun) -> list[str]:
-    """What a reader must know before trusting the verdict: the run's own conditions, then warnings of its traces."""
+    """What a reader must know before trusting the verdict: the run's own conditions, then warnings of the first
+    and the last trace."""
     band, lasting = run.onset["band"], run.onset["lasting"]
     said = [
         f"A change counts when {lasting} traces in a row are more than {band:g} standard errors out and one of them "
@@ -115,8 +116,9 @@ def caveats(run: TrainingRun) -> list[str]:
         "Standard errors say how much the numbers would change with other prompts of the same kind, and nothing about "
         "another seed. With many prompts a small wobble of the optimisation can be well beyond them.",
     ]
-    warnings = {warning: None for each in (*run.traces, *run.comparisons) for warning in each.warnings}
-    return said + [f"Warning from the measurement: {warning}" for warning in warnings]
+    ends = ((run.steps[0], run.traces[0]), (run.steps[-1], run.traces[-1]))
+    warnings = dict.fromkeys((step, warning) for step, trace in ends for warning in trace.warnings)
+    return said + [f"Warning from the measurement of step {step}: {warning}" for step, warning in warnings]
 
 
 def _kind(run: TrainingRun) -> str:

@@ -37,8 +37,9 @@ from spinal_jax.result import DepthTrace
 
 HEAT, PANEL, STRIP, FOOT = 1.55, 1.05, 0.32, 0.75  # inches
 BINS = 60  # columns of a heat map over all steps
+SHADES = 49  # of a colour map; matplotlib turns colour bars of 50 and more into pictures
 # Blue to vermillion over near-white; none of these is a colour of the page, which would change with its theme.
-DIVERGING = LinearSegmentedColormap.from_list("change", ["#0b4f7d", "#5fa5d2", "#f3f3f1", "#ee9d63", "#a83f00"])
+DIVERGING = LinearSegmentedColormap.from_list("change", ["#0b4f7d", "#5fa5d2", "#f3f3f1", "#ee9d63", "#a83f00"], SHADES)
 Spans = list[tuple[float, float]]
 
 
@@ -126,8 +127,10 @@ def gradients_figure(run: TrainingRun) -> Figure | None:
     low, high = (float(shown.min()), float(shown.max())) if len(shown) else (1.0, 1.0)
     norm = LogNorm(low, high) if high > low else LogNorm(low / 2, high * 2)
     upper.set_facecolor(SHADE)
-    mesh = upper.pcolormesh(edges, np.arange(depth + 1) + 0.5, np.ma.masked_less_equal(means, 0).T, cmap=_depths())
-    mesh.set_norm(norm)
+    mesh = upper.pcolormesh(
+        edges, np.arange(depth + 1) + 0.5, np.ma.masked_less_equal(means, 0).T, cmap=_depths(), norm=norm
+    )
+    mesh.set(edgecolor="face", linewidth=0.3)  # as in `_plain_bar`
     upper.set(ylabel="block")
     upper.set_title("norm of the loss’s gradient", fontsize=9, color=MUTED, pad=4)
     upper.yaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -258,6 +261,7 @@ def _change_map(run: TrainingRun, axes: Axes, bar_axes: Axes, column: str, words
     norm = Normalize(-(largest or 1.0), largest or 1.0)
     axes.set_facecolor(SHADE)
     mesh = axes.pcolormesh(edges, boundaries, np.ma.masked_invalid(changes).T, cmap=DIVERGING, norm=norm)
+    mesh.set(edgecolor="face", linewidth=0.3)
     # A hatch wherever it is clearly less than at step 0, for readers without colours; light on dark cells.
     with mpl.rc_context({"hatch.linewidth": 0.5}):
         for cells, colour in (
@@ -347,11 +351,13 @@ def _binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def _depths() -> Colormap:
     """The middle of viridis, dark to light, which shows on white and on black."""
-    return LinearSegmentedColormap.from_list("middle", mpl.colormaps["viridis"](np.linspace(0.1, 0.92, 64)))
+    return LinearSegmentedColormap.from_list("middle", mpl.colormaps["viridis"](np.linspace(0.1, 0.92, SHADES)), SHADES)
 
 
 def _step_colours(run: TrainingRun) -> tuple[Colormap, Normalize]:
-    colours = LinearSegmentedColormap.from_list("steps", mpl.colormaps["viridis"](np.linspace(0.28, 0.85, 64)))
+    colours = LinearSegmentedColormap.from_list(
+        "steps", mpl.colormaps["viridis"](np.linspace(0.28, 0.85, SHADES)), SHADES
+    )
     return colours, Normalize(0, max(1, int(run.steps[-1])))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from spinal_jax import runs
 from spinal_jax.errors import UserError
+from spinal_jax.report.training_figures import trace_figure
 from spinal_jax.result import DepthTrace, save_trace, write_whole
 from spinal_jax.runs import MANIFEST, Events
 
@@ -24,6 +25,8 @@ SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
 PARTS = (SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET, MANIFEST, "figures", "report.html", "failure.json")
 # A run may go on with other devices, and be told anew where a cache lies.
 FREE = {"parallel", "overwrite", "cache"}
+# Groups of settings, and settings, by which the runs of a sweep differ.
+SWEPT = {"model", "objective", "preferences", "corpus", "optimizer", "lora", "steps", "epochs", "batch_size", "seed"}
 
 
 class TrainingFolder:
@@ -40,7 +43,7 @@ class TrainingFolder:
         Raises:
             UserError: the folder holds a complete run, or one that was started with other settings.
         """
-        self.folder = folder
+        self.folder, self._started_with = folder, started_with
         if overwrite:
             self._clear()
         if (folder / MANIFEST).exists():
@@ -80,6 +83,7 @@ class TrainingFolder:
                 shutil.rmtree(later)
         self._log = log.open("a", encoding="utf-8")
         self._events = Events(self.folder, step)
+        self._events.hparams(_swept(self._started_with["config"]))
 
     @property
     def events(self) -> Events:
@@ -96,12 +100,14 @@ class TrainingFolder:
                 held_out = name.startswith("eval_")
                 self.events.scalar(step, f"{'eval' if held_out else 'train'}/{name.removeprefix('eval_')}", value)
 
-    def trace(self, step: int, trace: DepthTrace, beside: Mapping[str, float]) -> None:
-        """Adds a trace to the folder, and its summary and the numbers `beside` it to TensorBoard."""
+    def trace(self, step: int, trace: DepthTrace, first: DepthTrace, beside: Mapping[str, float]) -> None:
+        """Adds a trace to the folder, and to TensorBoard its summary, the numbers `beside` it and its picture on that
+        of the `first`."""
         save_trace(trace, self.folder / TRACES / trace_name(step), step)
         for name, value in (*trace.summary.items(), *beside.items()):
             if isinstance(value, float):
                 self.events.scalar(step, f"spinal/{name}", value)
+        self.events.image(step, "spinal/depth_trace", trace_figure(trace, first))
 
     def close(self) -> None:
         """Closes the logs."""
@@ -124,6 +130,16 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
                 f"{folder} holds an unfinished run with {name} = {one.get(name)!r}, but this one has "
                 f"{other.get(name)!r}: make them equal to go on, set overwrite=true, or choose another hydra.run.dir"
             )
+
+
+def _swept(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """The settings by which runs of a sweep differ, by the names under which they are given."""
+    flat = _flat(config)
+    return {
+        name: value
+        for name, value in flat.items()
+        if name.split(".")[0] in SWEPT and isinstance(value, bool | int | float | str)
+    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

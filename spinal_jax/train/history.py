@@ -85,7 +85,7 @@ class History:
         assert policy is not None
         both = BothModels(policy_distance=policy.distance, policy_distance_without=policy.distance_without)
         comparison = compare(trace, self.first, both)
-        self.out.trace(step, trace, _scalars(comparison) | {"kl": policy.divergence})
+        self.out.trace(step, trace, self.first, _scalars(comparison) | {"kl": policy.divergence})
         save_comparison(comparison, self.out.folder / TRACES / trace_name(step))
         self.last = trace
         self.records.append(record_of(step, comparison))
