@@ -37,7 +37,7 @@ from spinal_jax.result import DepthTrace
 
 HEAT, PANEL, STRIP, FOOT = 1.55, 1.05, 0.32, 0.75  # inches
 BINS = 60  # columns of a heat map over all steps
-SHADES = 49  # of a colour map; matplotlib turns colour bars of 50 and more into pictures
+SHADES = 47  # of a colour map; matplotlib turns colour bars of 49 and more into pictures
 # Blue to vermillion over near-white; none of these is a colour of the page, which would change with its theme.
 DIVERGING = LinearSegmentedColormap.from_list("change", ["#0b4f7d", "#5fa5d2", "#f3f3f1", "#ee9d63", "#a83f00"], SHADES)
 Spans = list[tuple[float, float]]
