@@ -142,6 +142,7 @@ def _compare_job(settings: dict[str, Any], folder: Path) -> None:
     from spinal_jax.compare import Weights, compare, shortfalls
     from spinal_jax.comparison import save_comparison
     from spinal_jax.ranking import rank, save_ranking
+    from spinal_jax.report.comparison import write_comparison_report
     from spinal_jax.result import load_trace, save_trace
 
     weights = Weights(asked.score.delta, asked.score.coherence, asked.score.gradient)
@@ -174,11 +175,14 @@ def _compare_job(settings: dict[str, Any], folder: Path) -> None:
             save_comparison(other, scratch / "others" / str(number))
         if others:
             save_ranking(rank(found), scratch)
+        with bar("report", 1, "page") as advance:
+            write_comparison_report(scratch)
+            advance(1)
         runs.write_manifest(scratch, "compare", config.to_mapping(asked), runs.about_comparison(first), seconds)
     print(first)
     if others:
         print(rank(found))
-    print(f"  written   {_shown(folder / 'comparison.json')}", flush=True)
+    print(f"  report    {_shown(folder / 'report.html')}", flush=True)
     if short := shortfalls(first, **config.to_mapping(asked.assert_)):
         _complain(f"the evidence falls short of assert: {'; '.join(short)}")
         sys.exit(SHORT)

@@ -45,7 +45,15 @@ MANIFEST = "manifest.json"  # a run folder without it is not complete
 EVENTS = "events.out.tfevents.spinal"  # TensorBoard reads files with "tfevents" in their name
 PARTS = (
     *("trace.json", "trace.csv", "spectra.safetensors", "figures", "report.html", EVENTS),
-    *("comparison.json", "comparison.csv", "comparison.safetensors", "ranking.json", "ranking.csv", "others"),
+    *(
+        "comparison.json",
+        "comparison.csv",
+        "comparison.safetensors",
+        "ranking.json",
+        "ranking.csv",
+        "others",
+        "summary.md",
+    ),
 )
 SCRATCH = ".writing-"
 

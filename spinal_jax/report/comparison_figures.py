@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from spinal_jax.comparison import LOCALISED, METRICS, UNITS, Comparison
 from spinal_jax.report.figures import (
@@ -64,8 +64,8 @@ def traces_figure(found: Comparison) -> Figure:
         _ground(found, axes)
         reference = {"color": INK, "ls": DASHED, "lw": 1.2, "marker": "s", "markerfacecolor": SURFACE}
         drawn = [
+            *_curve(found, axes, f"aligned_{name}", color=COLOURS[name], marker="o", label="aligned", zorder=2.5),
             *_curve(found, axes, f"reference_{name}", **reference, label="reference"),
-            *_curve(found, axes, f"aligned_{name}", color=COLOURS[name], marker="o", label="aligned"),
         ]
         axes.set_ylabel(label)
         _limits(axes, drawn)
@@ -95,7 +95,7 @@ def deltas_figure(found: Comparison) -> Figure:
             axes.plot(at[chosen], values[chosen], **dots)
         _limits(axes, [values, low, high, np.zeros(1)], bins=4)
     panels[0].set_title("filled: p < 0.05 (Holm)", fontsize=9, color=MUTED, pad=4)
-    depth_axis(found, figure, panels[0], panels[-1])
+    depth_axis(found, figure, panels[0], panels[-1], "lines")
     figure.align_ylabels(panels)
     return figure
 
@@ -132,9 +132,8 @@ def where_figure(found: Comparison) -> Figure:
             fontsize=9,
             pad=4,
         )
-    panels[-1].set_xlabel("block, at the boundary that it ends at")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    figure.supxlabel("◆ centroid, its 95 % interval;  ▬ 80 % of the mass;  dashed: even", fontsize=9, color=MUTED)
+    _block_axis(panels[-1])
+    figure.supxlabel("◆ centroid, 95 % interval;  ▬ 80 % of it;  dashed: even", fontsize=9, color=MUTED)
     return figure
 
 
@@ -173,8 +172,7 @@ def gradient_figure(found: Comparison) -> Figure | None:
     share = found.summary["gradient_concentration"]
     even = found.summary["localisation"]["gradient_norm"]["share_even"]
     axes.set_title(f"{terminal_name(found)}: {100 * share:.0f} % (even: {100 * even:.0f} %)", fontsize=9, pad=4)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("block, at the boundary that it ends at")
+    _block_axis(axes)
     if np.isfinite(low).any():
         figure.supxlabel("lines: 95 % intervals over groups of preference pairs", fontsize=9, color=MUTED)
     return figure
@@ -210,7 +208,7 @@ def robustness_figure(found: Comparison) -> Figure:
     axes.set(yticks=[], xlabel="Δ align")
     axes.spines["left"].set_visible(False)
     axes.set_title("filled: the interval leaves out 0", fontsize=9, color=MUTED, pad=4)
-    axes.set_title("orange, dashed: the headline", fontsize=9, loc="right", pad=4)
+    axes.set_title("large, dashed: the headline", fontsize=9, loc="right", pad=4)
     for window, marker in zip(windows, itertools.cycle(MARKERS), strict=False):
         look = {"color": MUTED, "marker": marker, "ls": "", "markersize": 5}
         axes.plot([], [], **look, label=f"{100 * window[0]:g}–{100 * window[1]:g} %")
@@ -343,6 +341,13 @@ def _ground(found: Comparison, axes: Axes) -> None:
     axes.axvspan(first - 0.5, last + 0.5, color=SHADE, lw=0, zorder=0)
     axes.set_xlim(-0.5, found.depth + 0.5)
     axes.grid(axis="y")
+
+
+def _block_axis(axes: Axes) -> None:
+    """Boundaries 1..D by the blocks that end there; nothing ends at 0."""
+    axes.set_xlabel("block, at the boundary that it ends at")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}" if value else ""))
 
 
 def _curve(found: Comparison, axes: Axes, name: str, color: str, **look: Any) -> list[np.ndarray]:

@@ -306,15 +306,17 @@ def _over_depth(trace: DepthTrace, axes: Axes, column: str, label: str, colour: 
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
-def depth_axis(trace: DepthTrace | Comparison, figure: Figure, upper: Axes, lower: Axes) -> None:
-    """What two stacked panels share: the name of the shaded block, the boundary axis, what the bands are."""
+def depth_axis(
+    trace: DepthTrace | Comparison, figure: Figure, upper: Axes, lower: Axes, interval: str = "band"
+) -> None:
+    """What two stacked panels share: the name of the shaded block, the boundary axis, what shows the intervals."""
     upper.set_title(terminal_name(trace), loc="right", fontsize=9, pad=4)
     lower.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     lower.set_xlabel(f"boundary (0: embeddings, {trace.depth}: after the last block)")
-    band = "no intervals: they need two prompt groups or more"
+    words = "no intervals: they need two prompt groups or more"
     if trace.summary["degrees_of_freedom"] >= 1:
-        band = f"band: 95 % interval over {trace.prompts['groups']} prompt groups"
-    figure.supxlabel(band, fontsize=9, color=MUTED)
+        words = f"{interval}: 95 % interval over {trace.prompts['groups']} prompt groups"
+    figure.supxlabel(words, fontsize=9, color=MUTED)
 
 
 def _depth_colours(trace: DepthTrace) -> tuple[Colormap, BoundaryNorm]:

@@ -47,9 +47,9 @@ def test_two_saved_runs_make_a_run_folder(spinal: Spinal, runs: Path, tmp_path: 
     outcome = spinal(*arguments)
     assert (outcome.code, outcome.err) == (0, "")
     assert "Comparison of tuned with tiny: contraction" in outcome.out
-    assert "out/comparison.json" in outcome.out
+    assert "out/report.html" in outcome.out
     folder = tmp_path / "out"
-    files = {"comparison.csv", "comparison.json", "comparison.safetensors"}
+    files = {"comparison.csv", "comparison.json", "comparison.safetensors", "figures", "report.html", "summary.md"}
     assert {path.name for path in folder.iterdir()} == files | {"manifest.json"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["command"] == "compare"

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "robustness": {"errors", "metrics", "result", "paired"},
     "compare": {"errors", "metrics", "result", "comparison", "paired", "robustness"},
     "ranking": {"result", "comparison"},
-    "report": {"errors", "result", "comparison"},
+    "report": {"errors", "result", "comparison", "ranking"},
     "runs": {"errors", "result", "comparison", "report"},
     "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
     "onset": set(),

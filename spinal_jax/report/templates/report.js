@@ -20,7 +20,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const down = head.getAttribute("aria-sort") === "ascending";
       const order = (a, b) => {
         if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === "");
-        return (key(a) - key(b)) * (down ? -1 : 1);
+        const difference = key(a) - key(b);
+        return (Number.isNaN(difference) ? key(a).localeCompare(key(b)) : difference) * (down ? -1 : 1);
       };
       for (const other of heads) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
