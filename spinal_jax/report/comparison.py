@@ -26,8 +26,8 @@ PARTS = (
     ("delta_align", "Δ align", "", "delta"),
     ("delta_contraction", "Δ contraction α", "", ""),
     ("delta_transport", "Δ transport L", "rad", ""),
-    ("coherence", "coherence, aligned", "", "coherence"),
-    ("coherence_reference", "coherence, reference", "", ""),
+    ("coherence", "coherence of the aligned", "", "coherence"),
+    ("coherence_reference", "coherence of the reference", "", ""),
     ("gradient_concentration", "gradient share", "", "gradient"),
     ("spinal_score", "SPINALScore", "", ""),
 )
@@ -90,6 +90,7 @@ def render_comparison_report(found: Comparison, others: Sequence[Comparison] = (
         places=_places(found),
         table=_boundary_table(found),
         grid=_grid(found),
+        many_ways=len({way(setting) for setting in found.robustness["settings"]}) > 3,
         caveats=caveats(found),
         facts=facts(found),
     )
@@ -266,7 +267,8 @@ def _score_words(found: Comparison) -> str:
         lost = ", ".join(title for title, value, _ in known if math.isnan(value))
         return f"The SPINALScore is the weighted sum of its parts; it is not defined here without {lost}."
     sums = " + ".join(f"{number(weight)} · {number(value)}" for _, value, weight in known)
-    return f"SPINALScore = {sums} = {number(found.summary['spinal_score'])}, of {', '.join(t for t, *_ in known)}."
+    named = ", ".join(title for title, *_ in known)
+    return f"SPINALScore = {sums} = {number(found.summary['spinal_score'])}: each weight times its part, {named}."
 
 
 def _places(found: Comparison) -> Table:

@@ -27,6 +27,7 @@ from spinal_jax.report.figures import (
     VERMILLION,
     WIDTH,
     depth_axis,
+    halo,
     padded,
     styled,
     terminal_name,
@@ -126,9 +127,7 @@ def where_figure(found: Comparison) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if top > 0.02 else 1, symbol=" %"))
         axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         axes.set_title(
-            f"{MASSES[name]}: {place['share']:.0%} in the terminal block (even: {place['share_even']:.0%})".replace(
-                "%", " %"
-            ),
+            f"{MASSES[name]}: {place['share']:.0%} terminal (even: {place['share_even']:.0%})".replace("%", " %"),
             fontsize=9,
             pad=4,
         )
@@ -193,7 +192,15 @@ def robustness_figure(found: Comparison) -> Figure:
     for row, way in enumerate(ways):
         if row % 2:
             axes.axhspan(row * step, (row + 1) * step, color=SHADE, lw=0, zorder=0)
-        axes.text(0.01, row * step + 0.12, way, transform=axes.get_yaxis_transform(), fontsize=9, va="center")
+        axes.text(
+            0.01,
+            row * step + 0.12,
+            way,
+            transform=axes.get_yaxis_transform(),
+            fontsize=9,
+            va="center",
+            path_effects=halo(),
+        )
     for i, (setting, (value, low, high)) in enumerate(zip(settings, ends, strict=True)):
         colour, y = VERMILLION if i == 0 else BLUE, _height(found, setting)
         sure = low > 0 or high < 0
@@ -241,7 +248,15 @@ def ranking_figure(ranked: Sequence[Comparison]) -> Figure:
     for row, (found, (value, low, high)) in enumerate(zip(ranked, ends, strict=True)):
         sure = low > 0 or high < 0
         name = short_name(found.aligned["name"], 50)
-        axes.text(0.0, row - 0.22, f"{row + 1}  {name}", transform=axes.get_yaxis_transform(), fontsize=9, va="center")
+        axes.text(
+            0.0,
+            row - 0.22,
+            f"{row + 1}  {name}",
+            transform=axes.get_yaxis_transform(),
+            fontsize=9,
+            va="center",
+            path_effects=halo(),
+        )
         axes.plot([low, high], [row + 0.18] * 2, color=BLUE, lw=1.6)
         axes.plot([value], [row + 0.18], color=BLUE, marker="o", ls="", markerfacecolor=BLUE if sure else SURFACE)
     axes.set_ylim(len(ranked) - 0.5, -0.5)

@@ -1,0 +1,99 @@
+"""The three kinds of page in a real browser: they load nothing, complain of nothing and fit every window.
+
+These tests need a Chromium, which no Python package carries, so `make test` leaves them out and `make test-browser`
+runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from spinal_jax.compare import compare
+from spinal_jax.comparison import save_comparison
+from spinal_jax.report import draw_report
+from spinal_jax.result import save_trace
+from tests.laws.planted import flat, simulated
+from tests.laws.test_comparison_report import both
+from tests.laws.test_training_report import write_run
+
+from .chromium import NAMES, Chromium, find
+
+pytestmark = pytest.mark.browser
+KINDS = ("audit", "training", "comparison")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    path = find()
+    if path is None:
+        pytest.fail(f"no browser: install one of {', '.join(NAMES)}, or name one by the variable CHROMIUM")
+    with Chromium(path, tmp_path_factory.mktemp("profile")) as chromium:
+        yield chromium
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A page of each kind, of models of 6 blocks."""
+    folder = tmp_path_factory.mktemp("pages")
+    truth = flat(6)
+    truth.delta_alpha[-1:], truth.delta_transport[-1:] = 0.4, -0.1
+    ((aligned, reference),) = simulated(truth, 1, seed=1)
+    save_trace(aligned, folder / "audit")
+    (folder / "training").mkdir()
+    write_run(folder / "training", (aligned, reference), [0, 0.5, 0.9, 1.0, 1.0], "sound")
+    save_comparison(compare(aligned, reference, both(6)), folder / "comparison")
+    save_comparison(compare(reference, aligned), folder / "comparison" / "others" / "1")
+    return {kind: draw_report(folder / kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_loads_only_itself_and_fits(
+    kind: str, width: int, dark: bool, browser: Chromium, pages: Mapping[str, Path]
+) -> None:
+    browser.open(pages[kind], width, dark=dark)
+    assert browser.value("innerWidth") == width
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    lit = browser.value("Math.max(...getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number))")
+    assert (lit < 64) == dark
+    assert browser.complaints() == []
+    assert browser.requests() == [pages[kind].resolve().as_uri()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pointing_reads_values_and_a_column_sorts(kind: str, browser: Chromium, pages: Mapping[str, Path]) -> None:
+    browser.open(pages[kind], 1600)
+    pointed = "document.querySelector('.hit').dispatchEvent(new PointerEvent('pointerenter'))"
+    browser.value(pointed)
+    assert browser.value("document.querySelector('.read-out.live').textContent").split()[0] in ("boundary", "step")
+    table = "[...document.querySelectorAll('table.sortable')].at(-1)"
+    first = f"{table}.tBodies[0].rows[0].cells[0].textContent"
+    before = browser.value(first)
+    browser.value(f"{table}.tHead.querySelector('[role=button]').click()")
+    assert browser.value(first) != before
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_reads_without_scripts_and_prints(kind: str, browser: Chromium, pages: Mapping[str, Path]) -> None:
+    browser.open(pages[kind], 1600, scripts=False)
+    assert browser.complaints() == []
+    paper = browser.paper()
+    assert paper.startswith(b"%PDF")
+
+
+def test_what_these_tests_look_for_is_found(browser: Chromium, tmp_path: Path) -> None:
+    """A page with every fault: a script that fails, a message, a request and something too wide."""
+    page = tmp_path / "faults.html"
+    page.write_text(
+        "<!doctype html><img src='missing.png'><p style='width: 3000px'>x</p>"
+        "<script>console.error('a message'); throw new Error('a fault')</script>"
+    )
+    browser.open(page, 400)
+    assert browser.value("document.documentElement.scrollWidth") > 400
+    assert any(url.endswith("missing.png") for url in browser.requests())
+    assert len(browser.complaints()) >= 3
