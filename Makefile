@@ -3,15 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_MODEL := downloads/SmolLM2-135M-Instruct.Q4_1.gguf
 DEMO_RUN := runs/demo
+BASE_RUN := runs/demo-base
+DPO_RUN := runs/demo-dpo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-browser lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run.stamp $(DEMO_MODEL)
 	$(BIN)/spinal audit model.source=$(DEMO_MODEL) hydra.run.dir=$(DEMO_RUN) overwrite=true
+	$(BIN)/spinal train experiment=world_base hydra.run.dir=$(BASE_RUN) overwrite=true
+	$(BIN)/spinal train experiment=world_dpo model.source=$(BASE_RUN)/model hydra.run.dir=$(DPO_RUN) overwrite=true
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The pages in a headless Chromium: one on the path, or the one that CHROMIUM names.
+test-browser: .venv/test.stamp
+	$(BIN)/python -m pytest -n 0 -m browser tests/browser
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

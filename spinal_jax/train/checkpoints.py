@@ -33,8 +33,7 @@ class Checkpoints:
     def __init__(self, folder: Path, max_to_keep: int | None):
         self._policy = _Preserve(max_to_keep)
         self._orbax = ocp.training.Checkpointer(
-            folder.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            str(folder.absolute()),
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,
         )

@@ -43,26 +43,40 @@ class TrainingFolder:
         Raises:
             UserError: the folder holds a complete run, or one that was started with other settings.
         """
-        self.folder, self._started_with = folder, started_with
-        if overwrite:
+        self.folder, self.started_with = folder, _without_free(json.loads(json.dumps(started_with)))
+        settings = folder / SETTINGS
+        before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+        # A run of the same settings that was cut off goes on, whatever may be overwritten.
+        if overwrite and ((folder / MANIFEST).exists() or before is None or self._differs(before)):
             self._clear()
+            before = None
         if (folder / MANIFEST).exists():
             raise UserError(
                 f"{folder} already holds a complete run; set overwrite=true to replace it, or choose another "
                 "hydra.run.dir"
             )
-        settings = folder / SETTINGS
         there = [name for name in (*PARTS, *runs.PARTS) if (folder / name).exists()]
-        if there and not settings.exists():
+        if there and before is None:
             raise UserError(f"{folder} already holds {there[0]}, though no training run; choose another hydra.run.dir")
-        if settings.exists():
-            _check_same(json.loads(settings.read_text(encoding="utf-8")), started_with, folder)
-        else:
+        if before is not None and (differs := self._differs(before)):
+            raise UserError(
+                f"{folder} holds an unfinished run with {differs}: make them equal to go on, set overwrite=true, or "
+                "choose another hydra.run.dir"
+            )
+        if before is None:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(settings, (json.dumps(started_with, indent=1) + "\n").encode())
         (folder / TRACES).mkdir(exist_ok=True)
         self._events: Events | None = None
         self._log: Any = None
+
+    def _differs(self, before: Mapping[str, Any]) -> str:
+        """The first setting in which a run that was started with `before` differs from this one, in words; or ""."""
+        one, other = _flat(_without_free(dict(before))), _flat(self.started_with)
+        for name in sorted(one.keys() | other.keys()):
+            if one.get(name) != other.get(name):
+                return f"{name} = {one.get(name)!r}, but this one has {other.get(name)!r}"
+        return ""
 
     def _clear(self) -> None:
         for name in (*PARTS, *(path.name for path in self.folder.glob("events.out.tfevents.*"))):
@@ -83,7 +97,7 @@ class TrainingFolder:
                 shutil.rmtree(later)
         self._log = log.open("a", encoding="utf-8")
         self._events = Events(self.folder, step)
-        self._events.hparams(_swept(self._started_with["config"]))
+        self._events.hparams(_swept(self.started_with["config"]))
 
     @property
     def events(self) -> Events:
@@ -121,25 +135,8 @@ def trace_name(step: int) -> str:
     return f"step_{step:06}"
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """UserError that names the first setting in which two runs differ."""
-    one, other = _flat(before), _flat(json.loads(json.dumps(now)))
-    for name in sorted(one.keys() | other.keys()):
-        if not FREE & set(name.split(".")) and one.get(name) != other.get(name):
-            raise UserError(
-                f"{folder} holds an unfinished run with {name} = {one.get(name)!r}, but this one has "
-                f"{other.get(name)!r}: make them equal to go on, set overwrite=true, or choose another hydra.run.dir"
-            )
-
-
-def _swept(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """The settings by which runs of a sweep differ, by the names under which they are given."""
-    flat = _flat(config)
-    return {
-        name: value
-        for name, value in flat.items()
-        if name.split(".")[0] in SWEPT and isinstance(value, bool | int | float | str)
-    }
+def _without_free(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_free(v) if isinstance(v, dict) else v for k, v in values.items() if k not in FREE}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

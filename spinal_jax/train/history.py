@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -95,8 +96,10 @@ class History:
         return self.told
 
     def _trace(self, found: Measurement, step: int) -> DepthTrace:
-        name = f"{self.model_record['name']}, step {step}"
-        model = {**self.model_record, "name": name}
+        model = {**self.model_record, "name": f"{self.model_record['name']}, step {step}"}
+        if step:  # weights of later steps are told apart by what they follow from
+            origin = json.dumps([self.out.started_with, step], sort_keys=True)
+            model["sha256"] = hashlib.sha256(origin.encode()).hexdigest()
         return api.depth_trace(model, self.prompts_record, self.config, self.settings, self.pool, found)
 
 

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     def refusal(self, *words: str) -> str:
         """The one line with which it was refused; asserts that there is no other and that it holds these words."""
         assert self.code == 2, self
-        lines = [line for line in self.err.splitlines() if " | N = " not in line]  # beside the start-up line
+        lines = [line for line in self.err.splitlines() if ", mesh " not in line]  # beside the start-up line
         assert len(lines) == 1, self.err
         assert lines[0].startswith("spinal: ")
         assert self.err.endswith(f"{lines[0]}\n")

@@ -16,10 +16,12 @@ from omegaconf import OmegaConf
 from spinal_jax import cli, config
 from spinal_jax import help as pages
 from spinal_jax.errors import UserError
+from spinal_jax.train.config import TrainConfig
 
 CONF = pages.conf_folder()
 COMMANDS = sorted(file.stem for file in CONF.glob("*.yaml"))
 MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
+NEEDED = {"train": ("preferences=world", "corpus=world")}  # what must be chosen, whatever the objective
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
@@ -40,20 +42,23 @@ def composing(folder: Path = CONF) -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 def build(command: str, settings: dict[str, Any]) -> Any:
-    return config.build(getattr(config, f"{command.title()}Config"), settings)
+    record = TrainConfig if command == "train" else getattr(config, f"{command.title()}Config")
+    return config.build(record, settings)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_file_of_every_group_builds_the_record(command: str) -> None:
     assert command in cli.COMMANDS
     with composing() as settings:
-        plain = settings(command)
+        needed = NEEDED.get(command, ())
+        plain = settings(command, *needed)
         build(command, plain)
         for group, folder in pages.groups_of(command).items():
             files = sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
             assert files
             for file in files:
-                chosen = settings(command, f"{group}={file}")
+                others = [argument for argument in needed if not argument.startswith(f"{group}=")]
+                chosen = settings(command, *others, f"{group}={file}")
                 record = build(command, chosen)
                 if folder == "model" and file != "any":
                     assert re.fullmatch(HUB_ID, getattr(record, group).source)
