@@ -86,12 +86,12 @@ class Chromium:
             else:
                 return found["result"]
 
-    def open(self, page: Path, width: int, dark: bool = False, scripts: bool = True) -> None:
-        """Loads a file, in a window of that many CSS pixels, and waits until it has loaded."""
+    def open(self, page: Path, width: int, dark: bool = False, scripts: bool = True, media: str = "screen") -> None:
+        """Loads a file, in a window of that many CSS pixels, and waits until it has loaded; as for `media` "print"."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.ask("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", features=[scheme])
+        self.ask("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.ask("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.events.clear()
         self.ask("Page.navigate", url=page.resolve().as_uri())

@@ -22,6 +22,7 @@ from tests.laws.test_training_report import write_run
 from .chromium import NAMES, Chromium, find
 
 pytestmark = pytest.mark.browser
+PAPER = 688  # CSS pixels between the margins of an A4 page
 KINDS = ("audit", "training", "comparison")
 
 
@@ -82,8 +83,9 @@ def test_pointing_reads_values_and_a_column_sorts(kind: str, browser: Chromium, 
 def test_a_page_reads_without_scripts_and_prints(kind: str, browser: Chromium, pages: Mapping[str, Path]) -> None:
     browser.open(pages[kind], 1600, scripts=False)
     assert browser.complaints() == []
-    paper = browser.paper()
-    assert paper.startswith(b"%PDF")
+    browser.open(pages[kind], PAPER, media="print")
+    assert browser.value("document.documentElement.scrollWidth") <= PAPER
+    assert browser.paper().startswith(b"%PDF")
 
 
 def test_what_these_tests_look_for_is_found(browser: Chromium, tmp_path: Path) -> None:
