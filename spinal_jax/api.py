@@ -24,6 +24,7 @@ from spinal_jax.config import AuditConfig, MetricsConfig, ModelConfig, PromptsCo
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.contraction import MIN_RANKS
 from spinal_jax.metrics.depth import terminal_block
+from spinal_jax.models.byte_level import SIZES, byte_tokenizer
 from spinal_jax.models.checkpoint import Checkpoint, open_checkpoint
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
@@ -266,12 +267,12 @@ def _random(config: ModelConfig) -> Checkpoint:
     shape, at, seed = config.source.removeprefix(RANDOM).rpartition("@")
     if not (at and seed.isascii() and seed.isdigit()):
         shape, seed = config.source.removeprefix(RANDOM), "0"
-    if shape in data.SIZES:
-        return random_checkpoint(config.source, dict(data.SIZES[shape]), data.byte_tokenizer(), int(seed))
+    if shape in SIZES:
+        return random_checkpoint(config.source, dict(SIZES[shape]), byte_tokenizer(), int(seed))
     try:
         like = open_checkpoint(shape, config.revision)
     except UserError as error:
-        raise UserError(f"{error}; sizes of random models are {', '.join(data.SIZES)}") from error
+        raise UserError(f"{error}; sizes of random models are {', '.join(SIZES)}") from error
     with contextlib.closing(like):
         return random_checkpoint(config.source, like.config, like.tokenizer(), int(seed))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from spinal_jax.data.byte_level import SIZES, byte_tokenizer
 from spinal_jax.data.documents import DocumentSet, read_documents, tokenise_documents
 from spinal_jax.data.order import examples_of, order, split
 from spinal_jax.data.pairs import Completion, PairSet, PreferencePair, TokenPair, read_pairs, tokenise_pairs
@@ -11,7 +10,6 @@ from spinal_jax.data.world import World
 
 __all__ = [
     "SHIPPED",
-    "SIZES",
     "Completion",
     "DocumentSet",
     "PairSet",
@@ -20,7 +18,6 @@ __all__ = [
     "PromptSet",
     "TokenPair",
     "World",
-    "byte_tokenizer",
     "examples_of",
     "group_of",
     "order",

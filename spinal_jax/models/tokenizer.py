@@ -23,7 +23,7 @@ def folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder; code that comes with it is never run. Errors: UserError."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{folder} has no tokenizer: expected tokenizer.json, tokenizer.model or vocab.json")
-    with _without_advice():
+    with without_advice():
         from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -70,7 +70,7 @@ def _wrapped(
     tokenizer: Tokenizer, given: Mapping[str, Any], metadata: Mapping[str, Any], adds_bos: bool
 ) -> PreTrainedTokenizerBase:
     """The tokenizer as transformers presents it: special tokens, what is added to a text, chat template."""
-    with _without_advice():
+    with without_advice():
         from transformers import PreTrainedTokenizerFast
     tokens = given["tokens"]
     special = {name: tokens[given[key]] for name, key in _SPECIAL.items() if 0 <= given.get(key, -1) < len(tokens)}
@@ -85,7 +85,7 @@ def _wrapped(
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def without_advice() -> Iterator[None]:
     """Imports of transformers within say nothing about PyTorch, which is not needed here."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)

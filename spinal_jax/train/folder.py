@@ -139,6 +139,16 @@ def _without_free(values: dict[str, Any]) -> dict[str, Any]:
     return {k: _without_free(v) if isinstance(v, dict) else v for k, v in values.items() if k not in FREE}
 
 
+def _swept(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """The settings by which runs of a sweep differ, by the names under which they are given."""
+    flat = _flat(config)
+    return {
+        name: value
+        for name, value in flat.items()
+        if name.split(".")[0] in SWEPT and isinstance(value, bool | int | float | str)
+    }
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():

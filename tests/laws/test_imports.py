@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
             "data",
             "result",
         ),
-        *("comparison", "compare", "runs", "api", "onset"),
+        *("comparison", "compare", "runs", "report", "api", "onset"),
     },
     "pull": {"metrics", "models", "responses", "train"},
     "footprint": {

@@ -19,7 +19,6 @@ from spinal_jax.data import (
     DocumentSet,
     PairSet,
     PreferencePair,
-    byte_tokenizer,
     examples_of,
     order,
     read_documents,
@@ -29,6 +28,7 @@ from spinal_jax.data import (
     tokenise_pairs,
 )
 from spinal_jax.errors import UserError
+from spinal_jax.models.byte_level import byte_tokenizer
 
 ASSISTANT = "\n\nAssistant:"
 USER, REPLY = "user", "assistant"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from spinal_jax.models.tokenizer import without_advice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -20,9 +21,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     It puts BOS first, and gives any text back: `decode(encode(text), skip_special_tokens=True) == text` where `text`
     does not itself spell a special token. `save_pretrained` writes it as tokenizer.json.
     """
-    # On import transformers advises to install PyTorch, which is not needed here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast
+    with without_advice():
+        from transformers import PreTrainedTokenizerFast
 
     special = (BOS, EOS, PAD, *_RESERVED)
     vocabulary = {symbol: number for number, symbol in enumerate((*_byte_symbols(), *special))}
