@@ -57,6 +57,15 @@ class Trained:
     trace: DepthTrace  # the last one
     onset: dict[str, Any]  # what onset.json holds
 
+    def __str__(self) -> str:
+        shown = ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "eval_rewards/accuracies")
+        numbers = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in shown if name in self.metrics)
+        lines = [str(self.trace), f"  trained   {self.step} steps: {numbers}"]
+        for name, label in (("onset", "onset"), ("destabilisation", "breaks")):
+            found = self.onset[name]
+            lines.append(f"  {label:<9} {found['evidence'] if found else 'not found'}")
+        return "\n".join(lines)
+
 
 def run_train(config: TrainConfig, folder: Path, bar: api.Bar | None = None, say: Say | None = None) -> Trained:
     """Trains what `config` says into `folder`, going on where a run with the same settings was cut off.
