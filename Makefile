@@ -14,7 +14,7 @@ demo: .venv/run.stamp $(DEMO_MODEL)
 	$(BIN)/spinal train experiment=world_base hydra.run.dir=$(BASE_RUN) overwrite=true
 	$(BIN)/spinal train experiment=world_dpo model.source=$(BASE_RUN)/model hydra.run.dir=$(DPO_RUN) overwrite=true
 
-test: .venv/test.stamp
+test: .venv/test.stamp $(DEMO_MODEL)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The pages in a headless Chromium: one on the path, or the one that CHROMIUM names.
