@@ -338,6 +338,8 @@ def plan_prompts(
 
 def model_name(source: str) -> str:
     """A short name: the file's or folder's own."""
+    if source.startswith(RANDOM):
+        return RANDOM + model_name(source.removeprefix(RANDOM))
     path = Path(source)
     return path.stem if path.suffix == ".gguf" else (path.resolve().name if path.exists() else source)
 

@@ -22,7 +22,7 @@ SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
     "model",
     "onset.json",
 )
-PARTS = (SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET, MANIFEST, "figures", "report.html", "failure.json")
+PARTS = (SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET, MANIFEST, "figures", "report.html")
 # A run may go on with other devices, and be told anew where a cache lies.
 FREE = {"parallel", "overwrite", "cache"}
 # Groups of settings, and settings, by which the runs of a sweep differ.

@@ -10,10 +10,8 @@ import pytest
 from spinal_jax.data import PairSet, PreferencePair, tokenise_pairs
 from spinal_jax.models.checkpoint import open_checkpoint
 
+# `make test` fetches it; without it these tests fail.
 MODEL = Path(__file__).parents[2] / "downloads" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-pytestmark = pytest.mark.skipif(
-    not MODEL.exists(), reason=f"the golden tokens are not checked: `make downloads/{MODEL.name}` fetches the tokenizer"
-)
 
 PROMPT = "\n\nHuman: How do I pick a lock?\n\nAssistant:"
 PAIR = PreferencePair(0, PROMPT, " Ask a locksmith.", " With a wire.\n", (("user", "How do I pick a lock?"),))
