@@ -33,7 +33,7 @@ from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.memory import random_checkpoint
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.result import DepthTrace
-from spinal_jax.trace import Measurement, measure
+from spinal_jax.trace.measure import Measurement, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spinal_jax import help as pages
+from spinal_jax import jobs
+from spinal_jax.console import DONE, MISTAKE, Stopped, complain
 from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from spinal_jax.api import Bar
+    pass
 
-FAILED, MISTAKE, SHORT = 1, 2, 3  # exit codes
-Job = Callable[[dict[str, Any], Path], None]
+Job = Callable[[dict[str, Any], Path], int]  # (settings, run folder) -> exit code
 
 
 def main() -> None:
@@ -35,26 +34,17 @@ def main() -> None:
     try:
         _run(sys.argv[1:])
     except UserError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(MISTAKE)
     except Stopped as stopped:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)  # the terminal's own ^C
-        _complain(f"{stopped}; {stopped.kept}")
+        complain(f"{stopped}; {stopped.kept}")
         sys.stdout.flush()
         os._exit(128 + stopped.number)  # all is cleared up, and JAX may crash when Python ends with work in flight
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM."""
-
-    def __init__(self, number: int):
-        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
-        self.number = number
-        self.kept = "nothing is kept of a run that was not finished"
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -79,12 +69,11 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
     else:
         name, *arguments = arguments
-        COMMANDS[name].run(name, arguments)
-
-
-def _complain(message: str) -> None:
-    """One line, whatever the message holds."""
-    print(f"spinal: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        job, optional = COMMANDS[name].job, COMMANDS[name].optional
+        if job is None:
+            _report(name, arguments)
+        else:
+            _compose(name, arguments, job, optional)
 
 
 def _report(command: str, arguments: list[str]) -> None:
@@ -99,261 +88,44 @@ def _report(command: str, arguments: list[str]) -> None:
     print(draw_report(arguments[0]))
 
 
-def _audit(command: str, arguments: list[str]) -> None:
-    _compose(command, arguments, _audit_job)
-
-
-def _audit_job(settings: dict[str, Any], folder: Path) -> None:
-    from spinal_jax import config, runs
-
-    asked = config.build(config.AuditConfig, settings)
-    runs.check_free(folder, asked.overwrite)
-    from spinal_jax.api import run_audit
-    from spinal_jax.report.page import write_report
-    from spinal_jax.result import save_trace
-
-    seconds: dict[str, float] = {}
-    bar = _stages(seconds)
-    trace = run_audit(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
-    with runs.writing(folder, asked.overwrite) as scratch:
-        with bar("report", 3, "part") as advance:
-            save_trace(trace, scratch)
-            advance(1)
-            write_report(scratch)
-            advance(1)
-            runs.write_events(trace, scratch)
-        runs.write_manifest(scratch, "audit", config.to_mapping(asked), runs.about_trace(trace), seconds)
-    rate = trace.prompts["tokens"] / seconds["audit"]
-    print(trace)
-    print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())} ({rate:,.0f} tokens/s in the audit)")
-    print(f"  report    {_shown(folder / 'report.html')}", flush=True)
-
-
-def _compare(command: str, arguments: list[str]) -> None:
-    # A checkpoint that is given by its trace has no source.
-    _compose(command, arguments, _compare_job, optional=("model.source", "reference.source"))
-
-
-def _compare_job(settings: dict[str, Any], folder: Path) -> None:
-    from spinal_jax import config, runs
-
-    asked = config.build(config.CompareConfig, settings)
-    runs.check_free(folder, asked.overwrite)
-    from spinal_jax.compare import Weights, compare, shortfalls
-    from spinal_jax.comparison import save_comparison
-    from spinal_jax.ranking import rank, save_ranking
-    from spinal_jax.report.comparison import write_comparison_report
-    from spinal_jax.result import load_trace, save_trace
-
-    weights = Weights(asked.score.delta, asked.score.coherence, asked.score.gradient)
-    seconds: dict[str, float] = {}
-    bar = _stages(seconds)
-    both = None
-    if asked.model.trace is not None and asked.reference.trace is not None:
-        aligned, reference = load_trace(asked.model.trace), load_trace(asked.reference.trace)
-    else:
-        from spinal_jax.footprint import run_footprint
-
-        measured = run_footprint(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
-        aligned, reference, both = measured.aligned, measured.reference, measured.both
-    references = [load_trace(run) for run in asked.other_references] or [reference] * len(asked.others)
-    more = [load_trace(run) for run in asked.others]
-    pairs = [(aligned, reference), *zip(more, references, strict=True)]
-    found = []
-    with bar("compare", len(pairs), "pair") as advance:
-        for pair in pairs:
-            extras = both if pair[0] is aligned else None
-            found.append(compare(*pair, extras, align=asked.align, same_prompts=asked.same_prompts, weights=weights))
-            advance(1)
-    first, *others = found
-    with runs.writing(folder, asked.overwrite) as scratch:
-        if asked.model.source is not None:
-            save_trace(aligned, scratch / "aligned")
-            save_trace(reference, scratch / "reference")
-        save_comparison(first, scratch)
-        for number, other in enumerate(others, 1):
-            save_comparison(other, scratch / "others" / str(number))
-        if others:
-            save_ranking(rank(found), scratch)
-        with bar("report", 1, "page") as advance:
-            write_comparison_report(scratch)
-            advance(1)
-        runs.write_manifest(scratch, "compare", config.to_mapping(asked), runs.about_comparison(first), seconds)
-    print(first)
-    if others:
-        print(rank(found))
-    print(f"  report    {_shown(folder / 'report.html')}", flush=True)
-    if short := shortfalls(first, **config.to_mapping(asked.assert_)):
-        _complain(f"the evidence falls short of assert: {'; '.join(short)}")
-        sys.exit(SHORT)
-
-
-def _train(command: str, arguments: list[str]) -> None:
-    _compose(command, arguments, _train_job)
-
-
-def _train_job(settings: dict[str, Any], folder: Path) -> None:
-    from spinal_jax import config, runs
-    from spinal_jax.train.config import TrainConfig
-
-    asked = config.build(TrainConfig, settings)
-    from spinal_jax.report.training import write_training_report
-    from spinal_jax.train.loop import Diverged
-    from spinal_jax.train.run import run_train
-
-    seconds: dict[str, float] = {}
-    bar = _stages(seconds)
-    try:
-        trained = run_train(asked, folder, bar, say=lambda line: print(line, file=sys.stderr))
-    except Diverged as error:
-        _complain(f"{error}; the state before it is saved in {_shown(folder / 'checkpoints')}")
-        sys.exit(FAILED)
-    except Stopped as stopped:
-        stopped.kept = "the same command goes on from the last checkpoint"
-        raise
-    with bar("report", 1, "page") as advance:
-        write_training_report(folder)
-        advance(1)
-    runs.write_manifest(folder, "train", config.to_mapping(asked), runs.about_trace(trained.trace), seconds)
-    print(trained)
-    print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())}")
-    print(f"  report    {_shown(folder / 'report.html')}", flush=True)
-
-
-def _convert(command: str, arguments: list[str]) -> None:
-    _compose(command, arguments, _convert_job)
-
-
-def _convert_job(settings: dict[str, Any], folder: Path) -> None:
-    from spinal_jax import config
-
-    asked = config.build(config.ConvertConfig, settings)
-    from spinal_jax.models.checkpoint import open_checkpoint
-    from spinal_jax.models.convert import convert
-
-    model = asked.model
-    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
-        out = convert(
-            checkpoint,
-            asked.out,
-            dtype=model.dtype,
-            ignore_keys=model.ignore_keys,
-            overwrite=asked.overwrite,
-            bar=_stages({}),
-        )
-    print(_shown(out), flush=True)
-
-
-def _export(command: str, arguments: list[str]) -> None:
-    _compose(command, arguments, _export_job)
-
-
-def _export_job(settings: dict[str, Any], folder: Path) -> None:
-    from spinal_jax import config
-
-    asked = config.build(config.ExportConfig, settings)
-    from spinal_jax.models.checkpoint import open_checkpoint
-    from spinal_jax.models.export import export
-
-    model = asked.model
-    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
-        out = export(
-            checkpoint,
-            asked.out,
-            dtype=model.dtype,
-            ignore_keys=model.ignore_keys,
-            shard_bytes=int(asked.shard_gb * 1e9),
-            overwrite=asked.overwrite,
-            bar=_stages({}),
-        )
-    print(_shown(out), flush=True)
-
-
-def _verify(command: str, arguments: list[str]) -> None:
-    _compose(command, arguments, _verify_job)
-
-
-def _verify_job(settings: dict[str, Any], folder: Path) -> None:
-    from spinal_jax import config
-
-    asked = config.build(config.VerifyConfig, settings)
-    from spinal_jax.verify import verify
-
-    result = verify(asked, _stages({}))
-    print(result, flush=True)
-    if not result.passed:
-        sys.exit(FAILED)
-
-
-BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left"
-
-
-def _stages(seconds: dict[str, float]) -> Bar:
-    """Bars on standard error where that is a terminal; how long each stood goes into `seconds` under its name."""
-    from tqdm import tqdm
-
-    @contextlib.contextmanager
-    def stage(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        begin = time.perf_counter()
-        with tqdm(
-            total=total,
-            desc=what,
-            unit=unit,
-            unit_scale=total > 10_000,
-            bar_format=BAR,
-            ncols=shutil.get_terminal_size().columns - 4,  # room for ^C, so that it starts no new line
-            leave=False,
-            disable=None,  # unless a terminal
-        ) as bar:
-
-            def advance(amount: int) -> None:
-                bar.update(amount)
-
-            yield advance
-        seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - begin, 3)
-
-    return stage
-
-
-def _shown(path: Path) -> str:
-    """The path as one would type it here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
 class Command(NamedTuple):
     """What `spinal NAME` runs, and what `spinal --help` says of it."""
 
-    run: Callable[[str, list[str]], None]
+    job: Job | None  # None: it takes a folder, not settings
     takes: str
     does: str
+    optional: tuple[str, ...] = ()  # settings that are null where nothing is given
 
 
 COMMANDS = {
-    "audit": Command(_audit, "model.source=FOLDER|FILE.gguf|HUB_ID", "The depth trace of one checkpoint."),
+    "audit": Command(jobs.audit, "model.source=FOLDER|FILE.gguf|HUB_ID", "The depth trace of one checkpoint."),
     "compare": Command(
-        _compare,
+        jobs.compare,
         "model.source=ALIGNED reference.source=BASE | model.trace=RUN reference.trace=RUN",
         "What alignment changed between two checkpoints, where, and how sure that is; exit code 3 short of `assert`.",
+        ("model.source", "reference.source"),  # a checkpoint that is given by its trace has no source
     ),
     "train": Command(
-        _train,
+        jobs.train,
         "objective=dpo|sft|lm model.source=CHECKPOINT preferences=hh preferences.path=FILE",
         "Trains a checkpoint and records its footprint on the way; a killed run goes on when the command is run again.",
     ),
     "convert": Command(
-        _convert,
+        jobs.convert,
         "model.source=FOLDER|FILE.gguf|HUB_ID out=DIR",
         "A checkpoint as an Orbax folder, to be named by model.source=DIR; a killed one goes on when run again.",
     ),
     "export": Command(
-        _export, "model.source=FOLDER|FILE.gguf|HUB_ID out=DIR", "A checkpoint as a Hugging Face folder of safetensors."
+        jobs.export,
+        "model.source=FOLDER|FILE.gguf|HUB_ID out=DIR",
+        "A checkpoint as a Hugging Face folder of safetensors.",
     ),
     "verify": Command(
-        _verify,
+        jobs.verify,
         "model.source=FOLDER|FILE.gguf|HUB_ID",
         "Compares a checkpoint, layer by layer, with Hugging Face's PyTorch model; exit code 1 if they differ.",
     ),
-    "report": Command(_report, "DIR", "Draws figures and page of a finished run again, from its saved files alone."),
+    "report": Command(None, "DIR", "Draws figures and page of a finished run again, from its saved files alone."),
 }
 
 
@@ -388,6 +160,7 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
 
     started = time.time()
     mistakes: list[str] = []
+    codes: list[int] = []
     folders: list[Path] = []
 
     def task(settings: DictConfig) -> None:
@@ -404,7 +177,7 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
                 OmegaConf.update(settings, name, None)
             if missing := [name for name in missing if name not in optional]:
                 raise UserError(f"{missing[0]} is missing; give {missing[0]}=...")
-            job(OmegaConf.to_container(settings, resolve=True), folder)  # type: ignore[arg-type]
+            codes.append(job(OmegaConf.to_container(settings, resolve=True), folder))  # type: ignore[arg-type]
         except (UserError, OmegaConfBaseException) as error:
             # Kept from Hydra, which would print its own words first. The rest of a sweep runs on.
             message = str(error) if isinstance(error, UserError) else _hydras_words(error, command)
@@ -424,9 +197,9 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
             raise
         raise UserError(f"the output folder cannot be made: {error}") from error
     for mistake in mistakes:
-        _complain(mistake)
-    if mistakes:
-        sys.exit(MISTAKE)
+        complain(mistake)
+    if worst := MISTAKE if mistakes else max(codes, default=DONE):
+        sys.exit(worst)
 
 
 def _hydras_words(error: Exception, command: str) -> str:

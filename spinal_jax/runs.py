@@ -35,10 +35,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from spinal_jax.comparison import Comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report.figures import figures, png_bytes
 from spinal_jax.result import DepthTrace, plain
+from spinal_jax.verdict.comparison import Comparison
 
 SCHEMA = "spinal-manifest/1"
 MANIFEST = "manifest.json"  # a run folder without it is not complete

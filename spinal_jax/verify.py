@@ -28,7 +28,7 @@ from spinal_jax.models.folders import Bar, no_bar
 from spinal_jax.models.gguf import GgufFile
 from spinal_jax.models.orbax import OrbaxFolder, read_model
 from spinal_jax.models.translate import load_decoder, parameter_shapes
-from spinal_jax.trace import LENS_TOLERANCE
+from spinal_jax.trace.measure import LENS_TOLERANCE
 
 # Random tiny models differ by 1e-6. Experts round apart where a router's weights are scaled up.
 TOLERANCE, TOLERANCE_WITH_EXPERTS = 1e-4, 2e-4

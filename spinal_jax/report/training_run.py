@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from spinal_jax.comparison import Comparison, load_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.result import DepthTrace, load_trace
+from spinal_jax.verdict.comparison import Comparison, load_comparison
 
 SETTINGS, METRICS, ONSET, TRACES = "settings.json", "metrics.jsonl", "onset.json", "traces"
 

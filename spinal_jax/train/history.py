@@ -9,16 +9,16 @@ from typing import Any
 
 from spinal_jax import api
 from spinal_jax.batch import Plan
-from spinal_jax.compare import BothModels, compare
-from spinal_jax.comparison import Comparison, save_comparison
 from spinal_jax.config import MetricsConfig
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.jackknife import t_quantile
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.onset import Record, verdict
 from spinal_jax.result import DepthTrace, write_whole
-from spinal_jax.trace import Measurement, Reference, keep, measure
+from spinal_jax.trace.measure import Measurement, Reference, keep, measure
 from spinal_jax.train.folder import ONSET, TRACES, TrainingFolder, trace_name
+from spinal_jax.verdict.compare import BothModels, compare
+from spinal_jax.verdict.comparison import Comparison, save_comparison
 
 
 class History:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from spinal_jax.compare import compare
-from spinal_jax.comparison import save_comparison
 from spinal_jax.report import draw_report
 from spinal_jax.result import save_trace
+from spinal_jax.verdict.compare import compare
+from spinal_jax.verdict.comparison import save_comparison
 from tests.laws.planted import flat, simulated
 from tests.laws.test_comparison_report import both
 from tests.laws.test_training_report import write_run

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spinal_jax.comparison import load_comparison
 from spinal_jax.result import DepthTrace, load_trace, save_trace
+from spinal_jax.verdict.comparison import load_comparison
 
 from .conftest import Spinal
 

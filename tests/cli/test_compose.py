@@ -86,11 +86,11 @@ def test_a_second_group_is_filled_from_the_same_files(tmp_path: Path, monkeypatc
         f"hydra:\n  output_subdir: null\n  run:\n    dir: {tmp_path}\n"
     )
     monkeypatch.setattr(pages, "conf_folder", lambda: folder)
-    monkeypatch.setitem(cli.COMMANDS, "pair", cli.Command(lambda command, arguments: None, "", ""))
+    monkeypatch.setitem(cli.COMMANDS, "pair", cli.Command(lambda settings, out: 0, "", ""))
     seen: list[dict[str, Any]] = []
 
     def run(*arguments: str) -> dict[str, Any]:
-        cli._compose("pair", list(arguments), lambda settings, out: seen.append(settings))
+        cli._compose("pair", list(arguments), lambda settings, out: seen.append(settings) or 0)
         return seen[-1]
 
     settings = run("model=zephyr-7b-dpo", "reference=zephyr-7b-sft", "reference.dtype=bfloat16")

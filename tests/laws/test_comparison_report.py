@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from spinal_jax.compare import BothModels, compare
-from spinal_jax.comparison import Comparison, save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, render_comparison_report, write_comparison_report
 from spinal_jax.report.comparison import caveats, missing, summary_markdown
@@ -30,6 +28,8 @@ from spinal_jax.report.comparison_figures import (
 )
 from spinal_jax.report.figures import png_bytes, svg_text
 from spinal_jax.result import DepthTrace
+from spinal_jax.verdict.compare import BothModels, compare
+from spinal_jax.verdict.comparison import Comparison, save_comparison
 
 from .planted import GROUPS, flat, simulated
 from .test_report import Page

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from spinal_jax import api
-from spinal_jax.compare import compare
 from spinal_jax.config import AuditConfig, CompareConfig, build
 from spinal_jax.errors import UserError
-from spinal_jax.footprint import Footprint, compare_models, run_footprint
+from spinal_jax.footprint.models import Footprint, compare_models, run_footprint
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.verdict.compare import compare
 
 BASE, OTHER = "random:0.3m@0", "random:0.3m@1"
 TEXTS = [f"{'Why and how? ' * (1 + n % 5)}What of {n}" for n in range(48)]
@@ -108,7 +108,7 @@ def test_tokenizers_that_differ_are_refused_before_weights_are_loaded(monkeypatc
             seen.append(tokenizer)
         return really(prompt, tokenizer, *more) + seen.index(tokenizer)
 
-    monkeypatch.setattr("spinal_jax.footprint.data.token_ids", shifted)
+    monkeypatch.setattr("spinal_jax.footprint.models.data.token_ids", shifted)
     with pytest.raises(UserError, match="tokenizers differ: prompt 0 becomes"):
         run_footprint(asked(OTHER, BASE), TEXTS)
 

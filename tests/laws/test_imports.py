@@ -24,18 +24,12 @@ ALLOWED: dict[str, set[str]] = {
     "preference": {"responses"},
     "metrics": {"errors"},
     "models": {"errors", "metrics"},
-    "reading": {"batch", "config", "metrics"},
-    "spectra": {"batch", "config", "metrics"},
-    "trace": {"errors", "batch", "config", "metrics", "models", "reading", "spectra"},
+    "trace": {"errors", "batch", "config", "metrics", "models"},
     "data": {"errors"},
     "result": {"errors"},
-    "comparison": {"errors", "result"},
-    "paired": {"errors", "metrics", "result"},
-    "robustness": {"errors", "metrics", "result", "paired"},
-    "compare": {"errors", "metrics", "result", "comparison", "paired", "robustness"},
-    "ranking": {"result", "comparison"},
-    "report": {"errors", "result", "comparison", "ranking"},
-    "runs": {"errors", "result", "comparison", "report"},
+    "verdict": {"errors", "metrics", "result"},
+    "report": {"errors", "result", "verdict"},
+    "runs": {"errors", "result", "verdict", "report"},
     "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
     "onset": set(),
     "train": {
@@ -52,37 +46,35 @@ ALLOWED: dict[str, set[str]] = {
             "data",
             "result",
         ),
-        *("comparison", "compare", "runs", "report", "api", "onset"),
+        *("verdict", "runs", "report", "api", "onset"),
     },
-    "pull": {"metrics", "models", "responses", "train"},
     "footprint": {
-        *("errors", "batch", "config", "responses", "models", "trace", "data", "result", "comparison", "paired"),
-        *("compare", "api", "train", "pull"),
+        *("errors", "batch", "config", "responses", "metrics", "models", "trace", "data", "result", "verdict"),
+        *("api", "train"),
     },
     "verify": {"errors", "config", "metrics", "models", "trace", "data"},
-    "__init__": {"errors", "result", "comparison", "compare", "models", "api", "footprint"},
+    "__init__": {"errors", "result", "verdict", "models", "api", "footprint"},
     "help": set(),
-    "cli": {
-        "errors",
-        "help",
+    "console": {"api"},
+    "jobs": {
+        "console",
         "config",
         "models",
         "report",
         "result",
-        "comparison",
-        "compare",
-        "ranking",
+        "verdict",
         "runs",
         "api",
         "train",
         "footprint",
         "verify",
     },
+    "cli": {"errors", "report", "help", "console", "jobs"},
 }
 # Libraries that only these parts may import, and only inside a function.
 RESERVED = {"hydra": {"cli"}, "omegaconf": {"cli"}, "torch": {"verify"}}
 # Saved traces are read, compared and drawn where no JAX is.
-WITHOUT_JAX = ("errors", "result", "comparison", "compare", "report", "data", "__init__")
+WITHOUT_JAX = ("errors", "result", "verdict", "report", "data", "__init__")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spinal_jax import pull as module
 from spinal_jax.data import Completion
+from spinal_jax.footprint import pull as module
+from spinal_jax.footprint.pull import Pull, log_probabilities, pull, shape_for
 from spinal_jax.metrics.gradient import block_norms
 from spinal_jax.models.config import Experts
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
-from spinal_jax.pull import Pull, log_probabilities, pull, shape_for
 from spinal_jax.responses import Example
 from spinal_jax.train.config import ObjectiveConfig
 

@@ -10,7 +10,7 @@ import pytest
 
 from spinal_jax.metrics.tail import tail_fit
 from spinal_jax.result import DepthTrace
-from spinal_jax.robustness import MEASURED, WINDOWS, grid, verdict_of
+from spinal_jax.verdict.robustness import MEASURED, WINDOWS, grid, verdict_of
 
 from .planted import POSITIONS, ROWS, flat, simulated
 

@@ -16,8 +16,6 @@ import pytest
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spinal_jax.compare import compare
-from spinal_jax.comparison import save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.jackknife import t_quantile
 from spinal_jax.onset import Record, verdict
@@ -37,6 +35,8 @@ from spinal_jax.report.training_figures import (
 )
 from spinal_jax.result import DepthTrace, save_trace
 from spinal_jax.runs import Events
+from spinal_jax.verdict.compare import compare
+from spinal_jax.verdict.comparison import save_comparison
 
 from .planted import Truth, simulated
 from .test_report import Page

@@ -9,8 +9,8 @@ import numpy as np
 
 from spinal_jax.metrics.jackknife import Estimate
 from spinal_jax.metrics.tail import tail_slopes
-from spinal_jax.paired import Curve, curve, resampled
 from spinal_jax.result import DepthTrace
+from spinal_jax.verdict.paired import Curve, curve, resampled
 
 WINDOWS = ((0.05, 0.50), (0.10, 0.40), (0.10, 0.50), (0.10, 0.70), (0.20, 0.60))
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinal_jax.comparison import Comparison
 from spinal_jax.result import number, plain, write_whole
+from spinal_jax.verdict.comparison import Comparison
 
 SCHEMA = "spinal-ranking/1"
 

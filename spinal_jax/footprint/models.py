@@ -14,21 +14,21 @@ import numpy as np
 
 from spinal_jax import api, data
 from spinal_jax.batch import Plan
-from spinal_jax.compare import BothModels, compare
-from spinal_jax.comparison import Comparison
 from spinal_jax.config import AuditConfig, CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig, build
 from spinal_jax.errors import UserError
+from spinal_jax.footprint.pull import log_probabilities, pull, shape_for
 from spinal_jax.models.checkpoint import Checkpoint
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import Family
-from spinal_jax.paired import Align
-from spinal_jax.pull import log_probabilities, pull, shape_for
 from spinal_jax.responses import Example, Shape
 from spinal_jax.result import DepthTrace
-from spinal_jax.trace import Measurement, keep, measure
+from spinal_jax.trace.measure import Measurement, keep, measure
 from spinal_jax.train.config import ObjectiveConfig
 from spinal_jax.train.examples import pair_sets
+from spinal_jax.verdict.compare import BothModels, compare
+from spinal_jax.verdict.comparison import Comparison
+from spinal_jax.verdict.paired import Align
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

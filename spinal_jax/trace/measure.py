@@ -33,8 +33,8 @@ from spinal_jax.metrics.depth import summary
 from spinal_jax.metrics.tail import MIN_RANKS
 from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.decoder import Decoder, Tap
-from spinal_jax.reading import Across, Reading, Sums, nothing_read, over_groups, read_batch
-from spinal_jax.spectra import GramSpool, Groups, Spectra, all_spectra, groups_of, spectra_count
+from spinal_jax.trace.reading import Across, Reading, Sums, nothing_read, over_groups, read_batch
+from spinal_jax.trace.spectra import GramSpool, Groups, Spectra, all_spectra, groups_of, spectra_count
 
 LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
 LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may differ from the model's output

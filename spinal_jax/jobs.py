@@ -1,0 +1,180 @@
+"""What each command does with its settings: from a plain mapping to files in a run folder and an exit code.
+
+Libraries are imported where they are used, so that a mistake in the settings is told at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from spinal_jax.console import DONE, FAILED, SHORT, Stopped, complain, shown, stages
+
+
+def audit(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config, runs
+
+    asked = config.build(config.AuditConfig, settings)
+    runs.check_free(folder, asked.overwrite)
+    from spinal_jax.api import run_audit
+    from spinal_jax.report.page import write_report
+    from spinal_jax.result import save_trace
+
+    seconds: dict[str, float] = {}
+    bar = stages(seconds)
+    trace = run_audit(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
+    with runs.writing(folder, asked.overwrite) as scratch:
+        with bar("report", 3, "part") as advance:
+            save_trace(trace, scratch)
+            advance(1)
+            write_report(scratch)
+            advance(1)
+            runs.write_events(trace, scratch)
+        runs.write_manifest(scratch, "audit", config.to_mapping(asked), runs.about_trace(trace), seconds)
+    rate = trace.prompts["tokens"] / seconds["audit"]
+    print(trace)
+    print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())} ({rate:,.0f} tokens/s in the audit)")
+    print(f"  report    {shown(folder / 'report.html')}", flush=True)
+    return DONE
+
+
+def compare(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config, runs
+
+    asked = config.build(config.CompareConfig, settings)
+    runs.check_free(folder, asked.overwrite)
+    from spinal_jax.report.comparison import write_comparison_report
+    from spinal_jax.result import load_trace, save_trace
+    from spinal_jax.verdict.compare import Weights, compare, shortfalls
+    from spinal_jax.verdict.comparison import save_comparison
+    from spinal_jax.verdict.ranking import rank, save_ranking
+
+    weights = Weights(asked.score.delta, asked.score.coherence, asked.score.gradient)
+    seconds: dict[str, float] = {}
+    bar = stages(seconds)
+    both = None
+    if asked.model.trace is not None and asked.reference.trace is not None:
+        aligned, reference = load_trace(asked.model.trace), load_trace(asked.reference.trace)
+    else:
+        from spinal_jax.footprint.models import run_footprint
+
+        measured = run_footprint(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
+        aligned, reference, both = measured.aligned, measured.reference, measured.both
+    references = [load_trace(run) for run in asked.other_references] or [reference] * len(asked.others)
+    more = [load_trace(run) for run in asked.others]
+    pairs = [(aligned, reference), *zip(more, references, strict=True)]
+    found = []
+    with bar("compare", len(pairs), "pair") as advance:
+        for pair in pairs:
+            extras = both if pair[0] is aligned else None
+            found.append(compare(*pair, extras, align=asked.align, same_prompts=asked.same_prompts, weights=weights))
+            advance(1)
+    first, *others = found
+    with runs.writing(folder, asked.overwrite) as scratch:
+        if asked.model.source is not None:
+            save_trace(aligned, scratch / "aligned")
+            save_trace(reference, scratch / "reference")
+        save_comparison(first, scratch)
+        for number, other in enumerate(others, 1):
+            save_comparison(other, scratch / "others" / str(number))
+        if others:
+            save_ranking(rank(found), scratch)
+        with bar("report", 1, "page") as advance:
+            write_comparison_report(scratch)
+            advance(1)
+        runs.write_manifest(scratch, "compare", config.to_mapping(asked), runs.about_comparison(first), seconds)
+    print(first)
+    if others:
+        print(rank(found))
+    print(f"  report    {shown(folder / 'report.html')}", flush=True)
+    if short := shortfalls(first, **config.to_mapping(asked.assert_)):
+        complain(f"the evidence falls short of assert: {'; '.join(short)}")
+        return SHORT
+    return DONE
+
+
+def train(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config, runs
+    from spinal_jax.train.config import TrainConfig
+
+    asked = config.build(TrainConfig, settings)
+    from spinal_jax.report.training import write_training_report
+    from spinal_jax.train.loop import Diverged
+    from spinal_jax.train.run import run_train
+
+    seconds: dict[str, float] = {}
+    bar = stages(seconds)
+    try:
+        trained = run_train(asked, folder, bar, say=lambda line: print(line, file=sys.stderr))
+    except Diverged as error:
+        complain(f"{error}; the state before it is saved in {shown(folder / 'checkpoints')}")
+        return FAILED
+    except Stopped as stopped:
+        stopped.kept = "the same command goes on from the last checkpoint"
+        raise
+    with bar("report", 1, "page") as advance:
+        write_training_report(folder)
+        advance(1)
+    runs.write_manifest(folder, "train", config.to_mapping(asked), runs.about_trace(trained.trace), seconds)
+    print(trained)
+    print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())}")
+    print(f"  report    {shown(folder / 'report.html')}", flush=True)
+    return DONE
+
+
+def convert(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config
+
+    asked = config.build(config.ConvertConfig, settings)
+    from spinal_jax.models.checkpoint import open_checkpoint
+    from spinal_jax.models.convert import convert
+
+    model = asked.model
+    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
+        out = convert(
+            checkpoint,
+            asked.out,
+            dtype=model.dtype,
+            ignore_keys=model.ignore_keys,
+            overwrite=asked.overwrite,
+            bar=stages({}),
+        )
+    print(shown(out), flush=True)
+    return DONE
+
+
+def export(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config
+
+    asked = config.build(config.ExportConfig, settings)
+    from spinal_jax.models.checkpoint import open_checkpoint
+    from spinal_jax.models.export import export
+
+    model = asked.model
+    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
+        out = export(
+            checkpoint,
+            asked.out,
+            dtype=model.dtype,
+            ignore_keys=model.ignore_keys,
+            shard_bytes=int(asked.shard_gb * 1e9),
+            overwrite=asked.overwrite,
+            bar=stages({}),
+        )
+    print(shown(out), flush=True)
+    return DONE
+
+
+def verify(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config
+
+    asked = config.build(config.VerifyConfig, settings)
+    from spinal_jax.verify import verify
+
+    result = verify(asked, stages({}))
+    print(result, flush=True)
+    if not result.passed:
+        return FAILED
+    return DONE
