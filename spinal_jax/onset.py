@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.jackknife import t_quantile
+from spinal_jax.result import write_whole
+from spinal_jax.verdict.comparison import Comparison, load_comparison
+
 BAND = 2.0  # standard errors beyond which a record counts
 LASTING = 3  # records that must count in a row
 SURE = 3.5  # standard errors that one of them exceeds: two-sided 5 % over 100 records, however alike they are
+AWAY = math.pi / 2  # radians from step 0 beyond which the output is closer to having nothing in common with it
 
 
 class Record(NamedTuple):
@@ -20,6 +29,35 @@ class Record(NamedTuple):
     delta_align_se: float
     transport: float  # terminal transport less that of step 0, radians
     transport_se: float
+    distance: float  # Fisher-Rao distance of what the model puts out from what that of step 0 does, radians
+    distance_se: float
+
+
+def record_of(step: int, comparison: Comparison) -> Record:
+    """What detection needs of a comparison with step 0. UserError without intervals."""
+    found = comparison.summary
+    if math.isnan(found["delta_align_se"]):
+        raise UserError("the prompts fall into one group only, so that nothing can be said of noise; give more prompts")
+    quantile = t_quantile(found["degrees_of_freedom"])
+    transport = (found["delta_transport_high"] - found["delta_transport_low"]) / 2 / quantile
+    distance, low, high = (float(comparison.columns[f"policy_distance{end}"][-1]) for end in ("", "_low", "_high"))
+    return Record(
+        step,
+        *(found["delta_align"], found["delta_align_se"], found["delta_transport"], transport),
+        *(distance, (high - low) / 2 / quantile),
+    )
+
+
+def recall(told: Mapping[str, Any], folder_of: Mapping[int, Path]) -> tuple[list[Record], list[dict[str, float]]]:
+    """The records of a run, anew from its saved comparisons, and what `told`, its onset.json, has beside them.
+
+    Args:
+        folder_of: where the comparison of each step is; a step that is not in here is left out.
+    """
+    entries = [entry for entry in told["records"] if entry["step"] in folder_of]
+    beside = [{k: v for k, v in entry.items() if k not in Record._fields} for entry in entries]
+    steps: Iterable[int] = (int(entry["step"]) for entry in entries)
+    return [record_of(step, load_comparison(folder_of[step])) for step in steps], beside
 
 
 class Stay(NamedTuple):
@@ -88,7 +126,8 @@ class Loss(NamedTuple):
 
 
 def losses(records: Sequence[Record], after: Change | None) -> list[Loss]:
-    """The losses of Delta_align and of terminal transport; 0 up to the onset `after`, and without one.
+    """The losses of Delta_align and of terminal transport, 0 up to the onset `after` and without one; and how far the
+    output is beyond half of the way to having nothing in common with that of step 0, whatever the footprint did.
 
     Progress is the way that the footprint took at its onset: Delta_align's side, and for terminal transport the side to
     which it had by then left the noise of step 0, else down with contraction and up with expansion. What is held is the
@@ -107,11 +146,14 @@ def losses(records: Sequence[Record], after: Change | None) -> list[Loss]:
             lost[: after.start + 1] = errors[: after.start + 1] = 0
         turned = "fell below" if side > 0 else "rose above"
         found.append(Loss(f"{words} {turned} what it had held", lost, errors))
+    distance, error = _series(records, "distance")
+    beyond = distance - AWAY
+    found.append(Loss("the output's distance from step 0 exceeded pi/2", beyond, _in_errors(beyond, error)))
     return found
 
 
 def destabilisation(records: Sequence[Record], after: Change | None) -> Change | None:
-    """The first record after `after` from which one of the `losses` lasts (see `lasting`)."""
+    """The first record from which one of the `losses` lasts (see `lasting`)."""
     found = []
     for words, lost, errors in losses(records, after):
         if (stay := lasting(errors)) is not None:
@@ -150,11 +192,25 @@ def verdict(records: Sequence[Record], beside: Sequence[dict[str, float]]) -> di
         "band": BAND,
         "lasting": LASTING,
         "sure": SURE,
+        "away": AWAY,
         "onset": told(began),
         "destabilisation": told(broke),
         "healthy": healthy(records, began) if records else 0,
         "records": [{**record._asdict(), **more} for record, more in zip(records, beside, strict=True)],
     }
+
+
+def save_verdict(told: Mapping[str, Any], file: Path) -> None:
+    """Writes onset.json; NaN and infinity are null in it."""
+    write_whole(file, (json.dumps(_plain(told), indent=1) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _series(records: Sequence[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -163,8 +219,8 @@ def _series(records: Sequence[Record], name: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _in_errors(value: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """[n] as many standard errors; infinite where a change has no error, 0 where nothing changed."""
-    sure = np.where(value == 0, 0.0, np.copysign(np.inf, value))
+    """[n] as many standard errors; infinite where a change has no error, 0 where nothing changed, NaN if unknown."""
+    sure = np.where(np.isnan(value) | (value == 0), value, np.copysign(np.inf, value))
     return np.divide(value, error, out=sure, where=error > 0)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from spinal_jax.onset import save_verdict
 from spinal_jax.report.figures import png_bytes, svg_text
 from spinal_jax.report.page import inline, name_boundaries, template
 from spinal_jax.report.training_figures import record_bands, training_figures
-from spinal_jax.report.training_run import TrainingRun, load_training_run
+from spinal_jax.report.training_run import ONSET, TrainingRun, load_training_run
 from spinal_jax.result import decimals, number, plus_minus, write_whole
 
 # What stands beside a record, in the order in which it is shown: name, title, unit.
@@ -35,10 +36,13 @@ MEASURED = (
 def write_training_report(folder: str | os.PathLike[str]) -> Path:
     """Draws the figures and report.html of a training run's folder from its saved files, and returns the page's path.
 
+    onset.json is written again too, by the rules of today.
+
     Raises:
       UserError: no training run there, or a file of it that cannot be read.
     """
     run = load_training_run(folder)
+    save_verdict(run.onset, Path(folder) / ONSET)
     target = Path(folder) / "figures"
     target.mkdir(parents=True, exist_ok=True)
     for name, figure in training_figures(run).items():
@@ -77,6 +81,11 @@ def headline(run: TrainingRun) -> str:
     """What happened, in one sentence of plain words."""
     began, broke, last = run.onset["onset"], run.onset["destabilisation"], run.steps[-1]
     count = len(run.traces)
+    if began is None and broke is not None:
+        return (
+            f"No footprint that lasts was found, but the run destabilised at step {broke['step']}; the last healthy "
+            f"trace is that of step {run.onset['healthy']}."
+        )
     if began is None:
         least = run.onset["lasting"] + 1
         if count < least:
@@ -111,8 +120,9 @@ def caveats(run: TrainingRun) -> list[str]:
         f"A change counts when {lasting} traces in a row are more than {band:g} standard errors out and one of them "
         f"more than {run.onset['sure']:g}. This run has {len(run.traces)} traces, so a change shorter than {lasting} "
         "of them, or one in the last two, cannot be seen.",
-        "Destabilisation means that the footprint falls back from a level it had held. A run that goes ever further "
-        "the way it has taken, be it into collapse, falls back nowhere: look at KL, margin and accuracy.",
+        "Destabilisation means that the footprint falls back from a level it had held, or that the output has moved "
+        "more than pi/2 from step 0, half of the way to having nothing in common with it. A fall may be surely there "
+        "and yet small: its size is in the evidence.",
         "Standard errors say how much the numbers would change with other prompts of the same kind, and nothing about "
         "another seed. With many prompts a small wobble of the optimisation can be well beyond them.",
     ]

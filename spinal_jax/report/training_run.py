@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.onset import recall, verdict
 from spinal_jax.result import DepthTrace, load_trace
 from spinal_jax.verdict.comparison import Comparison, load_comparison
 
@@ -28,7 +29,7 @@ class TrainingRun:
       metrics: one mapping a line of metrics.jsonl, by ascending step; a line holds what was known at its step.
       traces: the depth traces, by ascending step; the first is the reference of all.
       comparisons: each of them compared with the first.
-      onset: what onset.json holds; its records belong to the traces.
+      onset: what onset.json holds, found anew from the comparisons; its records belong to the traces.
     """
 
     settings: Mapping[str, Any]
@@ -96,15 +97,17 @@ def load_training_run(folder: str | os.PathLike[str]) -> TrainingRun:
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if line.endswith("\n"):  # a run that was killed may have left half a line
             lines.append(_parsed(line, f"{log}, line {number}"))
-    at = [folder / TRACES / f"step_{record['step']:06}" for record in onset["records"]]
+    at = {int(record["step"]): folder / TRACES / f"step_{record['step']:06}" for record in onset["records"]}
     if not at:
         raise UserError(f"{folder / ONSET} has no records, so there is nothing to draw")
     return TrainingRun(
         _read(folder / SETTINGS),
         tuple(sorted(lines, key=lambda line: line["step"])),
-        tuple(replace(load_trace(path), arrays={}) for path in at),  # spectra of many steps are large, and not drawn
-        tuple(load_comparison(path) for path in at),
-        onset,
+        tuple(
+            replace(load_trace(path), arrays={}) for path in at.values()
+        ),  # spectra of many steps are large, and not drawn
+        tuple(load_comparison(path) for path in at.values()),
+        verdict(*recall(onset, at)),
     )
 
 

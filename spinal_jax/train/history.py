@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from typing import Any
 
 from spinal_jax import api
 from spinal_jax.batch import Plan
 from spinal_jax.config import MetricsConfig
-from spinal_jax.errors import UserError
-from spinal_jax.metrics.jackknife import t_quantile
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.onset import Record, verdict
-from spinal_jax.result import DepthTrace, write_whole
+from spinal_jax.onset import Record, recall, record_of, save_verdict, verdict
+from spinal_jax.result import DepthTrace
 from spinal_jax.trace.measure import Measurement, Reference, keep, measure
 from spinal_jax.train.folder import ONSET, TRACES, TrainingFolder, trace_name
 from spinal_jax.verdict.compare import BothModels, compare
@@ -60,16 +57,11 @@ class History:
 
     def recall(self) -> None:
         """Takes up what a run that was cut off has written."""
-        file = self.out.folder / ONSET
-        known = {path.name for path in (self.out.folder / TRACES).iterdir()}
+        file, traces = self.out.folder / ONSET, self.out.folder / TRACES
         if not file.exists():
             return
-        for entry in json.loads(file.read_text(encoding="utf-8"))["records"]:
-            if trace_name(entry["step"]) in known:
-                step = int(entry.pop("step"))
-                values = {name: math.nan if value is None else float(value) for name, value in entry.items()}
-                self.records.append(Record(step, *(values.pop(name) for name in Record._fields[1:])))
-                self.beside.append(values)
+        folder_of = {int(path.name.rpartition("_")[2]): path for path in traces.iterdir()}
+        self.records, self.beside = recall(json.loads(file.read_text(encoding="utf-8")), folder_of)
         self.told = verdict(self.records, self.beside)
 
     def add(self, step: int, model: Decoder, beside: dict[str, float]) -> dict[str, Any]:
@@ -92,7 +84,7 @@ class History:
         self.records.append(record_of(step, comparison))
         self.beside.append({**beside, "kl": policy.divergence})
         self.told = verdict(self.records, self.beside)
-        write_whole(self.out.folder / ONSET, (json.dumps(_plain(self.told), indent=1) + "\n").encode())
+        save_verdict(self.told, self.out.folder / ONSET)
         return self.told
 
     def _trace(self, found: Measurement, step: int) -> DepthTrace:
@@ -103,25 +95,6 @@ class History:
         return api.depth_trace(model, self.prompts_record, self.config, self.settings, self.pool, found)
 
 
-def record_of(step: int, comparison: Comparison) -> Record:
-    """What onset detection needs of a comparison with step 0. UserError without intervals."""
-    found = comparison.summary
-    if math.isnan(found["delta_align_se"]):
-        raise UserError("the prompts fall into one group only, so that nothing can be said of noise; give more prompts")
-    half = (found["delta_transport_high"] - found["delta_transport_low"]) / 2
-    error = half / t_quantile(found["degrees_of_freedom"])
-    return Record(step, found["delta_align"], found["delta_align_se"], found["delta_transport"], error)
-
-
 def _scalars(comparison: Comparison) -> dict[str, float]:
     names = ("delta_align", "delta_contraction", "delta_transport", "coherence")
     return {name: float(comparison.summary[name]) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON holds it: NaN and infinity are null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

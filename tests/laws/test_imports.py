@@ -28,10 +28,10 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors"},
     "result": {"errors"},
     "verdict": {"errors", "metrics", "result"},
-    "report": {"errors", "result", "verdict"},
+    "onset": {"errors", "metrics", "result", "verdict"},
+    "report": {"errors", "result", "verdict", "onset"},
     "runs": {"errors", "result", "verdict", "report"},
     "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
-    "onset": set(),
     "train": {
         *(
             "errors",

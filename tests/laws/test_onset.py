@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinal_jax.onset import BAND, LASTING, SURE, Record, destabilisation, healthy, onset, verdict
+from spinal_jax.onset import AWAY, BAND, LASTING, SURE, Record, destabilisation, healthy, onset, verdict
 
 TRIALS = 2000
 # Where a rate is really 5 %, 2,000 trials show more than 6 % in 2 of 100; where it is really 4 %, never in practice.
@@ -21,12 +21,14 @@ def records(
     transport: Sequence[float] | np.ndarray | None = None,
     error: float = 1.0,
     every: int = 10,
+    distance: Sequence[float] | np.ndarray | None = None,
 ) -> list[Record]:
     """A series with the standard error `error` everywhere but at step 0, where everything is exactly 0."""
     moved = np.zeros(len(delta)) if transport is None else np.asarray(transport, float)
+    away = np.zeros(len(delta)) if distance is None else np.asarray(distance, float)
     return [
-        Record(at * every, float(d), error if at else 0.0, float(t), error if at else 0.0)
-        for at, (d, t) in enumerate(zip(delta, moved, strict=True))
+        Record(at * every, *(x for value in values for x in (float(value), error if at else 0.0)))
+        for at, values in enumerate(zip(delta, moved, away, strict=True))
     ]
 
 
@@ -120,6 +122,21 @@ def test_two_records_are_not_enough(count: int, size: float, sign: float, rest: 
     assert changes(records(sign * level((0, rest), (size, count)))) == (None, None)
 
 
+@given(
+    before=st.integers(0, 6), gone=st.integers(1, 8), beyond=st.floats(SURE + 0.1, 100.0), error=st.floats(1e-4, 0.01)
+)
+def test_an_output_that_stays_further_than_half_way_from_step_0_is_found_whatever_the_footprint_did(
+    before: int, gone: int, beyond: float, error: float
+) -> None:
+    away = level((AWAY - error, before), (AWAY + beyond * error, gone))
+    still = records(np.zeros(len(away)), error=error, distance=away)
+    found = (before + 1) if gone >= LASTING else None
+    assert changes(still) == (None, found)
+    steady = records(100 * error * np.arange(len(away)), error=error, distance=away)
+    assert changes(steady)[1] == found
+    assert healthy(steady, onset(steady)) == 10 * before
+
+
 def test_both_sides_do_not_make_one_stay() -> None:
     assert changes(records([0, 9, -9, 9, -9, 9, -9])) == (None, None)
 
@@ -140,8 +157,8 @@ def test_nothing_is_found_where_nothing_moves(count: int, value: float, error: f
 
 
 def test_a_change_without_any_noise_is_sure_and_an_unknown_one_is_not() -> None:
-    assert changes([Record(at, 1.0 if at else 0.0, 0.0, 0.0, 0.0) for at in range(4)]) == (1, None)
-    assert changes([Record(at, np.nan, 1.0, np.nan, 1.0) for at in range(5)]) == (None, None)
+    assert changes([Record(at, 1.0 if at else 0.0, *[0.0] * 5) for at in range(4)]) == (1, None)
+    assert changes([Record(at, *[np.nan, 1.0] * 3) for at in range(5)]) == (None, None)
     assert verdict([], [])["onset"] is None
 
 

@@ -17,8 +17,7 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spinal_jax.errors import UserError
-from spinal_jax.metrics.jackknife import t_quantile
-from spinal_jax.onset import Record, verdict
+from spinal_jax.onset import record_of, verdict
 from spinal_jax.report import draw_report, load_training_run, render_training_report, write_training_report
 from spinal_jax.report.figures import png_bytes, svg_text
 from spinal_jax.report.training import caveats, headline
@@ -111,11 +110,7 @@ def write_run(folder: Path, ends: tuple[DepthTrace, DepthTrace], way: list[float
         save_trace(trace, target, at * every)
         comparison = compare(trace, first)
         save_comparison(comparison, target)
-        found = comparison.summary
-        half = (found["delta_transport_high"] - found["delta_transport_low"]) / 2
-        error = half / t_quantile(found["degrees_of_freedom"])
-        moved = found["delta_align"], found["delta_align_se"], found["delta_transport"], error
-        records.append(Record(at * every, *(0.0 if share == 0 else float(x) for x in moved)))
+        records.append(record_of(at * every, comparison))
         beside.append({name: 0.1 * at + 0.01 * n for n, name in enumerate(TOLD[: 1 if kind == "lm" else 5])})
     told = verdict(records, beside)
     config = {**CONFIG, "objective": {**CONFIG["objective"], "kind": "lm" if kind == "lm" else "dpo"}}
