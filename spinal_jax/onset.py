@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.files import write_whole
 from spinal_jax.metrics.jackknife import t_quantile
-from spinal_jax.result import write_whole
 from spinal_jax.verdict.comparison import Comparison, load_comparison
 
 BAND = 2.0  # standard errors beyond which a record counts

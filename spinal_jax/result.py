@@ -3,25 +3,23 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 from scipy.special import stdtrit
 
 from spinal_jax.errors import UserError
+from spinal_jax.files import check_boundaries, document, floats, load_record, read, save_record
+from spinal_jax.wording import number, plus_minus, sparkline
 
 SCHEMA = "spinal-trace/1"
+ARRAYS = "spectra.safetensors"
 
 # fmt: off
 # The keys each section must hold, in the order in which they are written; further keys follow, sorted.
@@ -140,16 +138,7 @@ class DepthTrace:
 
     def to_json(self) -> str:
         """The text of trace.json: equal traces give equal bytes; NaN is null; `arrays` are not in it."""
-        sections = {name: ordered(getattr(self, name), keys) for name, keys in SECTIONS.items()}
-        document: dict[str, Any] = {"schema": SCHEMA}
-        for name in ("model", "prompts", "settings"):
-            document[name] = sections[name]
-        document["boundaries"] = self.boundaries
-        for name in ("columns", "summary", "environment"):
-            document[name] = sections[name]
-        document["warnings"] = list(self.warnings)
-        lines = ",\n".join(f"  {json.dumps(key)}: {two_levels(value)}" for key, value in document.items())
-        return "{\n" + lines + "\n}\n"
+        return document(SCHEMA, SECTIONS, self)
 
     @classmethod
     def from_json(cls, text: str, arrays: Mapping[str, np.ndarray] | None = None) -> DepthTrace:
@@ -158,25 +147,13 @@ class DepthTrace:
         Raises:
           UserError: not JSON, another schema version, or a section, key or length that does not fit the schema.
         """
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"the trace is not valid JSON: {error}") from error
-        schema = document.get("schema") if isinstance(document, dict) else None
-        if schema != SCHEMA:
-            raise UserError(f"the trace says schema {schema!r}; this version of spinal_jax reads {SCHEMA!r}")
-        try:
-            sections = {name: dict(document[name]) for name in SECTIONS}
+        with read(text, "trace", SCHEMA) as found:
+            sections = {name: dict(found[name]) for name in SECTIONS}
             sections["columns"] = {name: floats(name, values) for name, values in sections["columns"].items()}
             sections["summary"] = {name: _number(name, value) for name, value in sections["summary"].items()}
-            trace = cls(**sections, warnings=tuple(document["warnings"]), arrays=arrays or {})
-        except KeyError as error:
-            raise UserError(f"the trace is malformed: it has no {error.args[0]}") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the trace is malformed: {error}") from error
-        if (said := document.get("boundaries")) != trace.boundaries:
-            raise UserError(f"the trace is malformed: it says {said} boundaries, its columns have {trace.boundaries}")
-        return trace
+            trace = cls(**sections, warnings=tuple(found["warnings"]), arrays=arrays or {})
+            check_boundaries(found, trace.boundaries)
+            return trace
 
     def rows(self, step: int = 0) -> list[dict[str, Any]]:
         """Long form: one dict per metric and boundary; `low` and `high` are NaN where a metric has no interval."""
@@ -243,75 +220,12 @@ def load_trace(path: str | os.PathLike[str]) -> DepthTrace:
     Raises:
       UserError: nothing there, another schema version, or a file that cannot be read.
     """
-    path = Path(path)
-    file = path / "trace.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"no trace at {path}: give a run folder that holds trace.json, or the path of a trace.json")
-    spectra = file.with_name("spectra.safetensors")
-    try:
-        text = file.read_text(encoding="utf-8")
-        arrays = load(spectra.read_bytes()) if spectra.is_file() else {}
-        return DepthTrace.from_json(text, arrays)
-    except SafetensorError as error:
-        raise UserError(f"{spectra} cannot be read: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+    return load_record(Path(path), "trace", ARRAYS, DepthTrace.from_json)
 
 
 def save_trace(trace: DepthTrace, folder: str | os.PathLike[str], step: int = 0) -> None:
     """Writes spectra.safetensors (when there are arrays), trace.csv and, last, trace.json; each appears whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    spectra = folder / "spectra.safetensors"
-    if trace.arrays:
-        # safetensors writes the buffer as it lies in memory, so a strided view would come back scrambled.
-        write_whole(spectra, save({name: np.ascontiguousarray(a) for name, a in trace.arrays.items()}))
-    else:
-        spectra.unlink(missing_ok=True)
-    rows = trace.rows(step)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    write_whole(folder / "trace.csv", table.getvalue().encode())
-    write_whole(folder / "trace.json", trace.to_json().encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes the file under a temporary name, then renames it, so that nobody ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def decimals(value: float, digits: int = 3) -> int:
-    """How many decimals show `value` to `digits` significant digits."""
-    if value == 0 or not math.isfinite(value):
-        return digits - 1
-    return max(0, digits - 1 - math.floor(math.log10(abs(value))))
-
-
-def number(value: float, digits: int = 3) -> str:
-    """`value` to `digits` significant digits, in plain notation unless it is tiny; an en dash for NaN."""
-    if not math.isfinite(value):
-        return "–"
-    if 0 < abs(value) < 1e-4:
-        return f"{value:.{digits - 1}e}".replace("-", "−")
-    return f"{value:,.{decimals(value, digits)}f}".replace("-", "−")
-
-
-def plus_minus(value: float, half: float) -> str:
-    """`value ± half` with equal decimals: three significant digits of the value, at least one of the half."""
-    if not math.isfinite(value) or not math.isfinite(half):
-        return number(value)
-    places = min(max(decimals(value), decimals(half, 1) if half else 0), 6)
-    return f"{value:,.{places}f} ± {half:.{places}f}".replace("-", "−")
+    save_record(Path(folder), "trace", trace.to_json(), trace.rows(step), ARRAYS, trace.arrays)
 
 
 def _frozen(values: np.ndarray) -> np.ndarray:
@@ -320,58 +234,9 @@ def _frozen(values: np.ndarray) -> np.ndarray:
     return view
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN -> None, arrays and tuples -> lists, mappings by sorted key."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): plain(value[key]) for key in sorted(value)}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def ordered(section: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: plain(section[key]) for key in (*keys, *sorted(set(section) - set(keys)))}
-
-
-def two_levels(value: Any) -> str:
-    """JSON with one line per key of a section, so that a trace diffs well and a column stays on its line."""
-    if not isinstance(value, dict) or not value:
-        return json.dumps(value, allow_nan=False)
-    lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in value.items())
-    return "{\n" + lines + "\n  }"
-
-
-def floats(name: str, values: Any) -> np.ndarray:
-    known = isinstance(values, list) and all(type(value) in (float, int, type(None)) for value in values)
-    if not known:
-        raise ValueError(f"column {name} is not a list of numbers and nulls")
-    return np.array([math.nan if value is None else value for value in values], np.float64)
-
-
 def _number(name: str, value: Any) -> Any:
     if name == "terminal":
         return value
     if type(value) not in (float, int, type(None)):
         raise ValueError(f"summary {name} is not a number or null")
     return math.nan if value is None else value
-
-
-def sparkline(values: np.ndarray, first: int, width: int = 180, height: int = 30) -> str:
-    """A column over depth as a small inline SVG in the text's colour, the terminal block shaded."""
-    seen = values[np.isfinite(values)]
-    if not len(seen):
-        return ""
-    step = width / len(values)
-    low, span = seen.min(), np.ptp(seen) or 1.0
-    points = [
-        f"{(at + 0.5) * step:.1f},{height - 3 - (v - low) / span * (height - 6):.1f}"
-        for at, v in enumerate(values)
-        if np.isfinite(v)
-    ]
-    return (
-        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="over depth">'
-        f'<rect x="{first * step:.1f}" width="{width - first * step:.1f}" height="{height}" fill="currentColor" '
-        f'opacity="0.1"/><polyline points="{" ".join(points)}" fill="none" stroke="currentColor"/></svg>'
-    )

@@ -35,9 +35,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from spinal_jax.errors import UserError
+from spinal_jax.errors import AlreadyDone, UserError
 from spinal_jax.report.figures import figures, png_bytes
-from spinal_jax.result import DepthTrace, plain
+from spinal_jax.files import plain
+from spinal_jax.result import DepthTrace
 from spinal_jax.verdict.comparison import Comparison
 
 SCHEMA = "spinal-manifest/1"
@@ -56,19 +57,52 @@ PARTS = (
     ),
 )
 SCRATCH = ".writing-"
+# Settings that change nothing but where and how fast a run computes: it may go on with others.
+FREE = {"parallel", "overwrite", "cache"}
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that cannot be written to or, unless `overwrite`, where something would be lost. UserError."""
+REMEDY = "set overwrite=true to replace it, or choose another hydra.run.dir"
+
+
+def check_free(folder: Path, overwrite: bool, config: Mapping[str, Any] | None = None) -> None:
+    """Refuses a folder that cannot be written to or, unless `overwrite`, where something would be lost: UserError, or
+    AlreadyDone where that is a run with the settings `config`."""
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written to; choose another hydra.run.dir")
-    remedy = "set overwrite=true to replace it, or choose another hydra.run.dir"
     if overwrite:
         _parts_of(folder)
-    elif (folder / MANIFEST).exists():
-        raise UserError(f"{folder} already holds a complete run; {remedy}")
-    elif there := next((name for name in PARTS if (folder / name).exists()), None):
-        raise UserError(f"{folder} already holds {there}, though no complete run; {remedy}")
+        return
+    check_incomplete(folder, config)
+    if there := next((name for name in PARTS if (folder / name).exists()), None):
+        raise UserError(f"{folder} already holds {there}, though no complete run; {REMEDY}")
+
+
+def check_incomplete(folder: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Refuses a folder that holds a complete run: UserError, or AlreadyDone where its settings are `config`."""
+    if not (folder / MANIFEST).exists():
+        return
+    same = config is not None and without_free(_read(folder).get("config")) == without_free(_as_json(config))
+    raise (AlreadyDone if same else UserError)(f"{folder} already holds a complete run; {REMEDY}")
+
+
+def without_free(values: Any) -> Any:
+    """The settings without those that may differ between equal runs, at any depth: FREE."""
+    if not isinstance(values, Mapping):
+        return values
+    return {name: without_free(value) for name, value in values.items() if name not in FREE}
+
+
+def _as_json(values: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(values))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The manifest in a folder; empty where what lies there is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else {}
 
 
 @contextlib.contextmanager
@@ -107,11 +141,7 @@ def _parts_of(folder: Path) -> list[str]:
     path = folder / MANIFEST
     if not path.exists():
         return []
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = None
-    names = manifest.get("files") if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
+    names = _read(folder).get("files")
     # These will be deleted: names in the folder itself and nowhere else.
     if not isinstance(names, list) or not all(isinstance(n, str) and re.fullmatch(r"\w[\w.-]*", n) for n in names):
         raise UserError(f"{path} is not the manifest of a run, so nothing is replaced; choose another hydra.run.dir")

@@ -28,8 +28,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from spinal_jax.errors import UserError
-from spinal_jax.result import DepthTrace, number, write_whole
+from spinal_jax.files import write_whole
+from spinal_jax.result import DepthTrace
 from spinal_jax.verdict.comparison import Comparison
+from spinal_jax.wording import number
 
 WIDTH, HEIGHT = 4.6, 4.7  # inches
 SURFACE, INK, MUTED, GRID, SHADE = "#ffffff", "#1f2328", "#5a646e", "#dfe3e8", "#eef0f3"

@@ -10,9 +10,10 @@ from typing import Any
 
 from spinal_jax import runs
 from spinal_jax.errors import UserError
+from spinal_jax.files import write_whole
 from spinal_jax.report.training_figures import trace_figure
-from spinal_jax.result import DepthTrace, save_trace, write_whole
-from spinal_jax.runs import MANIFEST, Events
+from spinal_jax.result import DepthTrace, save_trace
+from spinal_jax.runs import MANIFEST, Events, check_incomplete, without_free
 
 SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
     "settings.json",  # what the run was started with
@@ -23,8 +24,6 @@ SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
     "onset.json",
 )
 PARTS = (SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET, MANIFEST, "figures", "report.html")
-# A run may go on with other devices, and be told anew where a cache lies.
-FREE = {"parallel", "overwrite", "cache"}
 # Groups of settings, and settings, by which the runs of a sweep differ.
 SWEPT = {"model", "objective", "preferences", "corpus", "optimizer", "lora", "steps", "epochs", "batch_size", "seed"}
 
@@ -43,18 +42,14 @@ class TrainingFolder:
         Raises:
             UserError: the folder holds a complete run, or one that was started with other settings.
         """
-        self.folder, self.started_with = folder, _without_free(json.loads(json.dumps(started_with)))
+        self.folder, self.started_with = folder, without_free(json.loads(json.dumps(started_with)))
         settings = folder / SETTINGS
         before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
         # A run of the same settings that was cut off goes on, whatever may be overwritten.
         if overwrite and ((folder / MANIFEST).exists() or before is None or self._differs(before)):
             self._clear()
             before = None
-        if (folder / MANIFEST).exists():
-            raise UserError(
-                f"{folder} already holds a complete run; set overwrite=true to replace it, or choose another "
-                "hydra.run.dir"
-            )
+        check_incomplete(folder)
         there = [name for name in (*PARTS, *runs.PARTS) if (folder / name).exists()]
         if there and before is None:
             raise UserError(f"{folder} already holds {there[0]}, though no training run; choose another hydra.run.dir")
@@ -72,7 +67,7 @@ class TrainingFolder:
 
     def _differs(self, before: Mapping[str, Any]) -> str:
         """The first setting in which a run that was started with `before` differs from this one, in words; or ""."""
-        one, other = _flat(_without_free(dict(before))), _flat(self.started_with)
+        one, other = _flat(without_free(before)), _flat(self.started_with)
         for name in sorted(one.keys() | other.keys()):
             if one.get(name) != other.get(name):
                 return f"{name} = {one.get(name)!r}, but this one has {other.get(name)!r}"
@@ -133,10 +128,6 @@ class TrainingFolder:
 def trace_name(step: int) -> str:
     """The folder of the trace of a step."""
     return f"step_{step:06}"
-
-
-def _without_free(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: _without_free(v) if isinstance(v, dict) else v for k, v in values.items() if k not in FREE}
 
 
 def _swept(config: Mapping[str, Any]) -> dict[str, bool | float | str]:

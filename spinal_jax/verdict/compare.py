@@ -16,10 +16,11 @@ from spinal_jax.metrics import signflip
 from spinal_jax.metrics.depth import coherence
 from spinal_jax.metrics.jackknife import Estimate, t_quantile
 from spinal_jax.metrics.localisation import localise, share
-from spinal_jax.result import DepthTrace, number
+from spinal_jax.result import DepthTrace
 from spinal_jax.verdict import robustness
 from spinal_jax.verdict.comparison import BOTH, LOCALISED, METRICS, Comparison
 from spinal_jax.verdict.paired import Align, Curve, check, curve, difference, resampled
+from spinal_jax.wording import number
 
 MODEL_KEYS = ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256")
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from spinal_jax.errors import UserError
-from spinal_jax.result import floats, number, ordered, plus_minus, sparkline, two_levels, write_whole
+from spinal_jax.files import check_boundaries, document, floats, load_record, read, save_record, undefined
+from spinal_jax.wording import number, plus_minus, sparkline
 
 SCHEMA = "spinal-comparison/1"
+ARRAYS = "comparison.safetensors"
 METRICS = ("contraction", "transport", "entropy", "curvature", "effective_rank")  # of one checkpoint, compared
 BOTH = ("policy_distance", "gradient_norm")  # that only both models in memory give
 LOCALISED = ("delta_contraction", "delta_transport", *BOTH)  # whose place in depth is told
@@ -115,16 +111,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """The text of comparison.json: equal comparisons give equal bytes; NaN is null; `arrays` are not in it."""
-        sections = {name: ordered(getattr(self, name), keys) for name, keys in SECTIONS.items()}
-        document: dict[str, Any] = {"schema": SCHEMA}
-        for name in ("aligned", "reference", "prompts", "settings"):
-            document[name] = sections[name]
-        document["boundaries"] = self.boundaries
-        for name in ("columns", "summary", "robustness"):
-            document[name] = sections[name]
-        document["warnings"] = list(self.warnings)
-        lines = ",\n".join(f"  {json.dumps(key)}: {two_levels(value)}" for key, value in document.items())
-        return "{\n" + lines + "\n}\n"
+        return document(SCHEMA, SECTIONS, self)
 
     @classmethod
     def from_json(cls, text: str, arrays: Mapping[str, np.ndarray] | None = None) -> Comparison:
@@ -133,28 +120,14 @@ class Comparison:
         Raises:
           UserError: not JSON, another schema version, or a section, key or length that does not fit the schema.
         """
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"the comparison is not valid JSON: {error}") from error
-        schema = document.get("schema") if isinstance(document, dict) else None
-        if schema != SCHEMA:
-            raise UserError(f"the comparison says schema {schema!r}; this version of spinal_jax reads {SCHEMA!r}")
-        try:
-            sections = {name: dict(document[name]) for name in SECTIONS}
+        with read(text, "comparison", SCHEMA) as found:
+            sections = {name: dict(found[name]) for name in SECTIONS}
             sections["columns"] = {name: floats(name, values) for name, values in sections["columns"].items()}
             for name in ("summary", "robustness"):
-                sections[name] = _undefined(sections[name])
-            found = cls(**sections, warnings=tuple(document["warnings"]), arrays=arrays or {})
-        except KeyError as error:
-            raise UserError(f"the comparison is malformed: it has no {error.args[0]}") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the comparison is malformed: {error}") from error
-        if (said := document.get("boundaries")) != found.boundaries:
-            raise UserError(
-                f"the comparison is malformed: it says {said} boundaries, its columns have {found.boundaries}"
-            )
-        return found
+                sections[name] = undefined(sections[name])
+            comparison = cls(**sections, warnings=tuple(found["warnings"]), arrays=arrays or {})
+            check_boundaries(found, comparison.boundaries)
+            return comparison
 
     def rows(self) -> list[dict[str, Any]]:
         """Long form: one dict per metric and boundary; NaN where a metric has no interval or p-value."""
@@ -226,48 +199,10 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
     Raises:
       UserError: nothing there, another schema version, or a file that cannot be read.
     """
-    path = Path(path)
-    file = path / "comparison.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"no comparison at {path}: give a run folder that holds comparison.json, or the path of a comparison.json"
-        )
-    beside = file.with_name("comparison.safetensors")
-    try:
-        text = file.read_text(encoding="utf-8")
-        arrays = load(beside.read_bytes()) if beside.is_file() else {}
-        return Comparison.from_json(text, arrays)
-    except SafetensorError as error:
-        raise UserError(f"{beside} cannot be read: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+    return load_record(Path(path), "comparison", ARRAYS, Comparison.from_json)
 
 
 def save_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> None:
     """Writes comparison.safetensors (when there are arrays), comparison.csv and, last, comparison.json; each whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "comparison.safetensors"
-    if comparison.arrays:
-        write_whole(beside, save({name: np.ascontiguousarray(a) for name, a in comparison.arrays.items()}))
-    else:
-        beside.unlink(missing_ok=True)
     rows = comparison.rows()
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    write_whole(folder / "comparison.csv", table.getvalue().encode())
-    write_whole(folder / "comparison.json", comparison.to_json().encode())
-
-
-def _undefined(value: Any) -> Any:
-    """JSON's null is NaN again."""
-    if isinstance(value, dict):
-        return {key: _undefined(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_undefined(item) for item in value]
-    return math.nan if value is None else value
+    save_record(Path(folder), "comparison", comparison.to_json(), rows, ARRAYS, comparison.arrays)

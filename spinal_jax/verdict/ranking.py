@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinal_jax.result import number, plain, write_whole
+from spinal_jax.files import plain, write_whole
 from spinal_jax.verdict.comparison import Comparison
+from spinal_jax.wording import number
 
 SCHEMA = "spinal-ranking/1"
 

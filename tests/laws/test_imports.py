@@ -26,11 +26,13 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "metrics"},
     "trace": {"errors", "batch", "config", "metrics", "models"},
     "data": {"errors"},
-    "result": {"errors"},
-    "verdict": {"errors", "metrics", "result"},
-    "onset": {"errors", "metrics", "result", "verdict"},
-    "report": {"errors", "result", "verdict", "onset"},
-    "runs": {"errors", "result", "verdict", "report"},
+    "files": {"errors"},
+    "wording": set(),
+    "result": {"errors", "files", "wording"},
+    "verdict": {"errors", "metrics", "files", "wording", "result"},
+    "onset": {"errors", "metrics", "files", "verdict"},
+    "report": {"errors", "files", "wording", "result", "verdict", "onset"},
+    "runs": {"errors", "files", "result", "verdict", "report"},
     "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
     "train": {
         *(
@@ -44,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
             "models",
             "trace",
             "data",
+            "files",
             "result",
         ),
         *("verdict", "runs", "report", "api", "onset"),
@@ -74,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
 # Libraries that only these parts may import, and only inside a function.
 RESERVED = {"hydra": {"cli"}, "omegaconf": {"cli"}, "torch": {"verify"}}
 # Saved traces are read, compared and drawn where no JAX is.
-WITHOUT_JAX = ("errors", "result", "verdict", "report", "data", "__init__")
+WITHOUT_JAX = ("errors", "files", "wording", "result", "verdict", "report", "data", "__init__")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

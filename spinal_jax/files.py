@@ -1,0 +1,167 @@
+"""The files that a run leaves: JSON documents with a schema, a table and arrays beside them, each written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from spinal_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+class Record(Protocol):
+    """What a document is written from: an attribute for each of its sections beside these."""
+
+    @property
+    def boundaries(self) -> int: ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes the file under a temporary name, then renames it, so that nobody ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_record(path: Path, name: str, arrays: str, parse: Callable[[str, Mapping[str, np.ndarray]], T]) -> T:
+    """The record of a run folder, or of a NAME.json; its arrays come from the file `arrays` beside it, if there.
+
+    Raises:
+      UserError: nothing there, or a file that cannot be read or parsed.
+    """
+    file = path / f"{name}.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no {name} at {path}: give a run folder that holds {name}.json, or the path of a {name}.json")
+    beside = file.with_name(arrays)
+    try:
+        text = file.read_text(encoding="utf-8")
+        return parse(text, load(beside.read_bytes()) if beside.is_file() else {})
+    except SafetensorError as error:
+        raise UserError(f"{beside} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def save_record(
+    folder: Path,
+    name: str,
+    text: str,
+    rows: Sequence[Mapping[str, Any]],
+    beside: str,
+    arrays: Mapping[str, np.ndarray],
+) -> None:
+    """Writes the file `beside` (when there are arrays), NAME.csv and, last, NAME.json; each appears whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if arrays:
+        # safetensors writes the buffer as it lies in memory, so a strided view would come back scrambled.
+        write_whole(folder / beside, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+    else:
+        (folder / beside).unlink(missing_ok=True)
+    write_whole(folder / f"{name}.csv", table(rows).encode())
+    write_whole(folder / f"{name}.json", text.encode())
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV; NaN is an empty field."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    return out.getvalue()
+
+
+def document(schema: str, sections: Mapping[str, tuple[str, ...]], record: Record) -> str:
+    """The text of a document: equal records give equal bytes; NaN is null.
+
+    Args:
+      sections: by the name of an attribute the keys that come first in it, in order; further keys follow, sorted.
+    """
+    content: dict[str, Any] = {"schema": schema}
+    for name, keys in sections.items():
+        if name == "columns":
+            content["boundaries"] = record.boundaries
+        section = getattr(record, name)
+        content[name] = {key: plain(section[key]) for key in (*keys, *sorted(set(section) - set(keys)))}
+    content["warnings"] = list(record.warnings)
+    lines = ",\n".join(f"  {json.dumps(key)}: {_two_levels(value)}" for key, value in content.items())
+    return "{\n" + lines + "\n}\n"
+
+
+@contextlib.contextmanager
+def read(text: str, what: str, schema: str) -> Iterator[dict[str, Any]]:
+    """The content of a document; what is found to be wrong with it inside the block becomes a UserError too."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"the {what} is not valid JSON: {error}") from error
+    said = content.get("schema") if isinstance(content, dict) else None
+    if said != schema:
+        raise UserError(f"the {what} says schema {said!r}; this version of spinal_jax reads {schema!r}")
+    try:
+        yield content
+    except KeyError as error:
+        raise UserError(f"the {what} is malformed: it has no {error.args[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the {what} is malformed: {error}") from error
+
+
+def check_boundaries(content: Mapping[str, Any], boundaries: int) -> None:
+    """ValueError unless a document says as many boundaries as its columns have."""
+    if (said := content.get("boundaries")) != boundaries:
+        raise ValueError(f"it says {said} boundaries, its columns have {boundaries}")
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN -> None, arrays and tuples -> lists, mappings by sorted key."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(value[key]) for key in sorted(value)}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def undefined(value: Any) -> Any:
+    """JSON's null is NaN again."""
+    if isinstance(value, dict):
+        return {key: undefined(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [undefined(item) for item in value]
+    return math.nan if value is None else value
+
+
+def floats(name: str, values: Any) -> np.ndarray:
+    known = isinstance(values, list) and all(type(value) in (float, int, type(None)) for value in values)
+    if not known:
+        raise ValueError(f"column {name} is not a list of numbers and nulls")
+    return np.array([math.nan if value is None else value for value in values], np.float64)
+
+
+def _two_levels(value: Any) -> str:
+    """JSON with one line per key of a section, so that a trace diffs well and a column stays on its line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, allow_nan=False)
+    lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in value.items())
+    return "{\n" + lines + "\n  }"
