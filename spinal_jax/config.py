@@ -243,6 +243,7 @@ class CompareConfig:
     reference: ComparedConfig
     others: tuple[str, ...] = ()  # more run folders, to be ranked with the model
     other_references: tuple[str, ...] = ()  # one for each of them; none: the reference
+    names: tuple[str, ...] = ()  # how the model and each of others are called; none: as their traces say
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     preferences: PreferencesConfig | None = None  # pairs for the preference gradient; null: without it
     beta: float = 0.1  # of the DPO loss whose gradient that is
@@ -272,6 +273,8 @@ class CompareConfig:
         right = "as many folders as others, or none"
         fits = len(self.other_references) in (0, len(self.others))
         require(fits, "other_references", list(self.other_references), right)
+        right = "a name for the model and one for each of others, or none"
+        require(len(self.names) in (0, 1 + len(self.others)), "names", list(self.names), right)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def audit(settings: dict[str, Any], folder: Path) -> int:
     from spinal_jax import config, runs
 
     asked = config.build(config.AuditConfig, settings)
-    runs.check_free(folder, asked.overwrite)
+    runs.check_free(folder, asked.overwrite, config.to_mapping(asked))
     from spinal_jax.api import run_audit
     from spinal_jax.report.page import write_report
     from spinal_jax.result import save_trace
@@ -44,7 +45,7 @@ def compare(settings: dict[str, Any], folder: Path) -> int:
     from spinal_jax import config, runs
 
     asked = config.build(config.CompareConfig, settings)
-    runs.check_free(folder, asked.overwrite)
+    runs.check_free(folder, asked.overwrite, config.to_mapping(asked))
     from spinal_jax.report.comparison import write_comparison_report
     from spinal_jax.result import load_trace, save_trace
     from spinal_jax.verdict.compare import Weights, compare, shortfalls
@@ -64,6 +65,9 @@ def compare(settings: dict[str, Any], folder: Path) -> int:
         aligned, reference, both = measured.aligned, measured.reference, measured.both
     references = [load_trace(run) for run in asked.other_references] or [reference] * len(asked.others)
     more = [load_trace(run) for run in asked.others]
+    if asked.names:
+        called = zip((aligned, *more), asked.names, strict=True)
+        aligned, *more = (replace(trace, model={**trace.model, "name": name}) for trace, name in called)
     pairs = [(aligned, reference), *zip(more, references, strict=True)]
     found = []
     with bar("compare", len(pairs), "pair") as advance:
@@ -100,6 +104,8 @@ def train(settings: dict[str, Any], folder: Path) -> int:
     from spinal_jax.train.config import TrainConfig
 
     asked = config.build(TrainConfig, settings)
+    if not asked.overwrite:
+        runs.check_incomplete(folder, config.to_mapping(asked))
     from spinal_jax.report.training import write_training_report
     from spinal_jax.train.loop import Diverged
     from spinal_jax.train.run import run_train
@@ -177,4 +183,24 @@ def verify(settings: dict[str, Any], folder: Path) -> int:
     print(result, flush=True)
     if not result.passed:
         return FAILED
+    return DONE
+
+
+def plan(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config, runs
+    from spinal_jax.plan.config import PlanConfig
+
+    asked = config.build(PlanConfig, settings)
+    runs.check_free(folder, asked.overwrite, config.to_mapping(asked))
+    from spinal_jax.plan.plan import FILE, make_plan
+
+    seconds: dict[str, float] = {}
+    with stages(seconds)("plan", 1, "plan") as advance:
+        found = make_plan(asked)
+        advance(1)
+    with runs.writing(folder, asked.overwrite) as scratch:
+        found.save(scratch)
+        runs.write_manifest(scratch, "plan", config.to_mapping(asked), found.about(), seconds)
+    print(found)
+    print(f"written to {shown(folder / FILE)}", flush=True)
     return DONE

@@ -82,10 +82,11 @@ def test_more_runs_are_ranked(spinal: Spinal, runs: Path, tmp_path: Path) -> Non
     names = [row["aligned"] for row in json.loads((tmp_path / "out" / "ranking.json").read_text())["rows"]]
     assert names == ["tuned", "tiny", "other"]
     assert load_comparison(tmp_path / "out" / "others" / "1").verdict == "expansion"
-    own = f"other_references=[{runs / 'other'},{runs / 'tuned'}]"
-    assert spinal("compare", *both, others, own, "hydra.run.dir=own").code == 0
-    names = [row["reference"] for row in json.loads((tmp_path / "own" / "ranking.json").read_text())["rows"]]
-    assert names == ["tiny", "other", "tuned"]
+    own, called = f"other_references=[{runs / 'other'},{runs / 'tuned'}]", "names=[best,same,least]"
+    assert spinal("compare", *both, others, own, called, "hydra.run.dir=own").code == 0
+    rows = json.loads((tmp_path / "own" / "ranking.json").read_text())["rows"]
+    assert {row["aligned"]: row["reference"] for row in rows} == {"best": "tiny", "same": "other", "least": "tuned"}
+    spinal("compare", *both, others, "names=[one]").refusal("names is ['one']", "one for each of others")
     spinal("compare", *both, others, "other_references=[a]").refusal("other_references", "as many folders as others")
 
 
