@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spinal_jax import help as pages
 from spinal_jax import jobs
-from spinal_jax.console import DONE, MISTAKE, Stopped, complain
+from spinal_jax.console import MISTAKE, Outcome, Stopped, complain, shown, worst
 from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from omegaconf import DictConfig
+
+    from spinal_jax.sweep import Sweep
 
 Job = Callable[[dict[str, Any], Path], int]  # (settings, run folder) -> exit code
 
@@ -125,6 +127,11 @@ COMMANDS = {
         "model.source=FOLDER|FILE.gguf|HUB_ID",
         "Compares a checkpoint, layer by layer, with Hugging Face's PyTorch model; exit code 1 if they differ.",
     ),
+    "plan": Command(
+        jobs.plan,
+        "model=NAME devices=N device=v5e",
+        "Memory, work and time of an audit beforehand, and whether it fits: no weights, no accelerator.",
+    ),
     "report": Command(None, "DIR", "Draws figures and page of a finished run again, from its saved files alone."),
 }
 
@@ -154,52 +161,103 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from hydra.types import RunMode
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     started = time.time()
-    mistakes: list[str] = []
-    codes: list[int] = []
+    sweeps: list[Sweep] = []
+    ended: list[Outcome] = []
     folders: list[Path] = []
+
+    def begin(sweep: DictConfig) -> None:
+        from spinal_jax.sweep import Sweep
+
+        sweeps.append(Sweep(Path(sweep.hydra.sweep.dir), _runs_of(sweep)))
+
+    def attempt(settings: DictConfig, folder: Path) -> int:
+        missing = sorted(OmegaConf.missing_keys(settings))
+        for name in (name for name in missing if name in optional):
+            OmegaConf.update(settings, name, None)
+        if missing := [name for name in missing if name not in optional]:
+            raise UserError(f"{missing[0]} is missing; give {missing[0]}=...")
+        try:
+            return job(OmegaConf.to_container(settings, resolve=True), folder)  # type: ignore[arg-type]
+        except OmegaConfBaseException as error:
+            raise UserError(_hydras_words(error, command)) from error
 
     def task(settings: DictConfig) -> None:
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         folders.append(folder)
         is_new = folder.stat().st_ctime >= started  # Hydra has made it; otherwise it stays, empty or not
-        overrides = " ".join(run.overrides.task) if run.mode == RunMode.MULTIRUN else ""
-        if overrides:
-            print(f"run {run.job.num}: {overrides}", file=sys.stderr)
         try:
-            missing = sorted(OmegaConf.missing_keys(settings))
-            for name in (name for name in missing if name in optional):
-                OmegaConf.update(settings, name, None)
-            if missing := [name for name in missing if name not in optional]:
-                raise UserError(f"{missing[0]} is missing; give {missing[0]}=...")
-            codes.append(job(OmegaConf.to_container(settings, resolve=True), folder))  # type: ignore[arg-type]
-        except (UserError, OmegaConfBaseException) as error:
-            # Kept from Hydra, which would print its own words first. The rest of a sweep runs on.
-            message = str(error) if isinstance(error, UserError) else _hydras_words(error, command)
-            mistakes.append(f"{message} (run {run.job.num}: {overrides})" if overrides else message)
+            if sweeps:
+                sweeps[0].run(run.job.num, list(run.overrides.task), folder, lambda: attempt(settings, folder))
+            else:
+                ended.append(Outcome(0, attempt(settings, folder)))
+        except UserError as error:
+            ended.append(Outcome(0, MISTAKE, str(error)))  # kept from Hydra, which would print its own words first
         finally:
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()
 
     groups = pages.groups_of(command)
-    sys.argv = [f"spinal {command}", *(_in_hydras_words(argument, groups) for argument in arguments)]
+    words = [_in_hydras_words(argument, groups) for argument in arguments]
+    sys.argv = [f"spinal {command}", *words, f"+hydra.callbacks.spinal._target_={__name__}._on_sweep"]
+    _BEGIN.append(begin)
     try:
         hydra.main(version_base="1.3", config_path=str(pages.conf_folder()), config_name=command)(task)()
+        ended += sweeps[0].outcomes() if sweeps else []
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_hydras_words(error, command)) from error
     except OSError as error:
         if folders:
             raise
         raise UserError(f"the output folder cannot be made: {error}") from error
-    for mistake in mistakes:
-        complain(mistake)
-    if worst := MISTAKE if mistakes else max(codes, default=DONE):
-        sys.exit(worst)
+    except Stopped as stopped:
+        if sweeps:
+            stopped.kept = f"the same command with hydra.sweep.dir={shown(sweeps[0].folder)} passes over complete runs"
+        raise
+    finally:
+        _BEGIN.pop()
+        if sweeps:
+            sweeps[0].close()
+    for outcome in ended:
+        if outcome.message:
+            complain(outcome.message)
+    if code := worst(ended):
+        sys.exit(code)
+
+
+_BEGIN: list[Callable[[Any], None]] = []  # what is to be done at the start of a sweep, by whoever waits for one
+
+
+def _on_sweep() -> Any:
+    """What Hydra calls at the turns of a sweep, in the process that launches its runs."""
+    from hydra.experimental.callback import Callback
+
+    class OnSweep(Callback):
+        def on_multirun_start(self, config: Any, **_: Any) -> None:
+            _BEGIN[-1](config)
+
+        def __reduce__(self) -> Any:  # it goes along to worker processes, which begin no sweep
+            return _on_sweep, ()
+
+    return OnSweep()
+
+
+def _runs_of(sweep: DictConfig) -> list[list[str]] | None:
+    """The settings of each run that Hydra's own sweeper will make of its arguments; None for another sweeper."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if not sweep.hydra.sweeper._target_.endswith("BasicSweeper"):
+        return None
+    texts = [f"{name}={values}" for name, values in (sweep.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    (runs,) = BasicSweeper.split_arguments(parser.parse_overrides([*texts, *sweep.hydra.overrides.task]), None)
+    return runs
 
 
 def _hydras_words(error: Exception, command: str) -> str:

@@ -7,7 +7,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,22 @@ if TYPE_CHECKING:
     from spinal_jax.api import Bar
 
 DONE, FAILED, MISTAKE, SHORT = 0, 1, 2, 3  # exit codes
+SEVERITY = (FAILED, MISTAKE, SHORT, DONE)  # the worst first
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    number: int  # from 0
+    code: int
+    message: str = ""  # what went wrong
+    passed_over: bool = False  # it was complete before
+
+
+def worst(outcomes: Sequence[Outcome]) -> int:
+    """The exit code of many runs: 1 where one failed, else 2 where one was asked for wrongly, else 3, else 0."""
+    return min((outcome.code for outcome in outcomes), key=SEVERITY.index, default=DONE)
 
 
 class Stopped(KeyboardInterrupt):

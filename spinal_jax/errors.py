@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """A mistake in what was asked or given, said in one sentence; the command line exits with code 2."""
+
+
+class AlreadyDone(UserError):
+    """The folder holds the complete run that was asked for; in a sweep nothing is left to do."""

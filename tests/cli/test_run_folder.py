@@ -167,7 +167,7 @@ def test_a_sweep_writes_a_folder_for_each_value(spinal: Spinal, model: Path, pro
     assert outcome.code == 2  # the second one is a mistake, which does not stop the third
     (complaint,) = (line for line in outcome.err.splitlines() if line.startswith("spinal: "))
     assert "[0.6, 0.1]" in complaint
-    assert "run 1" in complaint
+    assert "(run 2 of 3: metrics.contraction.window=[0.6,0.1])" in complaint
     folders = sorted(path.parent for path in tmp_path.rglob(runs.MANIFEST))
     assert folders == [tmp_path / "sweep" / "0", tmp_path / "sweep" / "2"]
     assert [manifest_of(f)["config"]["metrics"]["contraction"]["window"] for f in folders] == [[0.1, 0.6], [0.2, 0.7]]

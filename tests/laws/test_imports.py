@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "files", "wording", "result", "verdict", "onset"},
     "runs": {"errors", "files", "result", "verdict", "report"},
     "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
+    "plan": {"errors", "batch", "config", "mesh", "metrics", "models", "trace", "api"},
     "train": {
         *(
             "errors",
@@ -71,8 +72,10 @@ ALLOWED: dict[str, set[str]] = {
         "train",
         "footprint",
         "verify",
+        "plan",
     },
-    "cli": {"errors", "report", "help", "console", "jobs"},
+    "sweep": {"errors", "files", "console"},
+    "cli": {"errors", "report", "help", "console", "jobs", "sweep"},
 }
 # Libraries that only these parts may import, and only inside a function.
 RESERVED = {"hydra": {"cli"}, "omegaconf": {"cli"}, "torch": {"verify"}}
