@@ -4,6 +4,9 @@ Several prompts share a row, told apart by `segments`, so that padding wastes li
 whole pool. Rows are sorted by jackknife group, a row holds prompts of one group only, and a batch touches at most
 `SLOTS` groups in a row, each with an accumulator of its own (its `slot`): the statistics of a group are complete, and
 can leave the device, before its slot is needed again.
+
+Where devices share the rows of a batch, each has equally many, one after the other (a shard), and the measured
+positions of its own rows: what a device measures never has to come from another.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -39,8 +42,8 @@ class TokenBatch:
     lengths: Array  # int32 [B, T] tokens in its own sequence
     counted: Array  # float32 [B, T] 1 where the position counts for contraction
     slots: Array  # int32 [B] the accumulator of the row's group
-    measured: Array  # int32 [M] flat index b * T + t of each position that transport measures
-    measured_weight: Array  # float32 [M] 1 for the real ones, which come first
+    measured: Array  # int32 [M] flat index b * T + t, within its shard, of each position that transport measures
+    measured_weight: Array  # float32 [M] 1 for the real ones, which come first in each shard
     measured_group: Array  # int32 [M]
 
 
@@ -108,6 +111,7 @@ class Packed:
     height: int  # B
     length: int  # T
     measured: int  # M
+    shards: int  # how many share the rows
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Plan:
     skip: int
     batches: tuple[Packed, ...]
     visits: tuple[Visit, ...]
+    slots: int = SLOTS  # most groups in a batch
 
     @property
     def tokens(self) -> int:
@@ -146,6 +151,7 @@ class Plan:
         return 1 - self.tokens / self.padded_tokens
 
     def __iter__(self) -> Iterator[TokenBatch]:
+        """The batches, as arrays of the host."""
         return (self._fill(packed) for packed in self.batches)
 
     def _fill(self, packed: Packed) -> TokenBatch:
@@ -154,9 +160,12 @@ class Plan:
         counted, slots = np.zeros(shape, np.float32), np.zeros(packed.height, np.int32)
         measured, group = np.zeros(packed.measured, np.int32), np.zeros(packed.measured, np.int32)
         weight = np.zeros(packed.measured, np.float32)
+        share, room = packed.height // packed.shards, packed.measured // packed.shards
         filled = 0
         for b, (row, visit) in enumerate(zip(packed.rows, packed.visits, strict=True)):
             slots[b] = self.visits[visit].slot
+            if b % share == 0:
+                filled = b // share * room
             start = 0
             for segment, number in enumerate(row, start=1):
                 sequence = self.sequences[number]
@@ -169,17 +178,31 @@ class Plan:
                 counted[b, start + self.skip : start + size] = 1
                 chosen = self.selector.of(sequence)
                 into = slice(filled, filled + len(chosen))
-                measured[into] = b * packed.length + start + chosen
+                measured[into] = b % share * packed.length + start + chosen
                 group[into], weight[into] = sequence.group, 1
                 filled += len(chosen)
                 start += size
-        return TokenBatch(
-            *map(jnp.asarray, (tokens, positions, segments, lengths, counted, slots, measured, weight, group))
-        )
+        arrays: tuple[Any, ...] = (tokens, positions, segments, lengths, counted, slots, measured, weight, group)
+        return TokenBatch(*arrays)
 
 
-def plan(sequences: Sequence[TokenSequence], selector: Positions, skip: int, batch_tokens: int) -> Plan:
+def plan(
+    sequences: Sequence[TokenSequence],
+    selector: Positions,
+    skip: int,
+    batch_tokens: int,
+    shards: int = 1,
+    slots: int = SLOTS,
+) -> Plan:
     """Packs sequences into batches of about `batch_tokens` tokens, few shapes and little padding.
+
+    Args:
+        sequences: the tokenised prompts.
+        selector: which positions transport measures.
+        skip: how many first tokens of each sequence contraction leaves out.
+        batch_tokens: of all shards together; each gets a row at least.
+        shards: how many share the rows of a batch; it divides every batch's height and number of measured positions.
+        slots: most groups in a batch.
 
     Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen
     by trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
@@ -201,24 +224,26 @@ def plan(sequences: Sequence[TokenSequence], selector: Positions, skip: int, bat
         options = []
         for length in _row_lengths(longest):
             packed = {g: _pack([(len(sequences[n].ids), n) for n in ns], length) for g, ns in sorted(by_group.items())}
-            for height in _heights(batch_tokens, length):
-                cuts = _cut([len(rows) for rows in packed.values()], height)
-                cost = len(cuts) * (height * length * (1 + length / ATTENTION_LENGTH) + BATCH_OVERHEAD)
+            for height in _heights(batch_tokens, length, shards):
+                cuts = _cut([len(rows) for rows in packed.values()], height, slots)
+                cost = len(cuts) * (height * length * (1 + length / ATTENTION_LENGTH) + BATCH_OVERHEAD * shards)
                 options.append((cost, -length, -height, packed, cuts))
         _, length, height, packed, cuts = min(options, key=lambda option: option[:3])
         length, height = -length, -height
         first = len(visits)
         rows = [(row, first + k) for k, group in enumerate(packed.values()) for row in group]
-        most = max(sum(len(selector.of(sequences[n])) for row, _ in rows[a:b] for n in row) for a, b in cuts)
+        share = height // shards
+        parts = [(start, min(start + share, b)) for a, b in cuts for start in range(a, b, share)]
+        most = max(sum(len(selector.of(sequences[n])) for row, _ in rows[a:b] for n in row) for a, b in parts)
         width = max(MEASURED_MULTIPLE, -(-most // MEASURED_MULTIPLE) * MEASURED_MULTIPLE)
         offset = len(batches)
         for a, b in cuts:
             chosen, owner = zip(*rows[a:b], strict=True)
-            batches.append(Packed(chosen, owner, height, length, width))
+            batches.append(Packed(chosen, owner, height, length, width * shards, shards))
         for k, group in enumerate(packed):
             last = max(i for i, (a, b) in enumerate(cuts) if any(owner == first + k for _, owner in rows[a:b]))
-            visits.append(Visit(group, (first + k) % SLOTS, offset + last))
-    return Plan(sequences, selector, skip, tuple(batches), tuple(visits))
+            visits.append(Visit(group, (first + k) % slots, offset + last))
+    return Plan(sequences, selector, skip, tuple(batches), tuple(visits), slots)
 
 
 def _row_lengths(longest: int) -> list[int]:
@@ -229,9 +254,9 @@ def _row_lengths(longest: int) -> list[int]:
     return sorted(t for t in tried if tight <= t <= LENGTH_CLASSES[0])
 
 
-def _heights(batch_tokens: int, length: int) -> list[int]:
-    most = max(1, batch_tokens // length)
-    return sorted({max(1, most // k) for k in (1, 2, 3, 4, 6, 8, 16)})
+def _heights(batch_tokens: int, length: int, shards: int) -> list[int]:
+    most = max(1, batch_tokens // (length * shards))  # rows of a shard
+    return sorted({shards * max(1, most // k) for k in (1, 2, 3, 4, 6, 8, 16)})
 
 
 def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:
@@ -251,8 +276,8 @@ def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:
     return [tuple(row) for row in rows]
 
 
-def _cut(counts: list[int], height: int) -> list[tuple[int, int]]:
-    """Cuts consecutive rows into batches [a, b) of at most `height` rows and `SLOTS` groups.
+def _cut(counts: list[int], height: int, slots: int) -> list[tuple[int, int]]:
+    """Cuts consecutive rows into batches [a, b) of at most `height` rows and `slots` groups.
 
     `counts` says how many rows each group has.
     """
@@ -260,7 +285,7 @@ def _cut(counts: list[int], height: int) -> list[tuple[int, int]]:
     cuts, start, total = [], 0, int(ends[-1])
     while start < total:
         group = int(np.searchsorted(ends, start, side="right"))
-        stop = min(start + height, int(ends[min(group + SLOTS, len(ends)) - 1]))
+        stop = min(start + height, int(ends[min(group + slots, len(ends)) - 1]))
         cuts.append((start, stop))
         start = stop
     return cuts

@@ -2,13 +2,16 @@
 
 A mesh has three axes: `data` (rows of a batch), `fsdp` (rows too, and parameters along one dimension) and `tensor`
 (parameters along the other). Models hold no sharding of their own; the rules below say it once, by the path of a
-parameter, and XLA's partitioner does the rest.
+parameter, and XLA's partitioner does the rest. Where it would gather what is split, the audit says what each device
+does (`Shards.by_rows`, `by_features`, `by_vocabulary`).
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -22,8 +25,10 @@ from spinal_jax.errors import UserError
 T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # what splits the rows of a batch
 ROOTS = ("embedding", "positions", "stacks", "final_norm", "unembedding")
 LARGE = 1 << 22  # elements from which a parameter must not lie whole on every device of a mesh that shards
+TABLE_BYTES = 1 << 30  # of the unembedding, up to which only `tensor` splits its rows
 
 # (paths, axes of the last dimensions); what no rule names is small and lies whole on every device.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -46,6 +51,8 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     """
     sizes = [config.data, config.fsdp, config.tensor]
     count = jax.device_count()
+    if sizes == [1, 1, 1]:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
@@ -56,7 +63,7 @@ def make_mesh(config: ParallelConfig) -> Mesh:
 
 
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lies. A dimension that an axis does not divide is not split along it.
+    """Where a parameter lies. An axis that does not divide its dimension splits the other one where it divides that.
 
     Raises:
         UserError: a large parameter would lie whole on every device of a mesh that is there to split it.
@@ -64,14 +71,21 @@ def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSh
     axes: tuple[str | None, ...] = next((axes for rule, axes in RULES if re.fullmatch(rule, path)), ())
     axes = axes[-len(shape) :] if len(shape) else ()
     axes = (None,) * (len(shape) - len(axes)) + axes
-    fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)]
+    named = [number for number, axis in enumerate(axes) if axis]
+    fitting: list[list[str]] = [[] for _ in shape]
+    for number in named:
+        for place in (number, *(n for n in named if n != number)):
+            wanted = [*fitting[place], axes[number] or ""]
+            if shape[place] % math.prod(mesh.shape[axis] for axis in wanted) == 0:
+                fitting[place] = wanted
+                break
     split = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    if split > 1 and math.prod(shape) >= LARGE and not any(axis and mesh.shape[axis] > 1 for axis in fitting):
+    if split > 1 and math.prod(shape) >= LARGE and not any(mesh.shape[a] > 1 for some in fitting for a in some):
         raise UserError(
             f"{path} {list(shape)} would lie whole on each of {mesh.size} devices: fsdp {mesh.shape['fsdp']} and "
             f"tensor {mesh.shape['tensor']} do not divide it; choose sizes that do"
         )
-    return NamedSharding(mesh, PartitionSpec(*fitting))
+    return NamedSharding(mesh, PartitionSpec(*(tuple(some) or None for some in fitting)))
 
 
 def shard_parameters(tree: T, mesh: Mesh) -> T:
@@ -87,7 +101,7 @@ def shard_parameters(tree: T, mesh: Mesh) -> T:
 
 def shard_rows(tree: T, mesh: Mesh) -> T:
     """Host arrays of a batch on the devices: matrices [R, ..] split by rows over data and fsdp, vectors whole."""
-    by_rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    by_rows = NamedSharding(mesh, PartitionSpec(ROWS))
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.device_put(x, by_rows if np.ndim(x) > 1 else whole), tree)
 
@@ -100,3 +114,141 @@ def row_multiple(mesh: Mesh) -> int:
 def replicated(tree: T, mesh: Mesh) -> T:
     """Whole on every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the arrays of an audit lie on a mesh, and how its devices share the work. Hashable: a static argument.
+
+    Attributes:
+        mesh: the devices.
+        vocabulary: the axes that split the rows of the unembedding in the walk through the vocabulary. Measured
+            positions are split by the row axes that are left.
+    """
+
+    mesh: Mesh
+    vocabulary: tuple[str, ...] = ("tensor",)
+
+    @staticmethod
+    def of(mesh: Mesh, table_bytes: int) -> Shards:
+        """For an unembedding of so many bytes.
+
+        Rows of a batch and their measured positions then stay on their device, and only sums over the vocabulary are
+        exchanged along `tensor`. That takes a copy of the unembedding that `fsdp` does not split; where it would be
+        large, `fsdp` splits the vocabulary too, and residuals at the measured positions are gathered along it.
+        """
+        return Shards(mesh, ("tensor",) if table_bytes <= TABLE_BYTES * mesh.shape["tensor"] else ("tensor", "fsdp"))
+
+    @property
+    def rows(self) -> int:
+        """How many devices share the rows of a batch: a multiple of it is what `batch.plan` makes."""
+        return row_multiple(self.mesh)
+
+    @property
+    def table_multiple(self) -> int:
+        """What the number of rows of the unembedding is padded to a multiple of."""
+        return math.prod(self.mesh.shape[axis] for axis in self.vocabulary)
+
+    def _on(self, *axes: Any) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """On every device: a scalar, and the sums that `read` carries."""
+        return self._on()
+
+    def parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Of a parameter, by its path."""
+        return parameter_sharding(self.mesh, path, shape)
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Of every array of a batch: rows [B, ..], and the measured positions [M] of each device's rows."""
+        return self._on(ROWS)
+
+    @property
+    def kept(self) -> NamedSharding:
+        """Of the residuals at the measured positions, [D + 1, M, d]."""
+        return self._on(None, ROWS)
+
+    @property
+    def table(self) -> NamedSharding:
+        """Of the unembedding [V, d] and its bias [V] in the walk through the vocabulary."""
+        return self._on(self.vocabulary)
+
+    def features(self, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(axes along which each device makes some rows of a Gram matrix, and of ROWS those that split them further).
+
+        The rows of the matrices are split and not the boundaries, because that is how the parts are made: a device
+        makes d / tensor rows from its own hidden states, of which it then keeps what a reduce-scatter along `fsdp` and
+        `data` leaves it. With boundaries split, a boundary's sums would cross the mesh whole to the one that keeps
+        them, and D + 1 is rarely divided by anything.
+        """
+        made = ("tensor",) if width % self.mesh.shape["tensor"] == 0 else ()
+        left = width // math.prod(self.mesh.shape[axis] for axis in made)
+        kept: tuple[str, ...] = ()
+        for axis in reversed(ROWS):
+            if left % self.mesh.shape[axis] == 0:
+                kept, left = (*kept, axis), left // self.mesh.shape[axis]
+        return made, kept
+
+    def grams(self, width: int) -> tuple[Any, Any]:
+        """`NamedSharding`s of the Gram sums [slots, D + 1, d, d] and of the sums [slots, D + 1, d] beside them."""
+        made, kept = self.features(width)
+        return self._on(None, None, (*made, *kept)), self.whole
+
+    def by_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of arrays split by rows, run by each device on its own, to arrays split by rows."""
+        by = PartitionSpec(ROWS)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=by, out_specs=by, check_vma=False)
+
+    def by_features(self, function: Callable[..., Any], width: int) -> Callable[..., Any]:
+        """`function` of arrays split by rows to (Gram sums, sums), split as `grams` says."""
+        second, first = self.grams(width)
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=PartitionSpec(ROWS),
+            out_specs=(second.spec, first.spec),
+            check_vma=False,
+        )
+
+    def by_vocabulary(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(lenses, x, weight)` of a part of the vocabulary and of the positions x [L, M, d], weight [M], to
+        arrays [.., M] that are the same on every device that shares the vocabulary."""
+        positions = PartitionSpec(tuple(axis for axis in ROWS if axis not in self.vocabulary))
+        by = PartitionSpec(None, *positions)
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(self.table.spec, by, positions),
+            out_specs=by,
+            check_vma=False,
+        )
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Devices that each have a whole model: `each` splits the first axis of an array among them."""
+
+    mesh: Mesh  # of one axis
+
+    @staticmethod
+    def all() -> Replicas:
+        """All devices of this process, in the order of `jax.pmap`."""
+        return Replicas(Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,)))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.mesh.size
+
+    @property
+    def each(self) -> NamedSharding:
+        """One entry of the first axis on each device."""
+        return NamedSharding(self.mesh, PartitionSpec("data"))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """Whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())

@@ -70,6 +70,49 @@ def update(grams: Grams, h: Array, counted: Array, slots: Array, boundary: Array
     return jax.lax.fori_loop(0, x.shape[0], add, grams)
 
 
+class Split(NamedTuple):
+    """How devices share the work of a Gram sum: names of the axes of a `jax.shard_map`."""
+
+    rows: tuple[str, ...]  # hidden states are split along these
+    features: tuple[str, ...]  # each device makes some rows of the matrix: it has all features of its hidden states
+    scattered: tuple[str, ...]  # of `rows`: those along which each device keeps a part of the rows it has made
+
+
+def shard_sums(h: Array, counted: Array, slots: Array, count: int, dtype: np.dtype, split: Split) -> Grams:
+    """What one boundary adds to the sums of all devices, within a `jax.shard_map`.
+
+    Args:
+        h, counted, slots: as `update` takes them, of this device's rows.
+        count: how many slots there are.
+        dtype: of the sums.
+        split: how the work is shared.
+
+    Returns:
+        [count, 1, d / n, d], this device's rows of the matrices, of which the lower triangle counts, and
+        [count, 1, d].
+    """
+    width = h.shape[-1]
+    mine = width // jax.lax.axis_size(split.features)
+    if mine == width:
+        sums = update(init(count, 1, width, dtype), h, counted, slots, jnp.int32(0))
+    else:
+        begin = jax.lax.axis_index(split.features) * mine
+        x = jnp.where(counted[..., None] > 0, h, 0).astype(dtype)
+
+        def add(b: Array, sums: Grams) -> Grams:
+            left = jax.lax.dynamic_slice_in_dim(x[b], begin, mine, axis=1)
+            outer = jax.lax.dot_general(left, x[b], (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+            at = slots[b], 0
+            return Grams(sums.second.at[at].add(outer), sums.first.at[at].add(jnp.sum(x[b], axis=0)))
+
+        empty = Grams(jnp.zeros((count, 1, mine, width), dtype), jnp.zeros((count, 1, width), dtype))
+        sums = jax.lax.fori_loop(0, x.shape[0], add, empty)
+    second = jax.lax.psum(sums.second, tuple(axis for axis in split.rows if axis not in split.scattered))
+    if split.scattered:
+        second = jax.lax.psum_scatter(second, split.scattered, scatter_dimension=2, tiled=True)
+    return Grams(second, jax.lax.psum(sums.first, split.rows))
+
+
 def singular_values(second: np.ndarray, first: np.ndarray | None = None, rows: int = 0) -> np.ndarray:
     """Singular values of the rows behind a Gram sum, float64 [d], descending; of the centred rows if `first` is given.
 

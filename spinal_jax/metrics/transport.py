@@ -10,6 +10,8 @@ D becomes `a b D + (a - b)(a A - b A')`, which subtracts nothing large. At the e
 Several models that share a vocabulary are read in one walk: each chunk has the logits of all of them side by side, so
 distances between models cost no matmul of their own. Their boundaries are numbered through: 0..D are the first
 model's, D + 1..2D + 1 the second's.
+
+Devices that share the vocabulary each walk through their own rows of it; the sums of all are then one more such step.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class _Running(NamedTuple):
     tokens: tuple[Array, ...]  # [L, M, K] which tokens have them
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["unembed", "bias"], meta_fields=["cap", "temperature"])
+@partial(jax.tree_util.register_dataclass, data_fields=["unembed", "bias"], meta_fields=["cap", "temperature", "size"])
 @dataclass(frozen=True)
 class Lens:
     """How logits are read from a normed residual: `cap(x @ unembed.T + bias) / temperature`."""
@@ -73,6 +75,12 @@ class Lens:
     bias: Array | None  # [V]
     cap: float | None
     temperature: float
+    size: int | None = None  # how many of the rows are tokens, the rest being there to be split evenly; None: all
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of all devices together."""
+        return self.unembed.shape[0] if self.size is None else self.size
 
     def logits(self, scores: Array, bias: Array | float) -> Array:
         """From the product with the unembedding, float32."""
@@ -82,7 +90,7 @@ class Lens:
     def read(self, x: Array) -> Array:
         """float32 [..., V] from x [..., d], the whole vocabulary at once."""
         scores = jnp.einsum("...d,vd->...v", x, self.unembed, preferred_element_type=jnp.float32)
-        return self.logits(scores, 0.0 if self.bias is None else self.bias.astype(jnp.float32))
+        return self.logits(scores, 0.0 if self.bias is None else self.bias.astype(jnp.float32))[..., : self.vocab_size]
 
 
 def lens_stats(
@@ -92,6 +100,7 @@ def lens_stats(
     divergences: tuple[tuple[int, int], ...] = (),
     top_k: int | None = None,
     count: Array | None = None,
+    over: tuple[str, ...] = (),
 ) -> LensStats:
     """Distances, entropies and normalisers of the distributions that the lenses read.
 
@@ -104,10 +113,11 @@ def lens_stats(
             gives a lower bound of each distance; None is exact. Divergences are exact either way.
         count: how many of the M positions matter, the first ones; work on the rest is saved, and what is returned for
             them has no meaning. None: all.
+        over: axes of a `jax.shard_map` along which the lenses' rows are split; what is returned is then of all rows.
     """
     boundaries, positions, _ = x[0].shape
-    vocab = lenses[0].unembed.shape[0]
-    top_k = None if top_k is None else min(top_k, vocab)
+    vocab = lenses[0].unembed.shape[0]  # of this device
+    top_k = None if top_k is None else min(top_k, lenses[0].vocab_size)
     budget = TILE_BYTES.get(jax.default_backend(), TILE_BYTES_ELSEWHERE)
     budget //= 4 * boundaries * len(lenses)  # positions x tokens
     tile = min(positions, max(8, budget // CHUNK))
@@ -117,8 +127,10 @@ def lens_stats(
     x = tuple(jnp.pad(part, ((0, 0), (0, tiles * tile - positions), (0, 0))) for part in x)
 
     def one_tile(part: tuple[Array, ...]) -> LensStats:  # [L, tile, d] each
-        run = _walk(lenses, part, pairs, divergences, chunks, top_k or 0)
-        return _finish(run, lenses, part, pairs, divergences, top_k)
+        run = _walk(lenses, part, pairs, divergences, chunks, top_k or 0, over)
+        if over:
+            run = _join(run, pairs, divergences, over)
+        return _finish(run, lenses, part, pairs, divergences, top_k, over)
 
     def step(number: Array, found: LensStats) -> LensStats:
         begin = number * tile
@@ -146,9 +158,11 @@ def _walk(
     divergences: tuple[tuple[int, int], ...],
     chunks: int,
     top_k: int,
+    over: tuple[str, ...],
 ) -> _Running:
-    """The vocabulary in `chunks` parts, for one tile x [L, tile, d] of each model."""
+    """This device's rows of the vocabulary in `chunks` parts, for one tile x [L, tile, d] of each model."""
     vocab, shape = lenses[0].unembed.shape[0], x[0].shape[:2]
+    first = _first_token(lenses[0], over)
     chunk = -(-vocab // chunks)
 
     def step(number: Array, run: _Running) -> _Running:
@@ -163,12 +177,14 @@ def _walk(
             z = lens.logits(jnp.einsum("lmd,vd->lmv", x, rows, preferred_element_type=jnp.float32), bias)
             if vocab % chunk:
                 z = jnp.where(start + jnp.arange(chunk, dtype=jnp.int32) >= begin, z, LEAST)
+            if lens.size is not None:
+                z = jnp.where(first + start + jnp.arange(chunk, dtype=jnp.int32) < lens.size, z, LEAST)
             return z
 
         z = tuple(map(logits, lenses, x))
         run = _add(run, z, pairs, divergences)
         if top_k:
-            best = [merge_top(b, n, part, start) for b, n, part in zip(run.best, run.tokens, z, strict=True)]
+            best = [merge_top(b, n, part, first + start) for b, n, part in zip(run.best, run.tokens, z, strict=True)]
             run = run._replace(best=tuple(b for b, _ in best), tokens=tuple(t for _, t in best))
         return run
 
@@ -223,6 +239,45 @@ def _add(
     )
 
 
+def _first_token(lens: Lens, over: tuple[str, ...]) -> Array | int:
+    """Which token this device's first row is."""
+    return jax.lax.axis_index(over) * lens.unembed.shape[0] if over else 0
+
+
+def _join(
+    run: _Running, pairs: tuple[Pair, ...], divergences: tuple[tuple[int, int], ...], over: tuple[str, ...]
+) -> _Running:
+    """The running sums of the whole vocabulary from those of each device along `over`."""
+    top = tuple(jax.lax.pmax(part, over) for part in run.top)
+    shrink = tuple(jnp.exp((old - new) / 2) for old, new in zip(run.top, top, strict=True))
+    gaps = []
+    for pair, gap in zip(pairs, run.gaps, strict=True):
+        here, there = pair.slices()
+        a, b, mass, other = _of(shrink, here), _of(shrink, there), _of(run.mass, here), _of(run.mass, there)
+        gaps.append(a * b * gap + (a - b) * (a * mass - b * other))
+    leaning = [
+        _of(shrink, slice(here, here + 1))[0] ** 2 * part
+        for (here, _), part in zip(divergences, run.leaning, strict=True)
+    ]
+    best, tokens = run.best, run.tokens
+    if best[0].shape[-1]:
+        every = tuple(jax.lax.all_gather(part, over, axis=-1, tiled=True) for part in best)
+        names = tuple(jax.lax.all_gather(part, over, axis=-1, tiled=True) for part in tokens)
+        found = [jax.lax.top_k(part, best[0].shape[-1]) for part in every]
+        best = tuple(values for values, _ in found)
+        tokens = tuple(jnp.take_along_axis(n, place, axis=-1) for n, (_, place) in zip(names, found, strict=True))
+    total = partial(jax.lax.psum, axis_name=over)
+    return _Running(
+        top,
+        tuple(total(a**2 * mass) for a, mass in zip(shrink, run.mass, strict=True)),
+        tuple(total(a**2 * moment) for a, moment in zip(shrink, run.moment, strict=True)),
+        tuple(map(total, gaps)),
+        tuple(map(total, leaning)),
+        best,
+        tokens,
+    )
+
+
 def _finish(
     run: _Running,
     lenses: tuple[Lens, ...],
@@ -230,6 +285,7 @@ def _finish(
     pairs: tuple[Pair, ...],
     divergences: tuple[tuple[int, int], ...],
     top_k: int | None,
+    over: tuple[str, ...],
 ) -> LensStats:
     boundaries = x[0].shape[0]
     mass, top = jnp.concatenate(run.mass), jnp.concatenate(run.top)
@@ -245,9 +301,13 @@ def _finish(
         def log_p(at: slice, tokens: Array) -> Array:
             """Log-probabilities [l, M, K] of `tokens` at the boundaries `at`."""
             lens = lenses[at.start // boundaries]
-            bias = 0.0 if lens.bias is None else lens.bias[tokens].astype(jnp.float32)
-            scores = jnp.einsum("lmd,lmkd->lmk", _of(x, at), lens.unembed[tokens], preferred_element_type=jnp.float32)
-            return lens.logits(scores, bias) - log_normaliser[at][..., None]
+            row = tokens - _first_token(lens, over)
+            bias = 0.0 if lens.bias is None else lens.bias[row].astype(jnp.float32)
+            scores = jnp.einsum("lmd,lmkd->lmk", _of(x, at), lens.unembed[row], preferred_element_type=jnp.float32)
+            z = lens.logits(scores, bias)
+            if over:  # one device has the row
+                z = jax.lax.psum(jnp.where((row >= 0) & (row < lens.unembed.shape[0]), z, 0.0), over)
+            return z - log_normaliser[at][..., None]
 
         p, q = _of(run.tokens, here), _of(run.tokens, there)
         coarse = coarse_distance(log_p(here, p), log_p(there, q), log_p(here, q), log_p(there, p), p, q)

@@ -5,6 +5,8 @@ is measured; `read` takes their token distributions in one pass over the vocabul
 Gram sums on the device for the groups being visited, all others in a scratch file, so memory does not grow with the
 number of prompts.
 
+Every step runs on the `OneDevice` given, which may be a mesh or replicas.
+
 Two models need not be in memory together: of a `Reference` stay its unembedding and, in a scratch file, its residuals
 at the measured positions, and one pass over the vocabulary then reads both models.
 """
@@ -25,15 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spinal_jax.batch import SLOTS, Plan, TokenBatch, Visit
+from spinal_jax.batch import Plan, TokenBatch, Visit
 from spinal_jax.config import MetricsConfig
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction, jackknife
 from spinal_jax.metrics.depth import summary
 from spinal_jax.metrics.tail import MIN_RANKS
 from spinal_jax.metrics.transport import Lens
-from spinal_jax.models.decoder import Decoder, Tap
-from spinal_jax.trace.reading import Across, Reading, Sums, nothing_read, over_groups, read_batch
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.trace.devices import OneDevice
+from spinal_jax.trace.reading import Across, Reading, Sums, nothing_read, over_groups
 from spinal_jax.trace.spectra import GramSpool, Groups, Spectra, all_spectra, groups_of, spectra_count
 
 LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
@@ -74,59 +77,6 @@ class Measurement:
     policy: PolicyDistance | None = None  # where there is a reference
 
 
-def gather(
-    model: Decoder, grams: tuple[contraction.Grams, ...], gap: Array, batch: TokenBatch, *, skips: tuple[int, ...]
-) -> tuple[tuple[contraction.Grams, ...], Array, Array]:
-    """Runs the forward of one batch. Pure.
-
-    Args:
-        grams: the sums of the rows that count and, for each of `skips`, of those from that position on.
-        gap: largest difference seen so far between the model's own output and what its lens reads at boundary D.
-
-    Returns:
-        (grams, x [D + 1, M, d] at the measured positions after the final norm, gap)
-    """
-    config = model.config
-    measured = batch.measured.shape[0]
-    real = batch.segments > 0
-    counted = (batch.counted, *((real & (batch.positions >= skip)).astype(jnp.float32) for skip in skips))
-
-    def init(h: jax.ShapeDtypeStruct, boundaries: int) -> tuple[tuple[contraction.Grams, ...], Array]:
-        return grams, jnp.zeros((boundaries, measured, config.width), h.dtype)
-
-    def update(carry: tuple[tuple[contraction.Grams, ...], Array], h: Array, index: Array) -> Any:
-        grams, kept = carry
-        rows = h.reshape(-1, config.width)[batch.measured]
-        grams = tuple(
-            contraction.update(sums, h, which, batch.slots, index) for sums, which in zip(grams, counted, strict=True)
-        )
-        return grams, kept.at[index].set(rows)
-
-    last, (grams, kept) = model.forward(
-        batch.tokens,
-        tap=Tap(init, update),
-        positions=batch.positions,
-        segments=batch.segments,
-        lengths=batch.lengths,
-    )
-    x = model.final_norm(kept)
-    # The model's own way to its output, at one position a batch: the last block's result.
-    output = jax.nn.softmax(model.lens(last.reshape(-1, config.width)[batch.measured[0]]))
-    with model.precision():
-        seen = jax.nn.softmax(model.head().read(x[-1, 0]))
-    off = jnp.where(batch.measured_weight[0] > 0, jnp.max(jnp.abs(output - seen)), 0.0)
-    return grams, x, jnp.maximum(gap, off)
-
-
-# Compiled once for the shapes of a model and a batch, however often `measure` is called; `grams` is donated.
-_gather = jax.jit(gather, static_argnames="skips", donate_argnames="grams")
-
-
-@partial(jax.jit, donate_argnames="grams")
-def _clear(grams: contraction.Grams, slot: int) -> contraction.Grams:
-    return jax.tree.map(lambda x: x.at[slot].set(0), grams)
-
-
 class Reference:
     """A model that others are measured against on the same batches (`keep`); to be closed.
 
@@ -135,7 +85,8 @@ class Reference:
             vocabulary reads both.
     """
 
-    def __init__(self, lens: Lens, plan: Plan, settings: MetricsConfig):
+    def __init__(self, lens: Lens, plan: Plan, settings: MetricsConfig, devices: OneDevice):
+        self.devices = devices
         self.lens = jax.tree.map(jnp.copy, lens)  # so that the model's own weights may be donated or freed
         self.plan, self.settings = plan, settings
         self.spectra: Spectra | None = None
@@ -155,16 +106,18 @@ class Reference:
 
     def append(self, batch: TokenBatch, x: Array) -> None:
         """Keeps x [D + 1, M, d] of a batch, at its real positions."""
-        rows = np.ascontiguousarray(np.asarray(x)[:, : int((batch.measured_weight > 0).sum())])
+        rows = np.ascontiguousarray(self.devices.kept(x)[:, np.asarray(batch.measured_weight) > 0])
         self._records.append((self._file.tell(), rows.dtype, rows.shape))
         self._file.write(rows.reshape(-1).view(np.uint8).data)
 
-    def read(self, number: int, positions: int) -> Array:
-        """x [D + 1, M, d] of a batch, M being `positions`."""
+    def read(self, number: int, batch: TokenBatch) -> Array:
+        """x [D + 1, M, d] of a batch."""
         begin, dtype, shape = self._records[number]
         self._file.seek(begin)
         rows = np.frombuffer(self._file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
-        return jnp.asarray(np.pad(rows, ((0, 0), (0, positions - shape[1]), (0, 0))))
+        x = np.zeros((shape[0], len(batch.measured_weight), shape[2]), dtype)
+        x[:, np.asarray(batch.measured_weight) > 0] = rows
+        return self.devices.keep(x)
 
     def check(self, model: Decoder, plan: Plan, settings: MetricsConfig) -> None:
         """ValueError unless the model and what it is to read fit."""
@@ -175,12 +128,17 @@ class Reference:
         if not same or settings != self.settings:
             raise ValueError("the reference was kept on other batches or settings")
         ours = (model.config.depth + 1, model.config.vocab_size)
-        if ours != (theirs := (self._records[0][2][0], self.lens.unembed.shape[0])):
+        if ours != (theirs := (self._records[0][2][0], self.lens.vocab_size)):
             raise ValueError(f"the model has {ours} boundaries and tokens, the reference {theirs}")
 
 
 def measure(
-    model: Decoder, plan: Plan, settings: MetricsConfig, bar: Bar | None = None, reference: Reference | None = None
+    model: Decoder,
+    plan: Plan,
+    settings: MetricsConfig,
+    bar: Bar | None = None,
+    reference: Reference | None = None,
+    devices: OneDevice | None = None,
 ) -> Measurement:
     """Runs the audit over a planned pool of prompts.
 
@@ -190,27 +148,31 @@ def measure(
         settings: what to measure.
         bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
         reference: also measure the distance from this model; if its own measurement is missing, it is made here.
+        devices: what it runs on, the plan's rows being a multiple of `devices.rows`; those of `reference` with one.
 
     Raises:
         UserError: the pool has too few rows for a fit at any boundary.
         AssertionError: the lens at the last boundary is not the model's own output.
         ValueError: `reference` was kept on other batches or settings, or has another depth or vocabulary.
     """
-    lens = model.head(settings.transport.temperature)
+    devices = devices or (OneDevice() if reference is None else reference.devices)
+    model = devices.model(model)
+    lens = devices.lens(model.head(settings.transport.temperature))
     if reference is None:
         lenses, known = (lens,), True
     else:
         reference.check(model, plan, settings)
         lenses, known = (lens, reference.lens), reference.measurement is not None
-    reading = nothing_read(model.config.depth + 1, settings, 1 if known else 2, reference is not None)
+    models = 1 if known else 2
+    reading = devices.reading(nothing_read(model.config.depth + 1, settings, models, reference is not None))
 
-    def visit(number: int, batch: TokenBatch, x: Array) -> None:
+    def visit(number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> None:
         nonlocal reading
-        both = (x,) if reference is None else (x, reference.read(number, x.shape[1]))
-        reading = jax.block_until_ready(read_batch(lenses, reading, both, batch, settings))
+        both = (x,) if reference is None else (x, reference.read(number, host))
+        reading = jax.block_until_ready(devices.read(lenses, reading, both, batch, settings))
 
-    spectra = _run(model, plan, settings, bar or _no_bar, visit)
-    own, across = _read_out(reading)
+    spectra = _run(model, plan, settings, bar or _no_bar, visit, devices)
+    own, across = _read_out(reading, devices)
     if reference is not None and not known:
         assert reference.spectra is not None
         reference.measurement = _finish(reference.spectra, own[1], plan, settings)
@@ -218,30 +180,38 @@ def measure(
 
 
 def keep(
-    model: Decoder, plan: Plan, settings: MetricsConfig, bar: Bar | None = None, *, alone: bool = False
+    model: Decoder,
+    plan: Plan,
+    settings: MetricsConfig,
+    bar: Bar | None = None,
+    *,
+    alone: bool = False,
+    devices: OneDevice | None = None,
 ) -> Reference:
     """Runs a model whose numbers, and distances from it, are to be measured: a `Reference`, which is to be closed.
 
     Only its unembedding stays on the device. The scratch file holds (D + 1) d numbers for each measured position.
 
     Args:
-        model, plan, settings, bar: as `measure`.
+        model, plan, settings, bar, devices: as `measure`.
         alone: measure it now, by itself. Otherwise that waits for the first model measured against it, and costs less.
     """
-    lens = model.head(settings.transport.temperature)
-    kept = Reference(lens, plan, settings)
-    reading = nothing_read(model.config.depth + 1, settings, 1, False)
+    devices = devices or OneDevice()
+    model = devices.model(model)
+    lens = devices.lens(model.head(settings.transport.temperature))
+    kept = Reference(lens, plan, settings, devices)
+    reading = devices.reading(nothing_read(model.config.depth + 1, settings, 1, False))
 
-    def visit(number: int, batch: TokenBatch, x: Array) -> None:
+    def visit(number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> None:
         nonlocal reading
-        kept.append(batch, x)
+        kept.append(host, x)
         if alone:
-            reading = jax.block_until_ready(read_batch((lens,), reading, (x,), batch, settings))
+            reading = jax.block_until_ready(devices.read((lens,), reading, (x,), batch, settings))
 
     try:
-        kept.spectra = _run(model, plan, settings, bar or _no_bar, visit)
+        kept.spectra = _run(model, plan, settings, bar or _no_bar, visit, devices)
         if alone:
-            kept.measurement = _finish(kept.spectra, _read_out(reading)[0][0], plan, settings)
+            kept.measurement = _finish(kept.spectra, _read_out(reading, devices)[0][0], plan, settings)
     except BaseException:
         kept.close()
         raise
@@ -252,17 +222,16 @@ def _no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManag
     return contextlib.nullcontext(lambda amount: None)
 
 
-def _read_out(reading: Reading) -> tuple[tuple[Sums, ...], Across | None]:
+def _read_out(reading: Reading, devices: OneDevice) -> tuple[tuple[Sums, ...], Across | None]:
     """The sums as float64, once they are known to be of the model's own distributions."""
-    _check_gap(reading.gap)
-    host = jax.tree.map(lambda x: np.asarray(x, np.float64), reading)
-    return host.own, host.across
+    _check_gap(devices.largest(reading.gap))
+    return devices.totals(reading)
 
 
-def _check_gap(gap: Array) -> None:
-    if not float(gap) < LENS_TOLERANCE:
+def _check_gap(gap: float) -> None:
+    if not gap < LENS_TOLERANCE:
         raise AssertionError(
-            f"the lens at the last boundary differs from the model's output by a probability of {float(gap):.2g}"
+            f"the lens at the last boundary differs from the model's output by a probability of {gap:.2g}"
         )
 
 
@@ -271,9 +240,11 @@ def _run(
     plan: Plan,
     settings: MetricsConfig,
     bar: Bar,
-    visit: Callable[[int, TokenBatch, Array], None],
+    visit: Callable[[int, TokenBatch, TokenBatch, Array], None],
+    devices: OneDevice,
 ) -> Spectra:
-    """All batches through the forward, what is kept of each handed to `visit`; then the spectra."""
+    """All batches through the forward, what is kept of each handed to `visit(number, host batch, batch, x)`; then the
+    spectra."""
     config, skips = model.config, settings.variants.skip
     boundaries = config.depth + 1
     fewest = min(int(groups_of(plan, settings.groups, skip).rows.sum()) for skip in (plan.skip, *skips))
@@ -284,21 +255,23 @@ def _run(
             GramSpool(stack.enter_context(tempfile.TemporaryFile()), boundaries, config.width, dtype)
             for _ in range(1 + len(skips))
         ]
-        grams = tuple(contraction.init(SLOTS, boundaries, config.width, dtype) for _ in spools)
-        gap = jnp.zeros((), jnp.float32)
+        grams = devices.grams(len(spools), plan.slots, boundaries, config.width, dtype)
+        gap = devices.gap()
         complete: dict[int, list[Visit]] = defaultdict(list)
         for each in plan.visits:
             complete[each.last_batch].append(each)
         with bar("audit", plan.tokens, "tok") as advance:
-            for number, batch in enumerate(plan):
-                grams, x, gap = _gather(model, grams, gap, batch, skips=skips)
-                visit(number, batch, x)
+            for number, host in enumerate(plan):
+                batch = devices.batch(host)
+                grams, x, gap = devices.gather(model, grams, gap, batch, skips)
+                visit(number, host, batch, x)
                 for done in complete[number]:
                     for spool, sums in zip(spools, grams, strict=True):
-                        spool.append(done.group, sums, done.slot)
-                    grams = tuple(_clear(sums, done.slot) for sums in grams)
-                advance(int((batch.segments > 0).sum()))
-        _check_gap(gap)
+                        second = partial(devices.second, sums, done.slot)
+                        spool.append(done.group, second, devices.first(sums, done.slot))
+                    grams = tuple(devices.clear(sums, done.slot) for sums in grams)
+                advance(int((host.segments > 0).sum()))
+        _check_gap(devices.largest(gap))
         with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
             return all_spectra(spools, plan, settings, advance)
 

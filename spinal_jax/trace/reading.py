@@ -12,8 +12,10 @@ from jax import Array
 
 from spinal_jax.batch import TokenBatch
 from spinal_jax.config import MetricsConfig
+from spinal_jax.mesh import Shards
 from spinal_jax.metrics.depth import terminal_block
-from spinal_jax.metrics.transport import Lens, Pair, lens_stats, turning_angle
+from spinal_jax.metrics.transport import Lens, LensStats, Pair, lens_stats, turning_angle
+from spinal_jax.trace.gather import pick
 
 
 class Sums(NamedTuple):
@@ -87,13 +89,18 @@ def read(
     top_k: int | None,
     groups: int,
     lasts: tuple[int, ...],
+    shards: Shards | None = None,
 ) -> Reading:
     """Adds the distributions at a batch's measured positions to the sums. Pure.
 
     Args:
         lenses: the model's and, where there is one, the reference's.
         x: [D + 1, M, d] of each, as from `gather`.
+        batch: the one that `x` is of.
+        top_k: as `lens_stats` takes it.
+        groups: how many groups of prompts there are.
         lasts: also sum the steps at the last so many tokens of each sequence alone.
+        shards: how devices share the work, where there are several.
     """
     boundaries = x[0].shape[0]
     within = tuple(pairs_of(boundaries, model) for model in range(len(reading.own)))
@@ -102,10 +109,18 @@ def read(
         pairs, divergences = (*pairs, Pair(0, boundaries, boundaries)), ((boundaries - 1, 2 * boundaries - 1),)
     full = any(part.dtype == jnp.float32 for part in x)
     with jax.default_matmul_precision("highest" if full else "default"):
-        count = jnp.sum(batch.measured_weight > 0, dtype=jnp.int32)
-        stats = lens_stats(lenses, x, pairs, divergences, top_k, count)
+        if shards is None:
+            count = jnp.sum(batch.measured_weight > 0, dtype=jnp.int32)
+            stats = lens_stats(lenses, x, pairs, divergences, top_k, count)
+        else:
+
+            def part(lenses: tuple[Lens, ...], x: tuple[Array, ...], weight: Array) -> LensStats:
+                count = jnp.max(jnp.where(weight > 0, jnp.arange(1, len(weight) + 1, dtype=jnp.int32), 0))
+                return lens_stats(lenses, x, pairs, divergences, top_k, count, shards.vocabulary)
+
+            stats = shards.by_vocabulary(part)(lenses, x, batch.measured_weight)
         by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
-        ends = (batch.lengths - batch.positions).reshape(-1)[batch.measured]  # 1 at a sequence's last token
+        ends = pick(batch.lengths - batch.positions, batch.measured, shards)  # 1 at a sequence's last token
         by_last = jnp.stack([by_group * (ends <= k)[:, None].astype(jnp.float32) for k in lasts] or [by_group])
         by_last = by_last[: len(lasts)]
         own, gap = [], reading.gap
@@ -117,7 +132,7 @@ def read(
             # The walk's normaliser against the whole vocabulary at once, at one position a batch.
             logits = lenses[model].read(x[model][-1, 0])
             off = jnp.abs(jax.nn.softmax(logits) - jnp.exp(logits - stats.log_normaliser[at][-1, 0]))
-            gap = jnp.maximum(gap, jnp.where(count > 0, jnp.max(off), 0.0))
+            gap = jnp.maximum(gap, jnp.where(batch.measured_weight[0] > 0, jnp.max(off), 0.0))
     across = reading.across
     if across is not None:
         exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -125,7 +140,10 @@ def read(
             across.distance + exact("lm,mg->gl", stats.distances[-1], by_group),
             across.divergence + exact("m,mg->g", stats.divergences[0], by_group),
         )
-    return Reading(tuple(own), across, gap)
+    reading = Reading(tuple(own), across, gap)
+    if shards is not None:
+        reading = jax.lax.with_sharding_constraint(reading, jax.tree.map(lambda _: shards.whole, reading))
+    return reading
 
 
 def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by_last: Array) -> Sums:
@@ -151,18 +169,6 @@ def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by
         total(terminal)[:, 0],
         jnp.sum(by_last, axis=1),
         exact("lm,kmg->kgl", jnp.pad(step, ((1, 0), (0, 0))), by_last),
-    )
-
-
-_read = jax.jit(read, static_argnames=("top_k", "groups", "lasts"), donate_argnames="reading")
-
-
-def read_batch(
-    lenses: tuple[Lens, ...], reading: Reading, x: tuple[Array, ...], batch: TokenBatch, settings: MetricsConfig
-) -> Reading:
-    """`read`, compiled once for its shapes and settings; `reading` is donated."""
-    return _read(
-        lenses, reading, x, batch, top_k=settings.transport.top_k, groups=settings.groups, lasts=settings.lasts
     )
 
 

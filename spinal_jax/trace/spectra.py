@@ -63,13 +63,12 @@ class GramSpool:
         self.groups: list[int] = []  # of each record
         self.first: dict[int, np.ndarray] = {}  # group -> [D + 1, d]
 
-    def append(self, group: int, grams: contraction.Grams, slot: int) -> None:
-        """Stores the sums of one visit to a group, a boundary at a time."""
+    def append(self, group: int, second: Callable[[int], np.ndarray], first: np.ndarray) -> None:
+        """Stores the sums of one visit to a group: `second(boundary)` [d, d], a boundary at a time, and [D + 1, d]."""
         for boundary in range(self.boundaries):
-            self.file.write(np.asarray(grams.second[slot, boundary])[self.triangle].data)
+            self.file.write(second(boundary)[self.triangle].data)
         self.groups.append(group)
-        first = np.asarray(grams.first[slot]).astype(np.float64)
-        self.first[group] = self.first.get(group, 0) + first
+        self.first[group] = self.first.get(group, 0) + first.astype(np.float64)
 
     def read(self, boundary: int) -> dict[int, np.ndarray]:
         """group -> Gram sum of its rows at a boundary, float64 [d, d], lower triangle."""

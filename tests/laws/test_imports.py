@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "preference": {"responses"},
     "metrics": {"errors"},
     "models": {"errors", "metrics"},
-    "trace": {"errors", "batch", "config", "metrics", "models"},
+    "trace": {"errors", "batch", "config", "mesh", "metrics", "models"},
     "data": {"errors"},
     "files": {"errors"},
     "wording": set(),
