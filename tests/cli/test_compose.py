@@ -16,12 +16,14 @@ from omegaconf import OmegaConf
 from spinal_jax import cli, config
 from spinal_jax import help as pages
 from spinal_jax.errors import UserError
+from spinal_jax.plan.config import PlanConfig
 from spinal_jax.train.config import TrainConfig
 
 CONF = pages.conf_folder()
 COMMANDS = sorted(file.stem for file in CONF.glob("*.yaml"))
 MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
 NEEDED = {"train": ("preferences=world", "corpus=world")}  # what must be chosen, whatever the objective
+RECORDS = {"train": TrainConfig, "plan": PlanConfig}  # of packages that have their own
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
@@ -42,7 +44,7 @@ def composing(folder: Path = CONF) -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 def build(command: str, settings: dict[str, Any]) -> Any:
-    record = TrainConfig if command == "train" else getattr(config, f"{command.title()}Config")
+    record = RECORDS.get(command) or getattr(config, f"{command.title()}Config")
     return config.build(record, settings)
 
 

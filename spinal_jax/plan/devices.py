@@ -1,0 +1,96 @@
+"""Accelerators by name, as their makers' data sheets state them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spinal_jax.errors import UserError
+
+TPU_PASSES = (
+    6  # bfloat16 products in one of float32 at precision HIGHEST (https://docs.jax.dev/en/latest/201/precision.html)
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates of one device, of dense arithmetic: FLOP/s by dtype, bytes and bytes/s of its memory.
+
+    `link` is what it can receive from its neighbours, bytes/s, half of what sheets state for both directions; None
+    where there is none. `memory` is None where it is that of the machine.
+    """
+
+    title: str
+    bfloat16: float
+    float32: float  # products at full precision: no TensorFloat32; bfloat16 in several passes on a TPU
+    float64: float | None  # None: not in hardware
+    memory: float | None
+    bandwidth: float
+    link: float | None
+    source: str
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s of matrix products in a dtype. Float64 that is not in hardware counts as a tenth of float32."""
+        rates = {"bfloat16": self.bfloat16, "float32": self.float32, "float64": self.float64 or self.float32 / 10}
+        return rates[dtype]
+
+
+def _tpu(title: str, bfloat16: float, memory: float, bandwidth: float, link_gbit: float, page: str) -> Device:
+    # Chip-to-chip bandwidth is stated in Gbit/s over all links and both directions.
+    link = link_gbit * 1e9 / 8 / 2
+    source = f"https://cloud.google.com/tpu/docs/{page}"
+    return Device(title, bfloat16, bfloat16 / TPU_PASSES, None, memory, bandwidth, link, source)
+
+
+_HOPPER = {"bfloat16": 989.5e12, "float32": 67e12, "float64": 67e12, "link": 450e9}  # half of what sparsity would give
+
+DEVICES = {
+    "v4": _tpu("TPU v4", 275e12, 32 * 2**30, 1200e9, 2400, "v4"),
+    "v5e": _tpu("TPU v5e", 197e12, 16e9, 819e9, 1600, "v5e"),
+    "v5p": _tpu("TPU v5p", 459e12, 95e9, 2765e9, 4800, "v5p"),
+    "v6e": _tpu("TPU v6e", 918e12, 32e9, 1640e9, 3584, "v6e"),
+    "a100": Device(
+        title="A100 SXM, 80 GB",
+        bfloat16=312e12,
+        float32=19.5e12,
+        float64=19.5e12,
+        memory=80e9,
+        bandwidth=2039e9,
+        link=300e9,
+        source="https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/"
+        "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
+    ),
+    "h100": Device(
+        title="H100 SXM",
+        memory=80e9,
+        bandwidth=3350e9,
+        source="https://www.nvidia.com/en-us/data-center/h100/",
+        **_HOPPER,
+    ),
+    "h200": Device(
+        title="H200 SXM",
+        memory=141e9,
+        bandwidth=4800e9,
+        source="https://www.nvidia.com/en-us/data-center/h200/",
+        **_HOPPER,
+    ),
+    # 56 cores at 2.0 GHz with two 512-bit units of fused multiply-add each, 8 channels of DDR5-4800. bfloat16 is
+    # computed in float32 here. As the host of accelerators it takes the eigenvalues.
+    "cpu": Device(
+        title="Xeon Platinum 8480+",
+        bfloat16=56 * 2.0e9 * 64,
+        float32=56 * 2.0e9 * 64,
+        float64=56 * 2.0e9 * 32,
+        memory=None,
+        bandwidth=8 * 4800e6 * 8,
+        link=None,
+        source="https://www.intel.com/content/www/us/en/products/sku/231746/"
+        "intel-xeon-platinum-8480-processor-105m-cache-2-00-ghz/specifications.html",
+    ),
+}
+
+
+def device_of(name: str) -> Device:
+    """The device of a name. Errors: UserError."""
+    if name not in DEVICES:
+        raise UserError(f"device is {name!r}; there are {', '.join(DEVICES)}")
+    return DEVICES[name]

@@ -1,0 +1,187 @@
+"""The arithmetic of an audit from its shapes alone: products of matrices, bytes through memory, and the host's share.
+
+FLOPs count a multiplication and an addition as two and leave out everything that is not a product of matrices. Bytes
+are those that memory must see where nothing but the operands of one product stays in a cache, so times from either are
+lower bounds: no overlap is lost, no device waits for another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from spinal_jax.batch import Plan
+from spinal_jax.config import MetricsConfig
+from spinal_jax.metrics import contraction
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.translate import KEEP_FLOAT32
+from spinal_jax.plan.devices import Device
+from spinal_jax.trace.spectra import groups_of, spectra_count
+
+# How often memory sees a logit of the lens, float32: written by the product, read for the maximum and for the
+# exponential, which is written and read for the mass, and read twice and written for the distances of two blocks.
+LOGIT_PASSES = 8
+SCORE_PASSES = 4  # and an attention score: written, read for the maximum and the sum, its weight written and read
+STRIPE_SHARE = sum(range(1, contraction.STRIPES + 1)) / contraction.STRIPES**2  # of a Gram matrix that is computed
+EIGENVALUES = 4 / 3  # FLOPs of all eigenvalues of a symmetric d x d matrix over d^3: its reduction to a tridiagonal one
+REREAD = 4 / 3  # bytes over d^3 that this reads of a float64 matrix beyond any cache: half of it for every column
+HOST_CACHE = 2**20  # bytes of a float64 matrix above which it does not stay in a core's own cache
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of the whole audit costs: of one device, or of the host."""
+
+    name: str
+    dtype: str  # of its products
+    flops: float
+    bytes: float
+
+    def seconds(self, device: Device) -> float:
+        """The roofline: FLOPs at the peak rate or bytes at the bandwidth, whichever takes longer."""
+        return max(self.flops / device.rate(self.dtype), self.bytes / device.bandwidth)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How many devices share what: rows of a batch, and each row's features."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+
+def parameter_count(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """All numbers of the model."""
+    return sum(math.prod(shape.shape) for shape in shapes.values())
+
+
+def parameter_bytes(shapes: Mapping[str, jax.ShapeDtypeStruct], dtype: str) -> int:
+    """Of the model in `dtype`, all devices together."""
+    return sum(math.prod(s.shape) * item_bytes(path, dtype) for path, s in shapes.items())
+
+
+def item_bytes(path: str, dtype: str) -> int:
+    """Of one number of a parameter."""
+    return 4 if dtype == "float32" or path.endswith(KEEP_FLOAT32) else 2
+
+
+def active_weights(config: DecoderConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> float:
+    """How many numbers of the blocks' matrices a token is multiplied with; of experts, those of the chosen."""
+    total = 0.0
+    for _, shape in _matrices(shapes):
+        share = 1.0
+        if config.experts and len(shape) == 4:  # [blocks, experts, out, in]
+            share = config.experts.per_token / config.experts.count
+        total += share * math.prod(shape)
+    return total
+
+
+def _matrices(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[tuple[str, tuple[int, ...]]]:
+    """The blocks' matrices: [blocks, out, in], or [blocks, experts, out, in]."""
+    return [
+        (path, s.shape)
+        for path, s in shapes.items()
+        if path.startswith("stacks.") and len(s.shape) > 2 and "norm" not in path
+    ]
+
+
+def head_dims(config: DecoderConfig) -> tuple[int, int]:
+    """Features of a head's keys, and of its values."""
+    return config.head_dim, config.head_dim if config.latent is None else config.latent.value_dim
+
+
+def forward_flops(config: DecoderConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], rows: int, length: int) -> float:
+    """Of the blocks, for rows of `length` tokens: every token with every active weight, and all scores of a row, of
+    which causality discards half after they are made."""
+    tokens = rows * length
+    attention = 2 * config.depth * config.heads * tokens * length * sum(head_dims(config))
+    return 2 * tokens * active_weights(config, shapes) + attention
+
+
+def stages(
+    config: DecoderConfig,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    work: Plan,
+    settings: MetricsConfig,
+    dtype: str,
+    split: Split,
+) -> tuple[Stage, Stage, Stage]:
+    """Forward, Gram sums and lens over all batches, of one of the devices that share them evenly."""
+    item, width, boundaries = item_bytes("", dtype), config.width, config.depth + 1
+    n = split.devices
+    flops = dict.fromkeys(("forward", "gram", "lens"), 0.0)
+    traffic = dict.fromkeys(flops, 0.0)
+    gram = gram_dtype(work, settings, width)
+    weights = sum(math.prod(shape) * item_bytes(path, dtype) for path, shape in _matrices(shapes)) / split.tensor
+    ends = sum(sum(shape[-2:]) * _uses(config, shape) for _, shape in _matrices(shapes))  # numbers in and out, a token
+    # Where rows of the matrix are split over devices, each makes its own in full.
+    share = STRIPE_SHARE if split.tensor == 1 else 1.0
+    passes = 1 + len(settings.variants.skip)
+    unembed = config.vocab_size * width * item
+    for batch in work.batches:
+        tokens = batch.height * batch.length
+        scores = config.depth * config.heads * tokens * batch.length
+        flops["forward"] += forward_flops(config, shapes, batch.height, batch.length) / n
+        traffic["forward"] += weights + (tokens * ends * item + SCORE_PASSES * 4 * scores) / n
+        flops["gram"] += passes * share * 2 * tokens * width**2 * boundaries / n
+        # Each row of a batch is one more product added to the sum, which is read and written.
+        traffic["gram"] += passes * share * 2 * batch.height * width**2 * boundaries * gram.itemsize / n
+        logits = boundaries * batch.measured * config.vocab_size
+        flops["lens"] += 2 * logits * width / n
+        traffic["lens"] += unembed / (split.fsdp * split.tensor) + LOGIT_PASSES * 4 * logits / n
+    dtypes = {"forward": dtype, "gram": gram.name, "lens": dtype}
+    forward, grams, lens = (Stage(name, dtypes[name], flops[name], traffic[name]) for name in flops)
+    return forward, grams, lens
+
+
+def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
+    """How often a token passes such a matrix: once in every block, with experts as often as it has chosen some."""
+    assert len(shape) == 3 or config.experts is not None
+    return shape[0] * (1 if len(shape) == 3 else config.experts.per_token)  # type: ignore[union-attr]
+
+
+def gram_dtype(work: Plan, settings: MetricsConfig, width: int) -> np.dtype:
+    """Of the Gram sums of a pool of prompts."""
+    fewest = min(int(groups_of(work, settings.groups, s).rows.sum()) for s in (work.skip, *settings.variants.skip))
+    return contraction.gram_dtype(fewest, width)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What is left to the host that has all Gram sums."""
+
+    stage: Stage  # the eigenvalues
+    matrices: int
+    memory: float  # bytes, at its most
+    scratch: float  # bytes of the file that Gram sums leave the device for
+
+
+def host(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> Host:
+    """The spectra at every boundary, whole and without each group, on so many cores; one matrix a core."""
+    groups, d, boundaries = groups_of(work, settings.groups), config.width, config.depth + 1
+    drops = len(groups.drops)
+    variants = spectra_count(boundaries, settings) // boundaries - 1
+    matrices = boundaries * (1 + drops + variants * (1 + (drops if settings.variants.groups else 0)))
+    square = 8 * d * d
+    reread = matrices * (REREAD * d**3 if square > HOST_CACHE else square)
+    kept = len({s.group for s in work.sequences})
+    itemsize = gram_dtype(work, settings, d).itemsize
+    triangle = d * (d + 1) // 2
+    # Every group's sum and their total; in each core's hands the difference, a copy, and LAPACK's own; and the places
+    # of a triangle, two numbers each.
+    memory = square * (kept + 1 + 3 * min(cores, 1 + drops)) + 16 * triangle
+    return Host(
+        Stage("spectra", "float64", matrices * EIGENVALUES * d**3, reread),
+        matrices,
+        memory,
+        (1 + len(settings.variants.skip)) * len(work.visits) * boundaries * triangle * itemsize,
+    )

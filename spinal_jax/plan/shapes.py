@@ -1,0 +1,80 @@
+"""Which decoder is planned: from a config.json alone, some of which come with the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from spinal_jax.api import RANDOM
+from spinal_jax.config import ModelConfig
+from spinal_jax.errors import UserError
+from spinal_jax.models.byte_level import SIZES
+from spinal_jax.models.checkpoint import open_checkpoint, read_config
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.orbax import read_model
+
+FOLDER = Path(__file__).parent / "shapes"
+
+
+@cache
+def shipped() -> dict[str, dict[str, Any]]:
+    """config.json by hub id and by short name, of the models whose shape comes with the package."""
+    found = {}
+    for file in sorted(FOLDER.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found |= dict.fromkeys((file.stem, record["source"], *record["same"]), record["config"])
+    return found
+
+
+def decoder_of(config: ModelConfig) -> DecoderConfig:
+    """The decoder that `config.source` names, of which no weights are read.
+
+    A folder needs nothing but its config.json; of a .gguf file the header is read. Of a hub id whose shape does not
+    come with the package, config.json is downloaded or found in the hub's cache. Errors: UserError.
+    """
+    return read_model(_config_of(config.source, config.revision), config.ignore_keys)[1]
+
+
+def _config_of(source: str, revision: str | None) -> dict[str, Any]:
+    if source.startswith(RANDOM):
+        shape, at, seed = source.removeprefix(RANDOM).rpartition("@")
+        shape = shape if at and seed.isdecimal() else source.removeprefix(RANDOM)
+        return dict(SIZES[shape]) if shape in SIZES else _config_of(shape, revision)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return read_config(path)
+    if not path.exists() and source in shipped() and revision is None:
+        return dict(shipped()[source])
+    if not path.exists() and path.suffix.lower() != ".gguf" and source.count("/") == 1:
+        return _hub_config(source, revision)
+    if not path.exists() and path.suffix.lower() != ".gguf":
+        raise UserError(
+            f"there is no model {source!r}: expected a folder with config.json, a .gguf file, a hub id (owner/name), "
+            f"random:SIZE, or one of {', '.join(_short_names())}"
+        )
+    checkpoint = open_checkpoint(source, revision)
+    try:
+        return checkpoint.config
+    finally:
+        checkpoint.close()
+
+
+def _short_names() -> Iterator[str]:
+    return (name for name in shipped() if "/" not in name)
+
+
+def _hub_config(repo: str, revision: str | None) -> dict[str, Any]:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        file = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision))
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"the config.json of {repo} does not come with spinal, is not in the hub's cache and could not be "
+            f"downloaded; name a folder that holds it, or one of {', '.join(_short_names())}"
+        ) from error
+    return read_config(file.parent)
