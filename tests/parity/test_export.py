@@ -21,10 +21,10 @@ from spinal_jax.models.export import export
 from spinal_jax.models.families import FAMILIES, family_of
 from spinal_jax.models.translate import parameter_shapes, places
 
-from . import test_gguf
+from . import test_gguf_models
 from .cases import CASES, draw_config
 from .reference import checkpoint_of, random_model, translate
-from .test_gguf import byte_level, byte_level_keys  # noqa: F401 (a fixture)
+from .test_gguf_tokens import byte_level, byte_level_keys  # noqa: F401 (a fixture)
 from .test_sparse import SWITCHES, tiny
 
 SPARSE = {config.model_type: config for config in SWITCHES}
@@ -154,9 +154,9 @@ def export_of(folder: Path, out: Path) -> Path:
 def test_one_model_from_four_sources_has_one_trace(tmp_path: Path, byte_level: Any) -> None:  # noqa: F811
     keys = {key: value for key, value in byte_level_keys(byte_level).items() if key.startswith("tokenizer.")}
     vocabulary = len(keys["tokenizer.ggml.tokens"])
-    case = test_gguf.llama({"vocab_size": vocabulary}, keys)
-    model = test_gguf.random_model(case)
-    single = test_gguf.export(case, model, tmp_path / "model.gguf")
+    case = test_gguf_models.llama({"vocab_size": vocabulary}, keys)
+    model = test_gguf_models.random_model(case)
+    single = test_gguf_models.export(case, model, tmp_path / "model.gguf")
     model.save_pretrained(tmp_path / "hf")
     open_checkpoint(str(single)).tokenizer().save_pretrained(tmp_path / "hf")
     ours = convert(open_checkpoint(str(tmp_path / "hf")), str(tmp_path / "ours"))

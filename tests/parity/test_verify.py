@@ -24,10 +24,10 @@ from spinal_jax.models.convert import convert
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.verify import Difference, Stream, Verification, compare, judge, verify
 
-from . import test_gguf
+from . import test_gguf_models
 from .cases import draw_config
 from .reference import random_model
-from .test_gguf import byte_level, byte_level_keys  # noqa: F401 (a fixture)
+from .test_gguf_tokens import byte_level, byte_level_keys  # noqa: F401 (a fixture)
 from .test_sparse import SWITCHES, tiny
 
 WORDS = [f"w{number}" for number in range(50)]
@@ -109,8 +109,8 @@ def test_a_converted_folder_and_a_gguf_file_pass(
     result = verify(settings(convert(open_checkpoint(str(folder)), str(tmp_path / "ours")), prompts))
     assert [check.passed for check in result.checks] == [True] * 5
     keys = {key: value for key, value in byte_level_keys(byte_level).items() if key.startswith("tokenizer.")}
-    case = test_gguf.llama({"vocab_size": len(keys["tokenizer.ggml.tokens"])}, keys)
-    single = test_gguf.export(case, test_gguf.random_model(case), tmp_path / "model.gguf")
+    case = test_gguf_models.llama({"vocab_size": len(keys["tokenizer.ggml.tokens"])}, keys)
+    single = test_gguf_models.export(case, test_gguf_models.random_model(case), tmp_path / "model.gguf")
     result = verify(settings(single, prompts))
     assert [check.passed for check in result.checks] == [None, True, True, True, True], str(result)
 
