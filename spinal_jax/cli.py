@@ -71,32 +71,33 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
     else:
         name, *arguments = arguments
-        job, optional = COMMANDS[name].job, COMMANDS[name].optional
-        if job is None:
-            _report(name, arguments)
+        if COMMANDS[name].takes_folders:
+            _take(name, arguments)
         else:
-            _compose(name, arguments, job, optional)
+            _compose(name, arguments, COMMANDS[name].job, COMMANDS[name].optional)
 
 
-def _report(command: str, arguments: list[str]) -> None:
-    usage = f"spinal {command} {COMMANDS[command].takes}"
+def _take(command: str, arguments: list[str]) -> None:
+    """Runs a command that takes folders, not settings."""
+    about = COMMANDS[command]
+    usage = f"spinal {command} {about.takes}"
     if arguments in (["-h"], ["--help"]):
-        print(f"usage: {usage}\n\n{COMMANDS[command].does}")
+        print(f"usage: {usage}\n\n{about.does}")
         return
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError(f"{command} takes one run folder: {usage}")
-    from spinal_jax.report import draw_report
-
-    print(draw_report(arguments[0]))
+    if wrong := next((argument for argument in arguments if argument.startswith("-")), None):
+        raise UserError(f"{command} takes no option {wrong}: {usage}")
+    if code := about.job(arguments, usage):
+        sys.exit(code)
 
 
 class Command(NamedTuple):
     """What `spinal NAME` runs, and what `spinal --help` says of it."""
 
-    job: Job | None  # None: it takes a folder, not settings
+    job: Callable[[Any, Any], int]  # a Job, or with folders in place of settings: (arguments, usage) -> exit code
     takes: str
     does: str
     optional: tuple[str, ...] = ()  # settings that are null where nothing is given
+    takes_folders: bool = False
 
 
 COMMANDS = {
@@ -132,7 +133,18 @@ COMMANDS = {
         "model=NAME devices=N device=v5e",
         "Memory, work and time of an audit beforehand, and whether it fits: no weights, no accelerator.",
     ),
-    "report": Command(None, "DIR", "Draws figures and page of a finished run again, from its saved files alone."),
+    "report": Command(
+        jobs.report,
+        "DIR",
+        "Draws figures and page of a finished run again, from its saved files alone.",
+        takes_folders=True,
+    ),
+    "collect": Command(
+        jobs.collect,
+        "DIR... [out=DIR]",
+        "Joins all runs below folders into one table (runs.csv, runs.parquet) and one page (index.html).",
+        takes_folders=True,
+    ),
 }
 
 
@@ -203,7 +215,9 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
 
     groups = pages.groups_of(command)
     words = [_in_hydras_words(argument, groups) for argument in arguments]
-    sys.argv = [f"spinal {command}", *words, f"+hydra.callbacks.spinal._target_={__name__}._on_sweep"]
+    settings_end = max((at for at, word in enumerate(words, 1) if "=" in word and word[0] != "-"), default=len(words))
+    words.insert(settings_end, f"+hydra.callbacks.spinal._target_={__name__}._on_sweep")  # argparse wants them together
+    sys.argv = [f"spinal {command}", *words]
     _BEGIN.append(begin)
     try:
         hydra.main(version_base="1.3", config_path=str(pages.conf_folder()), config_name=command)(task)()

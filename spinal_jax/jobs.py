@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spinal_jax.console import DONE, FAILED, SHORT, Stopped, complain, shown, stages
+from spinal_jax.errors import UserError
 
 
 def audit(settings: dict[str, Any], folder: Path) -> int:
@@ -203,4 +204,24 @@ def plan(settings: dict[str, Any], folder: Path) -> int:
         runs.write_manifest(scratch, "plan", config.to_mapping(asked), found.about(), seconds)
     print(found)
     print(f"written to {shown(folder / FILE)}", flush=True)
+    return DONE
+
+
+def report(arguments: list[str], usage: str) -> int:
+    if len(arguments) != 1:
+        raise UserError(f"report takes one run folder: {usage}")
+    from spinal_jax.report import draw_report
+
+    print(draw_report(arguments[0]))
+    return DONE
+
+
+def collect(arguments: list[str], usage: str) -> int:
+    out = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
+    folders = [argument for argument in arguments if not argument.startswith("out=")]
+    if not folders or len(out) > 1:
+        raise UserError(f"collect takes folders that hold runs, and one out=DIR at most: {usage}")
+    from spinal_jax.collect.write import collect
+
+    print(collect(folders, *out))
     return DONE

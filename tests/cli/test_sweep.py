@@ -137,3 +137,22 @@ def test_an_interrupted_sweep_says_how_to_go_on(sweep: Callable[..., Ended], mon
     assert left == [130]
     assert ended.err.endswith("interrupted; the same command with hydra.sweep.dir=sweep passes over complete runs\n")
     assert "run 2 of 2" not in ended.err
+
+
+def test_settings_are_shown_wherever_the_option_stands(spinal: Spinal) -> None:
+    for words in (("model.source=m", "--cfg", "job"), ("--cfg", "job", "model.source=m"), ("--cfg", "job")):
+        shown = spinal("audit", *words)
+        assert shown.code == 0, shown.err
+        assert "source: " in shown.out
+
+
+def test_collect_says_what_it_wrote_and_what_it_takes(spinal: Spinal, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "cut" / ".writing-1").mkdir(parents=True)
+    ended = spinal("collect", "runs", "out=table")
+    assert ended.code == 0, ended.err
+    assert "1 runs" not in ended.out
+    assert "incomplete  runs/cut" in ended.out
+    assert {path.name for path in (tmp_path / "table").iterdir()} == {"runs.csv", "runs.parquet", "index.html"}
+    spinal("collect").refusal("collect takes folders", "spinal collect DIR... [out=DIR]")
+    spinal("collect", "runs", "--force").refusal("--force")
+    spinal("collect", "runs", "runs/cut").refusal("2 folders", "out=DIR")

@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "onset": {"errors", "metrics", "files", "verdict"},
     "report": {"errors", "files", "wording", "result", "verdict", "onset"},
     "runs": {"errors", "files", "result", "verdict", "report"},
-    "api": {"errors", "batch", "config", "metrics", "models", "trace", "data", "result"},
+    "collect": {"errors", "files", "wording", "result", "verdict", "report", "runs"},
+    "api": {"errors", "batch", "config", "mesh", "metrics", "models", "trace", "data", "result"},
     "plan": {"errors", "batch", "config", "mesh", "metrics", "models", "trace", "api"},
     "train": {
         *(
@@ -73,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         "footprint",
         "verify",
         "plan",
+        *("errors", "collect"),
     },
     "sweep": {"errors", "files", "console"},
     "cli": {"errors", "report", "help", "console", "jobs", "sweep"},
