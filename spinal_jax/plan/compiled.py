@@ -3,7 +3,7 @@
 The compiler must know how many devices there are before JAX starts, so it runs in a process of its own, which has
 shapes and no arrays. It is XLA for CPUs whatever the device: what it says of shapes, sharding and lifetimes holds
 elsewhere too, but it multiplies bfloat16 in float32. An accelerator does not, so for one it is kept from widening all
-weights before the loop over blocks; the copies that it makes of one block's are in its number, which is from above.
+weights before the loop over blocks; the copies that it makes of one block's are in its numbers, which are from above.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from spinal_jax.config import build, to_mapping
 from spinal_jax.errors import UserError
+from spinal_jax.plan.collectives import received_bytes
 from spinal_jax.plan.config import PlanConfig
 
 # The pass that widens what a loop reads before the loop.
@@ -35,6 +36,7 @@ class Program:
     outputs: int
     aliased: int  # outputs that lie where arguments did
     temporaries: int
+    received: float  # from other devices
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _program(step: Any) -> Program:
         found.output_size_in_bytes,
         found.alias_size_in_bytes,
         found.temp_size_in_bytes,
+        received_bytes(step.as_text()),
     )
 
 

@@ -24,6 +24,7 @@ SCHEMA = "spinal-plan/1"
 FILE = "plan.json"
 USABLE = 0.9  # of a device's memory; the rest is the runtime's, and lost between arrays
 PROCESS = 400 * 2**20  # bytes of Python, the libraries and what they compile, in an audit of next to nothing
+NODE = 8  # GPUs of one machine
 GIB = 2**30
 
 
@@ -72,6 +73,7 @@ class AuditPlan:
     host: estimate.Host
     memory: Memory | None  # None: nothing was compiled
     compiled: Compiled | None
+    received: float | None  # bytes that each device has from others over the whole audit; None: nothing was compiled
     warnings: tuple[str, ...]
 
     def fits(self, name: str) -> bool | None:
@@ -79,8 +81,14 @@ class AuditPlan:
         return None if self.memory is None else self.memory.peak <= USABLE * memory_of(DEVICES[name])
 
     def seconds(self, name: str) -> float:
-        """On devices of this name, without the host's share."""
-        return sum(stage.seconds(DEVICES[name]) for stage in self.stages)
+        """On devices of this name at best, without the host's share: what they exchange is hidden behind what they
+        compute, or the other way round."""
+        return max(sum(stage.seconds(DEVICES[name]) for stage in self.stages), self.exchange(name))
+
+    def exchange(self, name: str) -> float:
+        """Seconds for what devices of this name receive from each other."""
+        link = DEVICES[name].link
+        return self.received / link if self.received and link else 0.0
 
     def __str__(self) -> str:
         return "\n".join([*self._head(), *self._memory(), *self._work(), *self._host(), *self._devices(), *self._end()])
@@ -143,6 +151,10 @@ class AuditPlan:
             if device is not None:
                 line += f"{stage.seconds(device):12.3f}  {_bound(stage, device)}"
             yield line
+        if self.received and device is not None and self.device is not None and device.link:
+            yield f"  {'from other devices':<24}{'':12}{self.received / 1e9:12.3f}{self.exchange(self.device):12.3f}"
+        elif self.received:
+            yield f"  {'from other devices':<24}{'':12}{self.received / 1e9:12.3f}"
         if device is not None and self.device is not None:
             seconds = self.seconds(self.device)
             yield f"  {'together, at best':<48}{seconds:12.3f}  {self.tokens / seconds:,.0f} tokens/s"
@@ -174,7 +186,7 @@ class AuditPlan:
         if self.compiled is not None:
             yield (
                 f"compiled in {self.compiled.seconds:.1f} s with {self.compiled.memory / GIB:.2f} GiB; times are lower "
-                "bounds from data sheets, without communication between devices"
+                "bounds from data sheets"
             )
 
     def about(self) -> dict[str, Any]:
@@ -218,10 +230,12 @@ class AuditPlan:
                 name: {
                     **asdict(DEVICES[name]),
                     "seconds": {stage.name: stage.seconds(DEVICES[name]) for stage in self.stages},
+                    "exchange": self.exchange(name),
                     "fits": self.fits(name),
                 }
                 for name in named
             },
+            "received": self.received,
             "compiled": None if self.compiled is None else asdict(self.compiled),
             "warnings": list(self.warnings),
         }
@@ -267,6 +281,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
         host=host,
         memory=None if found is None else _memory(config, found, host, shapes),
         compiled=found,
+        received=None if found is None else len(work.batches) * (found.gather.received + found.read.received),
         warnings=tuple(_warnings(config, work.rows, decoder, gram.name)),
     )
 
@@ -302,3 +317,6 @@ def _warnings(config: PlanConfig, rows: int, decoder: DecoderConfig, gram: str) 
             f"N = {rows:,} rows are fewer than {enough:,}, so Gram sums are float64, which accelerators have little of "
             "and TPUs emulate; give more prompts."
         )
+    if config.devices > NODE and config.device in ("a100", "h100", "h200"):
+        title = DEVICES[config.device].title
+        yield f"Only {NODE} {title} share NVLink: what crosses to other machines takes longer."

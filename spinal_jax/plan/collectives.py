@@ -1,0 +1,83 @@
+"""How much a compiled program has each device receive from others, read from its HLO."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
+SIZES |= {"s64": 8, "u64": 8, "f64": 8}
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{")
+_COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def received_bytes(hlo: str) -> float:
+    """Bytes that a device receives when the optimised program `hlo` runs once, by ring algorithms.
+
+    A loop counts as often as the compiler knows that it runs, else once.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = current = ""
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            current = found[1]
+            bodies[current] = []
+            entry = current if line.startswith("ENTRY") else entry
+        elif current:
+            bodies[current].append(line)
+
+    @cache
+    def of(name: str) -> float:
+        return sum(map(one, bodies.get(name, ())))
+
+    def one(line: str) -> float:
+        if found := _COLLECTIVE.search(line):
+            return _received(found[2], found[1], line)
+        if " while(" in line:
+            trips = _TRIPS.search(line)
+            body = re.search(r"body=%?([\w.-]+)", line)
+            return (int(trips[1]) if trips else 1) * (of(body[1]) if body else 0.0)
+        called = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line)
+        return sum(of(name) for name in called)
+
+    return of(entry)
+
+
+def _received(kind: str, shape: str, line: str) -> float:
+    devices = _group_size(line)
+    size = sum(SIZES[dtype] * _product(sides) for dtype, sides in _ARRAY.findall(shape))
+    others = (devices - 1) / devices
+    match kind:
+        case "all-reduce":  # each reduces its part, then all get all parts
+            return 2 * others * size
+        case "reduce-scatter":  # what comes out is one part
+            return (devices - 1) * size
+        case "collective-permute":
+            return size
+        case _:
+            return others * size
+
+
+def _group_size(line: str) -> int:
+    """How many devices exchange: of `[groups,size]<=..`, of lists, or of axes of a mesh and parts of such."""
+    groups = _GROUPS.search(line)
+    if groups is None:
+        return 1
+    if groups[1]:
+        return int(groups[1])
+    if groups[2]:
+        return groups[2].count(",") + 1
+    sizes, total = dict(re.findall(r"'(\w+)'=(\d+)", groups[3])), 1
+    for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[4]):
+        total *= int(part or sizes[axis])
+    return total
+
+
+def _product(sides: str) -> int:
+    total = 1
+    for side in filter(None, sides.split(",")):
+        total *= int(side)
+    return total
