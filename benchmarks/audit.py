@@ -144,12 +144,13 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from spinal_jax import api, data, reading
+    from spinal_jax import api, data
     from spinal_jax.batch import SLOTS
     from spinal_jax.config import AuditConfig, ModelConfig, PromptsConfig
     from spinal_jax.metrics import contraction
     from spinal_jax.metrics.transport import lens_stats
     from spinal_jax.models.decoder import fold
+    from spinal_jax.trace import reading
 
     config = AuditConfig(
         ModelConfig(args.model),
@@ -159,7 +160,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     with api.opened(config.model) as (checkpoint, family, decoder):
         plan = api.plan_prompts(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
         model = api.load(checkpoint, family, decoder, config.model.dtype)
-    batch = next(iter(plan))
+    batch = jax.tree.map(jnp.asarray, next(iter(plan)))
     height, length = batch.tokens.shape
     tokens, measured_count = height * length, batch.measured.shape[0]
     boundaries, width = decoder.depth + 1, decoder.width

@@ -19,9 +19,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from spinal_jax import data
-from spinal_jax.batch import Plan, Positions, TokenSequence, plan
-from spinal_jax.config import AuditConfig, MetricsConfig, ModelConfig, PromptsConfig, build
+from spinal_jax.batch import SLOTS, Plan, Positions, TokenSequence, plan
+from spinal_jax.config import AuditConfig, AuditParallelConfig, MetricsConfig, ModelConfig, PromptsConfig, build
 from spinal_jax.errors import UserError
+from spinal_jax.mesh import Choice, choose
 from spinal_jax.metrics.contraction import MIN_RANKS
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.models.byte_level import SIZES, byte_tokenizer
@@ -33,6 +34,7 @@ from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.memory import random_checkpoint
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.result import DepthTrace
+from spinal_jax.trace.devices import OneDevice, devices_of
 from spinal_jax.trace.measure import Measurement, measure
 
 if TYPE_CHECKING:
@@ -133,15 +135,17 @@ def run_audit(
     bar = bar or bars(False)
     prompts = read_pool(config.prompts, texts)
     with opened(config.model) as (checkpoint, family, decoder):
+        choice = choose_devices(config.parallel, decoder, config.model.dtype, config.metrics)
+        devices = devices_of(choice)
         work = plan_prompts(
-            prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics, config.batch_tokens
+            prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics, config.batch_tokens, devices
         )
         name = config.model.name or model_name(config.model.source)
         if say:
-            say(start_line(name, config, decoder, work))
-        model = load(checkpoint, family, decoder, config.model.dtype, bar)
+            say(start_line(name, config.model.dtype, decoder, work, choice))
+        model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
         digest, revision = checkpoint.sha256(), checkpoint.revision
-    found = measure(model, work, config.metrics, bar)
+    found = measure(model, work, config.metrics, bar, devices=devices)
     return depth_trace(
         model_record(name, config.model.source, revision, config.model.dtype, digest),
         prompts_record(prompts, config.prompts),
@@ -277,11 +281,27 @@ def _random(config: ModelConfig) -> Checkpoint:
         return random_checkpoint(config.source, like.config, like.tokenizer(), int(seed))
 
 
-def load(checkpoint: Checkpoint, family: Family, decoder: DecoderConfig, dtype: str, bar: Bar | None = None) -> Decoder:
-    """The weights, with a progress bar over what is read."""
+def choose_devices(asked: AuditParallelConfig, decoder: DecoderConfig, dtype: str, settings: MetricsConfig) -> Choice:
+    """The devices for an audit of a model with this shape. Errors: UserError."""
+    size = jnp.dtype(dtype).itemsize
+    parameters = sum(math.prod(shape.shape) for shape in parameter_shapes(decoder).values()) * size
+    sums = SLOTS * (1 + len(settings.variants.skip)) * (decoder.depth + 1) * decoder.width**2 * 4
+    return choose(asked, parameters + sums, decoder.vocab_size * decoder.width * size)
+
+
+def load(
+    checkpoint: Checkpoint,
+    family: Family,
+    decoder: DecoderConfig,
+    dtype: str,
+    bar: Bar | None = None,
+    devices: OneDevice | None = None,
+) -> Decoder:
+    """The weights, with a progress bar over what is read; where `devices` want them."""
     size = sum(info.dtype.itemsize * math.prod(info.shape) for info in checkpoint.names().values())
     with (bar or bars(False))("load weights", size, "B") as advance:
-        return load_decoder(checkpoint, family, decoder, jnp.dtype(dtype), advance)
+        placing = None if devices is None else devices.placing
+        return load_decoder(checkpoint, family, decoder, jnp.dtype(dtype), advance, placing)
 
 
 def read_pool(config: PromptsConfig, texts: Sequence[str] | None = None) -> data.PromptSet:
@@ -304,8 +324,12 @@ def plan_prompts(
     asked: PromptsConfig,
     settings: MetricsConfig,
     batch_tokens: int | None = None,
+    devices: OneDevice | None = None,
+    slots: int | None = None,
 ) -> Plan:
-    """Tokenises and packs. UserError where too few tokens are left for a fit at any layer."""
+    """Tokenises and packs, for `devices` and as many `slots` as suit them unless told. UserError where too few tokens
+    are left for a fit at any layer."""
+    devices = devices or OneDevice()
     limit, groups = asked.max_length, settings.groups
     if decoder.learned_positions and limit > decoder.max_positions:
         raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
@@ -320,8 +344,15 @@ def plan_prompts(
         raise UserError(
             f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
         )
-    batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS)
-    work = plan(sequences, Positions.parse(settings.transport.positions), settings.contraction.skip, batch_tokens)
+    each = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS
+    work = plan(
+        sequences,
+        Positions.parse(settings.transport.positions),
+        settings.contraction.skip,
+        batch_tokens or each * devices.rows,
+        devices.rows,
+        slots or devices.slots(decoder, settings),
+    )
     low, high = settings.contraction.window
     most = min(work.rows, decoder.width)
     if math.floor(high * most) - max(1, math.ceil(low * most)) + 1 < MIN_RANKS:
@@ -344,14 +375,17 @@ def model_name(source: str) -> str:
     return path.stem if path.suffix == ".gguf" else (path.resolve().name if path.exists() else source)
 
 
-def start_line(name: str, config: AuditConfig, decoder: DecoderConfig, work: Plan) -> str:
+def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice: Choice) -> str:
     """What will run on what, in one line."""
     device, count = jax.devices()[0], jax.device_count()
     kind = getattr(device, "device_kind", device.platform)
     enough = "" if work.rows >= 4 * decoder.width else ", fewer than advised"
+    kept = (
+        "" if work.slots == SLOTS else f", Gram sums of {work.slots} group at a time on the devices, others in a file"
+    )
     return (
-        f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {config.model.dtype} | "
-        f"{kind} x {count}, mesh 1 x 1 x 1 | {len(work.sequences):,} prompts, {work.tokens:,} tokens in "
+        f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {dtype} | "
+        f"{kind} x {count}, {choice}{kept} | {len(work.sequences):,} prompts, {work.tokens:,} tokens in "
         f"{len(work.batches)} batches, {work.waste:.0%} padding | N = {work.rows:,} rows, "
         f"4 d = {4 * decoder.width:,}{enough}"
     )

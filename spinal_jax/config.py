@@ -178,12 +178,31 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class AuditParallelConfig(ParallelConfig):
+    """How devices share an audit: `parallel`."""
+
+    backend: Literal["auto", "mesh", "pmap"] = "auto"  # pmap: a whole model on each device; auto: by device and memory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = self.backend != "pmap" or (self.fsdp == 1 and self.tensor == 1)
+        right = "mesh where parallel.fsdp or parallel.tensor split the model"
+        require(whole, "parallel.backend", self.backend, right)
+
+    @property
+    def default(self) -> bool:
+        """Whether no size was given."""
+        return (self.data, self.fsdp, self.tensor) == (-1, 1, 1)
+
+
+@dataclass(frozen=True)
 class AuditConfig:
     """`spinal audit`."""
 
     model: ModelConfig
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    parallel: AuditParallelConfig = field(default_factory=AuditParallelConfig)
     batch_tokens: int | None = None  # tokens computed at a time; null: by device
     overwrite: bool = False  # replace a complete run
 
@@ -252,6 +271,7 @@ class CompareConfig:
     same_prompts: bool = True
     score: ScoreConfig = field(default_factory=ScoreConfig)
     assert_: AssertConfig = field(default_factory=AssertConfig)
+    parallel: AuditParallelConfig = field(default_factory=AuditParallelConfig)
     batch_tokens: int | None = None  # tokens computed at a time; null: by device
     overwrite: bool = False  # replace a complete run
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spinal_jax.config import ParallelConfig
+from spinal_jax.config import AuditParallelConfig, ParallelConfig
 from spinal_jax.errors import UserError
 
 T = TypeVar("T")
@@ -28,6 +28,7 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what splits the rows of a batch
 ROOTS = ("embedding", "positions", "stacks", "final_norm", "unembedding")
 LARGE = 1 << 22  # elements from which a parameter must not lie whole on every device of a mesh that shards
+ROOM = 0.5  # of a device's memory that a model and its sums may take; the rest is for what a batch needs
 TABLE_BYTES = 1 << 30  # of the unembedding, up to which only `tensor` splits its rows
 
 # (paths, axes of the last dimensions); what no rule names is small and lies whole on every device.
@@ -37,7 +38,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"positions", (None, "fsdp")),  # [T, d]
     (r".*\b(out|down)\.weight|.*\bdown", ("fsdp", "tensor")),  # [d, inner]
     (r".*\.weight", ("tensor", "fsdp")),  # [inner, d]
-    (r".*\b(gate|up)", ("tensor", "fsdp")),  # [.., inner, d] of experts
+    (r".*\b(gate|up|router)", ("tensor", "fsdp")),  # [.., inner or experts, d]
     (r".*\badapter\.a", (None, "fsdp")),
     (r".*\badapter\.b", ("fsdp", None)),
 )
@@ -252,3 +253,63 @@ class Replicas:
     def whole(self) -> NamedSharding:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which devices an audit runs on: a mesh, replicas, or one device where both are None."""
+
+    shards: Shards | None
+    replicas: Replicas | None
+    why: str = ""  # empty where nothing was left to choose
+
+    def __str__(self) -> str:
+        if self.replicas is not None:
+            what = f"pmap x {self.replicas.count}"
+        else:
+            sizes = (1, 1, 1) if self.shards is None else self.shards.mesh.devices.shape
+            what = f"mesh {' x '.join(map(str, sizes))}"
+        return f"{what} ({self.why})" if self.why else what
+
+
+def device_memory() -> int | None:
+    """Bytes that a device has for this process; None where that is not said, as on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
+
+
+def choose(config: AuditParallelConfig, whole_bytes: int, table_bytes: int) -> Choice:
+    """The devices that `config` asks for, or that suit a model.
+
+    Args:
+        config: the `parallel` settings. With backend auto and no sizes: replicas where the whole fits on a device, else
+            a mesh whose `fsdp` is the least that makes it fit.
+        whole_bytes: of parameters and Gram sums together.
+        table_bytes: of the unembedding.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    count, memory = jax.device_count(), device_memory()
+    if config.backend == "pmap":
+        replicas = Replicas.all()
+        if config.data not in (-1, replicas.count):
+            raise UserError(
+                f"parallel.data is {config.data} and parallel.backend pmap, but there are {replicas.count} devices; "
+                "-1 takes them all"
+            )
+        return Choice(None, replicas)
+    if config.backend == "mesh" or not config.default:
+        mesh = make_mesh(config)
+        return Choice(Shards.of(mesh, table_bytes) if mesh.size > 1 else None, None)
+    if count == 1:
+        return Choice(None, None)
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        return Choice(None, None, f"{count} CPU devices share one processor")
+    size = f"the model and its sums are {whole_bytes / 2**30:.1f} GiB"
+    if jax.process_count() == 1 and (memory is None or whole_bytes <= ROOM * memory):
+        return Choice(None, Replicas.all(), f"{size}, which each device has room for")
+    fitting = [n for n in range(1, count + 1) if count % n == 0 and memory and whole_bytes / n <= ROOM * memory]
+    fsdp = fitting[0] if fitting else count
+    mesh = make_mesh(ParallelConfig(count // fsdp, fsdp, 1))
+    return Choice(Shards.of(mesh, table_bytes), None, f"{size}, shared by {fsdp}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from spinal_jax import api, data
 from spinal_jax.batch import Plan
-from spinal_jax.config import AuditConfig, CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig, build
+from spinal_jax.config import CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig, build
 from spinal_jax.errors import UserError
 from spinal_jax.footprint.pull import log_probabilities, pull, shape_for
 from spinal_jax.models.checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import Family
 from spinal_jax.responses import Example, Shape
 from spinal_jax.result import DepthTrace
+from spinal_jax.trace.devices import OneDevice, devices_of
 from spinal_jax.trace.measure import Measurement, keep, measure
 from spinal_jax.train.config import ObjectiveConfig
 from spinal_jax.train.examples import pair_sets
@@ -100,8 +101,8 @@ class _Side:
     decoder: DecoderConfig
     bar: api.Bar
 
-    def load(self) -> Decoder:
-        return api.load(self.checkpoint, self.family, self.decoder, self.config.dtype, self.bar)
+    def load(self, devices: OneDevice) -> Decoder:
+        return api.load(self.checkpoint, self.family, self.decoder, self.config.dtype, self.bar, devices)
 
     @property
     def name(self) -> str:
@@ -138,14 +139,20 @@ def run_footprint(
     with _opened(config.model, "aligned", bar) as ours, _opened(config.reference, "reference", bar) as theirs:
         tokenizer = ours.checkpoint.tokenizer()
         _check(config, ours, theirs, prompts, tokenizer)
+        larger = max((ours, theirs), key=lambda side: (side.decoder.depth + 1) * side.decoder.width**2)
+        choice = api.choose_devices(config.parallel, larger.decoder, larger.config.dtype, config.metrics)
+        devices = devices_of(choice)
+        slots = devices.slots(larger.decoder, config.metrics)
         work, theirs_work = (
-            api.plan_prompts(prompts, tokenizer, side.decoder, config.prompts, config.metrics, config.batch_tokens)
+            api.plan_prompts(
+                prompts, tokenizer, side.decoder, config.prompts, config.metrics, config.batch_tokens, devices, slots
+            )
             for side in (ours, theirs)
         )
         pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs))
         if say:
             for side in (ours, theirs):
-                say(api.start_line(side.name, AuditConfig(side.config), side.decoder, work))
+                say(api.start_line(side.name, side.config.dtype, side.decoder, work, choice))
         about = api.prompts_record(prompts, config.prompts)
 
         def traced(side: _Side, found: Measurement, plan: Plan) -> DepthTrace:
@@ -160,20 +167,21 @@ def run_footprint(
 
         joint = ours.decoder.depth == theirs.decoder.depth
         with contextlib.ExitStack() as stack:
-            weights = theirs.load()
+            weights = theirs.load(devices)
             if joint:
-                kept = stack.enter_context(keep(weights, theirs_work, config.metrics, theirs.bar))
+                kept = stack.enter_context(keep(weights, theirs_work, config.metrics, theirs.bar, devices=devices))
                 reference = None
             else:
-                kept, reference = None, measure(weights, theirs_work, config.metrics, theirs.bar)
+                kept = None
+                reference = measure(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
             known = None
             if pairs is not None:
                 with theirs.bar("log-probabilities", len(pairs.examples), "pair") as advance:
                     known = log_probabilities(weights, pairs.examples, pairs.shape, advance)
             del weights
             gc.collect()  # the two need not be in memory together
-            weights = ours.load()
-            aligned = measure(weights, work, config.metrics, ours.bar, kept)
+            weights = ours.load(devices)
+            aligned = measure(weights, work, config.metrics, ours.bar, kept, devices)
             reference = kept.measurement if kept is not None else reference
             assert reference is not None
         both = _both(aligned)

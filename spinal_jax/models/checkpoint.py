@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -55,6 +55,18 @@ class Checkpoint(Protocol):
 
     def close(self) -> None:
         """Release what is held open. Arrays already read stay valid."""
+        ...
+
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) along each axis
+
+
+@runtime_checkable
+class ReadsParts(Protocol):
+    """A checkpoint that can read some rows of a tensor without the others."""
+
+    def part(self, name: str, bounds: Bounds) -> np.ndarray:
+        """A block of a tensor, read now into an array of its own."""
         ...
 
 
@@ -144,13 +156,21 @@ class SafetensorsFolder:
         return self._infos
 
     def tensor(self, name: str) -> np.ndarray:
+        shape = self._stored[name].info.shape
+        return self._rows(name, 0, shape[0] if shape else 1).reshape(shape)
+
+    def part(self, name: str, bounds: Bounds) -> np.ndarray:
+        return self._rows(name, *bounds[0])[(slice(None), *(slice(*each) for each in bounds[1:]))]
+
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
         # Read, not mapped: mapped pages count as resident memory, and a streaming conversion would seem to hold it all.
         path, offset, info = self._stored[name]
-        count = math.prod(info.shape)
-        values = np.fromfile(path, info.dtype, count, offset=offset)
+        wide = math.prod(info.shape[1:])
+        count = (stop - start) * wide
+        values = np.fromfile(path, info.dtype, count, offset=offset + start * wide * info.dtype.itemsize)
         if values.size != count:
             raise UserError(f"{path} has become shorter since it was opened: {name} cannot be read")
-        return values.reshape(info.shape)
+        return values.reshape(stop - start, *info.shape[1:])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from spinal_jax.models.tokenizer import folder_tokenizer

@@ -21,12 +21,12 @@ import numpy as np
 import tensorstore as ts
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.checkpoint import TensorInfo, read_config, sha256_of
+from spinal_jax.models.checkpoint import Bounds, TensorInfo, read_config, sha256_of
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families import family_of
 from spinal_jax.models.folders import read_record
 from spinal_jax.models.hf_config import HFConfig
-from spinal_jax.models.translate import Family, Place, parameter_shapes, places
+from spinal_jax.models.translate import Family, Place, as_it_is, parameter_shapes, places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -193,6 +193,13 @@ class OrbaxFolder:
         place: Place = self._places[name]
         rows = [self._parameters[path][place.row] for path in place.paths]
         return place.rule.join([row.read().result() for row in rows], self._decoder)
+
+    def part(self, name: str, bounds: Bounds) -> np.ndarray:
+        place = self._places[name]
+        index = tuple(slice(*each) for each in bounds)
+        if place.rule.split is not as_it_is:
+            return self.tensor(name)[index]
+        return self._parameters[place.paths[0]][(*place.row, *index)].read().result()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from spinal_jax.models.tokenizer import folder_tokenizer

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.checkpoint import Checkpoint
+from spinal_jax.models.checkpoint import Bounds, Checkpoint, ReadsParts
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.hf_config import HFConfig
 
 Split = Callable[[np.ndarray, DecoderConfig], Sequence[np.ndarray]]
 Join = Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]
+Placing = Callable[[str, tuple[int, ...]], Sharding]  # where a parameter lies, by its path and shape
 
 # A router's correction bias decides which experts run; DeepSeek-V3 keeps it in float32 beside bfloat16 weights.
 KEEP_FLOAT32, FLOAT32 = ".correction", np.dtype(np.float32)
+
+
+def as_it_is(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
+    """The tensor is the parameter."""
+    return (tensor,)
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Rule:
 
     hf: str
     ours: tuple[str, ...]
-    split: Split = lambda tensor, config: (tensor,)
+    split: Split = as_it_is
     join: Join = lambda parts, config: parts[0]
 
 
@@ -159,10 +167,12 @@ def load_decoder(
     config: DecoderConfig,
     dtype: jnp.dtype,
     progress: Callable[[int], None] = lambda size: None,
+    placing: Placing | None = None,
 ) -> Decoder:
-    """The checkpoint as a `Decoder` whose parameters have `dtype`.
+    """The checkpoint as a `Decoder` whose parameters have `dtype`, and lie where `placing` says or on one device.
 
-    Raises UserError when a tensor is missing, unknown, or of another shape than the config says.
+    Where devices split a parameter, it is read and put there part by part, and only the parts that devices of this
+    process need. Raises UserError when a tensor is missing, unknown, or of another shape than the config says.
     """
     shapes = parameter_shapes(config)
     wanted = [list(places([rule], config, shapes)) for rule in family.rules(config)]
@@ -172,17 +182,74 @@ def load_decoder(
         for _ in parts_of(place, np.broadcast_to(np.float32(0), infos[stored[place.name]].shape), config, shapes):
             pass
     loaded: dict[str, jax.Array] = {}
-    for group in wanted:  # a rule at a time: only its stacks are on the host at once
-        stacks: dict[str, np.ndarray] = {}
-        for place in group:
-            tensor = checkpoint.tensor(stored[place.name])
-            for path, part in parts_of(place, tensor, config, shapes):
-                if path not in stacks:
-                    stacks[path] = np.empty(shapes[path].shape, FLOAT32 if path.endswith(KEEP_FLOAT32) else dtype)
-                stacks[path][place.row] = part
-                progress(part.nbytes)
-        loaded |= {path: jax.device_put(array) for path, array in stacks.items()}
+    for group in wanted:  # a rule at a time: only its stacks, or a part of each, are on the host at once
+        paths = dict.fromkeys(path for place in group for path in place.paths)
+        shardings = {path: placing(path, shapes[path].shape) if placing else None for path in paths}
+        missing = {path: _pieces(shapes[path].shape, sharding) for path, sharding in shardings.items()}
+        arrived: dict[str, list[jax.Array]] = {path: [] for path in paths}
+        while any(missing.values()):
+            pieces = {path: some.pop() for path, some in missing.items() if some}
+            bounds = {path: piece.bounds for path, piece in pieces.items()}
+            filled = {
+                path: np.empty([stop - start for start, stop in b], FLOAT32 if path.endswith(KEEP_FLOAT32) else dtype)
+                for path, b in bounds.items()
+            }
+            for place in group:
+                for path, row, block in _blocks(place, bounds, checkpoint, stored[place.name], config, shapes):
+                    filled[path][row] = block
+                    progress(block.nbytes)
+            for path, piece in pieces.items():
+                arrived[path] += [jax.device_put(filled[path], device) for device in piece.devices]
+        for path, arrays in arrived.items():
+            sharding, shape = shardings[path], shapes[path].shape
+            alone = sharding is None
+            loaded[path] = arrays[0] if alone else jax.make_array_from_single_device_arrays(shape, sharding, arrays)
     return assemble(config, loaded)
+
+
+class _Piece(NamedTuple):
+    """A part of a parameter, and the devices of this process that need it; None stands for the one that JAX takes."""
+
+    bounds: Bounds
+    devices: list[Any]
+
+
+def _pieces(shape: tuple[int, ...], sharding: Sharding | None) -> list[_Piece]:
+    """The parts of a parameter that differ."""
+    if sharding is None:
+        return [_Piece(tuple((0, size) for size in shape), [None])]
+    pieces: dict[Bounds, list[Any]] = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        pieces[tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))].append(device)
+    return [_Piece(bounds, devices) for bounds, devices in pieces.items()]
+
+
+def _blocks(
+    place: Place,
+    bounds: Mapping[str, Bounds],
+    checkpoint: Checkpoint,
+    name: str,
+    config: DecoderConfig,
+    shapes: Mapping[str, Any],
+) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+    """What a tensor fills of pieces with these bounds: (path, row within the piece, values)."""
+    lead = len(place.row)
+    wanted = {
+        path: bounds[path]
+        for path in place.paths
+        if path in bounds and all(a <= row < b for row, (a, b) in zip(place.row, bounds[path], strict=False))
+    }
+    if not wanted:
+        return
+    inner = {path: each[lead:] for path, each in wanted.items()}
+    if place.rule.split is as_it_is and isinstance(checkpoint, ReadsParts) and all(inner.values()):
+        parts = {path: checkpoint.part(name, each) for path, each in inner.items()}
+    else:
+        whole = dict(parts_of(place, checkpoint.tensor(name), config, shapes))
+        parts = {path: whole[path][tuple(slice(*each) for each in inner[path])] for path in wanted}
+    for path, part in parts.items():
+        yield path, tuple(row - a for row, (a, _) in zip(place.row, wanted[path], strict=False)), part
 
 
 def assemble(config: DecoderConfig, parameters: Mapping[str, Any]) -> Decoder:

@@ -5,6 +5,7 @@ All three run the same two steps, `gather` and `read`. Whatever goes to devices 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -14,17 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spinal_jax.batch import TokenBatch
+from spinal_jax.batch import SLOTS, TokenBatch
 from spinal_jax.config import MetricsConfig
-from spinal_jax.mesh import Replicas, Shards
+from spinal_jax.mesh import Choice, Replicas, Shards, device_memory
 from spinal_jax.metrics import contraction
 from spinal_jax.metrics.transport import Lens
+from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
+from spinal_jax.models.translate import Placing
 from spinal_jax.trace.gather import gather
 from spinal_jax.trace.reading import Across, Reading, Sums, read
 
 T = TypeVar("T")
+GRAM_ROOM = 0.25  # of a device's memory, for Gram sums
 
 # Compiled once for the shapes of a model and a batch, however often `measure` is called; what is summed is donated.
 gather_step = jax.jit(gather, static_argnames=("skips", "shards"), donate_argnames="grams")
@@ -47,6 +51,17 @@ class OneDevice:
 
     shards: Shards | None = None
     rows = 1  # how many share the rows of a batch
+    placing: Placing | None = None  # where a parameter lies, for `load_decoder`
+
+    def slots(self, config: DecoderConfig, settings: MetricsConfig) -> int:
+        """How many groups have their Gram sums here at once, all others being in a scratch file: two, or one where two
+        would take more than GRAM_ROOM of a device in float64."""
+        memory, share = device_memory(), 1
+        if self.shards is not None:
+            made, kept = self.shards.features(config.width)
+            share = math.prod(self.shards.mesh.shape[axis] for axis in (*made, *kept))
+        size = (1 + len(settings.variants.skip)) * (config.depth + 1) * config.width**2 * 8 / share
+        return 1 if memory and SLOTS * size > GRAM_ROOM * memory else SLOTS
 
     def model(self, model: Decoder) -> Decoder:
         """The model, its parameters where they belong."""
@@ -123,6 +138,7 @@ class OnMesh(OneDevice):
     def __init__(self, shards: Shards):
         self.shards = self.places = shards
         self.rows = shards.rows
+        self.placing = shards.parameter
 
     def model(self, model: Decoder) -> Decoder:
         parts, arrays = take_apart(model)
@@ -162,6 +178,7 @@ class OnReplicas(OneDevice):
     def __init__(self, replicas: Replicas):
         self.replicas = replicas
         self.rows = replicas.count
+        self.placing = lambda path, shape: replicas.whole
 
     def _each(self, tree: T) -> T:
         """One copy on each device, along a new first axis."""
@@ -224,6 +241,13 @@ class OnReplicas(OneDevice):
     def totals(self, reading: Reading) -> tuple[tuple[Sums, ...], Across | None]:
         own, across = super().totals(reading)
         return jax.tree.map(lambda x: x.sum(axis=0), (own, across))
+
+
+def devices_of(choice: Choice) -> OneDevice:
+    """What runs the audit on the devices that were chosen."""
+    if choice.replicas is not None:
+        return OnReplicas(choice.replicas)
+    return OneDevice() if choice.shards is None else OnMesh(choice.shards)
 
 
 def _static(settings: MetricsConfig) -> dict[str, Any]:

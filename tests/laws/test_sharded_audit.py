@@ -1,0 +1,229 @@
+"""Whatever devices share an audit, and however, the numbers are those of one device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spinal_jax import api
+from spinal_jax import mesh as sharding
+from spinal_jax.batch import Plan, Positions, plan
+from spinal_jax.config import (
+    AuditConfig,
+    AuditParallelConfig,
+    ContractionConfig,
+    MetricsConfig,
+    ParallelConfig,
+    TransportConfig,
+    VariantsConfig,
+    build,
+)
+from spinal_jax.errors import UserError
+from spinal_jax.mesh import Replicas, Shards, choose, make_mesh
+from spinal_jax.models.checkpoint import SafetensorsFolder, open_checkpoint
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.orbax import read_model
+from spinal_jax.models.parts import take_apart
+from spinal_jax.models.translate import load_decoder
+from spinal_jax.trace import devices as devices_module
+from spinal_jax.trace.ahead import abstract_arguments, lower_steps
+from spinal_jax.trace.devices import OneDevice, OnMesh, OnReplicas
+from spinal_jax.trace.measure import Measurement, keep, measure
+
+from .test_convert import converted, write_model
+from .test_trace import pool
+
+# Sums over devices come in another order: roundings of float32, of which fits keep what a ratio of them does.
+CLOSE = 1e-5
+WHOLE = ("rank",)  # counts
+
+
+def on(*sizes: int, vocabulary: tuple[str, ...] = ("tensor",)) -> OneDevice:
+    return OnMesh(Shards(make_mesh(ParallelConfig(*sizes)), vocabulary))
+
+
+def planned(devices: OneDevice, settings: MetricsConfig, count: int = 24, tokens: int = 96) -> Plan:
+    """Batches of `tokens` for each device that shares rows; the last one is uneven."""
+    selector = Positions.parse(settings.transport.positions)
+    return plan(pool(count=count), selector, 1, tokens * devices.rows, devices.rows)
+
+
+def same(found: Measurement, alone: Measurement) -> None:
+    for some, other in zip(
+        (found.whole, found.errors, *found.without), (alone.whole, alone.errors, *alone.without), strict=True
+    ):
+        for name, values in {**other.columns, **other.summary}.items():
+            got = {**some.columns, **some.summary}[name]
+            np.testing.assert_allclose(got, values, rtol=CLOSE, atol=0 if name in WHOLE else CLOSE, err_msg=name)
+    top = alone.singular_values.max()
+    np.testing.assert_allclose(found.singular_values_without, alone.singular_values_without, atol=CLOSE * top)
+    assert found.variants.keys() == alone.variants.keys()
+    for name, values in alone.variants.items():
+        np.testing.assert_allclose(found.variants[name], values, rtol=CLOSE, atol=CLOSE * np.nanmax(np.abs(values)))
+
+
+@pytest.fixture(scope="module")
+def models(make_decoder: Callable[..., Decoder]) -> tuple[Decoder, Decoder]:
+    """Three blocks and 301 tokens, which no axis divides."""
+    return make_decoder(0, depth=3, unembed_bias=True), make_decoder(1, depth=3)
+
+
+SETTINGS = MetricsConfig(ContractionConfig(), TransportConfig(top_k=None), 16, VariantsConfig(skip=(2,)))
+
+
+@pytest.fixture(scope="module")
+def alone(models: tuple[Decoder, Decoder]) -> tuple[Measurement, Measurement]:
+    """(the model measured against the reference, the reference), on one device."""
+    return joint(models, OneDevice(), SETTINGS)
+
+
+def joint(
+    models: tuple[Decoder, Decoder], devices: OneDevice, settings: MetricsConfig, count: int = 24
+) -> tuple[Measurement, Measurement]:
+    work = planned(devices, settings, count)
+    with keep(models[1], work, settings, devices=devices) as kept:
+        found = measure(models[0], work, settings, reference=kept)
+        assert kept.measurement is not None
+        return found, kept.measurement
+
+
+@pytest.mark.parametrize("where", ["8x1x1", "2x2x2", "1x4x2", "1x1x8", "1x4x2 all", "pmap"])
+def test_the_trace_is_the_same_on_any_devices(
+    models: tuple[Decoder, Decoder], alone: tuple[Measurement, Measurement], where: str
+) -> None:
+    """Two models in one pass over the vocabulary, a vocabulary and a depth that nothing divides, uneven batches."""
+    if where == "pmap":
+        devices: OneDevice = OnReplicas(Replicas.all())
+    else:
+        shape, _, everything = where.partition(" ")
+        vocabulary = ("tensor", "fsdp") if everything else ("tensor",)
+        devices = on(*map(int, shape.split("x")), vocabulary=vocabulary)
+    found, reference = joint(models, devices, SETTINGS)
+    same(found, alone[0])
+    same(reference, alone[1])
+    assert found.policy is not None
+    assert alone[0].policy is not None
+    np.testing.assert_allclose(found.policy.distance, alone[0].policy.distance, atol=CLOSE)
+    np.testing.assert_allclose(found.policy.distance_without, alone[0].policy.distance_without, atol=CLOSE)
+    assert found.policy.divergence == pytest.approx(alone[0].policy.divergence, abs=CLOSE)
+
+
+@pytest.mark.parametrize("where", ["2x2x2", "pmap"])
+def test_fewer_prompts_than_devices_and_only_the_likeliest_tokens(models: tuple[Decoder, Decoder], where: str) -> None:
+    settings = MetricsConfig(ContractionConfig((0.0, 1.0)), TransportConfig(top_k=7), 16)
+    devices = OnReplicas(Replicas.all()) if where == "pmap" else on(2, 2, 2)
+    few = [sequence for sequence in pool() if len(sequence.ids) > 30][:3]
+    found = []
+    for each in (OneDevice(), devices):
+        work = plan(few, Positions.parse("last:4"), 1, 64 * each.rows, each.rows)
+        found.append(measure(models[0], work, settings, devices=each))
+    same(found[1], found[0])
+
+
+def test_the_command_takes_a_mesh_and_says_so() -> None:
+    settings = {
+        "model": {"source": "random:0.3m"},
+        "prompts": {"limit": 40, "max_length": 64},
+        "metrics": {"groups": 4},
+    }
+    lines: list[str] = []
+    one, many = (
+        api.run_audit(build(AuditConfig, settings | parallel), say=lines.append)
+        for parallel in ({}, {"parallel": {"data": 2, "fsdp": -1, "tensor": 2}})
+    )
+    assert "cpu x 8, mesh 1 x 1 x 1 (8 CPU devices share one processor)" in lines[0]
+    assert "cpu x 8, mesh 2 x 2 x 2 |" in lines[1]
+    for name, values in one.columns.items():
+        np.testing.assert_allclose(many.columns[name], values, rtol=CLOSE, atol=CLOSE, err_msg=name)
+
+
+def test_what_is_left_to_choose_is_chosen_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, table = AuditParallelConfig(), 1000
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(sharding, "device_memory", lambda: 80 << 30)
+    fits, large, huge = (choose(auto, size << 30, table) for size in (30, 100, 10_000))
+    assert str(fits) == "pmap x 8 (the model and its sums are 30.0 GiB, which each device has room for)"
+    assert str(large) == "mesh 2 x 4 x 1 (the model and its sums are 100.0 GiB, shared by 4)"
+    assert str(huge).startswith("mesh 1 x 8 x 1 (")
+    assert str(choose(AuditParallelConfig(2, 2, 2), 30 << 30, table)) == "mesh 2 x 2 x 2"
+    assert str(choose(AuditParallelConfig(backend="mesh"), 30 << 30, table)) == "mesh 8 x 1 x 1"
+    assert str(choose(AuditParallelConfig(1, 1, 1), 30 << 30, table)) == "mesh 1 x 1 x 1"
+    with pytest.raises(UserError, match=r"parallel.data is 4 and parallel.backend pmap, but there are 8 devices"):
+        choose(AuditParallelConfig(4, backend="pmap"), 1, table)
+    with pytest.raises(UserError, match=r"parallel.backend is 'pmap'; it takes mesh where"):
+        AuditParallelConfig(tensor=2, backend="pmap")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert str(choose(auto, 30 << 30, table)) == "mesh 1 x 1 x 1"
+
+
+def test_gram_sums_that_would_fill_a_device_are_kept_for_one_group_at_a_time(
+    models: tuple[Decoder, Decoder], alone: tuple[Measurement, Measurement], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, one = models[0].config, OneDevice()
+    assert one.slots(config, SETTINGS) == 2
+    size = 2 * 2 * 4 * 32**2 * 8  # groups, kinds of sums, boundaries, a matrix in float64
+    monkeypatch.setattr(devices_module, "device_memory", lambda: 4 * size - 1)
+    assert one.slots(config, SETTINGS) == 1
+    assert on(2, 2, 2).slots(config, SETTINGS) == 2
+    work = plan(pool(), Positions.parse("last:4"), 1, 96, slots=1)
+    assert max(len(set(batch.visits)) for batch in work.batches) == 1
+    same(measure(models[1], work, SETTINGS), alone[1])
+
+
+@pytest.mark.parametrize("table", [1, 1 << 40])
+def test_a_large_unembedding_is_split_along_fsdp_too(table: int) -> None:
+    shards = Shards.of(make_mesh(ParallelConfig(2, 2, 2)), table)
+    assert shards.vocabulary == (("tensor",) if table == 1 else ("tensor", "fsdp"))
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "orbax"])
+def test_weights_load_into_their_places_and_are_read_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has every device reads every byte of a tensor that rows split once, and no tensor whole."""
+    source = write_model(tmp_path / "model", vocab_size=56)
+    family, config = read_model(json.loads((source / "config.json").read_text()))
+    wanted = take_apart(load_decoder(open_checkpoint(str(source)), family, config, jnp.dtype(jnp.float32)))[1]
+    checkpoint = open_checkpoint(str(source if kind == "huggingface" else converted(source, tmp_path / "orbax")))
+    assert checkpoint.kind == kind
+    read: list[int] = []
+    shards = Shards(make_mesh(ParallelConfig(2, 1, 4)))
+    if kind == "huggingface":
+        rows = SafetensorsFolder._rows
+
+        def counted(self: SafetensorsFolder, name: str, start: int, stop: int) -> np.ndarray:
+            found = rows(self, name, start, stop)
+            if name.endswith(("up_proj.weight", "embed_tokens.weight")):
+                read.append(found.shape[0])
+            return found
+
+        monkeypatch.setattr(SafetensorsFolder, "_rows", counted)
+    progress: list[int] = []
+    model = load_decoder(checkpoint, family, config, jnp.dtype(jnp.float32), progress.append, shards.parameter)
+    for path, array in take_apart(model)[1].items():
+        assert array.sharding == shards.parameter(path, array.shape)
+        np.testing.assert_array_equal(array, wanted[path])
+    assert sum(progress) == sum(array.nbytes for array in wanted.values())
+    if kind == "huggingface":
+        assert sorted(read) == [24 // 4] * 4 * 3 + [56 // 4] * 4
+
+
+def test_nothing_split_is_gathered_by_the_walk_through_the_vocabulary(models: tuple[Decoder, Decoder]) -> None:
+    """On a mesh that splits the vocabulary, and one that splits rows and positions: only sums cross."""
+    settings, config = MetricsConfig(), models[0].config
+    for sizes in ((1, 1, 8), (2, 4, 1)):
+        shards = Shards(make_mesh(ParallelConfig(*sizes)))
+        some = abstract_arguments(
+            config, jnp.dtype(jnp.float32), settings, (8, 48, 64), np.dtype(np.float32), shards=shards
+        )
+        compiled = lower_steps(some, settings, shards)[1].compile()
+        text = compiled.as_text() or ""
+        assert "all-reduce" in text
+        for collective in ("all-gather", "all-to-all", "collective-permute"):
+            assert f" {collective}(" not in text, f"{sizes} {collective}"
