@@ -115,21 +115,21 @@ def _read_out(run: Run, name: str, boundary: int) -> str:
 
 
 def _table(runs: Sequence[Run], names: Mapping[Path, str], out: Path) -> dict[str, Any]:
-    """Head and rows: command and state, the settings that differ, what was found."""
+    """Head and rows: command and state, what was found, the settings that differ."""
     settings = swept(runs)
     shown = [entry for entry in COLUMNS if any(_is_number(run.found.get(entry[0])) for run in runs)]
     cells = []
     for run in runs:
         row = [_word(run.command), _word("complete" if run.complete else "incomplete")]
-        row += [_word(run.settings.get(name)) for name in settings]
         row += [_number(run, name) for name, _, _ in shown]
+        row += [_word(run.settings.get(name)) for name in settings]
         cells.append(row)
     links = []
     for run in runs:
         report = run.folder / "report.html"
         links.append(Path(os.path.relpath(report, out)).as_posix() if run.complete and report.exists() else "")
-    head = [("command", ""), ("state", ""), *((name, "") for name in settings)]
-    head += [(title, unit) for _, title, unit in shown]
+    head = [("command", ""), ("state", ""), *((title, unit) for _, title, unit in shown)]
+    head += [(name, "") for name in settings]
     return {
         "corner": "run",
         "head": head,

@@ -107,7 +107,8 @@ class TrainConfig:
     batch_size: int = 8  # pairs or documents a step
     micro_tokens: int | None = None  # tokens computed at a time, gradients being accumulated; null: by device
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; trained weights are float32
-    remat: bool = True  # recompute blocks in the backward pass instead of keeping their activations
+    # What the backward pass computes again: blocks, all but the matmuls' results, none; null: matmuls on a CPU.
+    remat: Literal["none", "matmuls", "blocks"] | None = None
     seed: int = 0  # of the order of examples and of new weights
     log_every: int = 1
     eval_every: int | None = None  # null: at the first and last step
@@ -117,6 +118,7 @@ class TrainConfig:
     max_to_keep: int | None = 2  # checkpoints; null: all
     keep: Literal["last", "best_before_onset"] = "last"
     stop_on_destabilisation: bool = False
+    until_eval_loss: float | None = None  # end at the first evaluation whose loss is at most this
     overwrite: bool = False  # replace a complete run
 
     def __post_init__(self) -> None:
@@ -130,6 +132,10 @@ class TrainConfig:
         listed = every if isinstance(every, tuple) else () if every is None else (every,)
         sound = all(step > 0 for step in listed) if not isinstance(every, tuple) else all(step >= 0 for step in listed)
         require(sound, "trace_every", every, "null, a number above 0, or a list of steps")
+        data = self.corpus if self.objective.kind == "lm" else self.preferences
+        evaluates = data is None or data.held_out > 0
+        right = "null where nothing is held out: the loss of held-out examples ends the run"
+        require(self.until_eval_loss is None or evaluates, "until_eval_loss", self.until_eval_loss, right)
         if self.objective.kind == "lm" and self.corpus is None:
             raise UserError("objective=lm trains on documents; give corpus=world, or corpus=text corpus.path=FILE")
         if self.objective.kind != "lm" and self.preferences is None:

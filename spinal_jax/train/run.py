@@ -37,7 +37,7 @@ from spinal_jax.train.loop import Diverged, Lookup, Task, evaluate, optimise
 from spinal_jax.train.optimizer import optimizer, schedule
 from spinal_jax.train.step import Arrays, Steps, TrainState, make_steps, zeroed_adapters
 
-CPU_MICRO_TOKENS, ACCELERATOR_MICRO_TOKENS = 2048, 16384
+CPU_MICRO_TOKENS, ACCELERATOR_MICRO_TOKENS = 1024, 16384
 # By how much the loss of the first step may differ from ln 2, the reference having been computed in another order.
 FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 SAVES = 4  # parts of a run after each of which there is a checkpoint, where nothing is said
@@ -112,7 +112,8 @@ def run_train(config: TrainConfig, folder: Path, bar: api.Bar | None = None, say
         method = optimizer(config.optimizer, stop)
         with jax.numpy_dtype_promotion("standard"):  # as in `make_steps`
             state = TrainState(parameters, shard_parameters(method.init(parameters), mesh), jnp.int32(0))
-        steps = make_steps(parts, decoder, config.objective, method, dtype=config.compute_dtype, remat=config.remat)
+        remat = config.remat or ("matmuls" if jax.default_backend() == "cpu" else "blocks")
+        steps = make_steps(parts, decoder, config.objective, method, dtype=config.compute_dtype, remat=remat)
         train, held_out, live = _reference(config, steps, parameters, fixed, examples, shape, mesh, stop, weights, bar)
         rate = schedule(config.optimizer, stop)
         task = Task(config, steps, fixed, examples, shape, mesh, rate, train, held_out, live)
@@ -242,17 +243,21 @@ def _course(
     evaluations = due(config.eval_every or stop, stop) if task.examples.held_out else frozenset()
     last: dict[str, float] = {}
 
-    def pause(step: int, state: TrainState) -> tuple[dict[str, float], bool]:
-        """What is due before step `step`: what was evaluated, and whether the run is to end."""
+    def pause(step: int, state: TrainState) -> tuple[dict[str, float], str]:
+        """What is due before step `step`: what was evaluated, and why the run is to end, or ""."""
         if step in saves:
             saved.save(step, state)
         found = evaluate(task, state.parameters) if step in evaluations else {}
-        if step not in traces:
-            return found, False
+        reached = config.until_eval_loss is not None and found.get("eval_loss", math.inf) <= config.until_eval_loss
+        if step not in traces and not reached:
+            return found, ""
         beside = {name: value for name, value in {**last, **found}.items() if "rewards/" in name}
         told = history.add(step, parts.assemble({**task.fixed, **state.parameters}), beside)
         saved.protect(told["healthy"])
-        return found, config.stop_on_destabilisation and told["destabilisation"] is not None
+        if reached:
+            return found, f"the held-out loss is {found['eval_loss']:.4g}"
+        broke = told["destabilisation"] if config.stop_on_destabilisation else None
+        return found, broke["evidence"] if broke else ""
 
     with bar("train", stop, "step") as advance:
         advance(start)
@@ -274,7 +279,9 @@ def _course(
     if found:
         out.metrics(step, found)
     if ends:
-        say(f"stopped after step {step} of {stop}: {history.told['destabilisation']['evidence']}")
+        say(f"stopped after step {step} of {stop}: {ends}")
+    elif config.until_eval_loss is not None:
+        say(f"the held-out loss has not come down to {config.until_eval_loss:g} in {stop} steps")
     saved.save(step, state)
     saved.wait()
     return state, {**last, **found}

@@ -137,6 +137,20 @@ def test_other_objectives(kind: str, spinal: Spinal, tmp_path: Path) -> None:
     assert (run / "report.html").exists()
 
 
+def test_a_run_ends_at_the_first_evaluation_that_is_good_enough(spinal: Spinal, tmp_path: Path) -> None:
+    data = ("objective=lm", "corpus=world", "corpus.limit=64", "corpus.held_out=8", "eval_every=1", "trace_every=9")
+    run = tmp_path / "run"
+    outcome = spinal("train", *WORLD, *data, "steps=9", "until_eval_loss=5.5", f"hydra.run.dir={run}")
+    assert outcome.code == 0, outcome.err
+    losses = [line["eval_loss"] for line in lines(run)]
+    assert losses[-1] <= 5.5 < losses[-2]
+    last = len(losses) - 1
+    assert 0 < last < 9
+    assert f"stopped after step {last} of 9: the held-out loss is {losses[-1]:.4g}" in outcome.err
+    assert [path.name for path in sorted((run / "traces").iterdir())] == ["step_000000", f"step_{last:06}"]
+    refused(spinal, tmp_path, ("until_eval_loss=1", "preferences.held_out=0"), "until_eval_loss", "null", "held out")
+
+
 def test_what_is_not_finite_ends_the_run_and_keeps_the_state_before(spinal: Spinal, tmp_path: Path) -> None:
     run = tmp_path / "run"
     outcome = spinal("train", *WORLD, "optimizer.learning_rate=1e30", "optimizer.name=sgd", f"hydra.run.dir={run}")

@@ -1,0 +1,147 @@
+"""The studies: their analysis finds what was planted, on runs that were made up."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spinal_jax.result import DepthTrace
+
+from .test_collect import finish
+from .test_training_report import CONFIG, ends, write_run
+
+__all__ = ["ends"]  # a fixture
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+SIZES = {"a": 1e6, "b": 3e6, "c": 1e7, "d": 3e7}
+
+
+def load(study: str) -> ModuleType:
+    """The analysis script of a study."""
+    spec = importlib.util.spec_from_file_location(f"{study}_analyse", EXPERIMENTS / study / "analyse.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+@pytest.fixture(scope="module")
+def scaling() -> ModuleType:
+    return load("scaling")
+
+
+def planted(exponent: float, bend: float = 0.0, noise: float = 0.3, trial: int = 0) -> list[dict[str, Any]]:
+    """Runs of five seeds whose |Delta_align| is a power of the parameters; the largest is off by `bend`."""
+    rng = np.random.default_rng(trial)
+    rows = []
+    for size, parameters in SIZES.items():
+        for seed in range(5):
+            value = 0.1 * (parameters / 1e6) ** exponent * np.exp(noise * rng.normal() + bend * (size == "d"))
+            signed = value * (-1) ** seed
+            rows.append({"arm": "dpo", "parameters": parameters, "seed": seed, "abs_delta_align": value})
+            rows[-1] |= {"delta_align": signed, **dict.fromkeys(("gradient_share", "coherence", "kl"), np.nan)}
+            rows[-1] |= {"policy_distance_centroid": np.nan}
+    return rows
+
+
+def law_of(scaling: ModuleType, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found = {line["quantity"]: line for line in scaling.fits(rows)}
+    assert found.keys() == {"abs_delta_align", "delta_align"}  # of what is not known there is no law
+    return found["abs_delta_align"]
+
+
+def test_intervals_hold_what_was_planted(scaling: ModuleType) -> None:
+    """In 95 % of trials: the exponent, and the largest size where it keeps to the law of the others."""
+    laws = [law_of(scaling, planted(0.3, trial=trial)) for trial in range(300)]
+    held = np.mean([law["slope_low"] < 0.3 < law["slope_high"] for law in laws])
+    predicted = np.mean([law["largest_predicted"] for law in laws])
+    # Three standard errors of 300 trials are 4 %.
+    assert held == pytest.approx(0.95, abs=0.04)
+    assert predicted == pytest.approx(0.95, abs=0.04)
+
+
+def test_a_largest_size_that_leaves_the_law_is_told(scaling: ModuleType) -> None:
+    law = law_of(scaling, planted(0.3, bend=0.7, noise=0.1))
+    assert not law["largest_predicted"]
+    assert law["largest_off"] == pytest.approx(0.7, abs=0.25)
+
+
+def test_two_seeds_make_no_interval(scaling: ModuleType) -> None:
+    rows = [row for row in planted(0.3) if row["seed"] < 2]
+    for law in scaling.fits(rows):
+        assert np.isnan(law["slope_low"])
+        assert law["largest_predicted"] == ""
+
+
+def test_a_mean_that_is_not_zero_is_told_from_one_that_is(scaling: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    rows = [
+        {"arm": arm, "parameters": size, "delta_align": shift + 0.01 * rng.normal()}
+        | dict.fromkeys(("delta_contraction_excess", "delta_transport_excess", "policy_distance_excess"), np.nan)
+        for arm, shift in (("dpo", 0.1), ("shuffled", 0.0))
+        for size in (1, 2, 3)
+        for _ in range(5)
+    ]
+    lines = scaling.against_zero(rows)
+    assert all(line["p_holm"] < 0.05 for line in lines if line["arm"] == "dpo")
+    assert all(line["p_holm"] > 0.05 for line in lines if line["arm"] == "shuffled")
+    assert all(line["p"] <= line["p_holm"] <= 1 for line in lines)
+
+
+def sweep_of(folder: Path, ends: tuple[DepthTrace, DepthTrace]) -> Path:
+    """A sweep of two seeds and three sizes with every arm."""
+    for seed in range(2):
+        for size in ("a", "b", "c"):
+            grown = tuple(replace(each, model={**each.model, "parameters": SIZES[size]}) for each in ends)
+            for arm in ("base", "dpo", "sft", "shuffled"):
+                run = folder / f"{arm}-{size}-{seed}"
+                run.mkdir(parents=True)
+                write_run(run, grown, [0, 0.2, 0.5, 0.8, 0.9, 1.0], "lm" if arm == "base" else "sound")  # type: ignore[arg-type]
+                kind = {"base": "lm", "shuffled": "dpo"}.get(arm, arm)
+                config: Mapping[str, Any] = CONFIG | {
+                    "model": {"source": "m", "name": size},
+                    "objective": {"kind": kind, "beta": 0.1},
+                    "preferences": {"shuffle_labels": arm == "shuffled"},
+                    "until_eval_loss": 0.4 if arm == "base" else None,
+                    "seed": seed,
+                }
+                if arm == "base":
+                    line = json.dumps({"step": 50, "eval_loss": 0.39 if (size, seed) != ("a", 1) else 0.5})
+                    (run / "metrics.jsonl").write_text(line + "\n")
+                finish(run, "train", config)
+    return folder
+
+
+def test_the_scaling_study_from_runs_to_tables_and_figures(
+    scaling: ModuleType, ends: tuple[DepthTrace, DepthTrace], tmp_path: Path
+) -> None:
+    sweep = sweep_of(tmp_path / "sweep", ends)
+    out = tmp_path / "out"
+    scaling.analyse(sweep, out)
+    with (out / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows if row["matched"] == "False"] == ["dpo-a-1", "sft-a-1", "shuffled-a-1"]
+    assert len(rows) == 18
+    with (out / "means.csv").open(newline="") as file:
+        means = {(row["arm"], row["size"]): row for row in csv.DictReader(file)}
+    assert [means["dpo", size]["seeds"] for size in "abc"] == ["1", "2", "2"]  # what is not matched is in no mean
+    drawn = {"against_size", "delta_align", "against_kl", "against_accuracy", "onset", "where"}
+    assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == drawn
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    scaling.analyse(sweep, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (sweep / "sft-b-0" / "manifest.json").unlink()
+    with pytest.raises(SystemExit, match="not complete, so nothing is analysed: sft-b-0"):
+        scaling.analyse(sweep, tmp_path / "other")
