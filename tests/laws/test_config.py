@@ -30,6 +30,7 @@ FULL: dict[str, Any] = {
         "groups": 16,
         "variants": {"center": True, "skip": [0, 4], "positions": ["last:2"], "groups": False},
     },
+    "parallel": {"data": 2, "fsdp": -1, "tensor": 2, "backend": "mesh"},
     "batch_tokens": 512,
     "overwrite": False,
 }
