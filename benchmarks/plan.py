@@ -38,7 +38,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        few, many = write_prompts(here / "few.jsonl", 64, 16), write_prompts(here / "many.jsonl", args.prompts, args.tokens)
+        few = write_prompts(here / "few.jsonl", 64, 16)
+        many = write_prompts(here / "many.jsonl", args.prompts, args.tokens)
         models = {
             "nothing": as_folder(here / "nothing", SIZES["0.3m"], byte_tokenizer()),
             "30M parameters over bytes": as_folder(here / "30m", SIZES["30m"], byte_tokenizer()),

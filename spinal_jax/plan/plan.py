@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from spinal_jax.plan.work import pool, split_of, widest
 SCHEMA = "spinal-plan/1"
 FILE = "plan.json"
 USABLE = 0.9  # of a device's memory; the rest is the runtime's, and lost between arrays
-PROCESS = 400 * 2**20  # bytes of Python, the libraries and what they compile, in an audit of next to nothing
+# Bytes of Python, the libraries and what they compile, in an audit of next to nothing (benchmarks/plan.py), and of
+# PyTorch, which transformers imports with a tokenizer where it is installed.
+PROCESS, TORCH = 585 * 2**20, 188 * 2**20
 NODE = 8  # GPUs of one machine
 GIB = 2**30
 
@@ -291,7 +294,7 @@ def _memory(config: PlanConfig, found: Compiled, host: estimate.Host, shapes: An
     count = config.devices if on_cpu else 1  # what one memory holds
     temporaries = max(found.gather.temporaries, found.read.temporaries)
     stack = max(estimate.parameter_bytes({path: shape}, config.model.dtype) for path, shape in shapes.items())
-    process = PROCESS if on_cpu else 0
+    process = (PROCESS + (TORCH if find_spec("torch") else 0)) if on_cpu else 0
     parameters = count * found.parameters
     return Memory(
         parameters=parameters,
