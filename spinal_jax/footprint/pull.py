@@ -122,7 +122,7 @@ def pull(
 def _steps(model: Decoder, objective: ObjectiveConfig) -> tuple[Steps, Arrays]:
     parts, arrays = take_apart(model)
     dtype = str(model.dtype)
-    return make_steps(parts, model.config, objective, optax.identity(), dtype=dtype, remat=True), arrays
+    return make_steps(parts, model.config, objective, optax.identity(), dtype=dtype, remat="blocks"), arrays
 
 
 @jax.jit

@@ -9,7 +9,7 @@ tap does not keep.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.experts import MixtureOfExperts
 from spinal_jax.models.latent import MultiHeadLatentAttention
 from spinal_jax.models.layers import MLP, Norm, normal
+
+Remat = Literal["none", "all_but_linear", "blocks"]
 
 
 class Tap(NamedTuple):
@@ -130,7 +132,7 @@ class Decoder(nnx.Module):
         positions: Array | None = None,
         segments: Array | None = None,
         lengths: Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[Array, Any]:
         """The residual stream, causally.
 
@@ -142,7 +144,8 @@ class Decoder(nnx.Module):
             segments: int [B, T], equal for tokens of one sequence; tokens attend within theirs. Default: one per row.
             lengths: int [B, T], how many tokens the token's sequence has (only the `dynamic` and `longrope` rope
                 scalings ask). Default T.
-            remat: recompute blocks in the backward pass instead of keeping their activations.
+            remat: what the backward pass computes again instead of keeping it: nothing, all but the results of linear
+                layers, or whole blocks.
 
         Returns:
             (h_D [B, T, d] before the final norm, the tap's last state or None)
@@ -176,7 +179,8 @@ class Decoder(nnx.Module):
                 h = block(h, shared, layer)
                 return (h, state if tap is None else tap.update(state, h, index)), None
 
-            body = jax.checkpoint(step, prevent_cse=False) if remat else step
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "all_but_linear" else None
+            body = step if remat == "none" else jax.checkpoint(step, prevent_cse=False, policy=keep)
             layers, done = per_layer(config), 0
             for stack, (_, count) in zip(self.stacks, config.stacks, strict=True):
                 part = jax.tree.map(lambda x, a=done, b=done + count: x[a:b], layers)

@@ -107,8 +107,8 @@ class TrainConfig:
     batch_size: int = 8  # pairs or documents a step
     micro_tokens: int | None = None  # tokens computed at a time, gradients being accumulated; null: by device
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; trained weights are float32
-    # What the backward pass computes again: blocks, all but the matmuls' results, none; null: matmuls on a CPU.
-    remat: Literal["none", "matmuls", "blocks"] | None = None
+    # What the backward pass computes again and does not keep; null: all_but_linear on a CPU, else blocks.
+    remat: Literal["none", "all_but_linear", "blocks"] | None = None
     seed: int = 0  # of the order of examples and of new weights
     log_every: int = 1
     eval_every: int | None = None  # null: at the first and last step

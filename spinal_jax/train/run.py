@@ -112,7 +112,7 @@ def run_train(config: TrainConfig, folder: Path, bar: api.Bar | None = None, say
         method = optimizer(config.optimizer, stop)
         with jax.numpy_dtype_promotion("standard"):  # as in `make_steps`
             state = TrainState(parameters, shard_parameters(method.init(parameters), mesh), jnp.int32(0))
-        remat = config.remat or ("matmuls" if jax.default_backend() == "cpu" else "blocks")
+        remat = config.remat or ("all_but_linear" if jax.default_backend() == "cpu" else "blocks")
         steps = make_steps(parts, decoder, config.objective, method, dtype=config.compute_dtype, remat=remat)
         train, held_out, live = _reference(config, steps, parameters, fixed, examples, shape, mesh, stop, weights, bar)
         rate = schedule(config.optimizer, stop)

@@ -13,6 +13,7 @@ from jax import Array
 
 from spinal_jax.metrics.gradient import BlockNorms, block_norms
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.decoder import Remat
 from spinal_jax.models.parts import Parts, cast
 from spinal_jax.preference import Scores, preference_loss, sequence_scores
 from spinal_jax.responses import ResponseBatch
@@ -71,7 +72,7 @@ def make_steps(
     method: optax.GradientTransformation,
     *,
     dtype: str,
-    remat: bool,
+    remat: Remat,
 ) -> Steps:
     """The functions of a run.
 
@@ -81,10 +82,10 @@ def make_steps(
         objective: what is minimised.
         method: the optimiser.
         dtype: of forward and backward.
-        remat: recompute blocks in the backward pass.
+        remat: what the backward pass computes again (`Decoder.forward`).
     """
 
-    def scores(parameters: Arrays, fixed: Arrays, batch: ResponseBatch, remat: bool) -> Scores:
+    def scores(parameters: Arrays, fixed: Arrays, batch: ResponseBatch, remat: Remat) -> Scores:
         model = parts.assemble(cast({**fixed, **parameters}, dtype))
         h, _ = model.forward(
             batch.tokens, positions=batch.positions, segments=batch.segments, lengths=batch.lengths, remat=remat
@@ -92,7 +93,7 @@ def make_steps(
         return sequence_scores(model.lens, h, batch, config.vocab_size)
 
     def loss(
-        parameters: Arrays, fixed: Arrays, batch: ResponseBatch, normaliser: Array, remat: bool
+        parameters: Arrays, fixed: Arrays, batch: ResponseBatch, normaliser: Array, remat: Remat
     ) -> tuple[Array, Sums]:
         sums = summed(scores(parameters, fixed, batch, remat), batch, objective)
         return sums.loss / normaliser, sums
@@ -122,8 +123,8 @@ def make_steps(
         jax.jit(gradient),
         jax.jit(more, donate_argnames=("gradients", "sums")),
         jax.jit(update, donate_argnames="state"),
-        jax.jit(lambda parameters, fixed, batch: loss(parameters, fixed, batch, jnp.float32(1), False)[1]),
-        jax.jit(lambda parameters, fixed, batch: scores(parameters, fixed, batch, False).logp),
+        jax.jit(lambda parameters, fixed, batch: loss(parameters, fixed, batch, jnp.float32(1), "none")[1]),
+        jax.jit(lambda parameters, fixed, batch: scores(parameters, fixed, batch, "none").logp),
     )
 
 

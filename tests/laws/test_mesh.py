@@ -49,7 +49,7 @@ def steps_on(mesh: Any, model: Decoder, count: int = 3) -> tuple[list[float], di
     method = optimizer(OptimizerConfig(name="sgd", learning_rate=0.5, beta1=0.0), count)
     with jax.numpy_dtype_promotion("standard"):
         state = TrainState(parameters, shard_parameters(method.init(parameters), mesh), jnp.int32(0))
-    steps = make_steps(parts, model.config, ObjectiveConfig("dpo"), method, dtype="float32", remat=True)
+    steps = make_steps(parts, model.config, ObjectiveConfig("dpo"), method, dtype="float32", remat="blocks")
     data = pairs(5, model.config.vocab_size)  # an odd number of pairs, and rows that stay empty
     shape = choose_shape([data], 30, 512, row_multiple(mesh))
     norms = []

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, MistralConfig
 from spinal_jax.models import attention
 from spinal_jax.models.attention import attend
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.models.decoder import Decoder, Tap, collect, fold
+from spinal_jax.models.decoder import Decoder, Remat, Tap, collect, fold
 from spinal_jax.models.rope import Rope
 
 from .reference import (
@@ -228,15 +228,16 @@ def test_taps_read_every_boundary(tiny: tuple[Any, MemoryCheckpoint, Decoder]) -
     assert np.array_equal(shape, np.full(depth + 1, decoder.config.width + 1))
 
 
-def test_remat_changes_neither_forward_nor_gradient(tiny: tuple[Any, MemoryCheckpoint, Decoder]) -> None:
+@pytest.mark.parametrize("remat", ["all_but_linear", "blocks"])
+def test_remat_changes_neither_forward_nor_gradient(tiny: tuple[Any, MemoryCheckpoint, Decoder], remat: Remat) -> None:
     ids = tokens()
 
     @partial(jax.jit, static_argnames="remat")
-    def loss_and_gradient(model: Decoder, remat: bool) -> tuple[jax.Array, Any]:
+    def loss_and_gradient(model: Decoder, remat: Remat) -> tuple[jax.Array, Any]:
         return jax.value_and_grad(lambda model: jnp.sum(model.forward(ids, remat=remat)[0] ** 2))(model)
 
-    kept, kept_gradient = loss_and_gradient(tiny[2], False)
-    again, again_gradient = loss_and_gradient(tiny[2], True)
+    kept, kept_gradient = loss_and_gradient(tiny[2], "none")
+    again, again_gradient = loss_and_gradient(tiny[2], remat)
     assert_close(again, kept)
     for a, b in zip(jax.tree.leaves(again_gradient), jax.tree.leaves(kept_gradient), strict=True):
         assert_close(a, b)
