@@ -182,7 +182,7 @@ def test_the_compilers_memory_of_one_device_and_of_four() -> None:
     assert four.grams - sums == (one.grams - sums) / 4
     for found in (one, four):
         given_to = found.parameters + found.grams + found.batch + 4  # and one number, the gap
-        assert found.gather.arguments == given_to
+        assert given_to - found.batch < found.gather.arguments <= given_to  # without what of a batch no step reads
         assert found.gather.aliased >= found.grams
         assert found.gather.temporaries > 0
         assert found.peak > given_to
