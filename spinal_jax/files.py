@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -21,14 +21,28 @@ from spinal_jax.errors import UserError
 T = TypeVar("T")
 
 
-class Record(Protocol):
-    """What a document is written from: an attribute for each of its sections beside these."""
+class Record:
+    """What a document is written from: an attribute for each of its sections, of which these are always there."""
+
+    columns: Mapping[str, np.ndarray]
+    summary: Mapping[str, Any]
+    warnings: tuple[str, ...]
 
     @property
-    def boundaries(self) -> int: ...
+    def boundaries(self) -> int:
+        """D + 1."""
+        return len(next(iter(self.columns.values())))
 
     @property
-    def warnings(self) -> tuple[str, ...]: ...
+    def depth(self) -> int:
+        """D, the number of decoder blocks."""
+        return self.boundaries - 1
+
+    @property
+    def terminal(self) -> tuple[int, int]:
+        """First and last boundary of the terminal block, both included."""
+        first, last = self.summary["terminal"]
+        return int(first), int(last)
 
 
 def write_whole(path: Path, data: bytes) -> None:

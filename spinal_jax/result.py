@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from spinal_jax.errors import UserError
-from spinal_jax.files import check_boundaries, document, floats, load_record, read, save_record
+from spinal_jax.files import Record, check_boundaries, document, floats, load_record, read, save_record
 from spinal_jax.wording import number, plus_minus, sparkline
 
 SCHEMA = "spinal-trace/1"
@@ -39,7 +39,7 @@ UNITS = {"transport": "rad", "entropy": "nats", "curvature": "rad", "path_length
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DepthTrace:
+class DepthTrace(Record):
     """What one audit measured, by boundary 0..D (docs/method.md).
 
     Attributes:
@@ -87,22 +87,6 @@ class DepthTrace:
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "arrays", arrays)
         object.__setattr__(self, "warnings", tuple(self.warnings))
-
-    @property
-    def boundaries(self) -> int:
-        """D + 1."""
-        return len(self.columns["contraction"])
-
-    @property
-    def depth(self) -> int:
-        """D, the number of decoder blocks."""
-        return self.boundaries - 1
-
-    @property
-    def terminal(self) -> tuple[int, int]:
-        """First and last boundary of the terminal block, both included."""
-        first, last = self.summary["terminal"]
-        return int(first), int(last)
 
     @property
     def singular_values(self) -> np.ndarray | None:

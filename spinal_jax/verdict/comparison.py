@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spinal_jax.files import check_boundaries, document, floats, load_record, read, save_record, undefined
+from spinal_jax.files import Record, check_boundaries, document, floats, load_record, read, save_record, undefined
 from spinal_jax.wording import number, plus_minus, sparkline
 
 SCHEMA = "spinal-comparison/1"
@@ -44,7 +44,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Record):
     """What `spinal_jax.compare` found, by boundary 0..D and for the terminal block (docs/method.md).
 
     Attributes:
@@ -88,22 +88,6 @@ class Comparison:
                 )
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "warnings", tuple(self.warnings))
-
-    @property
-    def boundaries(self) -> int:
-        """D + 1."""
-        return len(self.columns["delta_contraction"])
-
-    @property
-    def depth(self) -> int:
-        """D, the number of decoder blocks."""
-        return self.boundaries - 1
-
-    @property
-    def terminal(self) -> tuple[int, int]:
-        """First and last boundary of the terminal block, both included."""
-        first, last = self.summary["terminal"]
-        return int(first), int(last)
 
     @property
     def verdict(self) -> str:
