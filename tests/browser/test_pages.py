@@ -1,4 +1,4 @@
-"""The three kinds of page in a real browser: they load nothing, complain of nothing and fit every window.
+"""Every kind of page in a real browser: it loads nothing, complains of nothing and fits every window.
 
 These tests need a Chromium, which no Python package carries, so `make test` leaves them out and `make test-browser`
 runs them.
@@ -6,24 +6,28 @@ runs them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from spinal_jax.collect.write import collect
 from spinal_jax.report import draw_report
 from spinal_jax.result import save_trace
 from spinal_jax.verdict.compare import compare
 from spinal_jax.verdict.comparison import save_comparison
 from tests.laws.planted import flat, simulated
+from tests.laws.test_collect import finish
 from tests.laws.test_comparison_report import both
-from tests.laws.test_training_report import write_run
+from tests.laws.test_training_report import CONFIG, write_run
 
 from .chromium import NAMES, Chromium, find
 
 pytestmark = pytest.mark.browser
 PAPER = 688  # CSS pixels between the margins of an A4 page
-KINDS = ("audit", "training", "comparison")
+KINDS = ("audit", "training", "comparison")  # of one run
+PAGES = (*KINDS, "index")  # and that of many
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A page of each kind, of models of 6 blocks."""
+    """A page of each kind, of models of 6 blocks; that of many runs is of these three and one that was cut off."""
     folder = tmp_path_factory.mktemp("pages")
     truth = flat(6)
     truth.delta_alpha[-1:], truth.delta_transport[-1:] = 0.4, -0.1
@@ -47,12 +51,18 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     write_run(folder / "training", (aligned, reference), [0, 0.5, 0.9, 1.0, 1.0], "sound")
     save_comparison(compare(aligned, reference, both(6)), folder / "comparison")
     save_comparison(compare(reference, aligned), folder / "comparison" / "others" / "1")
-    return {kind: draw_report(folder / kind) for kind in KINDS}
+    drawn = {kind: draw_report(folder / kind) for kind in KINDS}
+    finish(folder / "audit", "audit", {"model": {"source": "m"}})
+    finish(folder / "training", "train", CONFIG)
+    finish(folder / "comparison", "compare", {"model": {"source": "m"}})
+    (folder / "cut off").mkdir()
+    (folder / "cut off" / "settings.json").write_text(json.dumps({"config": CONFIG | {"seed": 1}}))
+    return {**drawn, "index": collect([folder]).files[-1]}
 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [400, 1600])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PAGES)
 def test_a_page_loads_only_itself_and_fits(
     kind: str, width: int, dark: bool, browser: Chromium, pages: Mapping[str, Path]
 ) -> None:
@@ -65,12 +75,13 @@ def test_a_page_loads_only_itself_and_fits(
     assert browser.requests() == [pages[kind].resolve().as_uri()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PAGES)
 def test_pointing_reads_values_and_a_column_sorts(kind: str, browser: Chromium, pages: Mapping[str, Path]) -> None:
     browser.open(pages[kind], 1600)
     pointed = "document.querySelector('.hit').dispatchEvent(new PointerEvent('pointerenter'))"
     browser.value(pointed)
-    assert browser.value("document.querySelector('.read-out.live').textContent").split()[0] in ("boundary", "step")
+    starts = ("audit", "comparison", "training") if kind == "index" else ("boundary", "step")
+    assert browser.value("document.querySelector('.read-out.live').textContent").split()[0] in starts
     table = "[...document.querySelectorAll('table.sortable')].at(-1)"
     first = f"{table}.tBodies[0].rows[0].cells[0].textContent"
     before = browser.value(first)
@@ -86,6 +97,12 @@ def test_a_page_reads_without_scripts_and_prints(kind: str, browser: Chromium, p
     browser.open(pages[kind], PAPER, media="print")
     assert browser.value("document.documentElement.scrollWidth") <= PAPER
     assert browser.paper().startswith(b"%PDF")
+
+
+def test_the_page_of_many_runs_leads_to_theirs(browser: Chromium, pages: Mapping[str, Path]) -> None:
+    browser.open(pages["index"], 1600)
+    links = browser.value("JSON.stringify([...document.querySelectorAll('tbody a')].map(link => link.href))")
+    assert sorted(json.loads(links)) == sorted(pages[kind].resolve().as_uri() for kind in KINDS)
 
 
 def test_what_these_tests_look_for_is_found(browser: Chromium, tmp_path: Path) -> None:
