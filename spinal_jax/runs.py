@@ -36,8 +36,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spinal_jax.errors import AlreadyDone, UserError
-from spinal_jax.report.figures import figures, png_bytes
 from spinal_jax.files import plain
+from spinal_jax.report.figures import figures, png_bytes
 from spinal_jax.result import DepthTrace
 from spinal_jax.verdict.comparison import Comparison
 
