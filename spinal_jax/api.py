@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,15 @@ from tqdm.auto import tqdm
 
 from spinal_jax import data
 from spinal_jax.batch import SLOTS, Plan, Positions, TokenSequence, plan
-from spinal_jax.config import AuditConfig, AuditParallelConfig, MetricsConfig, ModelConfig, PromptsConfig, build
+from spinal_jax.config import (
+    AuditConfig,
+    AuditParallelConfig,
+    MetricsConfig,
+    ModelConfig,
+    PromptsConfig,
+    build,
+    to_mapping,
+)
 from spinal_jax.errors import UserError
 from spinal_jax.mesh import Choice, choose
 from spinal_jax.metrics.contraction import MIN_RANKS
@@ -130,8 +139,10 @@ def run_audit(
     texts: Sequence[str] | None = None,
     bar: Bar | None = None,
     say: Callable[[str], None] | None = None,
+    folder: Path | None = None,
 ) -> DepthTrace:
-    """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line."""
+    """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line, and
+    with `config.checkpoint_every` the run folder `folder` what is saved on the way."""
     bar = bar or bars(False)
     prompts = read_pool(config.prompts, texts)
     with opened(config.model) as (checkpoint, family, decoder):
@@ -145,10 +156,27 @@ def run_audit(
             say(start_line(name, config.model.dtype, decoder, work, choice))
         model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
         digest, revision = checkpoint.sha256(), checkpoint.revision
-    found = measure(model, work, config.metrics, bar, devices=devices)
+    models = model_record(name, config.model.source, revision, config.model.dtype, digest)
+    pool = prompts_record(prompts, config.prompts)
+    progress = None
+    if config.checkpoint_every is not None:
+        if folder is None:
+            raise ValueError("checkpoint_every needs a folder to save into")
+        from spinal_jax.trace.progress import Progress
+
+        about = {
+            "model": models,
+            "prompts": {**pool, "tokens_sha256": tokens_sha256(work)},
+            "metrics": to_mapping(config.metrics),
+            "devices": str(replace(choice, why="")),
+            "batches_sha256": hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest(),
+            "environment": environment(),
+        }
+        progress = Progress(folder, config.checkpoint_every, about, config.overwrite)
+    found = measure(model, work, config.metrics, bar, devices=devices, progress=progress)
     return depth_trace(
-        model_record(name, config.model.source, revision, config.model.dtype, digest),
-        prompts_record(prompts, config.prompts),
+        models,
+        pool,
         decoder,
         config.metrics,
         work,

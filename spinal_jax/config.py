@@ -204,12 +204,13 @@ class AuditConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     parallel: AuditParallelConfig = field(default_factory=AuditParallelConfig)
     batch_tokens: int | None = None  # tokens computed at a time; null: by device
+    checkpoint_every: int | None = None  # batches between saves, from which a killed run goes on; null: none
     overwrite: bool = False  # replace a complete run
 
     def __post_init__(self) -> None:
-        require(
-            self.batch_tokens is None or self.batch_tokens > 0, "batch_tokens", self.batch_tokens, "null or above 0"
-        )
+        for name in ("batch_tokens", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "null or above 0")
 
 
 @dataclass(frozen=True)

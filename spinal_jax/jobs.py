@@ -6,6 +6,7 @@ Libraries are imported where they are used, so that a mistake in the settings is
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,21 @@ def audit(settings: dict[str, Any], folder: Path) -> int:
     from spinal_jax import config, runs
 
     asked = config.build(config.AuditConfig, settings)
-    runs.check_free(folder, asked.overwrite, config.to_mapping(asked))
+    goes_on = asked.checkpoint_every is not None and runs.unfinished(folder)
+    runs.check_free(folder, asked.overwrite or goes_on, config.to_mapping(asked))
     from spinal_jax.api import run_audit
     from spinal_jax.report.page import write_report
     from spinal_jax.result import save_trace
 
     seconds: dict[str, float] = {}
     bar = stages(seconds)
-    trace = run_audit(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
-    with runs.writing(folder, asked.overwrite) as scratch:
+    try:
+        trace = run_audit(asked, bar=bar, say=lambda line: print(line, file=sys.stderr), folder=folder)
+    except Stopped as stopped:
+        if asked.checkpoint_every is not None and runs.unfinished(folder):
+            stopped.kept = "the same command goes on from what was saved last"
+        raise
+    with runs.writing(folder, asked.overwrite or goes_on) as scratch:
         with bar("report", 3, "part") as advance:
             save_trace(trace, scratch)
             advance(1)
@@ -35,6 +42,7 @@ def audit(settings: dict[str, Any], folder: Path) -> int:
             advance(1)
             runs.write_events(trace, scratch)
         runs.write_manifest(scratch, "audit", config.to_mapping(asked), runs.about_trace(trace), seconds)
+    shutil.rmtree(folder / runs.PROGRESS, ignore_errors=True)
     rate = trace.prompts["tokens"] / seconds["audit"]
     print(trace)
     print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())} ({rate:,.0f} tokens/s in the audit)")

@@ -57,8 +57,9 @@ PARTS = (
     ),
 )
 SCRATCH = ".writing-"
+PROGRESS = "progress"  # what an audit has saved on its way
 # Settings that change nothing but where and how fast a run computes: it may go on with others.
-FREE = {"parallel", "overwrite", "cache"}
+FREE = {"parallel", "overwrite", "cache", "checkpoint_every"}
 
 
 REMEDY = "set overwrite=true to replace it, or choose another hydra.run.dir"
@@ -83,6 +84,11 @@ def check_incomplete(folder: Path, config: Mapping[str, Any] | None = None) -> N
         return
     same = config is not None and without_free(_read(folder).get("config")) == without_free(_as_json(config))
     raise (AlreadyDone if same else UserError)(f"{folder} already holds a complete run; {REMEDY}")
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether an audit was cut off in the folder that can go on: what else it has left there may be replaced."""
+    return (folder / PROGRESS).exists() and not (folder / MANIFEST).exists()
 
 
 def without_free(values: Any) -> Any:

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ from spinal_jax.models.decoder import Decoder
 from spinal_jax.trace.devices import OneDevice
 from spinal_jax.trace.reading import Across, Reading, Sums, nothing_read, over_groups
 from spinal_jax.trace.spectra import GramSpool, Groups, Spectra, all_spectra, groups_of, spectra_count
+
+if TYPE_CHECKING:
+    from spinal_jax.trace.progress import Progress
 
 LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
 LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may differ from the model's output
@@ -139,6 +142,7 @@ def measure(
     bar: Bar | None = None,
     reference: Reference | None = None,
     devices: OneDevice | None = None,
+    progress: Progress | None = None,
 ) -> Measurement:
     """Runs the audit over a planned pool of prompts.
 
@@ -149,6 +153,7 @@ def measure(
         bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
         reference: also measure the distance from this model; if its own measurement is missing, it is made here.
         devices: what it runs on, the plan's rows being a multiple of `devices.rows`; those of `reference` with one.
+        progress: goes on where it stands, and saves there; None: nothing is saved.
 
     Raises:
         UserError: the pool has too few rows for a fit at any boundary.
@@ -166,12 +171,11 @@ def measure(
     models = 1 if known else 2
     reading = devices.reading(nothing_read(model.config.depth + 1, settings, models, reference is not None))
 
-    def visit(number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> None:
-        nonlocal reading
+    def visit(reading: Reading, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> Reading:
         both = (x,) if reference is None else (x, reference.read(number, host))
-        reading = jax.block_until_ready(devices.read(lenses, reading, both, batch, settings))
+        return jax.block_until_ready(devices.read(lenses, reading, both, batch, settings))
 
-    spectra = _run(model, plan, settings, bar or _no_bar, visit, devices)
+    spectra, reading = _run(model, plan, settings, bar or _no_bar, reading, visit, devices, progress)
     own, across = _read_out(reading, devices)
     if reference is not None and not known:
         assert reference.spectra is not None
@@ -202,14 +206,12 @@ def keep(
     kept = Reference(lens, plan, settings, devices)
     reading = devices.reading(nothing_read(model.config.depth + 1, settings, 1, False))
 
-    def visit(number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> None:
-        nonlocal reading
+    def visit(reading: Reading, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> Reading:
         kept.append(host, x)
-        if alone:
-            reading = jax.block_until_ready(devices.read((lens,), reading, (x,), batch, settings))
+        return jax.block_until_ready(devices.read((lens,), reading, (x,), batch, settings)) if alone else reading
 
     try:
-        kept.spectra = _run(model, plan, settings, bar or _no_bar, visit, devices)
+        kept.spectra, reading = _run(model, plan, settings, bar or _no_bar, reading, visit, devices)
         if alone:
             kept.measurement = _finish(kept.spectra, _read_out(reading, devices)[0][0], plan, settings)
     except BaseException:
@@ -240,40 +242,53 @@ def _run(
     plan: Plan,
     settings: MetricsConfig,
     bar: Bar,
-    visit: Callable[[int, TokenBatch, TokenBatch, Array], None],
+    reading: Reading,
+    visit: Callable[[Reading, int, TokenBatch, TokenBatch, Array], Reading],
     devices: OneDevice,
-) -> Spectra:
-    """All batches through the forward, what is kept of each handed to `visit(number, host batch, batch, x)`; then the
-    spectra."""
+    progress: Progress | None = None,
+) -> tuple[Spectra, Reading]:
+    """All batches through the forward, what is kept of each handed to `visit(reading, number, host batch, batch, x)`;
+    then the spectra, and what was read."""
     config, skips = model.config, settings.variants.skip
     boundaries = config.depth + 1
     fewest = min(int(groups_of(plan, settings.groups, skip).rows.sum()) for skip in (plan.skip, *skips))
     dtype = contraction.gram_dtype(fewest, config.width)
     wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
     with contextlib.ExitStack() as stack, wide:
-        spools = [
-            GramSpool(stack.enter_context(tempfile.TemporaryFile()), boundaries, config.width, dtype)
-            for _ in range(1 + len(skips))
+        files = [
+            stack.enter_context(tempfile.TemporaryFile() if progress is None else progress.file(number))  # noqa: SIM115 (closed by the stack)
+            for number in range(1 + len(skips))
         ]
+        spools = [GramSpool(file, boundaries, config.width, dtype) for file in files]
         grams = devices.grams(len(spools), plan.slots, boundaries, config.width, dtype)
         gap = devices.gap()
         complete: dict[int, list[Visit]] = defaultdict(list)
         for each in plan.visits:
             complete[each.last_batch].append(each)
-        with bar("audit", plan.tokens, "tok") as advance:
+        begin = 0
+        if progress is not None:
+            begin = progress.begun
+            grams, gap, reading = progress.load((grams, gap, reading))
+            for spool in spools:
+                spool.go_on([visited.group for number in range(begin) for visited in complete[number]])
+        with progress or contextlib.nullcontext(), bar("audit", plan.tokens, "tok") as advance:
             for number, host in enumerate(plan):
+                if number < begin:
+                    continue
                 batch = devices.batch(host)
                 grams, x, gap = devices.gather(model, grams, gap, batch, skips)
-                visit(number, host, batch, x)
+                reading = visit(reading, number, host, batch, x)
                 for done in complete[number]:
                     for spool, sums in zip(spools, grams, strict=True):
                         second = partial(devices.second, sums, done.slot)
                         spool.append(done.group, second, devices.first(sums, done.slot))
                     grams = tuple(devices.clear(sums, done.slot) for sums in grams)
+                if progress is not None:
+                    progress.after(number + 1, len(plan.batches), (grams, gap, reading), files)
                 advance(int((host.segments > 0).sum()))
         _check_gap(devices.largest(gap))
         with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
-            return all_spectra(spools, plan, settings, advance)
+            return all_spectra(spools, plan, settings, advance), reading
 
 
 def _finish(spectra: Spectra, sums: Sums, plan: Plan, settings: MetricsConfig) -> Measurement:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -55,11 +56,14 @@ class Spectra:
 
 
 class GramSpool:
-    """Gram sums that have left the device: a scratch file of lower triangles, read back boundary by boundary."""
+    """Gram sums that have left the device: a scratch file of records, each the lower triangles of all boundaries and
+    the sums beside them, read back boundary by boundary."""
 
     def __init__(self, file: IO[bytes], boundaries: int, width: int, dtype: np.dtype):
         self.file, self.boundaries, self.width, self.dtype = file, boundaries, width, dtype
         self.triangle = np.tril_indices(width)
+        self.size = len(self.triangle[0]) * dtype.itemsize  # bytes of a triangle
+        self.record = boundaries * (self.size + width * 8)  # bytes
         self.groups: list[int] = []  # of each record
         self.first: dict[int, np.ndarray] = {}  # group -> [D + 1, d]
 
@@ -67,16 +71,33 @@ class GramSpool:
         """Stores the sums of one visit to a group: `second(boundary)` [d, d], a boundary at a time, and [D + 1, d]."""
         for boundary in range(self.boundaries):
             self.file.write(second(boundary)[self.triangle].data)
+        first = first.astype(np.float64)
+        self.file.write(np.ascontiguousarray(first).data)
+        self._count(group, first)
+
+    def _count(self, group: int, first: np.ndarray) -> None:
         self.groups.append(group)
-        self.first[group] = self.first.get(group, 0) + first.astype(np.float64)
+        self.first[group] = self.first.get(group, 0) + first
+
+    def go_on(self, groups: Sequence[int]) -> None:
+        """Takes over what the file holds of these groups, a record each, and forgets what is behind that. ValueError
+        where it holds less."""
+        length = len(groups) * self.record
+        if (there := self.file.seek(0, os.SEEK_END)) < length:
+            raise ValueError(f"the file of Gram sums has {there} bytes of {length}")
+        for record, group in enumerate(groups):
+            self.file.seek(record * self.record + self.boundaries * self.size)
+            first = np.frombuffer(self.file.read(self.boundaries * self.width * 8), np.float64)
+            self._count(group, first.reshape(self.boundaries, self.width))
+        self.file.truncate(length)
+        self.file.seek(length)
 
     def read(self, boundary: int) -> dict[int, np.ndarray]:
         """group -> Gram sum of its rows at a boundary, float64 [d, d], lower triangle."""
-        size = len(self.triangle[0])
         sums: dict[int, np.ndarray] = {}
         for record, group in enumerate(self.groups):
-            self.file.seek((record * self.boundaries + boundary) * size * self.dtype.itemsize)
-            flat = np.frombuffer(self.file.read(size * self.dtype.itemsize), self.dtype)
+            self.file.seek(record * self.record + boundary * self.size)
+            flat = np.frombuffer(self.file.read(self.size), self.dtype)
             if group not in sums:
                 sums[group] = np.zeros((self.width, self.width))
             sums[group][self.triangle] += flat

@@ -32,6 +32,7 @@ FULL: dict[str, Any] = {
     },
     "parallel": {"data": 2, "fsdp": -1, "tensor": 2, "backend": "mesh"},
     "batch_tokens": 512,
+    "checkpoint_every": 8,
     "overwrite": False,
 }
 
@@ -132,6 +133,7 @@ def test_a_missing_setting_is_named(values: dict[str, Any]) -> None:
         ("metrics.transport.positions", 4),
         ("metrics.transport.positions", "first:4"),
         ("batch_tokens", 0),
+        ("checkpoint_every", 0),
         ("batch_tokens", 1.5),
         ("overwrite", "yes"),
     ],
