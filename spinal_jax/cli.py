@@ -187,12 +187,12 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
         sweeps.append(Sweep(Path(sweep.hydra.sweep.dir), _runs_of(sweep)))
 
     def attempt(settings: DictConfig, folder: Path) -> int:
-        missing = sorted(OmegaConf.missing_keys(settings))
-        for name in (name for name in missing if name in optional):
-            OmegaConf.update(settings, name, None)
-        if missing := [name for name in missing if name not in optional]:
-            raise UserError(f"{missing[0]} is missing; give {missing[0]}=...")
         try:
+            missing = sorted(OmegaConf.missing_keys(settings))
+            for name in (name for name in missing if name in optional):
+                OmegaConf.update(settings, name, None)
+            if missing := [name for name in missing if name not in optional]:
+                raise UserError(f"{missing[0]} is missing; give {missing[0]}=...")
             return job(OmegaConf.to_container(settings, resolve=True), folder)  # type: ignore[arg-type]
         except OmegaConfBaseException as error:
             raise UserError(_hydras_words(error, command)) from error

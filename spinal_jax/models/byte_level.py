@@ -66,7 +66,7 @@ def _llama(width: int, depth: int, heads: int, mlp_width: int) -> dict[str, Any]
 
 SIZES: dict[str, dict[str, Any]] = {
     "0.3m": _llama(width=64, depth=6, heads=2, mlp_width=176),
-    "0.6m": _llama(width=80, depth=8, heads=5, mlp_width=216),
+    "0.6m": _llama(width=96, depth=6, heads=3, mlp_width=208),
     "1m": _llama(width=96, depth=9, heads=3, mlp_width=256),
     "3m": _llama(width=160, depth=10, heads=5, mlp_width=432),
     "10m": _llama(width=256, depth=12, heads=4, mlp_width=704),
