@@ -57,9 +57,10 @@ class Progress:
         if not settings.exists():
             self.folder.mkdir(parents=True)
             write_whole(settings, (json.dumps(about, indent=1) + "\n").encode())
+        latest: Any = ocp.training.preservation_policies.LatestN(n=2)  # not of the type that Orbax declares
         self._orbax = ocp.training.Checkpointer(
             str(self.folder / SAVED),
-            preservation_policy=ocp.training.preservation_policies.LatestN(n=2),
+            preservation_policy=latest,
             cleanup_tmp_directories=True,
         )
         self._x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
