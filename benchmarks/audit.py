@@ -183,7 +183,9 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     states = jax.random.normal(jax.random.key(0), (boundaries, height, length, width))
 
     def gram_stage(grams: Any, states: Any, batch: Any) -> Any:
-        add = lambda i, g: contraction.update(g, states[i], batch.counted, batch.slots, i)  # noqa: E731
+        def add(i: Any, sums: Any) -> Any:
+            return contraction.update(sums, states[i], batch.counted, batch.slots, i)
+
         return jax.lax.fori_loop(0, boundaries, add, grams)
 
     def block_matmuls(x: Any, wide: Any, stack: Any) -> Any:

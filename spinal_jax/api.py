@@ -39,6 +39,7 @@ from spinal_jax.models.checkpoint import Checkpoint, open_checkpoint
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import family_of
+from spinal_jax.models.folders import Bar as Bar
 from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.memory import random_checkpoint
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
@@ -118,9 +119,6 @@ def load_model(
     asked = build(ModelConfig, {"source": os.fspath(source), "revision": revision, "dtype": dtype}, "model")
     with opened(asked) as (checkpoint, family, decoder):
         return load(checkpoint, family, decoder, asked.dtype), checkpoint.tokenizer()
-
-
-Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 
 def bars(show: bool) -> Bar:

@@ -42,7 +42,8 @@ def audit(settings: dict[str, Any], folder: Path) -> int:
             advance(1)
             runs.write_events(trace, scratch)
         runs.write_manifest(scratch, "audit", config.to_mapping(asked), runs.about_trace(trace), seconds)
-    shutil.rmtree(folder / runs.PROGRESS, ignore_errors=True)
+    if (folder / runs.PROGRESS).exists():
+        shutil.rmtree(folder / runs.PROGRESS)
     rate = trace.prompts["tokens"] / seconds["audit"]
     print(trace)
     print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())} ({rate:,.0f} tokens/s in the audit)")

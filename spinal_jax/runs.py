@@ -54,6 +54,7 @@ PARTS = (
         "ranking.csv",
         "others",
         "summary.md",
+        "plan.json",
     ),
 )
 SCRATCH = ".writing-"

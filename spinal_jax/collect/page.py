@@ -146,11 +146,10 @@ def _word(value: Any) -> dict[str, str]:
 
 
 def _number(run: Run, name: str) -> dict[str, str]:
-    value = run.found.get(name, math.nan)
-    if not _is_number(value):
+    value, low, high = (float(run.found.get(f"{name}{end}", math.nan)) for end in ("", "_low", "_high"))
+    if not math.isfinite(value):
         return {"text": "–", "half": "", "key": ""}
-    low, high = run.found.get(f"{name}_low", math.nan), run.found.get(f"{name}_high", math.nan)
-    text, _, half = plus_minus(value, (high - low) / 2).partition(" ± ")  # type: ignore[operator, arg-type]
+    text, _, half = plus_minus(value, (high - low) / 2).partition(" ± ")
     return {"text": text, "half": half, "key": repr(value)}
 
 

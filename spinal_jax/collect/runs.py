@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.files import flat
 from spinal_jax.report.training_run import METRICS, ONSET, SETTINGS, TRACES
 from spinal_jax.result import DepthTrace, load_trace
 from spinal_jax.runs import MANIFEST, SCHEMA, SCRATCH, without_free
@@ -84,9 +85,9 @@ def read_run(folder: Path) -> Run:
     """The run of a folder. UserError for a complete run with a file that cannot be read."""
     if not (folder / MANIFEST).exists():
         config = _json(folder / SETTINGS).get("config", {}) if (folder / SETTINGS).exists() else {}
-        return Run(folder, "train" if config else "", False, _flat(without_free(config)))
+        return Run(folder, "train" if config else "", False, flat(without_free(config)))
     manifest = _manifest(folder)
-    command, settings = manifest["command"], _flat(without_free(manifest["config"]))
+    command, settings = manifest["command"], flat(without_free(manifest["config"]))
     read = {"audit": _audit, "compare": _compare, "train": _train}.get(command)
     if read is None:
         raise UserError(f"{folder} is a run of {command!r}; audit, compare and train can be collected")
@@ -149,13 +150,3 @@ def _json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

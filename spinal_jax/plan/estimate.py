@@ -145,8 +145,10 @@ def stages(
 
 def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
     """How often a token passes such a matrix: once in every block, with experts as often as it has chosen some."""
-    assert len(shape) == 3 or config.experts is not None
-    return shape[0] * (1 if len(shape) == 3 else config.experts.per_token)  # type: ignore[union-attr]
+    if len(shape) == 3:
+        return shape[0]
+    assert config.experts is not None
+    return shape[0] * config.experts.per_token
 
 
 def gram_dtype(work: Plan, settings: MetricsConfig, width: int) -> np.dtype:
@@ -183,5 +185,6 @@ def host(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int)
         Stage("spectra", "float64", matrices * EIGENVALUES * d**3, reread),
         matrices,
         memory,
-        (1 + len(settings.variants.skip)) * len(work.visits) * boundaries * triangle * itemsize,
+        # Of every visit a record: triangles, and sums beside them in float64.
+        (1 + len(settings.variants.skip)) * len(work.visits) * boundaries * (triangle * itemsize + 8 * d),
     )

@@ -35,6 +35,7 @@ from spinal_jax.metrics.depth import summary
 from spinal_jax.metrics.tail import MIN_RANKS
 from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.folders import Bar
 from spinal_jax.trace.devices import OneDevice
 from spinal_jax.trace.reading import Across, Reading, Sums, nothing_read, over_groups
 from spinal_jax.trace.spectra import GramSpool, Groups, Spectra, all_spectra, groups_of, spectra_count
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
 LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may differ from the model's output
-Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from spinal_jax import runs
 from spinal_jax.errors import UserError
-from spinal_jax.files import write_whole
+from spinal_jax.files import flat, write_whole
 from spinal_jax.report.training_figures import trace_figure
 from spinal_jax.result import DepthTrace, save_trace
 from spinal_jax.runs import MANIFEST, Events, check_incomplete, without_free
@@ -67,7 +67,7 @@ class TrainingFolder:
 
     def _differs(self, before: Mapping[str, Any]) -> str:
         """The first setting in which a run that was started with `before` differs from this one, in words; or ""."""
-        one, other = _flat(without_free(before)), _flat(self.started_with)
+        one, other = flat(without_free(before)), flat(self.started_with)
         for name in sorted(one.keys() | other.keys()):
             if one.get(name) != other.get(name):
                 return f"{name} = {one.get(name)!r}, but this one has {other.get(name)!r}"
@@ -132,19 +132,9 @@ def trace_name(step: int) -> str:
 
 def _swept(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
     """The settings by which runs of a sweep differ, by the names under which they are given."""
-    flat = _flat(config)
+    settings = flat(config)
     return {
         name: value
-        for name, value in flat.items()
+        for name, value in settings.items()
         if name.split(".")[0] in SWEPT and isinstance(value, bool | int | float | str)
     }
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -90,7 +90,7 @@ def test_pointing_reads_values_and_a_column_sorts(kind: str, browser: Chromium, 
     assert browser.complaints() == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PAGES)
 def test_a_page_reads_without_scripts_and_prints(kind: str, browser: Chromium, pages: Mapping[str, Path]) -> None:
     browser.open(pages[kind], 1600, scripts=False)
     assert browser.complaints() == []

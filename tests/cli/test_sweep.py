@@ -122,7 +122,7 @@ def test_runs_in_processes_of_their_own_tell_how_they_ended(
     assert len(seen) == 5
     assert str(os.getpid()) not in {pid for pid, _ in seen}
     gpus = {pid: {gpu for other, gpu in seen if other == pid} for pid, _ in seen}
-    assert sorted(gpus.values()) == [{"5"}, {"7"}]
+    assert sorted(gpus.values(), key=sorted) == [{"5"}, {"7"}]
     assert not list((tmp_path / "sweep").glob(".sweep-*"))
 
 

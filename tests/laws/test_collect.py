@@ -37,7 +37,7 @@ def finish(folder: Path, command: str, config: Mapping[str, Any]) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, make_trace: Maker, ends: tuple[DepthTrace, DepthTrace]) -> Path:
     """Two audits, a comparison, a training run, one that did not end, and what is no run."""
-    work = tmp_path / "work"
+    work = tmp_path / "runs"
     for number in range(2):
         save_trace(make_trace(seed=number, name="<i>tiny</i>"), work / "sweep" / str(number))
         window = [0.1, 0.5 + number / 10]
@@ -103,12 +103,12 @@ def test_the_page_lists_links_draws_and_escapes(folder: Path, tmp_path: Path) ->
     text = (tmp_path / "out" / "index.html").read_text()
     page = Page(text)
     assert "<i>tiny" not in text
-    assert re.findall(r'<a href="([^"]+)"', text) == ["../work/sweep/0/report.html", "../work/sweep/1/report.html"]
+    assert re.findall(r'<a href="([^"]+)"', text) == ["../runs/sweep/0/report.html", "../runs/sweep/1/report.html"]
     assert text.count('class="terminal"') == 2  # the incomplete ones
     lines = re.findall(r'<polyline class="hit line"[^>]*><title>([^<]+)</title>', text)
     assert sorted(set(lines)) == ["sweep/0", "sweep/1", "trained"]
     assert re.search(r"<title>sweep/0, boundary 6: contraction \d\.\d+, transport \d\.\d+</title>", text)
-    assert page is not None
+    assert not page.open  # every element is closed
     again = tmp_path / "again" / "index.html"
     collect([folder], again.parent)
     assert again.read_text() == text
