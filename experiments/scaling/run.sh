@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The scaling study from nothing to tables and figures: experiments/scaling/run.sh small|full
+# The scaling study from nothing to tables and figures: [JOBS=2] experiments/scaling/run.sh small|full
 # Complete runs are passed over and one that was cut off goes on, so start it again after any interruption.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -9,9 +9,13 @@ case ${1:-} in
   full) sweep=runs/scaling studies=(scaling scaling_beta scaling_rate) ;;
   *) echo "usage: experiments/scaling/run.sh small|full" >&2; exit 2 ;;
 esac
+jobs=${JOBS:-2}
 export JAX_COMPILATION_CACHE_DIR=$PWD/$sweep/.compiled # runs of one size are compiled once
+export NPROC=$(( ($(nproc) + jobs - 1) / jobs ))        # threads of XLA in each process, where it runs on a CPU
+parallel=(hydra/launcher=joblib hydra.launcher.n_jobs="$jobs")
+spinal train experiment="${studies[0]}" +arm=base "${parallel[@]}" # all others begin with these
 for study in "${studies[@]}"; do
-  spinal train experiment="$study"
+  spinal train experiment="$study" "${parallel[@]}"
 done
 spinal collect "$sweep"
 python experiments/scaling/analyse.py "$sweep" "experiments/scaling/$1"
