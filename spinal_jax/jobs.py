@@ -40,7 +40,7 @@ def audit(settings: dict[str, Any], folder: Path) -> int:
             advance(1)
             write_report(scratch)
             advance(1)
-            runs.write_events(trace, scratch)
+            runs.write_events(trace, scratch, config.to_mapping(asked))
         runs.write_manifest(scratch, "audit", config.to_mapping(asked), runs.about_trace(trace), seconds)
     if (folder / runs.PROGRESS).exists():
         shutil.rmtree(folder / runs.PROGRESS)
@@ -98,6 +98,7 @@ def compare(settings: dict[str, Any], folder: Path) -> int:
         with bar("report", 1, "page") as advance:
             write_comparison_report(scratch)
             advance(1)
+        runs.write_comparison_events(first, scratch, config.to_mapping(asked))
         runs.write_manifest(scratch, "compare", config.to_mapping(asked), runs.about_comparison(first), seconds)
     print(first)
     if others:

@@ -36,7 +36,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spinal_jax.errors import AlreadyDone, UserError
-from spinal_jax.files import plain
+from spinal_jax.files import flat, plain
 from spinal_jax.report.figures import figures, png_bytes
 from spinal_jax.result import DepthTrace
 from spinal_jax.verdict.comparison import Comparison
@@ -61,7 +61,11 @@ SCRATCH = ".writing-"
 PROGRESS = "progress"  # what an audit has saved on its way
 # Settings that change nothing but where and how fast a run computes: it may go on with others.
 FREE = {"parallel", "overwrite", "cache", "checkpoint_every"}
-
+# Parts of the settings by which TensorBoard tells the runs of a sweep apart.
+SWEPT = {
+    *("model", "reference", "prompts", "metrics", "score"),
+    *("objective", "preferences", "corpus", "optimizer", "lora", "steps", "epochs", "batch_size", "seed"),
+}
 
 REMEDY = "set overwrite=true to replace it, or choose another hydra.run.dir"
 
@@ -97,6 +101,13 @@ def without_free(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     return {name: without_free(value) for name, value in values.items() if name not in FREE}
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """The settings by which runs of a sweep differ, by the names under which they are given; lists as text."""
+    found = {name: value for name, value in flat(config).items() if name.partition(".")[0] in SWEPT}
+    texts = {name: json.dumps(value) for name, value in found.items() if isinstance(value, list | tuple)}
+    return {name: value for name, value in (found | texts).items() if isinstance(value, bool | int | float | str)}
 
 
 def _as_json(values: Mapping[str, Any]) -> Any:
@@ -273,14 +284,27 @@ class Events:
         self._writer.close()
 
 
-def write_events(trace: DepthTrace, folder: Path) -> None:
-    """TensorBoard: every column as a curve over boundaries, the summary as scalars, the figures as images."""
+def write_events(trace: DepthTrace, folder: Path, config: Mapping[str, Any]) -> None:
+    """TensorBoard: every column as a curve over boundaries, the summary as scalars, the figures as images, and the
+    settings."""
     with contextlib.closing(Events(folder)) as events:
-        for name, values in trace.columns.items():
-            for boundary, value in enumerate(values.tolist()):
-                events.scalar(boundary, f"spinal/by_boundary/{name}", value)
-        for name, value in trace.summary.items():
-            if isinstance(value, float):
-                events.scalar(0, f"spinal/summary/{name}", value)
+        events.hparams(hyperparameters(config))
+        _write_numbers(events, trace.columns, trace.summary)
         for name, figure in figures(trace).items():
             events.image(0, f"spinal/{name}", png_bytes(figure, dpi=100))
+
+
+def write_comparison_events(found: Comparison, folder: Path, config: Mapping[str, Any]) -> None:
+    """TensorBoard: every column as a curve over boundaries, the summary as scalars, and the settings."""
+    with contextlib.closing(Events(folder)) as events:
+        events.hparams(hyperparameters(config))
+        _write_numbers(events, found.columns, found.summary)
+
+
+def _write_numbers(events: Events, columns: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> None:
+    for name, values in columns.items():
+        for boundary, value in enumerate(values.tolist()):
+            events.scalar(boundary, f"spinal/by_boundary/{name}", value)
+    for name, value in summary.items():
+        if isinstance(value, float):
+            events.scalar(0, f"spinal/summary/{name}", value)

@@ -13,7 +13,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.files import flat, write_whole
 from spinal_jax.report.training_figures import trace_figure
 from spinal_jax.result import DepthTrace, save_trace
-from spinal_jax.runs import MANIFEST, Events, check_incomplete, without_free
+from spinal_jax.runs import MANIFEST, Events, check_incomplete, hyperparameters, without_free
 
 SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
     "settings.json",  # what the run was started with
@@ -25,7 +25,6 @@ SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
 )
 PARTS = (SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET, MANIFEST, "figures", "report.html")
 # Groups of settings, and settings, by which the runs of a sweep differ.
-SWEPT = {"model", "objective", "preferences", "corpus", "optimizer", "lora", "steps", "epochs", "batch_size", "seed"}
 
 
 class TrainingFolder:
@@ -92,7 +91,7 @@ class TrainingFolder:
                 shutil.rmtree(later)
         self._log = log.open("a", encoding="utf-8")
         self._events = Events(self.folder, step)
-        self._events.hparams(_swept(self.started_with["config"]))
+        self._events.hparams(hyperparameters(self.started_with["config"]))
 
     @property
     def events(self) -> Events:
@@ -128,13 +127,3 @@ class TrainingFolder:
 def trace_name(step: int) -> str:
     """The folder of the trace of a step."""
     return f"step_{step:06}"
-
-
-def _swept(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """The settings by which runs of a sweep differ, by the names under which they are given."""
-    settings = flat(config)
-    return {
-        name: value
-        for name, value in settings.items()
-        if name.split(".")[0] in SWEPT and isinstance(value, bool | int | float | str)
-    }

@@ -155,3 +155,14 @@ def _write_model(folder: Path) -> Path:
         tensors |= {f"model.layers.{layer}.{name}.weight": random(*shape) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def sweep_settings(folder: Path) -> dict[str, bool | float | str]:
+    """The settings by which TensorBoard tells the runs of a sweep apart, as it reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[attr-defined]
+
+    metadata = EventAccumulator(str(folder)).Reload().SummaryMetadata("_hparams_/session_start_info")
+    data = HParamsPluginData()
+    data.ParseFromString(metadata.plugin_data.content)
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in data.session_start_info.hparams.items()}

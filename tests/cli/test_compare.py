@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from spinal_jax.result import DepthTrace, load_trace, save_trace
+from spinal_jax.runs import EVENTS
 from spinal_jax.verdict.comparison import load_comparison
 
-from .conftest import Spinal
+from .conftest import Spinal, sweep_settings
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,13 @@ def test_two_saved_runs_make_a_run_folder(spinal: Spinal, runs: Path, tmp_path: 
     assert "out/report.html" in outcome.out
     folder = tmp_path / "out"
     files = {"comparison.csv", "comparison.json", "comparison.safetensors", "figures", "report.html", "summary.md"}
+    files.add(EVENTS)
     assert {path.name for path in folder.iterdir()} == files | {"manifest.json"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["command"] == "compare"
     assert set(manifest["files"]) == files
     assert manifest["sha256"]["aligned"] == "tuned"
+    assert sweep_settings(folder)["model.trace"] == str(runs / "tuned")
     assert manifest["config"]["assert"]["verdict"] is None
     found = load_comparison(folder)
     assert found.verdict == "contraction"

@@ -17,7 +17,7 @@ import spinal_jax
 from spinal_jax import runs
 from spinal_jax.errors import UserError
 
-from .conftest import Spinal, Start
+from .conftest import Spinal, Start, sweep_settings
 
 FIGURES = {f"figures/{name}.{kind}" for name in ("depth", "curve", "spectra", "entropy") for kind in ("png", "svg")}
 FILES = {"trace.json", "trace.csv", "spectra.safetensors", "report.html", runs.EVENTS, runs.MANIFEST} | FIGURES
@@ -118,6 +118,14 @@ def test_tensorboard_shows_the_same_scalars_and_figures(finished: Finished) -> N
     for name in ("contraction", "transport", "coherence", "directness", "path_length"):
         (point,) = shown.Scalars(f"spinal/summary/{name}")
         assert point.value == pytest.approx(trace.summary[name], rel=1e-6)
+
+
+def test_tensorboard_knows_the_settings_of_a_sweep(finished: Finished, prompts: Path) -> None:
+    settings = sweep_settings(finished.folder)
+    assert settings["metrics.contraction.window"] == "[0.1, 0.5]"
+    assert settings["prompts.path"] == str(prompts)
+    assert settings["metrics.contraction.center"] is False
+    assert not any(name.startswith("parallel") for name in settings)
 
 
 def test_code_that_comes_with_a_checkpoint_is_never_run(finished: Finished, model: Path) -> None:
