@@ -61,7 +61,7 @@ def row_of(run: Run, bases: Mapping[tuple[str, int], Run]) -> Row:
         "kl": found["kl"],
         "accuracy": found.get("eval_rewards/accuracies", np.nan),
         "gradient_share": found["gradient_share_mean"],
-        "coherence": found["coherence"],
+        "coherence": found["coherence"] if last - first > 1 else np.nan,  # two boundaries have no second difference
         "policy_distance_centroid": found["policy_distance_centroid"],
         "delta_contraction_centroid": found["delta_contraction_centroid"],
         "delta_contraction_excess": float(found["delta_contraction_share"]) - even,
@@ -109,13 +109,12 @@ def fits(rows: Sequence[Row]) -> list[Row]:
         some = [row for row in rows if row["arm"] == arm]
         seeds = sorted({row["seed"] for row in some})
         sizes = sorted({row["parameters"] for row in some})
-        if len(sizes) < SIZES_NEEDED:
-            continue
         for name, kind in FITTED.items():
-            values = np.array([[_at(some, size, s, name) for s in seeds] for size in sizes])
-            if not np.isfinite(values).all() or (kind == "power" and (values <= 0).any()):
+            known = [size for size in sizes if all(np.isfinite(_at(some, size, s, name)) for s in seeds)]
+            values = np.array([[_at(some, size, s, name) for s in seeds] for size in known])
+            if len(known) < SIZES_NEEDED or (kind == "power" and (values <= 0).any()):
                 continue
-            law = _law(np.array(sizes, float), kind)
+            law = _law(np.array(known, float), kind)
             slope, beyond = law(values)
             half, beyond_half = _halves(law, values) if len(seeds) >= SEEDS_NEEDED else (np.nan, np.nan)
             found.append(
@@ -123,7 +122,7 @@ def fits(rows: Sequence[Row]) -> list[Row]:
                     "arm": arm,
                     "quantity": name,
                     "kind": kind,
-                    "sizes": len(sizes),
+                    "sizes": len(known),
                     "seeds": len(seeds),
                     "slope": slope,
                     "slope_low": slope - half,

@@ -65,7 +65,7 @@ def against_size(rows: Sequence[Row], fits: Sequence[Row]) -> Figure:
             axes.set_yscale("log")
         law = next((f for f in fits if f["arm"] == "dpo" and f["quantity"] == name and f["kind"] == "power"), None)
         if law is not None:
-            _line(axes, [row for row in rows if row["arm"] == "dpo"], name, law["slope"])
+            _line(axes, [row for row in rows if row["arm"] == "dpo" and np.isfinite(row[name])], name, law["slope"])
     for axes in figure.axes[-2:]:
         axes.set_xlabel("parameters")
     _legend(figure, "dashed: DPO's power law; large marks: means over seeds")

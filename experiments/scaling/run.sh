@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The scaling study from nothing to tables and figures: [JOBS=2] experiments/scaling/run.sh small|full
+# The scaling study from nothing to tables and figures: [JOBS=2] experiments/scaling/run.sh small|full|large
 # Complete runs are passed over and one that was cut off goes on, so start it again after any interruption.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -7,7 +7,8 @@ export PATH=$PWD/.venv/bin:$PATH
 case ${1:-} in
   small) sweep=runs/scaling_small studies=(scaling_small) ;;
   full) sweep=runs/scaling studies=(scaling scaling_beta scaling_rate) ;;
-  *) echo "usage: experiments/scaling/run.sh small|full" >&2; exit 2 ;;
+  large) sweep=runs/scaling_large studies=(scaling_large) ;;
+  *) echo "usage: experiments/scaling/run.sh small|full|large" >&2; exit 2 ;;
 esac
 jobs=${JOBS:-2}
 export JAX_COMPILATION_CACHE_DIR=$PWD/$sweep/.compiled # runs of one size are compiled once

@@ -69,7 +69,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "0.6m": _llama(width=96, depth=6, heads=3, mlp_width=208),
     "1m": _llama(width=96, depth=9, heads=3, mlp_width=256),
     "3m": _llama(width=160, depth=10, heads=5, mlp_width=432),
+    "6m": _llama(width=224, depth=10, heads=7, mlp_width=592),
     "10m": _llama(width=256, depth=12, heads=4, mlp_width=704),
     "30m": _llama(width=448, depth=12, heads=7, mlp_width=1200),
+    "100m": _llama(width=704, depth=16, heads=11, mlp_width=1888),
+    "300m": _llama(width=1024, depth=24, heads=16, mlp_width=2752),
+    "1b": _llama(width=1792, depth=26, heads=14, mlp_width=4736),
 }
 """config.json of Llama-family decoders of bytes, by their number of parameters."""
