@@ -2,6 +2,8 @@
 
     python benchmarks/kills.py --compare metrics.jsonl --compare 'model/*.safetensors' -- train experiment=world_base
     python benchmarks/kills.py --signal TERM --compare trace.json -- audit model.source=FOLDER checkpoint_every=4
+    python benchmarks/kills.py --sweep --compare '*/metrics.jsonl' --compare '*/onset.json' -- train \\
+        experiment=scaling_small model.name=0.3m seed=0 steps=12
 
 A run that gets to its end before its moment comes is compared, and the next one begins in a new folder, until as many
 kills as asked for are done and the last run is whole.
@@ -26,13 +28,15 @@ def main() -> None:
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="append", required=True, help="files of the run folder, as a pattern")
-    parser.add_argument("command", nargs="+", help="what `spinal` is given, without hydra.run.dir")
+    parser.add_argument("--sweep", action="store_true", help="the command is a sweep, which is whole when it ends")
+    parser.add_argument("command", nargs="+", help="what `spinal` is given, without the folder it writes into")
     args = parser.parse_args()
+    where = "hydra.sweep.dir" if args.sweep else "hydra.run.dir"
     rng, number = random.Random(args.seed), signal.Signals[f"SIG{args.signal}"]
     with tempfile.TemporaryDirectory() as scratch:
         undisturbed = Path(scratch) / "undisturbed"
         begin = time.perf_counter()
-        if (code := start(args.command, undisturbed).wait()) != 0:
+        if (code := start([*args.command, f"{where}={undisturbed}"]).wait()) != 0:
             sys.exit(f"the undisturbed run ended with exit code {code}")
         length = time.perf_counter() - begin
         wanted = digests(undisturbed, args.compare)
@@ -43,7 +47,7 @@ def main() -> None:
             runs += 1
             folder, whole = Path(scratch) / f"killed-{runs}", False
             while not whole:
-                process = start(args.command, folder)
+                process = start([*args.command, f"{where}={folder}"])
                 moment = rng.uniform(0, length) if done < args.kills else None
                 try:
                     code, whole = process.wait(moment), True
@@ -66,11 +70,11 @@ def main() -> None:
     print(f"{done} kills by SIG{args.signal}, exit codes {sorted(codes)}: each of {runs} runs ended in the same files")
 
 
-def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    """The command, writing into `folder`, in a process of its own."""
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    """The command in a process of its own."""
     code = "from spinal_jax.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *command, f"hydra.run.dir={folder}"],
+        [sys.executable, "-c", code, *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -145,3 +145,44 @@ def test_the_scaling_study_from_runs_to_tables_and_figures(
     (sweep / "sft-b-0" / "manifest.json").unlink()
     with pytest.raises(SystemExit, match="not complete, so nothing is analysed: sft-b-0"):
         scaling.analyse(sweep, tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def dynamics() -> ModuleType:
+    return load("dynamics")
+
+
+def test_rewards_collapse_where_the_loss_stays_above_that_of_nothing_learnt(dynamics: ModuleType) -> None:
+    steps = [0, 5, 10, 15, 20]
+    assert dynamics.collapse(steps, [0.6932, 0.6, 0.5, 0.4, 0.4]) is None
+    assert dynamics.collapse(steps, [0.6932, 0.6, 0.8, 0.9, 2.0]) == 10
+    assert dynamics.collapse(steps, [0.6932, 0.8, 0.6, np.inf, np.nan]) == 15
+    assert dynamics.collapse(steps, [0.6932, 0.8, 0.9, 0.9, 0.5]) is None  # it came back
+    assert dynamics.collapse(steps, [0.6932, 0.8, 0.9, 0.9, 0.9]) == 5
+
+
+def test_the_dynamics_study_from_runs_to_table_and_figure(
+    dynamics: ModuleType, ends: tuple[DepthTrace, DepthTrace], tmp_path: Path
+) -> None:
+    """A sound run, and one whose rewards collapse ten steps after the onset of its footprint."""
+    way = [0, 0.5, 0.8, 0.9, 1.0, 1.0, 1.0]
+    for rate, losses in ((1e-5, [0.69, 0.6, 0.5, 0.5, 0.5, 0.4, 0.4]), (1e-3, [0.69, 0.6, 0.9, 2, 2, 2, 2])):
+        run = tmp_path / "sweep" / f"rate-{rate}"
+        run.mkdir(parents=True)
+        write_run(run, ends, way, "sound")
+        lines = [json.dumps({"step": 10 * at, "eval_loss": loss}) for at, loss in enumerate(losses)]
+        (run / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+        config = CONFIG | {"optimizer": {"learning_rate": rate}}
+        (run / "settings.json").write_text(json.dumps({"config": config, "weights": "ab12"}))
+        finish(run, "train", config)
+    dynamics.analyse(tmp_path / "sweep", tmp_path / "out")
+    with (tmp_path / "out" / "runs.csv").open(newline="") as file:
+        sound, hot = csv.DictReader(file)
+    assert (sound["onset"], sound["collapse"], sound["onset_ahead"]) == ("10", "", "")
+    assert (hot["onset"], hot["collapse"], hot["onset_ahead"]) == ("10", "20", "10")
+    with (tmp_path / "out" / "records.csv").open(newline="") as file:
+        assert [row["eval_loss"] for row in csv.DictReader(file) if row["step"] == "30"] == ["0.5", "2.0"]
+    assert {path.name for path in (tmp_path / "out").glob("courses.*")} == {"courses.png", "courses.svg"}
+    (tmp_path / "sweep" / "rate-0.001" / "manifest.json").unlink()
+    with pytest.raises(SystemExit, match="nothing is analysed: rate-0"):
+        dynamics.analyse(tmp_path / "sweep", tmp_path / "other")
