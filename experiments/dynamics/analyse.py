@@ -105,6 +105,7 @@ def courses(runs: Sequence[tuple[Row, Sequence[Row]]]) -> Figure:
         Line2D([], [], color=colour, marker=marker, ms=3, label=word) for _, colour, marker, word in PANELS[-1][1]
     ]
     marks = [Line2D([], [], label=word, **style) for word, style in MARKS.items()]
+    figure.align_ylabels()
     figure.legend(handles=[*rewards, *marks], loc="outside lower center", ncols=5)
     return figure
 
