@@ -25,8 +25,9 @@ FITTED = {
     "kl": "power",
     "delta_align": "linear",
 }
-# What a null arm must not show: the mean over seeds, against 0.
+# What a null arm must not show: the mean over seeds, against 0. And where DPO differs from the null arms, seed by seed.
 AGAINST_ZERO = ("delta_align", "delta_contraction_excess", "delta_transport_excess", "policy_distance_excess")
+COMPARED = ("abs_delta_align", "gradient_share", *AGAINST_ZERO)
 SEEDS_NEEDED, SIZES_NEEDED = 3, 3
 Row = dict[str, Any]
 
@@ -164,12 +165,24 @@ def _law(sizes: np.ndarray, kind: str) -> Callable[[np.ndarray], tuple[float, fl
     return found
 
 
-def against_zero(rows: Sequence[Row]) -> list[Row]:
+def less_null(rows: Sequence[Row]) -> list[Row]:
+    """What DPO of each base shows beyond SFT and beyond shuffled labels of the same base, as arms of their own."""
+    arms = {(row["arm"], row["parameters"], row["seed"]): row for row in rows}
+    found = []
+    for (arm, parameters, seed), row in arms.items():
+        dpo = arms.get(("dpo", parameters, seed))
+        if arm != "dpo" and dpo is not None:
+            less = {name: dpo[name] - row[name] for name in COMPARED}
+            found.append({"arm": f"dpo less {arm}", "parameters": parameters, "seed": seed, **less})
+    return found
+
+
+def against_zero(rows: Sequence[Row], names: Sequence[str] = AGAINST_ZERO) -> list[Row]:
     """Student's t over seeds of what alignment alone should show, for each arm and size; p after Holm's correction over
     the sizes of an arm beside it."""
     found = []
     for arm in sorted({row["arm"] for row in rows}):
-        for name in AGAINST_ZERO:
+        for name in names:
             lines = []
             for size in sorted({row["parameters"] for row in rows}):
                 values = _known([row for row in rows if row["arm"] == arm and row["parameters"] == size], name)
@@ -199,7 +212,7 @@ def analyse(sweep: Path, out: Path) -> None:
     main = [row for row in rows if not row["swept"] and row["matched"]]
     out.mkdir(parents=True, exist_ok=True)
     tables = {"runs": rows, "means": means([row for row in rows if row["matched"]]), "fits": fits(main)}
-    tables["against_zero"] = against_zero(main)
+    tables["against_zero"] = [*against_zero(main), *against_zero(less_null(main), COMPARED)]
     for name, lines in tables.items():
         if lines:
             write_whole(out / f"{name}.csv", table(lines).encode())

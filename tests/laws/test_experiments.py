@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -98,6 +99,22 @@ def test_a_mean_that_is_not_zero_is_told_from_one_that_is(scaling: ModuleType) -
     assert all(line["p_holm"] < 0.05 for line in lines if line["arm"] == "dpo")
     assert all(line["p_holm"] > 0.05 for line in lines if line["arm"] == "shuffled")
     assert all(line["p"] <= line["p_holm"] <= 1 for line in lines)
+
+
+def test_what_all_arms_show_is_no_difference_between_them(scaling: ModuleType) -> None:
+    """Each seed has its own level, shared by the arms; DPO adds to one quantity alone."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for size, seed in itertools.product((1, 2), range(5)):
+        level = 5 + rng.normal()
+        for arm in ("dpo", "sft", "shuffled"):
+            row = {name: level + 0.01 * rng.normal() for name in scaling.COMPARED}
+            row["abs_delta_align"] += 0.1 * (arm == "dpo")
+            rows.append({"arm": arm, "parameters": size, "seed": seed, **row})
+    lines = scaling.against_zero(scaling.less_null(rows), scaling.COMPARED)
+    assert {line["arm"] for line in lines} == {"dpo less sft", "dpo less shuffled"}
+    for line in lines:
+        assert (line["p_holm"] < 0.01) == (line["quantity"] == "abs_delta_align"), line
 
 
 def sweep_of(folder: Path, ends: tuple[DepthTrace, DepthTrace]) -> Path:
