@@ -33,7 +33,7 @@ from spinal_jax.files import difference
 from spinal_jax.mesh import Place, start
 
 # How a process may end, the likeliest cause of all the others first. JAX aborts those that have lost another.
-CAUSES = ("killed", "refused", "stopped", "aborted", "failed")
+CAUSES = ("killed", "refused", "stopped", "crashed", "failed")
 GRACE = 2.0  # seconds in which reports come in before their cause is chosen
 PATIENCE = 10.0  # seconds for others to answer, or to end
 SILENCE = 30  # seconds without an answer from a machine after which it counts as gone
@@ -115,7 +115,7 @@ def share(job: str, settings: Mapping[str, Any], folder: Path, place: Place, tim
         stopped = Stopped(end["number"])
         stopped.args = (said,)
         raise stopped
-    if end["process"] == place.process:
+    if end["process"] == place.process and end["how"] in ("crashed", "failed"):
         print(worker.last_words(), end="", file=sys.stderr)
     complain(f"{said}: the run ends in all {place.processes} processes, and nothing is kept of it")
     return FAILED
@@ -227,7 +227,7 @@ def _join(stack: contextlib.ExitStack, place: Place, settings: Any, timeout: int
     with contextlib.suppress(TimeoutError):
         told = wire.answer(time.monotonic() + timeout + PATIENCE)
     if told is None:
-        raise UserError(f"process 0 at parallel.coordinator={place.coordinator} has ended before the run began")
+        raise UserError(f"process 0 at parallel.coordinator={place.coordinator} did not begin the run")
     if "wrong" in told:
         raise UserError(told["wrong"])
     return {0: wire}, {0: host}, told["service"]
@@ -308,9 +308,9 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return _report("failed", "stopped answering")
         if code >= 0:
-            return _report("failed", f"is gone: it ended with exit code {code}")
-        how = "aborted" if code == -signal.SIGABRT else "killed"
-        return _report(how, f"is gone: it was ended by signal {-code} ({signal.Signals(-code).name})")
+            return _report("failed", f"is gone (exit code {code})")
+        how = "killed" if code == -signal.SIGKILL else "crashed"
+        return _report(how, f"is gone (ended by {signal.Signals(-code).name})")
 
     def last_words(self, lines: int = 30) -> str:
         """The end of what it has written, of one that has ended."""
@@ -331,7 +331,7 @@ def _await_end(place: Place, wires: Mapping[int, Wire], hosts: Mapping[int, str]
                 if found is None:
                     selector.unregister(wire.connection)
                     own = wire is worker.wire
-                    found = [worker.death() if own else _report("killed", "is gone: its connection was closed")]
+                    found = [worker.death() if own else _report("killed", "is gone (its connection was closed)")]
                 for report in found:
                     if "end" in report:
                         return report
