@@ -30,7 +30,10 @@ FULL: dict[str, Any] = {
         "groups": 16,
         "variants": {"center": True, "skip": [0, 4], "positions": ["last:2"], "groups": False},
     },
-    "parallel": {"data": 2, "fsdp": -1, "tensor": 2, "backend": "mesh"},
+    "parallel": {
+        **{"data": 2, "fsdp": -1, "tensor": 2, "backend": "mesh"},
+        **{"coordinator": None, "processes": None, "process": None, "start_timeout": 60},
+    },
     "batch_tokens": 512,
     "checkpoint_every": 8,
     "overwrite": False,
