@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import platform
@@ -31,7 +32,7 @@ from spinal_jax.config import (
     to_mapping,
 )
 from spinal_jax.errors import UserError
-from spinal_jax.mesh import Choice, choose
+from spinal_jax.mesh import Choice, check_same, choose
 from spinal_jax.metrics.contraction import MIN_RANKS
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.models.byte_level import SIZES, byte_tokenizer
@@ -140,7 +141,11 @@ def run_audit(
     folder: Path | None = None,
 ) -> DepthTrace:
     """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line, and
-    with `config.checkpoint_every` the run folder `folder` what is saved on the way."""
+    with `config.checkpoint_every` the run folder `folder` what is saved on the way.
+
+    Processes that share the run each tokenise the whole pool, because how it is packed depends on every length, and
+    make arrays of their own rows alone. All but the first raise Elsewhere in the end.
+    """
     bar = bar or bars(False)
     prompts = read_pool(config.prompts, texts)
     with opened(config.model) as (checkpoint, family, decoder):
@@ -149,11 +154,13 @@ def run_audit(
         work = plan_prompts(
             prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics, config.batch_tokens, devices
         )
+        check_alike(checkpoint, work, choice)
         name = config.model.name or model_name(config.model.source)
         if say:
             say(start_line(name, config.model.dtype, decoder, work, choice))
         model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
-        digest, revision = checkpoint.sha256(), checkpoint.revision
+        # It takes every byte of the weights, and only the process that leads says it.
+        digest, revision = checkpoint.sha256() if devices.leads else "", checkpoint.revision
     models = model_record(name, config.model.source, revision, config.model.dtype, digest)
     pool = prompts_record(prompts, config.prompts)
     progress = None
@@ -167,7 +174,7 @@ def run_audit(
             "prompts": {**pool, "tokens_sha256": tokens_sha256(work)},
             "metrics": to_mapping(config.metrics),
             "devices": str(replace(choice, why="")),
-            "batches_sha256": hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest(),
+            "batches_sha256": batches_sha256(work),
             "environment": environment(),
         }
         progress = Progress(folder, config.checkpoint_every, about, config.overwrite)
@@ -274,6 +281,24 @@ def tokens_sha256(work: Plan) -> str:
     for sequence in work.sequences:
         digest.update(np.array([len(sequence.ids), *sequence.ids], "<i8").tobytes())
     return digest.hexdigest()
+
+
+def batches_sha256(work: Plan) -> str:
+    """Hex digest over how the prompts are packed."""
+    return hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest()
+
+
+def check_alike(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
+    """UserError where processes that share a run were given different things. Weights are compared by their names and
+    shapes: nobody reads all of them."""
+    check_same(
+        {
+            "devices": str(choice),
+            "model": json.dumps(checkpoint.config, sort_keys=True) + repr(sorted(checkpoint.names().items())),
+            "prompts": tokens_sha256(work),
+            "batches": batches_sha256(work),
+        }
+    )
 
 
 @contextlib.contextmanager
@@ -405,13 +430,14 @@ def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice
     """What will run on what, in one line."""
     device, count = jax.devices()[0], jax.device_count()
     kind = getattr(device, "device_kind", device.platform)
+    shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     enough = "" if work.rows >= 4 * decoder.width else ", fewer than advised"
     kept = (
         "" if work.slots == SLOTS else f", Gram sums of {work.slots} group at a time on the devices, others in a file"
     )
     return (
         f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {dtype} | "
-        f"{kind} x {count}, {choice}{kept} | {len(work.sequences):,} prompts, {work.tokens:,} tokens in "
+        f"{kind} x {count}{shared}, {choice}{kept} | {len(work.sequences):,} prompts, {work.tokens:,} tokens in "
         f"{len(work.batches)} batches, {work.waste:.0%} padding | N = {work.rows:,} rows, "
         f"4 d = {4 * decoder.width:,}{enough}"
     )
@@ -449,4 +475,5 @@ def environment() -> dict[str, Any]:
         "backend": device.platform,
         "device": getattr(device, "device_kind", device.platform),
         "devices": jax.device_count(),
+        **({"processes": jax.process_count()} if jax.process_count() > 1 else {}),
     }

@@ -130,6 +130,10 @@ class Plan:
         """Real tokens."""
         return sum(len(s.ids) for s in self.sequences)
 
+    def batch_tokens(self, number: int) -> int:
+        """Real tokens of a batch."""
+        return sum(len(self.sequences[n].ids) for row in self.batches[number].rows for n in row)
+
     @property
     def padded_tokens(self) -> int:
         """Tokens computed, padding included."""
@@ -152,17 +156,25 @@ class Plan:
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """The batches, as arrays of the host."""
-        return (self._fill(packed) for packed in self.batches)
+        return self.filled()
 
-    def _fill(self, packed: Packed) -> TokenBatch:
-        shape = (packed.height, packed.length)
-        tokens, positions, segments, lengths = (np.zeros(shape, np.int32) for _ in range(4))
-        counted, slots = np.zeros(shape, np.float32), np.zeros(packed.height, np.int32)
-        measured, group = np.zeros(packed.measured, np.int32), np.zeros(packed.measured, np.int32)
-        weight = np.zeros(packed.measured, np.float32)
+    def filled(self, parts: Sequence[int] | None = None) -> Iterator[TokenBatch]:
+        """The batches, of each only the rows and measured positions of these shards, in order; None: of all."""
+        return (self._fill(packed, range(packed.shards) if parts is None else parts) for packed in self.batches)
+
+    def _fill(self, packed: Packed, parts: Sequence[int]) -> TokenBatch:
         share, room = packed.height // packed.shards, packed.measured // packed.shards
+        shape, most = (share * len(parts), packed.length), room * len(parts)
+        tokens, positions, segments, lengths = (np.zeros(shape, np.int32) for _ in range(4))
+        counted, slots = np.zeros(shape, np.float32), np.zeros(shape[0], np.int32)
+        measured, group = np.zeros(most, np.int32), np.zeros(most, np.int32)
+        weight = np.zeros(most, np.float32)
         filled = 0
-        for b, (row, visit) in enumerate(zip(packed.rows, packed.visits, strict=True)):
+        real = range(len(packed.rows))
+        for b, number in enumerate(shard * share + k for shard in parts for k in range(share)):
+            if number not in real:  # padding
+                continue
+            row, visit = packed.rows[number], packed.visits[number]
             slots[b] = self.visits[visit].slot
             if b % share == 0:
                 filled = b // share * room

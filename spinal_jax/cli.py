@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spinal_jax import help as pages
 from spinal_jax import jobs
-from spinal_jax.console import MISTAKE, Outcome, Stopped, complain, shown, worst
+from spinal_jax.console import MISTAKE, Outcome, Stopped, complain, shown, stop, worst
 from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def main() -> None:
     """Entry point. Exit codes: 0 done, 2 a mistake in what was asked, 3 evidence short of `assert`, 130 Ctrl-C, 143
     SIGTERM, 1 anything else."""
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _stop) for number in signals}
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         _run(sys.argv[1:])
     except UserError as error:
@@ -47,17 +46,6 @@ def main() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Raises `Stopped`, once: what is left to do is clearing up."""
-    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-        # JAX's hook into garbage collection, in which an exception is printed and lost: again in a moment.
-        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
-        return
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
 
 
 def _run(arguments: list[str]) -> None:
@@ -210,8 +198,9 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
         except UserError as error:
             ended.append(Outcome(0, MISTAKE, str(error)))  # kept from Hydra, which would print its own words first
         finally:
-            if is_new and not any(folder.iterdir()):
-                folder.rmdir()
+            with contextlib.suppress(FileNotFoundError):  # another process that shares the run has been here
+                if is_new and not any(folder.iterdir()):
+                    folder.rmdir()
 
     groups = pages.groups_of(command)
     words = [_in_hydras_words(argument, groups) for argument in arguments]

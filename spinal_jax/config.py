@@ -182,12 +182,36 @@ class AuditParallelConfig(ParallelConfig):
     """How devices share an audit: `parallel`."""
 
     backend: Literal["auto", "mesh", "pmap"] = "auto"  # pmap: a whole model on each device; auto: by device and memory
+    coordinator: str | None = None  # HOST:PORT where process 0 of several listens; auto: SLURM or a TPU pod says
+    processes: int | None = None  # that share the run
+    process: int | None = None  # which of them this is, from 0
+    start_timeout: int = 300  # seconds in which all of them must have started
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole = self.backend != "pmap" or (self.fsdp == 1 and self.tensor == 1)
         right = "mesh where parallel.fsdp or parallel.tensor split the model"
         require(whole, "parallel.backend", self.backend, right)
+        alone = self.backend != "pmap" or self.coordinator is None
+        require(alone, "parallel.backend", self.backend, "auto or mesh where several processes share the run")
+        require(self.start_timeout > 0, "parallel.start_timeout", self.start_timeout, "a number of seconds above 0")
+        if self.coordinator is None or self.coordinator == "auto":
+            right = "null unless parallel.coordinator is HOST:PORT"
+            require(self.processes is None, "parallel.processes", self.processes, right)
+            require(self.process is None, "parallel.process", self.process, right)
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        good = bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
+        require(good, "parallel.coordinator", self.coordinator, "HOST:PORT of process 0, auto, or null for one process")
+        right = "how many processes share the run, where parallel.coordinator is HOST:PORT"
+        require(self.processes is not None and self.processes > 0, "parallel.processes", self.processes, right)
+        right = f"which process this is, from 0 to {(self.processes or 1) - 1}"
+        require(
+            self.process is not None and 0 <= self.process < (self.processes or 1),
+            "parallel.process",
+            self.process,
+            right,
+        )
 
     @property
     def default(self) -> bool:
@@ -211,6 +235,8 @@ class AuditConfig:
         for name in ("batch_tokens", "checkpoint_every"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "null or above 0")
+        alone = self.checkpoint_every is None or self.parallel.coordinator is None
+        require(alone, "checkpoint_every", self.checkpoint_every, "null where several processes share the run")
 
 
 @dataclass(frozen=True)
@@ -290,6 +316,11 @@ class CompareConfig:
             raise UserError(f"model.{kind} is {one!r} but reference.{other} is {two!r}; give both alike")
         right = "null with saved traces: the preference gradient needs both models (model.source, reference.source)"
         require(self.preferences is None or all(sources), "preferences", "given", right)
+        coordinator = self.parallel.coordinator
+        right = "null with saved traces: comparing them takes one process"
+        require(coordinator is None or all(sources), "parallel.coordinator", coordinator, right)
+        right = "null with preferences: their gradient is taken by one process"
+        require(coordinator is None or self.preferences is None, "parallel.coordinator", coordinator, right)
         require(self.beta > 0, "beta", self.beta, "a number above 0")
         right = "as many folders as others, or none"
         fits = len(self.other_references) in (0, len(self.others))

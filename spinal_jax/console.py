@@ -6,10 +6,12 @@ import contextlib
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,6 +43,17 @@ class Stopped(KeyboardInterrupt):
         super().__init__("interrupted" if number == signal.SIGINT else "terminated")
         self.number = number
         self.kept = "nothing is kept of a run that was not finished"
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """A signal handler. Raises `Stopped`, once: what is left to do is clearing up."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        # JAX's hook into garbage collection, in which an exception is printed and lost: again in a moment.
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        return
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
 
 
 def complain(message: str) -> None:

@@ -1,4 +1,4 @@
-"""The failure that a user can mend."""
+"""The failure that a user can mend, and the one that is none."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class AlreadyDone(UserError):
     """The folder holds the complete run that was asked for; in a sweep nothing is left to do."""
+
+
+class Elsewhere(Exception):
+    """What was asked for is with the first of the processes that share a run; for this one nothing is left to do."""

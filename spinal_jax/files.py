@@ -55,6 +55,15 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first place where two documents differ: its dotted name, and what it holds in each. None where they agree."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = sorted(one.keys() | other)
+        found = (difference(one.get(key), other.get(key), f"{name}.{key}".removeprefix(".")) for key in keys)
+        return next(filter(None, found), None)
+    return None if one == other else (name, one, other)
+
+
 def load_record(path: Path, name: str, arrays: str, parse: Callable[[str, Mapping[str, np.ndarray]], T]) -> T:
     """The record of a run folder, or of a NAME.json; its arrays come from the file `arrays` beside it, if there.
 

@@ -8,20 +8,58 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spinal_jax.console import DONE, FAILED, SHORT, Stopped, complain, shown, stages
 from spinal_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from spinal_jax.config import AuditParallelConfig
+
 
 def audit(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config
+
+    asked = config.build(config.AuditConfig, settings)
+    return _together("audit", asked.parallel, settings, folder)
+
+
+def compare(settings: dict[str, Any], folder: Path) -> int:
+    from spinal_jax import config
+
+    asked = config.build(config.CompareConfig, settings)
+    return _together("compare", asked.parallel, settings, folder)
+
+
+def _together(job: str, parallel: AuditParallelConfig, settings: dict[str, Any], folder: Path) -> int:
+    """Runs a job of `SHARED`, with other processes where the settings say so."""
+    if parallel.coordinator is not None:
+        from spinal_jax import mesh, processes
+
+        place = mesh.place_of(parallel)
+        if place.processes > 1:
+            return processes.share(job, settings, folder, place, parallel.start_timeout)
+    return SHARED[job](settings, folder, True)
+
+
+def work(descriptor: int) -> None:
+    """What a worker of several processes does: the job that comes over this file descriptor."""
+    from spinal_jax.processes import serve
+
+    serve(descriptor, SHARED)
+
+
+def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
+    """`audit` in one process, which writes the folder if it is the one that leads."""
     from spinal_jax import config, runs
 
     asked = config.build(config.AuditConfig, settings)
     goes_on = asked.checkpoint_every is not None and runs.unfinished(folder)
-    runs.check_free(folder, asked.overwrite or goes_on, config.to_mapping(asked))
+    if leads:
+        runs.check_free(folder, asked.overwrite or goes_on, config.to_mapping(asked))
     from spinal_jax.api import run_audit
     from spinal_jax.report.page import write_report
     from spinal_jax.result import save_trace
@@ -51,11 +89,13 @@ def audit(settings: dict[str, Any], folder: Path) -> int:
     return DONE
 
 
-def compare(settings: dict[str, Any], folder: Path) -> int:
+def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
+    """`compare` in one process, which writes the folder if it is the one that leads."""
     from spinal_jax import config, runs
 
     asked = config.build(config.CompareConfig, settings)
-    runs.check_free(folder, asked.overwrite, config.to_mapping(asked))
+    if leads:
+        runs.check_free(folder, asked.overwrite, config.to_mapping(asked))
     from spinal_jax.report.comparison import write_comparison_report
     from spinal_jax.result import load_trace, save_trace
     from spinal_jax.verdict.compare import Weights, compare, shortfalls
@@ -108,6 +148,10 @@ def compare(settings: dict[str, Any], folder: Path) -> int:
         complain(f"the evidence falls short of assert: {'; '.join(short)}")
         return SHORT
     return DONE
+
+
+# Jobs that several processes can share: (settings, folder, whether this is the process that leads) -> exit code.
+SHARED: dict[str, Callable[[dict[str, Any], Path, bool], int]] = {"audit": _audit, "compare": _compare}
 
 
 def train(settings: dict[str, Any], folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""All sharding: which devices there are, how they are arranged, and where every array lies.
+"""All sharding: which processes and devices there are, how they are arranged, and where every array lies.
 
 A mesh has three axes: `data` (rows of a batch), `fsdp` (rows too, and parameters along one dimension) and `tensor`
 (parameters along the other). Models hold no sharding of their own; the rules below say it once, by the path of a
@@ -8,10 +8,12 @@ does (`Shards.by_rows`, `by_features`, `by_vocabulary`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import jax
@@ -29,6 +31,7 @@ ROWS = ("data", "fsdp")  # what splits the rows of a batch
 ROOTS = ("embedding", "positions", "stacks", "final_norm", "unembedding")
 LARGE = 1 << 22  # elements from which a parameter must not lie whole on every device of a mesh that shards
 ROOM = 0.5  # of a device's memory that a model and its sums may take; the rest is for what a batch needs
+HEARTBEAT = 50  # seconds without one after which JAX ends a process that hangs
 TABLE_BYTES = 1 << 30  # of the unembedding, up to which only `tensor` splits its rows
 
 # (paths, axes of the last dimensions); what no rule names is small and lies whole on every device.
@@ -44,6 +47,98 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that share a run."""
+
+    coordinator: str  # HOST:PORT of process 0
+    processes: int
+    process: int
+    devices: tuple[int, ...] | None = None  # those of this host that it takes; None: all that it sees
+
+    @property
+    def local(self) -> bool:
+        """Whether all processes are on this machine, so that nobody else has to reach them."""
+        host = self.coordinator.rpartition(":")[0]
+        return host == "localhost" or host.startswith("127.")
+
+
+def place_of(config: AuditParallelConfig) -> Place:
+    """What the settings say, or with `parallel.coordinator=auto` the environment: SLURM, Open MPI or TPU metadata.
+
+    Raises:
+        UserError: nothing in the environment says it.
+    """
+    if config.coordinator != "auto":
+        assert config.coordinator is not None
+        assert config.processes is not None
+        assert config.process is not None
+        return Place(config.coordinator, config.processes, config.process)
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; no public name tells beforehand
+
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, config.start_timeout)
+    except Exception as error:  # whatever a variable or an answer that is not as expected leads to
+        raise UserError(f"parallel.coordinator is 'auto', but {type(error).__name__}: {error}") from error
+    coordinator, processes, process, devices = found
+    if coordinator is None or processes is None or process is None:
+        raise UserError(
+            "parallel.coordinator is 'auto', but neither SLURM, Open MPI nor a TPU pod says which processes there are; "
+            "give HOST:PORT of process 0, parallel.processes and parallel.process"
+        )
+    return Place(coordinator, processes, process, None if devices is None else tuple(devices))
+
+
+def start(place: Place, service: str, timeout: int) -> None:
+    """Makes the devices of all processes visible to this one. Nothing may have asked JAX for devices before.
+
+    Args:
+        place: of this process.
+        service: HOST:PORT at which JAX of process 0 is to serve the others.
+        timeout: seconds that all of them have.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        service,
+        place.processes,
+        place.process,
+        None if place.devices is None else list(place.devices),
+        cluster_detection_method="deactivate",
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        coordinator_bind_address=service if place.local else None,
+    )
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """UserError, in every process, where something that all must have alike is not. For one process nothing."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental.multihost_utils import process_allgather
+
+    own = [np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32) for value in facts.values()]
+    everybody = np.asarray(process_allgather(np.stack(own)))  # [processes, facts, words]
+    for number, name in enumerate(facts):
+        other = np.flatnonzero((everybody[:, number] != everybody[0, number]).any(axis=-1))
+        if len(other):
+            raise UserError(f"process {other[0]} has other {name} than process 0; all must have the same")
+
+
+def placed(x: Any, sharding: NamedSharding) -> Array:
+    """An array of the host that every process has alike, or one that is on devices, where `sharding` says."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if isinstance(x, Array) and not x.is_fully_addressable:
+        return x if x.sharding == sharding else _moved(sharding)(x)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+@cache
+def _moved(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
 def make_mesh(config: ParallelConfig) -> Mesh:
     """The devices as data x fsdp x tensor; one axis may be -1, which takes what is left.
 
@@ -52,7 +147,7 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     """
     sizes = [config.data, config.fsdp, config.tensor]
     count = jax.device_count()
-    if sizes == [1, 1, 1]:
+    if sizes == [1, 1, 1] and jax.process_count() == 1:
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes and count % known == 0:
@@ -144,6 +239,34 @@ class Shards:
     def rows(self) -> int:
         """How many devices share the rows of a batch: a multiple of it is what `batch.plan` makes."""
         return row_multiple(self.mesh)
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Which of the `rows` parts of a batch the devices of this process need, in order."""
+        parts = self.batch.addressable_devices_indices_map((self.rows,)).values()
+        return tuple(sorted({index[0].indices(self.rows)[0] for index in parts if index is not None}))
+
+    def of_parts(self, x: np.ndarray, sharding: NamedSharding, axis: int = 0) -> Array:
+        """An array that the row axes split along `axis`, from the parts of it that this process needs (`own`)."""
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        own = {part: place for place, part in enumerate(self.own)}
+        size = x.shape[axis] // len(own)
+        shape = (*x.shape[:axis], size * self.rows, *x.shape[axis + 1 :])
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            place = own[index[axis].indices(shape[axis])[0] // size]
+            return x[(*index[:axis], slice(place * size, (place + 1) * size))]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def parts(self, x: Array, axis: int = 0) -> np.ndarray:
+        """The inverse of `of_parts`."""
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        found = {(shard.index[axis].start or 0): shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(found[begin]) for begin in sorted(found)], axis=axis)
 
     @property
     def table_multiple(self) -> int:

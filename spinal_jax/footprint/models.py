@@ -15,7 +15,7 @@ import numpy as np
 from spinal_jax import api, data
 from spinal_jax.batch import Plan
 from spinal_jax.config import CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig, build
-from spinal_jax.errors import UserError
+from spinal_jax.errors import Elsewhere, UserError
 from spinal_jax.footprint.pull import log_probabilities, pull, shape_for
 from spinal_jax.models.checkpoint import Checkpoint
 from spinal_jax.models.config import DecoderConfig
@@ -150,6 +150,8 @@ def run_footprint(
             for side in (ours, theirs)
         )
         pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs))
+        for side, plan in ((ours, work), (theirs, theirs_work)):
+            api.check_alike(side.checkpoint, plan, choice)
         if say:
             for side in (ours, theirs):
                 say(api.start_line(side.name, side.config.dtype, side.decoder, work, choice))
@@ -172,8 +174,9 @@ def run_footprint(
                 kept = stack.enter_context(keep(weights, theirs_work, config.metrics, theirs.bar, devices=devices))
                 reference = None
             else:
-                kept = None
-                reference = measure(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
+                kept = reference = None
+                with contextlib.suppress(Elsewhere):  # which the other model then raises too
+                    reference = measure(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
             known = None
             if pairs is not None:
                 with theirs.bar("log-probabilities", len(pairs.examples), "pair") as advance:

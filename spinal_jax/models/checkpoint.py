@@ -160,7 +160,22 @@ class SafetensorsFolder:
         return self._rows(name, 0, shape[0] if shape else 1).reshape(shape)
 
     def part(self, name: str, bounds: Bounds) -> np.ndarray:
+        shape = self._stored[name].info.shape
+        if len(shape) == 2 and bounds[1] != (0, shape[1]):
+            return self._block(name, *bounds)
         return self._rows(name, *bounds[0])[(slice(None), *(slice(*each) for each in bounds[1:]))]
+
+    def _block(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """Some columns of some rows, without the bytes between them: a process of several may need few of them."""
+        path, offset, info = self._stored[name]
+        values = np.empty((rows[1] - rows[0], columns[1] - columns[0]), info.dtype)
+        flat, wide = values.view(np.uint8), info.shape[1] * info.dtype.itemsize
+        with path.open("rb", buffering=0) as file:
+            for place, row in enumerate(range(*rows)):
+                file.seek(offset + row * wide + columns[0] * info.dtype.itemsize)
+                if file.readinto(flat[place].data) != flat.shape[1]:
+                    raise _shorter(path, name)
+        return values
 
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
         # Read, not mapped: mapped pages count as resident memory, and a streaming conversion would seem to hold it all.
@@ -169,7 +184,7 @@ class SafetensorsFolder:
         count = (stop - start) * wide
         values = np.fromfile(path, info.dtype, count, offset=offset + start * wide * info.dtype.itemsize)
         if values.size != count:
-            raise UserError(f"{path} has become shorter since it was opened: {name} cannot be read")
+            raise _shorter(path, name)
         return values.reshape(stop - start, *info.shape[1:])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -182,6 +197,10 @@ class SafetensorsFolder:
 
     def close(self) -> None:
         """Nothing is held open between reads."""
+
+
+def _shorter(path: Path, name: str) -> UserError:
+    return UserError(f"{path} has become shorter since it was opened: {name} cannot be read")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from spinal_jax.batch import SLOTS, TokenBatch
 from spinal_jax.config import MetricsConfig
-from spinal_jax.mesh import Choice, Replicas, Shards, device_memory
+from spinal_jax.mesh import Choice, Replicas, Shards, device_memory, placed
 from spinal_jax.metrics import contraction
 from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.config import DecoderConfig
@@ -51,6 +52,8 @@ class OneDevice:
 
     shards: Shards | None = None
     rows = 1  # how many share the rows of a batch
+    own: tuple[int, ...] | None = None  # which of these rows this process fills; None: all
+    leads = True  # whether this process keeps the sums that leave the devices: the first of those that share them
     placing: Placing | None = None  # where a parameter lies, for `load_decoder`
 
     def slots(self, config: DecoderConfig, settings: MetricsConfig) -> int:
@@ -107,7 +110,7 @@ class OneDevice:
         return _clear(grams, slot)
 
     def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
-        """[d, d] Gram sum of a slot and boundary, on the host."""
+        """[d, d] Gram sum of a slot and boundary, on the host. Processes that share the sums must all ask for it."""
         return np.asarray(grams.second[slot, boundary])
 
     def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
@@ -138,21 +141,21 @@ class OnMesh(OneDevice):
     def __init__(self, shards: Shards):
         self.shards = self.places = shards
         self.rows = shards.rows
+        self.own = shards.own
+        self.leads = shards.whole.is_fully_addressable or jax.process_index() == 0
         self.placing = shards.parameter
 
     def model(self, model: Decoder) -> Decoder:
         parts, arrays = take_apart(model)
-        return parts.assemble(
-            {path: jax.device_put(x, self.places.parameter(path, x.shape)) for path, x in arrays.items()}
-        )
+        return parts.assemble({path: placed(x, self.places.parameter(path, x.shape)) for path, x in arrays.items()})
 
     def lens(self, lens: Lens) -> Lens:
         multiple, table = self.places.table_multiple, self.places.table
         padded = jax.tree.map(partial(_padded, multiple=multiple), lens)  # first, so that rows can be dealt out evenly
-        return replace(jax.device_put(padded, table), size=lens.vocab_size)
+        return replace(jax.tree.map(lambda x: placed(x, table), padded), size=lens.vocab_size)
 
     def batch(self, batch: TokenBatch) -> TokenBatch:
-        return jax.device_put(batch, self.places.batch)
+        return jax.tree.map(lambda x: self.places.of_parts(x, self.places.batch), batch)
 
     def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Any:
         placed = self.places.grams(width)
@@ -160,13 +163,22 @@ class OnMesh(OneDevice):
         return tuple(init(slots, boundaries, width, dtype) for _ in range(number))
 
     def gap(self) -> Array:
-        return jax.device_put(super().gap(), self.places.whole)
+        return placed(super().gap(), self.places.whole)
 
     def reading(self, reading: Reading) -> Reading:
-        return jax.device_put(reading, self.places.whole)
+        return jax.tree.map(lambda x: placed(x, self.places.whole), reading)
+
+    def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
+        return np.asarray(_gathered(self.places.whole)(grams.second, slot, boundary))
+
+    def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
+        return np.asarray(grams.first)[slot]
+
+    def kept(self, x: Array) -> np.ndarray:
+        return self.places.parts(x, axis=1)
 
     def keep(self, x: np.ndarray) -> Array:
-        return jax.device_put(x, self.places.kept)
+        return self.places.of_parts(x, self.places.kept, axis=1)
 
 
 class OnReplicas(OneDevice):
@@ -252,6 +264,11 @@ def devices_of(choice: Choice) -> OneDevice:
 
 def _static(settings: MetricsConfig) -> dict[str, Any]:
     return {"top_k": settings.transport.top_k, "groups": settings.groups, "lasts": settings.lasts}
+
+
+@cache
+def _gathered(whole: NamedSharding) -> Any:
+    return jax.jit(lambda second, slot, boundary: second[slot, boundary], out_shardings=whole)
 
 
 @cache

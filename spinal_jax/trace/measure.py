@@ -29,7 +29,7 @@ from jax import Array
 
 from spinal_jax.batch import Plan, TokenBatch, Visit
 from spinal_jax.config import MetricsConfig
-from spinal_jax.errors import UserError
+from spinal_jax.errors import Elsewhere, UserError
 from spinal_jax.metrics import contraction, jackknife
 from spinal_jax.metrics.depth import summary
 from spinal_jax.metrics.tail import MIN_RANKS
@@ -158,6 +158,7 @@ def measure(
     Raises:
         UserError: the pool has too few rows for a fit at any boundary.
         AssertionError: the lens at the last boundary is not the model's own output.
+        Elsewhere: several processes share the audit, and this one does not lead.
         ValueError: `reference` was kept on other batches or settings, or has another depth or vocabulary.
     """
     devices = devices or (OneDevice() if reference is None else reference.devices)
@@ -177,6 +178,8 @@ def measure(
 
     spectra, reading = _run(model, plan, settings, bar or _no_bar, reading, visit, devices, progress)
     own, across = _read_out(reading, devices)
+    if spectra is None:
+        raise Elsewhere
     if reference is not None and not known:
         assert reference.spectra is not None
         reference.measurement = _finish(reference.spectra, own[1], plan, settings)
@@ -212,7 +215,7 @@ def keep(
 
     try:
         kept.spectra, reading = _run(model, plan, settings, bar or _no_bar, reading, visit, devices)
-        if alone:
+        if alone and kept.spectra is not None:
             kept.measurement = _finish(kept.spectra, _read_out(reading, devices)[0][0], plan, settings)
     except BaseException:
         kept.close()
@@ -246,9 +249,9 @@ def _run(
     visit: Callable[[Reading, int, TokenBatch, TokenBatch, Array], Reading],
     devices: OneDevice,
     progress: Progress | None = None,
-) -> tuple[Spectra, Reading]:
+) -> tuple[Spectra | None, Reading]:
     """All batches through the forward, what is kept of each handed to `visit(reading, number, host batch, batch, x)`;
-    then the spectra, and what was read."""
+    then the spectra, in the process that leads, and what was read."""
     config, skips = model.config, settings.variants.skip
     boundaries = config.depth + 1
     fewest = min(int(groups_of(plan, settings.groups, skip).rows.sum()) for skip in (plan.skip, *skips))
@@ -272,7 +275,7 @@ def _run(
             for spool in spools:
                 spool.go_on([visited.group for number in range(begin) for visited in complete[number]])
         with progress or contextlib.nullcontext(), bar("audit", plan.tokens, "tok") as advance:
-            for number, host in enumerate(plan):
+            for number, host in enumerate(plan.filled(devices.own)):
                 if number < begin:
                     continue
                 batch = devices.batch(host)
@@ -281,12 +284,18 @@ def _run(
                 for done in complete[number]:
                     for spool, sums in zip(spools, grams, strict=True):
                         second = partial(devices.second, sums, done.slot)
-                        spool.append(done.group, second, devices.first(sums, done.slot))
+                        if devices.leads:
+                            spool.append(done.group, second, devices.first(sums, done.slot))
+                        else:
+                            for boundary in range(boundaries):
+                                second(boundary)
                     grams = tuple(devices.clear(sums, done.slot) for sums in grams)
                 if progress is not None:
                     progress.after(number + 1, len(plan.batches), (grams, gap, reading), files)
-                advance(int((host.segments > 0).sum()))
+                advance(plan.batch_tokens(number))
         _check_gap(devices.largest(gap))
+        if not devices.leads:
+            return None, reading
         with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
             return all_spectra(spools, plan, settings, advance), reading
 

@@ -16,7 +16,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from spinal_jax.errors import UserError
-from spinal_jax.files import write_whole
+from spinal_jax.files import difference, write_whole
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
 
@@ -46,11 +46,12 @@ class Progress:
         self.folder, self.every = folder.absolute() / FOLDER, every
         about = json.loads(json.dumps(about))
         settings = self.folder / SETTINGS
-        differs = _differs(json.loads(settings.read_text(encoding="utf-8")), about) if settings.exists() else ""
+        differs = difference(json.loads(settings.read_text(encoding="utf-8")), about) if settings.exists() else None
         if differs and not overwrite:
+            name, saved, own = differs
             raise UserError(
-                f"{folder} holds an unfinished audit with {differs}: make them equal to go on, set overwrite=true, or "
-                "choose another hydra.run.dir"
+                f"{folder} holds an unfinished audit with {name} = {saved!r}, but this one has {own!r}: make them "
+                "equal to go on, set overwrite=true, or choose another hydra.run.dir"
             )
         if self.folder.exists() and (differs or not settings.exists()):
             shutil.rmtree(self.folder)
@@ -137,11 +138,3 @@ class Progress:
 def _named(leaves: Sequence[Any]) -> dict[str, Any]:
     """By number; Orbax keeps no array without elements."""
     return {str(number): x for number, x in enumerate(leaves) if x.size}
-
-
-def _differs(one: Any, other: Any, path: str = "") -> str:
-    """The first place where two documents differ, in words; or ""."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = (_differs(one.get(name), other.get(name), f"{path}.{name}") for name in sorted(one.keys() | other))
-        return next(filter(None, found), "")
-    return "" if one == other else f"{path.removeprefix('.')} = {one!r}, but this one has {other!r}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spinal_jax import cli
+from spinal_jax import console
 
 from .conftest import Start
 
@@ -96,7 +96,7 @@ def test_sigterm_leaves_no_run(long_audit: Start, tmp_path: Path) -> None:
 
 def test_a_signal_that_garbage_collection_would_swallow_comes_again() -> None:
     """JAX hooks a function of this name into collections; what is raised in it is printed and lost."""
-    before = {number: signal.signal(number, cli._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, console.stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _xla_gc_callback() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -106,7 +106,7 @@ def test_a_signal_that_garbage_collection_would_swallow_comes_again() -> None:
         time.sleep(10)
 
     try:
-        with pytest.raises(cli.Stopped) as stopped:
+        with pytest.raises(console.Stopped) as stopped:
             work()
         assert stopped.value.number == signal.SIGINT
         assert "_xla_gc_callback" not in {entry.name for entry in stopped.traceback}

@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "result", "verdict", "models", "api", "footprint"},
     "help": set(),
     "console": {"api"},
+    "processes": {"errors", "files", "mesh", "console"},
     "jobs": {
         "console",
         "config",
@@ -74,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "footprint",
         "verify",
         "plan",
-        *("errors", "collect"),
+        *("errors", "collect", "mesh", "processes"),
     },
     "sweep": {"errors", "files", "console"},
     "cli": {"errors", "report", "help", "console", "jobs", "sweep"},

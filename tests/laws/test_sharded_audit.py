@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,11 @@ from spinal_jax.config import (
 from spinal_jax.errors import UserError
 from spinal_jax.mesh import Replicas, Shards, choose, make_mesh
 from spinal_jax.models.checkpoint import SafetensorsFolder, open_checkpoint
+from spinal_jax.models.config import Experts, LatentAttention
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.orbax import read_model
 from spinal_jax.models.parts import take_apart
+from spinal_jax.models.rope import Rope
 from spinal_jax.models.translate import load_decoder
 from spinal_jax.trace import devices as devices_module
 from spinal_jax.trace.ahead import abstract_arguments, lower_steps
@@ -112,6 +115,40 @@ def test_the_trace_is_the_same_on_any_devices(
     np.testing.assert_allclose(found.policy.distance, alone[0].policy.distance, atol=CLOSE)
     np.testing.assert_allclose(found.policy.distance_without, alone[0].policy.distance_without, atol=CLOSE)
     assert found.policy.divergence == pytest.approx(alone[0].policy.divergence, abs=CLOSE)
+
+
+SPARSE: dict[str, dict[str, Any]] = {
+    "mixtral": {"experts": Experts(count=6, per_token=2, width=48)},
+    "deepseek": {
+        "kv_heads": 4,
+        "head_dim": 12,
+        "ropes": (Rope(4, 1e4),),
+        "latent": LatentAttention(query_rank=16, key_value_rank=20, nope_dim=8, rope_dim=4, value_dim=8),
+        "expert_layers": (False, True, True),
+        "experts": Experts(
+            count=8,
+            per_token=3,
+            width=20,
+            shared_width=24,
+            scoring="sigmoid",
+            scale=2.5,
+            groups=4,
+            groups_kept=2,
+            group_top=2,
+            correction_bias=True,
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_a_mixture_of_experts_is_the_same_on_a_mesh(kind: str, make_decoder: Callable[..., Decoder]) -> None:
+    """Tokens go to the same experts, and experts take other numbers of them, whatever devices split both."""
+    model = make_decoder(2, depth=3, **SPARSE[kind])
+    found = []
+    for devices in (OneDevice(), on(2, 2, 2)):
+        found.append(measure(model, planned(devices, SETTINGS), SETTINGS, devices=devices))
+    same(found[1], found[0])
 
 
 @pytest.mark.parametrize("where", ["2x2x2", "pmap"])
