@@ -6,6 +6,7 @@ set -euo pipefail
 pairs=$(realpath "$1")
 cd "$(dirname "$0")/../.."
 export PATH=$PWD/.venv/bin:$PATH
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 # huge pages: faster on a CPU
 spinal train experiment=dynamics preferences.path="$pairs"
 spinal collect runs/dynamics
 python experiments/dynamics/analyse.py runs/dynamics experiments/dynamics

@@ -69,6 +69,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "0.6m": _llama(width=96, depth=6, heads=3, mlp_width=208),
     "1m": _llama(width=96, depth=9, heads=3, mlp_width=256),
     "3m": _llama(width=160, depth=10, heads=5, mlp_width=432),
+    "6m": _llama(width=224, depth=10, heads=7, mlp_width=592),
     "10m": _llama(width=256, depth=12, heads=4, mlp_width=704),
     "30m": _llama(width=448, depth=12, heads=7, mlp_width=1200),
     "100m": _llama(width=704, depth=16, heads=11, mlp_width=1888),
