@@ -10,8 +10,8 @@ case ${1:-} in
     spinal compare study=families prompts.path="$2" preferences.path="$3" "${@:4}"
     ;;
   standin)
-    sweep=runs/families_standin
-    standins=runs/families_standin_models
+    sweep=runs/families_standin/compared
+    standins=runs/families_standin/models
     python experiments/families/standins.py "$standins"
     spinal compare study=families pair=phi-2,deepseek-llm-7b,gemma-2b,qwen2.5-7b,llama-3-8b hydra.sweep.dir="$sweep" \
       model.source="$standins/\${hydra:runtime.choices.pair}/aligned" model.dtype=float32 \

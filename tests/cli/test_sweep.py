@@ -104,7 +104,10 @@ def test_a_setting_may_be_made_of_what_hydra_knows_of_its_own_run(sweep: Callabl
 
     ended = sweep(job, "prompts=default,hh", "prompts.path=${hydra:runtime.choices.prompts}.jsonl")
     assert (ended.code, seen) == (DONE, ["default.jsonl", "hh.jsonl"])
-    assert [line.partition(": ")[0].partition(",")[0] for line in ended.err.splitlines()] == ["run 1 of 2", "run 2 of 2"]
+    assert [line.partition(": ")[0].partition(",")[0] for line in ended.err.splitlines()] == [
+        "run 1 of 2",
+        "run 2 of 2",
+    ]
 
 
 def test_which_code_is_worst() -> None:
