@@ -1,18 +1,25 @@
 """This audit against the plain PyTorch pipeline that one would write first, and its stages against their matmuls.
 
     python benchmarks/audit.py MODEL.gguf [--prompts FILE.jsonl.gz --format hh] [--limit 512] [--max-length 128]
+    python benchmarks/audit.py --shape llama-3-8b --dtype bfloat16 --device gpu
 
 Both pipelines run here, one after the other, each in a process of its own, on the same weights, prompts and positions:
 wall time from start to numbers, and the peak of resident memory. The plain one keeps every hidden state, stacks them,
 takes `torch.linalg.svdvals` of each layer and the softmax of each layer at the last four positions; it gives no
 intervals.
 The audit's figures include its jackknife. Stages are medians of repeated calls in one process.
+
+With --shape both run on random weights in the shape of a model, over bytes; with --device gpu both run on a GPU, where
+the plain one keeps every hidden state too: a lower --limit makes room for it. Tokens/s are those of the batches, of the
+audit without what it takes to compile them. The share of a device's peak (MFU) is by FLOPs of
+`spinal_jax.plan.estimate` and the data sheets of `spinal_jax.plan.devices`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -24,13 +31,18 @@ from typing import Any
 
 import numpy as np
 
+PLATFORM = {"cpu": "cpu", "gpu": "cuda"}
 LAST = 4
 TORCH_BATCH = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="a checkpoint of the Llama family")
+    parser.add_argument("--shape", help="random weights instead: a shape that spinal plan knows, or 0.3m to 30m")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=list(PLATFORM), default="cpu")
+    parser.add_argument("--peak", help="the device as spinal plan names it; found by its own name where it is one")
     parser.add_argument("--prompts")
     parser.add_argument("--format", default="jsonl")
     parser.add_argument("--limit", type=int, default=512)
@@ -41,56 +53,76 @@ def main() -> None:
     if args.role:
         print(json.dumps({"audit": run_audit, "torch": run_torch, "stages": run_stages}[args.role](args)))
         return
+    if (args.model is None) == (args.shape is None):
+        parser.error("give a checkpoint or --shape")
     with tempfile.TemporaryDirectory() as folder:
-        as_folder(args.model, Path(folder))
-        found = {role: child(role, folder) for role in ("audit", "torch", "stages")}
+        os.environ["JAX_PLATFORMS"] = "cpu"  # weights are drawn on the host: the device is the children's
+        model = as_folder(args, Path(folder) / "model")
+        found = {role: child(role, model, args) for role in ("audit", "torch", "stages")}
     show(found)
 
 
-def child(role: str, folder: str) -> dict[str, Any]:
-    """Runs this file again as one of its roles, on the float32 folder."""
-    arguments = [folder if a == sys.argv[1] else a for a in sys.argv[1:]]
+def child(role: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs this file again as one of its roles, on the folder."""
+    at = sys.argv.index(args.model) if args.model else None
+    arguments = [model, *(a for n, a in enumerate(sys.argv[1:], 1) if n != at), "--role", role]
     print(f"running {role} ...", file=sys.stderr)
+    own = {**os.environ, "JAX_PLATFORMS": PLATFORM[args.device]}
     done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--role", role], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True, env=own
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def as_folder(source: str, folder: Path) -> None:
-    """The checkpoint as float32 safetensors with tokenizer, so that neither side dequantises as it runs."""
-    from safetensors.numpy import save_file
-
+def as_folder(args: argparse.Namespace, folder: Path) -> str:
+    """The checkpoint as safetensors of one dtype with tokenizer, so that neither side converts as it runs."""
+    from spinal_jax.models.byte_level import SIZES, byte_tokenizer
     from spinal_jax.models.checkpoint import open_checkpoint
+    from spinal_jax.models.export import export
+    from spinal_jax.models.memory import random_checkpoint
+    from spinal_jax.plan.shapes import shipped
 
-    checkpoint = open_checkpoint(source)
-    (folder / "config.json").write_text(json.dumps(checkpoint.config))
-    save_file(
-        {name: checkpoint.tensor(name).astype(np.float32) for name in checkpoint.names()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    checkpoint.tokenizer().save_pretrained(folder)
+    if args.shape is None:
+        checkpoint = open_checkpoint(args.model)
+    else:
+        config = dict({**shipped(), **SIZES}[args.shape])
+        checkpoint = random_checkpoint(args.shape, config, byte_tokenizer(), 0)
+    export(checkpoint, str(folder), dtype=args.dtype)
     checkpoint.close()
+    return str(folder)
 
 
-def measured(begin: float) -> dict[str, float]:
-    """Seconds since `begin`, and the peak of this process's resident memory in GiB."""
+def measured(begin: float, device_bytes: int | None) -> dict[str, Any]:
+    """Seconds since `begin`, and the peaks of this process's resident memory and of the device's in GiB; None where
+    the device has no memory of its own."""
     return {
         "seconds": time.perf_counter() - begin,
         "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "device_gib": device_bytes and device_bytes / 2**30,
     }
 
 
 def run_audit(args: argparse.Namespace) -> dict[str, Any]:
     """This project."""
     begin = time.perf_counter()
-    import spinal_jax
+    import jax
 
-    trace = spinal_jax.audit(
-        args.model, args.prompts, format=args.format, limit=args.limit, max_length=args.max_length, progress=False
+    from spinal_jax.api import run_audit
+
+    trace = run_audit(asked(args))
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    transport = list(trace.columns["transport"][1:])
+    return measured(begin, peak) | {"tokens": trace.prompts["tokens"], "transport": transport}
+
+
+def asked(args: argparse.Namespace) -> Any:
+    """The settings of the audit."""
+    from spinal_jax.config import AuditConfig, ModelConfig, PromptsConfig
+
+    return AuditConfig(
+        ModelConfig(args.model, dtype=args.dtype),
+        PromptsConfig(args.prompts, args.format, limit=args.limit, max_length=args.max_length),
     )
-    return measured(begin) | {"tokens": trace.prompts["tokens"], "transport": list(trace.columns["transport"][1:])}
 
 
 def run_torch(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,8 +133,9 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
 
     from spinal_jax.data import read_prompts
 
+    device = PLATFORM[args.device]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval().to(device)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     texts = [p.text for p in read_prompts(args.prompts, args.format, limit=args.limit).prompts]
@@ -112,6 +145,7 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
     model.model.layers[-1].register_forward_hook(
         lambda module, inputs, out: final.append(out[0] if isinstance(out, tuple) else out)
     )
+    batches = time.perf_counter()
     with torch.no_grad():
         for start in range(0, len(texts), TORCH_BATCH):
             batch = tokenizer(
@@ -120,42 +154,45 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
                 padding=True,
                 truncation=True,
                 max_length=args.max_length,
-            )
+            ).to(device)
             final.clear()
             out = model(**batch, output_hidden_states=True, logits_to_keep=1)
             # The last entry of hidden_states is already normed; the hook has it before the norm.
             states = torch.stack([*out.hidden_states[:-1], final[0]])  # [D + 1, B, T, d]
             for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
                 hidden.append(states[:, row, 1:length].clone())
-                p = torch.softmax(model.lm_head(model.model.norm(states[:, row, max(0, length - LAST) : length])), -1)
+                logits = model.lm_head(model.model.norm(states[:, row, max(0, length - LAST) : length]))
+                p = torch.softmax(logits.float(), -1)
                 overlap = (p[:-1] * p[1:]).sqrt().sum(-1).clamp(max=1)
                 steps.append(2 * torch.arccos(overlap))
+        transport = torch.cat(steps, 1).mean(1).tolist()  # waits for the device
+        batches = time.perf_counter() - batches
         stacked = torch.cat(hidden, dim=1)  # [D + 1, N, d]
-        spectra = [torch.linalg.svdvals(layer) for layer in stacked]
-    slope = [np.polyfit(np.log(np.arange(58, 289)), np.log(s.numpy()[57:288]), 1)[0] for s in spectra]
-    assert all(np.isfinite(slope))
-    return measured(begin) | {"transport": torch.cat(steps, 1).mean(1).tolist()}
+        spectra = [torch.linalg.svdvals(layer.float()).cpu().numpy() for layer in stacked]
+    count = len(spectra[0])
+    k = np.arange(-(-count // 10), count // 2 + 1)
+    assert all(np.isfinite(np.polyfit(np.log(k), np.log(s[k - 1]), 1)[0]) for s in spectra)
+    peak = torch.cuda.max_memory_allocated() if args.device == "gpu" else None
+    return measured(begin, peak) | {"transport": transport, "batches": batches}
 
 
 def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each stage of one batch, and of the matmuls that it cannot do without."""
+    from dataclasses import replace
     from functools import partial
 
     import jax
     import jax.numpy as jnp
 
     from spinal_jax import api, data
-    from spinal_jax.batch import SLOTS
-    from spinal_jax.config import AuditConfig, ModelConfig, PromptsConfig
     from spinal_jax.metrics import contraction
     from spinal_jax.metrics.transport import lens_stats
     from spinal_jax.models.decoder import fold
+    from spinal_jax.models.translate import parameter_shapes
+    from spinal_jax.plan import estimate
     from spinal_jax.trace import reading
 
-    config = AuditConfig(
-        ModelConfig(args.model),
-        PromptsConfig(args.prompts, args.format, limit=args.limit, max_length=args.max_length),
-    )
+    config = asked(args)
     prompts = data.read_prompts(args.prompts, args.format, limit=args.limit)
     with api.opened(config.model) as (checkpoint, family, decoder):
         plan = api.plan_prompts(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
@@ -179,8 +216,9 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
             batch.tokens, tap=tap, positions=batch.positions, segments=batch.segments, lengths=batch.lengths
         )
 
-    grams = contraction.init(SLOTS, boundaries, width, np.dtype(np.float32))
-    states = jax.random.normal(jax.random.key(0), (boundaries, height, length, width))
+    dtype = jnp.dtype(config.model.dtype)
+    grams = contraction.init(plan.slots, boundaries, width, np.dtype(np.float32))
+    states = jax.random.normal(jax.random.key(0), (boundaries, height, length, width), dtype)
 
     def gram_stage(grams: Any, states: Any, batch: Any) -> Any:
         def add(i: Any, sums: Any) -> Any:
@@ -208,11 +246,11 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
             block.mlp.down,
         )
     ]
-    x, wide = jnp.ones((tokens, width)), jnp.ones((tokens, decoder.mlp_width))
-    kept = jax.random.normal(jax.random.key(1), (boundaries, measured_count, width)) / 3
+    x, wide = jnp.ones((tokens, width), dtype), jnp.ones((tokens, decoder.mlp_width), dtype)
+    kept = jax.random.normal(jax.random.key(1), (boundaries, measured_count, width), dtype) / 3
     head = model.head()
     lens = partial(lens_stats, pairs=reading.pairs_of(decoder.depth + 1))
-    chunk = 512
+    chunk = min(512, head.unembed.shape[0])
 
     def lens_matmuls(x: Any, unembed: Any) -> Any:
         def add(i: Any, total: Any) -> Any:
@@ -248,8 +286,16 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         "transport matmuls": seconds(lambda: jit["transport matmuls"](kept, head.unembed)),
         "eigenvalues of one boundary": seconds(lambda: contraction.singular_values(rows.T @ rows)),
     }
+    one, shapes = replace(plan, batches=plan.batches[:1]), parameter_shapes(decoder)
+    work = estimate.stages(decoder, shapes, one, config.metrics, config.model.dtype, estimate.Split(1, 1, 1))
+    dtypes = {stage.name: stage.dtype for stage in work} | {"gram": "float32"}  # as summed above, however few the rows
+    peak = peak_of(args.peak, jax.devices()[0].device_kind)
     return {
         "seconds": found,
+        "tokens": int((batch.segments > 0).sum()),
+        "flops": {stage.name: stage.flops for stage in work},
+        "peak": None if peak is None else peak.title,
+        "rates": {stage.name: None if peak is None else peak.rate(dtypes[stage.name]) for stage in work},
         "compile forward": compile_forward,
         "batches": len(plan.batches),
         "boundaries": boundaries,
@@ -257,26 +303,50 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def peak_of(name: str | None, kind: str) -> Any:
+    """The data sheet of the device of this name, or of this kind; None where neither is in the list."""
+    from spinal_jax.plan.devices import DEVICES, device_of
+
+    own = next((known for known in DEVICES if known != "cpu" and known in kind.lower()), None)
+    return device_of(name or own) if name or own else None
+
+
 def show(found: dict[str, Any]) -> None:
     """The tables, in Markdown."""
     ours, torch, stages = found["audit"], found["torch"], found["stages"]
     gap = np.abs(np.array(ours["transport"]) - np.array(torch["transport"])).max()
-    print("| pipeline | seconds | peak GiB |\n|---|---|---|")
-    for name, row in (("spinal audit, with intervals", ours), ("plain PyTorch, without", torch)):
-        print(f"| {name} | {row['seconds']:.1f} | {row['gib']:.2f} |")
-    print(f"| ratio | {torch['seconds'] / ours['seconds']:.2f} | {ours['gib'] / torch['gib']:.2f} |")
+    s = stages["seconds"]
+    rates = stages["tokens"] / (s["forward and Gram sums"] + s["transport"]), ours["tokens"] / torch["batches"]
+    print("| pipeline | seconds | peak GiB | of the device | tokens/s |\n|---|---|---|---|---|")
+    names = "spinal audit, with intervals", "plain PyTorch, without"
+    for name, row, rate in zip(names, (ours, torch), rates, strict=True):
+        print(f"| {name} | {row['seconds']:.1f} | {row['gib']:.2f} | {gib(row['device_gib'])} | {rate:,.0f} |")
+    less = ours["gib"] / torch["gib"]
+    on_device = ours["device_gib"] and ours["device_gib"] / torch["device_gib"]
+    faster = torch["seconds"] / ours["seconds"]
+    print(f"| ratio | {faster:.2f} | {less:.2f} | {gib(on_device)} | {rates[0] / rates[1]:.2f} |")
     print(
         f"\n{ours['tokens']:,} tokens, {stages['waste']:.1%} padding; transport of the two differs by at most "
         f"{gap:.1e} rad.\n"
     )
-    s = stages["seconds"]
     spectra = s["eigenvalues of one boundary"] * stages["boundaries"] / stages["batches"]
     print("| stage of one batch | ms | against | ratio |\n|---|---|---|---|")
     print(f"| forward | {s['forward'] * 1e3:.0f} | its block matmuls | {s['forward'] / s['block matmuls']:.2f} |")
     print(f"| transport | {s['transport'] * 1e3:.0f} | its matmuls | {s['transport'] / s['transport matmuls']:.2f} |")
     both = s["Gram sums"] + spectra
     print(f"| contraction: Gram sums and eigenvalues | {both * 1e3:.0f} | forward | {both / s['forward']:.3f} |")
-    print(f"\nCompiling the forward took {stages['compile forward']:.1f} s.")
+    print(f"\nCompiling the forward took {stages['compile forward']:.1f} s.\n")
+    print(f"| stage of one batch | GFLOP | TFLOP/s | MFU, {stages['peak'] or 'no data sheet'} |\n|---|---|---|---|")
+    taken = {"forward": s["forward"], "gram": s["Gram sums"], "lens": s["transport"]}
+    for name, title in (("forward", "forward"), ("gram", "Gram sums"), ("lens", "transport")):
+        flops, rate = stages["flops"][name], stages["rates"][name]
+        share = "" if rate is None else f"{flops / taken[name] / rate:.1%}".replace("%", " %")
+        print(f"| {title} | {flops / 1e9:,.1f} | {flops / taken[name] / 1e12:.3f} | {share} |")
+
+
+def gib(value: float | None) -> str:
+    """A cell; nothing where it is not known."""
+    return "" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

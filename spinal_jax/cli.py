@@ -254,12 +254,15 @@ def _runs_of(sweep: DictConfig) -> list[list[str]] | None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
 
     if not sweep.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
     texts = [f"{name}={values}" for name, values in (sweep.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    (runs,) = BasicSweeper.split_arguments(parser.parse_overrides([*texts, *sweep.hydra.overrides.task]), None)
+    given = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)  # ${hydra:...} is each run's own
+    assert isinstance(given, list)
+    (runs,) = BasicSweeper.split_arguments(parser.parse_overrides([*texts, *given]), None)
     return runs
 
 

@@ -95,6 +95,21 @@ def test_a_failure_loses_no_other_run_and_the_worst_code_is_the_last_word(
     assert sweep(job, "prompts.limit=5,6").code == DONE
 
 
+def test_a_setting_may_be_made_of_what_hydra_knows_of_its_own_run(sweep: Callable[..., Ended]) -> None:
+    seen = []
+
+    def job(settings: dict[str, Any], folder: Path) -> int:
+        seen.append(settings["prompts"]["path"])
+        return DONE
+
+    ended = sweep(job, "prompts=default,hh", "prompts.path=${hydra:runtime.choices.prompts}.jsonl")
+    assert (ended.code, seen) == (DONE, ["default.jsonl", "hh.jsonl"])
+    assert [line.partition(": ")[0].partition(",")[0] for line in ended.err.splitlines()] == [
+        "run 1 of 2",
+        "run 2 of 2",
+    ]
+
+
 def test_which_code_is_worst() -> None:
     def code(*codes: int) -> int:
         return worst([Outcome(number, code) for number, code in enumerate(codes)])

@@ -6,6 +6,8 @@ import csv
 import importlib.util
 import itertools
 import json
+import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,9 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from spinal_jax.help import conf_folder
 from spinal_jax.result import DepthTrace
+from spinal_jax.verdict.compare import BothModels, compare
+from spinal_jax.verdict.comparison import save_comparison
 
+from .planted import GROUPS, Truth, simulated
 from .test_collect import finish
 from .test_training_report import CONFIG, ends, write_run
 
@@ -203,3 +210,73 @@ def test_the_dynamics_study_from_runs_to_table_and_figure(
     (tmp_path / "sweep" / "rate-0.001" / "manifest.json").unlink()
     with pytest.raises(SystemExit, match="nothing is analysed: rate-0"):
         dynamics.analyse(tmp_path / "sweep", tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def families() -> ModuleType:
+    return load("families")
+
+
+def test_a_pair_is_a_checkpoint_and_what_it_was_trained_from(families: ModuleType) -> None:
+    """And both the sweep and the analysis know every pair, and which of them are DPO and nothing else."""
+    texts = {file.stem: file.read_text() for file in (conf_folder() / "pair").glob("*.yaml")}
+    for name, text in texts.items():
+        chosen = dict(re.findall(r"^  - override /(model|model@reference): (\S+)$", text, re.MULTILINE))
+        assert (conf_folder() / "model" / f"{chosen['model@reference']}.yaml").exists(), name
+        if "model" in chosen:
+            aligned = (conf_folder() / "model" / f"{chosen['model']}.yaml").read_text()
+            assert f"# Trained further from {chosen['model@reference']}." in aligned, name
+    assert {name for name, text in texts.items() if "lies DPO alone" in text} == families.DPO_ALONE
+    study = OmegaConf.load(conf_folder() / "study" / "families.yaml")
+    assert sorted(study.hydra.sweeper.params.pair.split(",")) == sorted(texts)
+
+
+def compared(folder: Path, depth: int, rise: float, last: bool) -> None:
+    """A comparison in which contraction rises by so much in the terminal block, and the policies part in the last block
+    alone or in all alike."""
+    late = np.where(np.arange(depth + 1) > 2 * depth / 3, rise, 0.0)
+    traces = next(simulated(Truth(np.full(depth + 1, 1.0), late, np.zeros(depth + 1)), 1, depth))
+    apart = np.array([0.0, *[0.0 if last else 0.2] * (depth - 1), 0.2])
+    save_comparison(compare(*traces, BothModels(apart, np.stack([apart] * GROUPS))), folder)
+    finish(folder, "compare", {"model": {"source": "m"}})
+
+
+def test_the_families_from_comparisons_to_table_and_figure(families: ModuleType, tmp_path: Path) -> None:
+    sweep, out = tmp_path / "sweep", tmp_path / "out"
+    planted = {"zephyr-7b": (6, 0.3, True), "olmo-2-1b": (9, 0.3, True), "gemma-2b": (5, -0.3, False)}
+    for pair, (depth, rise, last) in planted.items():
+        compared(sweep / pair, depth, rise, last)
+    families.analyse(sweep, out)
+    with (out / "families.csv").open(newline="") as file:
+        rows = {row["pair"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["olmo-2-1b", "zephyr-7b", "gemma-2b"]  # DPO alone first
+    for pair, (depth, rise, last) in planted.items():
+        row = rows[pair]
+        assert row["verdict"] == ("contraction" if rise > 0 else "expansion")
+        assert float(row["delta_align_low"]) < float(row["delta_align"]) < float(row["delta_align_high"])
+        even = math.ceil(depth / 3) / depth
+        assert float(row["share_even"]) == pytest.approx(even)
+        assert float(row["policy_distance_share"]) == pytest.approx(1.0 if last else even)
+        assert float(row["p_value"]) <= float(row["p_holm"]) <= 3 * float(row["p_value"])
+    with (out / "signs.csv").open(newline="") as file:
+        signs = {row["among"]: row for row in csv.DictReader(file)}
+    assert [signs["DPO alone"][name] for name in ("pairs", "above_0", "contraction", "expansion")] == [
+        "2",
+        "2",
+        "2",
+        "0",
+    ]
+    assert [signs["all"][name] for name in ("pairs", "above_0", "policy_beyond_even")] == ["3", "2", "2"]
+    assert [float(signs[among]["p_value"]) for among in ("DPO alone", "all")] == [0.5, 1.0]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before.keys() == {"families.csv", "families.png", "families.svg", "signs.csv"}
+    families.analyse(sweep, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (sweep / "gemma-2b" / "manifest.json").unlink()
+    (sweep / "gemma-2b" / ".writing-1").mkdir()
+    with pytest.raises(SystemExit, match="not complete, so nothing is analysed: gemma-2b"):
+        families.analyse(sweep, out)
+
+
+def test_holms_correction_leaves_out_what_is_not_known(families: ModuleType) -> None:
+    assert families.holm([0.01, math.nan, 0.03, 0.02]) == pytest.approx([0.03, math.nan, 0.04, 0.04], nan_ok=True)

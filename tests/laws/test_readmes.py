@@ -78,6 +78,15 @@ def test_the_arms_of_the_controlled_world() -> None:
         assert counts == [f"{count} of {len(some)}" for count in told]
 
 
+def test_the_stand_ins_of_the_families() -> None:
+    text = page("families")
+    for row in table(EXPERIMENTS / "families" / "standin" / "families.csv"):
+        value, low, high = (cell(row[f"delta_align{end}"], 4) for end in ("", "_low", "_high"))
+        share, even = (f"{float(row[name]):.0%}".replace("%", " %") for name in ("policy_distance_share", "share_even"))
+        words = " | ".join((f"`{row['pair']}`", value, f"{low} to {high}", row["verdict"], share, even))
+        assert f"| {words} |" in text, row["pair"]
+
+
 def assert_ends(text: str, values: list[float]) -> None:
     """`LOW to HIGH`, or the one number that all values are, rounded as the text has them; nothing of no values."""
     said = text.split(" to ") if text else []
