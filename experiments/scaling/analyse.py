@@ -19,7 +19,7 @@ from spinal_jax.files import table, write_whole
 # What is set against size, and how: on logarithms of both (a power law), or of the parameters alone.
 FITTED = {
     "abs_delta_align": "power",
-    "gradient_share": "power",
+    "gradient_density": "power",
     "coherence": "power",
     "policy_distance_centroid": "power",
     "kl": "power",
@@ -27,7 +27,7 @@ FITTED = {
 }
 # What a null arm must not show: the mean over seeds, against 0. And where DPO differs from the null arms, seed by seed.
 AGAINST_ZERO = ("delta_align", "delta_contraction_excess", "delta_transport_excess", "policy_distance_excess")
-COMPARED = ("abs_delta_align", "gradient_share", *AGAINST_ZERO)
+COMPARED = ("abs_delta_align", "gradient_density", *AGAINST_ZERO)
 SEEDS_NEEDED, SIZES_NEEDED = 3, 3
 Row = dict[str, Any]
 
@@ -62,6 +62,7 @@ def row_of(run: Run, bases: Mapping[tuple[str, int], Run]) -> Row:
         "kl": found["kl"],
         "accuracy": found.get("eval_rewards/accuracies", np.nan),
         "gradient_share": found["gradient_share_mean"],
+        "gradient_density": float(found["gradient_share_mean"]) / even,  # even grows where 3 does not divide the depth
         "coherence": found["coherence"] if last - first > 1 else np.nan,  # two boundaries have no second difference
         "policy_distance_centroid": found["policy_distance_centroid"],
         "delta_contraction_centroid": found["delta_contraction_centroid"],
@@ -73,9 +74,9 @@ def row_of(run: Run, bases: Mapping[tuple[str, int], Run]) -> Row:
 
 
 MEASURED = (
-    *("delta_align", "abs_delta_align", "kl", "accuracy", "gradient_share", "coherence", "policy_distance_centroid"),
-    *("delta_contraction_centroid", "delta_contraction_excess", "delta_transport_excess", "policy_distance_excess"),
-    "onset",
+    *("delta_align", "abs_delta_align", "kl", "accuracy", "gradient_share", "gradient_density", "coherence"),
+    *("policy_distance_centroid", "policy_distance_excess", "delta_transport_excess"),
+    *("delta_contraction_centroid", "delta_contraction_excess", "onset"),
 )
 GROUP = ("arm", "size", "parameters", "beta", "learning_rate")
 

@@ -20,7 +20,7 @@ LOOKS = {"dpo": (BLUE, "o"), "sft": (GREEN, "s"), "shuffled": (VERMILLION, "^")}
 SHIFT = {"dpo": 0.96, "sft": 1.0, "shuffled": 1.04}  # arms side by side
 PANELS = (
     ("abs_delta_align", "|Δ align|"),
-    ("gradient_share", "gradient share of the terminal block"),
+    ("gradient_density", "terminal gradient share / even share"),
     ("coherence", "coherence"),
     ("policy_distance_centroid", "centroid of the policy distance"),
 )
@@ -60,14 +60,14 @@ def against_size(rows: Sequence[Row], fits: Sequence[Row]) -> Figure:
     for axes, (name, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
         _marks(axes, rows, name)
         axes.set_ylabel(label)
-        axes.set_xscale("log")
+        _over_sizes(axes, rows)
         if name == "abs_delta_align":
             axes.set_yscale("log")
         law = next((f for f in fits if f["arm"] == "dpo" and f["quantity"] == name and f["kind"] == "power"), None)
         if law is not None:
             _line(axes, [row for row in rows if row["arm"] == "dpo" and np.isfinite(row[name])], name, law["slope"])
-    for axes in figure.axes[-2:]:
-        axes.set_xlabel("parameters")
+    for axes in figure.axes[:2]:
+        axes.set_xlabel("")
     _legend(figure, "dashed: DPO's power law; large marks: means over seeds")
     return figure
 
@@ -79,7 +79,8 @@ def signed(rows: Sequence[Row]) -> Figure:
     axes = figure.subplots()
     axes.axhline(0, color=INK, lw=0.9)
     _marks(axes, rows, "delta_align")
-    axes.set(xscale="log", xlabel="parameters", ylabel="Δ align")
+    axes.set_ylabel("Δ align")
+    _over_sizes(axes, rows)
     _legend(figure, "above 0: contraction, below: expansion")
     return figure
 
@@ -106,7 +107,7 @@ def scatter(rows: Sequence[Row], x: str, label: str, scale: str) -> Figure:
             )
     axes.set(xscale=scale, yscale="log", xlabel=label, ylabel="|Δ align|")
     axes.grid(axis="y")
-    _legend(figure, "larger marks: larger models")
+    _legend(figure, "larger marks: larger models" if len({row["size"] for row in rows}) > 1 else "a mark a seed")
     return figure
 
 
@@ -117,7 +118,8 @@ def onset(rows: Sequence[Row]) -> Figure:
     axes = figure.subplots()
     _marks(axes, rows, "onset")
     without = sum(not np.isfinite(row["onset"]) for row in rows)
-    axes.set(xscale="log", xlabel="parameters", ylabel="onset, step")
+    axes.set_ylabel("onset, step")
+    _over_sizes(axes, rows)
     axes.set_ylim(bottom=0)
     _legend(figure, f"{without} of {len(rows)} runs have no onset")
     return figure
@@ -171,6 +173,14 @@ def _marks(axes: Axes, rows: Sequence[Row], name: str) -> None:
         if middle:
             axes.plot(*zip(*middle, strict=True), ls="", marker=marker, color=colour, markersize=7, label=arm)
     axes.grid(axis="y")
+
+
+def _over_sizes(axes: Axes, rows: Sequence[Row]) -> None:
+    """The horizontal axis, marked at the sizes that there are."""
+    sizes = sorted({row["parameters"] for row in rows})
+    axes.set(xscale="log", xlabel="parameters")
+    axes.set_xticks(sizes, [f"{size / 1e6:.1f}M" for size in sizes])
+    axes.minorticks_off()
 
 
 def _line(axes: Axes, rows: Sequence[Row], name: str, slope: float) -> None:

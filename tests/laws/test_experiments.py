@@ -59,7 +59,7 @@ def planted(exponent: float, bend: float = 0.0, noise: float = 0.3, trial: int =
             value = 0.1 * (parameters / 1e6) ** exponent * np.exp(noise * rng.normal() + bend * (size == "d"))
             signed = value * (-1) ** seed
             rows.append({"arm": "dpo", "parameters": parameters, "seed": seed, "abs_delta_align": value})
-            rows[-1] |= {"delta_align": signed, **dict.fromkeys(("gradient_share", "coherence", "kl"), np.nan)}
+            rows[-1] |= {"delta_align": signed, **dict.fromkeys(("gradient_density", "coherence", "kl"), np.nan)}
             rows[-1] |= {"policy_distance_centroid": np.nan}
     return rows
 

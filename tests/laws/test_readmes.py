@@ -92,3 +92,68 @@ def assert_ends(text: str, values: list[float]) -> None:
     said = text.split(" to ") if text else []
     ends = [values[0], values[-1]][2 - len(said) :] if values else []
     assert [f"{end:.{len(number.partition('.')[2])}f}" for end, number in zip(ends, said, strict=True)] == said
+
+
+SCALING = EXPERIMENTS / "scaling" / "full"
+
+
+def test_the_arms_of_the_scaling_study() -> None:
+    text = page("scaling")
+    shown = {"delta_align_se": 3, "abs_delta_align": 3, "kl": 4, "accuracy": 2, "gradient_density": 2}
+    shown |= {"policy_distance_excess": 2, "onset": 0}
+    rows = [row for row in table(SCALING / "means.csv") if (row["beta"], row["learning_rate"]) == ("0.1", "0.0001")]
+    assert len(rows) == 15
+    for row in rows:
+        mean, *cells = (cell(row[name], places) for name, places in {"delta_align": 3, **shown}.items())
+        line = " | ".join([f"| `{row['arm']}`", row["size"], f"{mean} ± {cells[0]}", *cells[1:]])
+        assert f"{line} |".replace("|  |", "| |") in text, line
+
+
+def test_the_laws_of_the_scaling_study() -> None:
+    text = page("scaling")
+    laws = {(row["arm"], row["quantity"]): row for row in table(SCALING / "fits.csv")}
+    power, slope = laws["dpo", "abs_delta_align"], laws["dpo", "delta_align"]
+
+    def ends(law: dict[str, str], name: str, places: int) -> str:
+        value, low, high = (cell(law[f"{name}{end}"], places) for end in ("", "_low", "_high"))
+        return f"{value}, interval {low} to {high}"
+
+    assert f"to the power {ends(power, 'slope', 2)}" in text
+    assert f"off by {ends(power, 'largest_off', 2).replace(',', ' in natural logarithm,')}" in text
+    assert power["largest_predicted"] == "True"
+    assert f"rises by {ends(slope, 'slope', 3).replace(',', ' a decade,')}" in text
+
+
+def test_what_the_scaling_study_tells_from_nothing() -> None:
+    text = page("scaling")
+    runs = [row for row in table(SCALING / "runs.csv") if not row["swept"]]
+    some = {arm: [row for row in runs if row["arm"] == arm] for arm in ("dpo", "sft", "shuffled")}
+    sure = {arm: sum(float(row["p_value"]) < 0.05 for row in rows) for arm, rows in some.items()}
+    assert f"{sure['shuffled']} of 25 are significant over prompts" in text
+    assert f"as are {sure['dpo']} of 25 of `dpo` and {sure['sft']} of 25 of `sft`" in text
+    assert f"{sum(float(row['delta_align']) < 0 for row in some['dpo'])} of 25 DPO runs expand" in text
+    assert f"{sum(row['onset'] == '' for row in runs)} of {len(runs)} runs have no onset" in text
+    least, most = (cell(str(end(float(row["base_loss"]) for row in runs)), 2) for end in (min, max))
+    assert f"({least} to {most} nats" in text
+
+    tests = table(SCALING / "against_zero.csv")
+    told = [row for row in tests if row["arm"] == "shuffled" and float(row["p_holm"]) < 0.05]
+    assert [row["quantity"] for row in told] == ["delta_transport_excess", *["policy_distance_excess"] * 2]
+    for row in told:
+        assert f"{float(row['p_holm']):.2g}" in text
+    gradients = [row for row in tests if (row["arm"], row["quantity"]) == ("dpo less sft", "gradient_density")]
+    assert f"p at most {max(float(row['p_holm']) for row in gradients):.2g}" in text
+    magnitudes = [row for row in tests if row["quantity"] == "abs_delta_align"]
+    assert f"p at least {min(float(row['p_holm']) for row in magnitudes):.2g}" in text
+    others = [row for row in tests if row["arm"] == "dpo less shuffled"]
+    assert min(float(row["p_holm"]) for row in others) > 0.05  # nothing tells DPO from shuffled labels
+
+
+def test_the_sweeps_of_the_scaling_study() -> None:
+    text = page("scaling")
+    rows = [row for row in table(SCALING / "means.csv") if (row["arm"], row["size"]) == ("dpo", "0.3m")]
+    for fixed, value, swept in (("beta", "0.1", "learning_rate"), ("learning_rate", "0.0001", "beta")):
+        some = sorted((row for row in rows if row[fixed] == value), key=lambda row: float(row[swept]))
+        *first, last = (cell(row["abs_delta_align"], 3) for row in some)
+        assert f"{', '.join(first)} and {last}" in text
+        assert all(float(row["delta_align"]) < 0 for row in some)
