@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import figure
 
 from spinal_jax.collect.runs import find_runs
 from spinal_jax.files import table, write_whole
+from spinal_jax.metrics.signflip import holm
 from spinal_jax.report.figures import png_bytes, svg_text
 from spinal_jax.verdict.comparison import Comparison, load_comparison
 
@@ -51,16 +52,6 @@ def row_of(pair: str, found: Comparison) -> Row:
     return row | {name: summary[name] for name in ("coherence", "spinal_score")}
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values after Holm's correction over all that are known."""
-    p = np.array(p_values, float)
-    known = np.flatnonzero(np.isfinite(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    adjusted = np.full(len(p), np.nan)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
-    return adjusted.tolist()
-
-
 def signs(rows: Iterable[Row]) -> list[Row]:
     """How often Delta_align is above 0, with the p-value of a two-sided sign test, and in how many pairs the policy
     distance lies in the terminal block more than evenly: for the pairs with DPO alone, and for all."""
@@ -86,8 +77,8 @@ def analyse(sweep: Path, out: Path) -> None:
     found = {run.folder.name: load_comparison(run.folder) for run in runs if run.command == "compare"}
     pairs = sorted(found, key=lambda pair: (pair not in DPO_ALONE, pair))
     rows = [row_of(pair, found[pair]) for pair in pairs]
-    for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        row["p_holm"] = p
+    for row, p in zip(rows, holm(np.array([row["p_value"] for row in rows])), strict=True):
+        row["p_holm"] = float(p)
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in (("families", rows), ("signs", signs(rows))):
         write_whole(out / f"{name}.csv", table(lines).encode())

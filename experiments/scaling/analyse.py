@@ -15,6 +15,7 @@ import figures
 
 from spinal_jax.collect.runs import Run, find_runs
 from spinal_jax.files import table, write_whole
+from spinal_jax.metrics.signflip import holm
 
 # What is set against size, and how: on logarithms of both (a power law), or of the parameters alone.
 FITTED = {
@@ -192,11 +193,8 @@ def against_zero(rows: Sequence[Row], names: Sequence[str] = AGAINST_ZERO) -> li
                 p = float(stats.ttest_1samp(values, 0.0).pvalue)
                 line = {"arm": arm, "quantity": name, "parameters": size, "seeds": len(values)}
                 lines.append({**line, "mean": float(values.mean()), "p": p})
-            order = np.argsort([line["p"] for line in lines])
-            least = 0.0
-            for place, at in enumerate(order):
-                least = max(least, min(1.0, lines[at]["p"] * (len(lines) - place)))
-                lines[at]["p_holm"] = least
+            for line, p in zip(lines, holm(np.array([line["p"] for line in lines])), strict=True):
+                line["p_holm"] = float(p)
             found += lines
     return found
 

@@ -276,7 +276,3 @@ def test_the_families_from_comparisons_to_table_and_figure(families: ModuleType,
     (sweep / "gemma-2b" / ".writing-1").mkdir()
     with pytest.raises(SystemExit, match="not complete, so nothing is analysed: gemma-2b"):
         families.analyse(sweep, out)
-
-
-def test_holms_correction_leaves_out_what_is_not_known(families: ModuleType) -> None:
-    assert families.holm([0.01, math.nan, 0.03, 0.02]) == pytest.approx([0.03, math.nan, 0.04, 0.04], nan_ok=True)
