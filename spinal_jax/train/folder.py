@@ -63,6 +63,7 @@ class TrainingFolder:
         (folder / TRACES).mkdir(exist_ok=True)
         self._events: Events | None = None
         self._log: Any = None
+        self.before: dict[str, Any] = {}
 
     def _differs(self, before: Mapping[str, Any]) -> str:
         """The first setting in which a run that was started with `before` differs from this one, in words; or ""."""
@@ -81,11 +82,13 @@ class TrainingFolder:
                 path.unlink(missing_ok=True)
 
     def go_on(self, step: int) -> None:
-        """Forgets what was written at `step` and later, which will come again, and opens the logs."""
+        """Forgets what was written at `step` and later, which will come again, and opens the logs. What was logged of
+        the step before is then in `before`."""
         log = self.folder / METRICS
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
         write_whole(log, "".join(kept).encode())
+        self.before = json.loads(kept[-1]) if kept else {}
         for later in (self.folder / TRACES).iterdir():
             if later.name >= trace_name(step):
                 shutil.rmtree(later)

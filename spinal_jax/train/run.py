@@ -241,7 +241,10 @@ def _course(
     if config.keep == "best_before_onset":
         saves |= traces
     evaluations = due(config.eval_every or stop, stop) if task.examples.held_out else frozenset()
-    last: dict[str, float] = {}
+    logged = traces | saves | evaluations  # also what stands beside a trace, and has to be known where a run goes on there
+    last: dict[str, float] = {
+        name: value for name, value in out.before.items() if isinstance(value, float) and not name.startswith("eval_")
+    }
 
     def pause(step: int, state: TrainState) -> tuple[dict[str, float], str]:
         """What is due before step `step`: what was evaluated, and why the run is to end, or ""."""
@@ -268,7 +271,7 @@ def _course(
                 if done.number == 0:
                     _check_first(config, done.metrics)
                 last = done.metrics
-                if found or done.number % config.log_every == 0 or done.number == stop - 1:
+                if found or done.number % config.log_every == 0 or done.number + 1 in logged:
                     blocks = [float(norm) for norm in done.norms.blocks]
                     out.metrics(done.number, {**last, **found, "block_grad_norms": blocks})
                 advance(1)

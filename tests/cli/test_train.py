@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -115,6 +116,22 @@ def test_a_killed_run_goes_on_to_the_same_end(whole: Path, start: Start, tmp_pat
         assert (run / "traces" / name / "trace.json").read_text() == (
             whole / "traces" / name / "trace.json"
         ).read_text()
+
+
+def test_a_run_killed_between_a_checkpoint_and_its_trace_goes_on_to_the_same_end(
+    whole: Path, start: Start, tmp_path: Path
+) -> None:
+    """What stands beside a trace is of the step before it, which is not done again."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(whole.parent / "cache", tmp_path / "cache")
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "traces" / "step_000004")
+    process = start("train", *WORLD, f"hydra.run.dir={folder}", cwd=tmp_path)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "going on from step 4 of 4" in err
+    for name in ("metrics.jsonl", "onset.json", "traces/step_000004/trace.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_lora_and_a_live_reference(spinal: Spinal, tmp_path: Path) -> None:
