@@ -241,7 +241,7 @@ def _course(
     if config.keep == "best_before_onset":
         saves |= traces
     evaluations = due(config.eval_every or stop, stop) if task.examples.held_out else frozenset()
-    logged = traces | saves | evaluations  # also what stands beside a trace, and has to be known where a run goes on there
+    logged = traces | saves | evaluations  # the step before: it stands beside a trace, also where a run goes on there
     last: dict[str, float] = {
         name: value for name, value in out.before.items() if isinstance(value, float) and not name.startswith("eval_")
     }

@@ -157,3 +157,16 @@ def test_the_sweeps_of_the_scaling_study() -> None:
         *first, last = (cell(row["abs_delta_align"], 3) for row in some)
         assert f"{', '.join(first)} and {last}" in text
         assert all(float(row["delta_align"]) < 0 for row in some)
+
+
+def test_the_courses_of_the_dynamics_study() -> None:
+    text = page("dynamics")
+    rows = table(EXPERIMENTS / "dynamics" / "runs.csv")
+    assert len(rows) == 3
+    for row in rows:
+        value, low, high = (cell(row[f"delta_align{end}"], 3) for end in ("", "_low", "_high"))
+        steps = [row[name] or "none" for name in ("onset", "destabilisation", "collapse")]
+        evaluated = [cell(row[f"eval_{name}"], 2) for name in ("loss", "rewards/margins", "rewards/accuracies")]
+        cells = [f"{float(row['learning_rate']):g}", *steps, f"{value}, {low} to {high}", cell(row["distance"], 2)]
+        line = " | ".join([*cells, cell(row["kl"], 3), *evaluated])
+        assert f"| {line} |" in text, line
