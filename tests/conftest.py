@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.rope import Rope
 
+# A shell that starts pytest in the background has it ignore Ctrl-C, and so would all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The first example of a property pays for compiling, and a run must say the same as the last one.
 hypothesis.settings.register_profile("spinal", deadline=None, derandomize=True)
