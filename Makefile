@@ -9,7 +9,7 @@ DPO_RUN := runs/demo-dpo
 .PHONY: demo test test-browser lint bench clean
 .DELETE_ON_ERROR:
 
-# Huge pages, where glibc knows of them: a fifth of the time on a CPU otherwise goes into page faults.
+# Huge pages, where glibc knows of them: a fifth of the time on a CPU is otherwise the system's (experiments/LOG.md).
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: .venv/run.stamp $(DEMO_MODEL)
 	$(BIN)/spinal audit model.source=$(DEMO_MODEL) hydra.run.dir=$(DEMO_RUN) overwrite=true
