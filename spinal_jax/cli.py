@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -163,6 +163,7 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
 
     started = time.time()
     sweeps: list[Sweep] = []
@@ -175,6 +176,7 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
         sweeps.append(Sweep(Path(sweep.hydra.sweep.dir), _runs_of(sweep)))
 
     def attempt(settings: DictConfig, folder: Path) -> int:
+        _teach_omegaconf()  # also where a launcher has started another process
         try:
             missing = sorted(OmegaConf.missing_keys(settings))
             for name in (name for name in missing if name in optional):
@@ -202,6 +204,7 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
                 if is_new and not any(folder.iterdir()):
                     folder.rmdir()
 
+    _teach_omegaconf()
     groups = pages.groups_of(command)
     words = [_in_hydras_words(argument, groups) for argument in arguments]
     settings_end = max((at for at, word in enumerate(words, 1) if "=" in word and word[0] != "-"), default=len(words))
@@ -213,6 +216,10 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
         ended += sweeps[0].outcomes() if sweeps else []
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_hydras_words(error, command)) from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f"{shown(Path(mark.name))}, line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{at}this is no YAML ({error.problem})") from error
     except OSError as error:
         if folders:
             raise
@@ -230,6 +237,16 @@ def _compose(command: str, arguments: list[str], job: Job, optional: tuple[str, 
             complain(outcome.message)
     if code := worst(ended):
         sys.exit(code)
+
+
+def _teach_omegaconf() -> None:
+    """`${by:KEY,{a: 1, b: 2, else: 3}}` in a configuration: one setting by another, as a learning rate by the size."""
+    from omegaconf import OmegaConf
+
+    def by(key: str, values: Mapping[str, Any]) -> Any:
+        return values[key] if key in values else values["else"]
+
+    OmegaConf.register_new_resolver("by", by, replace=True)
 
 
 _BEGIN: list[Callable[[Any], None]] = []  # what is to be done at the start of a sweep, by whoever waits for one

@@ -111,7 +111,7 @@ class TrainConfig:
     remat: Literal["none", "all_but_linear", "blocks"] | None = None
     seed: int = 0  # of the order of examples and of new weights
     log_every: int = 1
-    eval_every: int | None = None  # null: at the first and last step
+    eval_every: int | tuple[int, ...] | None = None  # steps between evaluations, or which; null: the first and last
     eval_examples: int | None = None  # held-out examples that are evaluated, the first ones; null: all
     trace_every: int | tuple[int, ...] | None = None  # steps between traces, or which; null: a twentieth of the time
     save_every: int | None = None  # null: a quarter of the run
@@ -122,16 +122,16 @@ class TrainConfig:
     overwrite: bool = False  # replace a complete run
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro_tokens", "eval_every", "eval_examples", "save_every", "max_to_keep"):
+        for name in ("steps", "micro_tokens", "eval_examples", "save_every", "max_to_keep"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "null or a number above 0")
         for name in ("batch_size", "log_every", "epochs"):
             value = getattr(self, name)
             require(value > 0, name, value, "a number above 0")
-        every = self.trace_every
-        listed = every if isinstance(every, tuple) else () if every is None else (every,)
-        sound = all(step > 0 for step in listed) if not isinstance(every, tuple) else all(step >= 0 for step in listed)
-        require(sound, "trace_every", every, "null, a number above 0, or a list of steps")
+        for name in ("eval_every", "trace_every"):
+            every = getattr(self, name)
+            sound = min(every, default=0) >= 0 if isinstance(every, tuple) else every is None or every > 0
+            require(sound, name, every, "null, a number above 0, or a list of steps")
         data = self.corpus if self.objective.kind == "lm" else self.preferences
         evaluates = data is None or data.held_out > 0
         right = "null where nothing is held out: the loss of held-out examples ends the run"

@@ -240,7 +240,7 @@ def _course(
     saves = due(config.save_every or -(-stop // SAVES), stop) - {0}
     if config.keep == "best_before_onset":
         saves |= traces
-    evaluations = due(config.eval_every or stop, stop) if task.examples.held_out else frozenset()
+    evaluations = due(config.eval_every or stop, stop) | {stop} if task.examples.held_out else frozenset()
     logged = traces | saves | evaluations  # the step before: it stands beside a trace, also where a run goes on there
     last: dict[str, float] = {
         name: value for name, value in out.before.items() if isinstance(value, float) and not name.startswith("eval_")

@@ -39,6 +39,7 @@ def composing(folder: Path = CONF) -> Iterator[Callable[..., dict[str, Any]]]:
         assert isinstance(values, dict)
         return {str(key): value for key, value in values.items()}
 
+    cli._teach_omegaconf()
     with initialize_config_dir(str(folder), version_base="1.3"):
         yield settings
 
@@ -108,3 +109,20 @@ def test_a_second_group_is_filled_from_the_same_files(tmp_path: Path, monkeypatc
     helped = pages.help_text("pair", "", "").splitlines()
     assert any(line.startswith("  reference.source ") for line in helped)
     assert sum("model= or reference=any|" in line for line in helped) == 1
+
+
+def test_a_setting_may_follow_another() -> None:
+    rates = {"0.3m": 3e-3, "3m": 3e-3, "10m": 1e-3, "1b": 2e-4}
+    with composing() as settings:
+        chosen = {size: settings("train", "experiment=scaling", "+arm=base", f"model.name={size}") for size in rates}
+    assert {size: build("train", found).optimizer.learning_rate for size, found in chosen.items()} == rates
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "conf"
+    shutil.copytree(CONF, folder)
+    (folder / "arm" / "mine.yaml").write_text("# @package _global_\nsteps: 4\nseed: 1: 2\n")
+    monkeypatch.setattr(pages, "conf_folder", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^conf/arm/mine.yaml, line 3: this is no YAML \(mapping values"):
+        cli._compose("train", ["+arm=mine"], lambda settings, out: 0)

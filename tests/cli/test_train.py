@@ -136,9 +136,10 @@ def test_a_run_killed_between_a_checkpoint_and_its_trace_goes_on_to_the_same_end
 
 def test_lora_and_a_live_reference(spinal: Spinal, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    changes = ("lora.rank=2", "objective.reference=live", "steps=2", "compute_dtype=bfloat16")
+    changes = ("lora.rank=2", "objective.reference=live", "steps=3", "eval_every=[1]", "compute_dtype=bfloat16")
     assert spinal("train", *WORLD, *changes, f"hydra.run.dir={run}").code == 0
     assert lines(run)[0]["loss"] == pytest.approx(np.log(2), abs=2e-2)
+    assert [line["step"] for line in lines(run) if "eval_loss" in line] == [0, 1, 3]
     assert not (tmp_path / "cache").exists()
     assert (run / "model" / "tokenizer.json").exists()
 
@@ -198,6 +199,7 @@ def refused(spinal: Spinal, tmp_path: Path, changes: tuple[str, ...], *words: st
         (("objective=lm",), ["objective=lm", "corpus=world"]),
         (("parallel.data=3",), ["parallel", "3", "8 devices"]),
         (("trace_every=0",), ["trace_every", "0"]),
+        (("eval_every=[2,-1]",), ["eval_every", "-1", "a list of steps"]),
         (("preferences.held_out=40",), ["preferences.held_out", "40"]),
         (("model.dtype=bfloat16",), ["model.dtype", "compute_dtype"]),
     ],
