@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from spinal_jax.collect.runs import find_runs
 from spinal_jax.files import table, write_whole
@@ -20,7 +21,8 @@ from spinal_jax.report.figures import svg_text as svg
 from spinal_jax.report.training_run import TrainingRun, load_training_run
 
 NOTHING_LEARNT = math.log(2)  # the preference loss of a policy that is its reference
-EVALUATED = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen")
+RANKED, PER_TOKEN, SHORTER = "rewards/accuracies", "rewards/accuracies_per_token", "chosen_shorter"
+EVALUATED = ("loss", "rewards/margins", "rewards/chosen", RANKED, PER_TOKEN, SHORTER)
 RECORDED = ("delta_align", "delta_align_se", "transport", "transport_se", "distance", "distance_se", "kl")
 Row = dict[str, Any]
 
@@ -43,6 +45,7 @@ def records_of(run: TrainingRun) -> list[Row]:
     return [
         {
             "learning_rate": run.config["optimizer"]["learning_rate"],
+            "seed": run.config["seed"],
             "step": record["step"],
             **{name: record[name] for name in RECORDED},
             **{f"eval_{name}": values.get(record["step"], math.nan) for name, values in evaluated.items()},
@@ -53,84 +56,111 @@ def records_of(run: TrainingRun) -> list[Row]:
 
 def row_of(run: TrainingRun, records: Sequence[Row]) -> Row:
     """What a run came to: when its footprint began, when it destabilised, when its rewards collapsed, and how many
-    steps the first was ahead of the last."""
-    steps, losses = [r["step"] for r in records], [r["eval_loss"] for r in records]
-    onset, broke = ((run.onset[name] or {}).get("step") for name in ("onset", "destabilisation"))
-    collapsed = collapse(steps, losses)
+    steps the first two were ahead of that."""
+    found = {name: (run.onset[name] or {}).get("step") for name in ("onset", "destabilisation")}
+    collapsed = collapse([record["step"] for record in records], [record["eval_loss"] for record in records])
     last, summary = records[-1], run.comparisons[-1].summary
     return {
         "learning_rate": last["learning_rate"],
+        "seed": last["seed"],
         "steps": last["step"],
-        "onset": onset,
-        "destabilisation": broke,
+        **found,
         "collapse": collapsed,
-        "onset_ahead": None if onset is None or collapsed is None else collapsed - onset,
+        **{f"{name}_ahead": _difference(collapsed, found[name]) for name in ("onset", "destabilisation")},
         **{name: summary[name] for name in ("delta_align", "delta_align_low", "delta_align_high", "p_value")},
         **{name: last[name] for name in ("distance", "kl", *(f"eval_{name}" for name in EVALUATED))},
     }
 
 
+def _difference(later: int | None, earlier: int | None) -> int | None:
+    return None if later is None or earlier is None else later - earlier
+
+
+class Panel(NamedTuple):
+    """One row of the figure."""
+
+    label: str
+    lines: tuple[tuple[str, str, str], ...]  # what, in which colour, with which marker
+    level: float | None = None  # a line to compare with
+    marks: str = ""  # what is detected in it, as a ring on its first line
+    logarithmic: bool = False
+
+
 PANELS = (
-    ("Δ align", (("delta_align", BLUE, "o", ""),), True),
-    ("terminal transport\nless that of step 0, rad", (("transport", BLUE, "o", ""),), True),
-    ("output's distance\nfrom step 0, rad", (("distance", BLUE, "o", ""),), True),
-    ("held-out loss, nats", (("eval_loss", INK, "o", ""),), False),
-    (
-        "held-out reward",
-        (("eval_rewards/margins", GREEN, "s", "margin"), ("eval_rewards/chosen", PURPLE, "^", "chosen")),
-        False,
+    Panel("Δ align", (("delta_align", BLUE, "o"),), 0, "onset"),
+    Panel("terminal transport\nless that of step 0, rad", (("transport", BLUE, "o"),), 0),
+    Panel("output's distance\nfrom step 0, rad", (("distance", BLUE, "o"),), math.pi / 2, "destabilisation"),
+    Panel("held-out loss, nats", (("eval_loss", INK, "o"),), NOTHING_LEARNT, "collapse", logarithmic=True),
+    Panel("held-out reward", (("eval_rewards/margins", GREEN, "s"), ("eval_rewards/chosen", PURPLE, "^")), 0),
+    Panel(
+        "share of held-out pairs",
+        ((f"eval_{RANKED}", BLUE, "o"), (f"eval_{PER_TOKEN}", VERMILLION, "D"), (f"eval_{SHORTER}", MUTED, "")),
+        0.5,
     ),
 )
+SEEDS = ("-", (0, (3, 1.5)), (0, (1, 1)))  # how the lines of the first, second and third seed look
+RING = {"marker": "o", "ls": "", "ms": 11, "mfc": "none", "mec": VERMILLION, "mew": 1.6}
+WORDS = {
+    "eval_rewards/margins": "margin",
+    "eval_rewards/chosen": "chosen",
+    f"eval_{RANKED}": "ranked rightly by reward",
+    f"eval_{PER_TOKEN}": "by reward per token",
+    f"eval_{SHORTER}": "chosen response shorter",
+}
 
 
 @styled
 def courses(runs: Sequence[tuple[Row, Sequence[Row]]]) -> Figure:
-    """A column a learning rate: the footprint and the rewards over the same steps, what was detected marked."""
-    figure = Figure(figsize=(2.6 * len(runs) + 0.6, 1.7 * len(PANELS)), layout="constrained")
-    grid = figure.subplots(len(PANELS), len(runs), sharex=True, squeeze=False)
-    for axes, (label, _, _) in zip(grid[:, 0], PANELS, strict=True):
-        axes.set_ylabel(label)
-    for column, (row, records) in zip(grid.T, runs, strict=True):
-        column[0].set_title(f"learning rate {row['learning_rate']:g}")
-        for axes, (_, lines, has_band) in zip(column, PANELS, strict=True):
-            for name, colour, marker, _ in lines:
-                _line(axes, records, name, colour, marker, has_band)
-            _marks(axes, row)
+    """A column a learning rate, a line a seed: the footprint and the rewards over the same steps, and a ring around the
+    first point of what was detected."""
+    rates = sorted({row["learning_rate"] for row, _ in runs})
+    seeds = sorted({row["seed"] for row, _ in runs})
+    figure = Figure(figsize=(2.3 * len(rates) + 0.8, 1.55 * len(PANELS) + 0.6), layout="constrained")
+    grid = figure.subplots(len(PANELS), len(rates), sharex=True, sharey="row", squeeze=False)
+    for panel, line in zip(PANELS, grid, strict=True):
+        line[0].set_ylabel(panel.label)
+        for rate, axes in zip(rates, line, strict=True):
+            if panel.logarithmic:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.axhline(panel.level, color=MUTED, lw=0.9, ls=(0, (4, 2)) if panel.level else "-")
             axes.grid(axis="y")
-        column[3].axhline(NOTHING_LEARNT, color=MUTED, lw=0.9, ls=(0, (4, 2)))
-        for axes in (column[0], column[1], column[4]):
-            axes.axhline(0, color=MUTED, lw=0.9)
-        column[-1].set_xlabel("step")
-    rewards = [
-        Line2D([], [], color=colour, marker=marker, ms=3, label=word) for _, colour, marker, word in PANELS[-1][1]
-    ]
-    marks = [Line2D([], [], label=word, **style) for word, style in MARKS.items()]
+            for row, records in runs:
+                if row["learning_rate"] == rate:
+                    _draw(axes, panel, row, records, SEEDS[seeds.index(row["seed"])])
+    for rate, top, bottom in zip(rates, grid[0], grid[-1], strict=True):
+        top.set_title(f"learning rate {rate:g}")
+        bottom.set_xlabel("step")
     figure.align_ylabels()
-    figure.legend(handles=[*rewards, *marks], loc="outside lower center", ncols=5)
+    figure.legend(handles=_legend(seeds), loc="outside lower center", ncols=4)
     return figure
 
 
-MARKS: Mapping[str, Mapping[str, Any]] = {
-    "onset": {"color": INK, "lw": 1.2, "ls": (0, (1, 1.5))},
-    "destabilisation": {"color": VERMILLION, "lw": 1.2, "ls": (0, (4, 2))},
-    "collapse": {"color": INK, "lw": 1.4, "ls": "-", "alpha": 0.6},
-}
-
-
-def _line(axes: Axes, records: Sequence[Row], name: str, colour: str, marker: str, has_band: bool) -> None:
+def _draw(axes: Axes, panel: Panel, row: Row, records: Sequence[Row], style: Any) -> None:
     steps = np.array([record["step"] for record in records])
-    values = np.array([record[name] for record in records], float)
-    known = np.isfinite(values)
-    axes.plot(steps[known], values[known], color=colour, marker=marker, markersize=3)
-    if has_band:
-        half = 2 * np.array([record[f"{name}_se"] for record in records], float)
-        axes.fill_between(steps, values - half, values + half, color=colour, alpha=0.2, lw=0)
+    for name, colour, marker in panel.lines:
+        values = np.array([record[name] for record in records], float)
+        if name in (f"eval_{RANKED}", f"eval_{PER_TOKEN}"):
+            values[steps == 0] = np.nan  # all rewards are ties there
+        axes.plot(steps, values, color=colour, marker=marker, ms=3, ls=style)
+        if f"{name}_se" in records[0]:
+            half = 2 * np.array([record[f"{name}_se"] for record in records], float)
+            axes.fill_between(steps, values - half, values + half, color=colour, alpha=0.15, lw=0)
+    if panel.marks and row[panel.marks] is not None:
+        record = next(record for record in records if record["step"] == row[panel.marks])
+        axes.plot(record["step"], record[panel.lines[0][0]], **RING, zorder=3)
 
 
-def _marks(axes: Axes, row: Row) -> None:
-    for name, style in MARKS.items():
-        if row[name] is not None:
-            axes.axvline(row[name], **style)
+def _legend(seeds: Sequence[int]) -> list[Line2D]:
+    lines = [line for panel in PANELS for line in panel.lines if line[0] in WORDS]
+    marks = ", ".join(panel.marks for panel in PANELS if panel.marks)
+    return [
+        *(Line2D([], [], color=INK, ls=style, label=f"seed {seed}") for seed, style in zip(seeds, SEEDS, strict=False)),
+        *(Line2D([], [], color=colour, marker=marker, ms=3, label=WORDS[name]) for name, colour, marker in lines),
+        Line2D([], [], **RING, label=marks),
+    ]
 
 
 def analyse(sweep: Path, out: Path) -> None:
@@ -138,10 +168,9 @@ def analyse(sweep: Path, out: Path) -> None:
     found = find_runs([sweep])
     if incomplete := [run.folder.name for run in found if not run.complete]:
         sys.exit(f"not complete, so nothing is analysed: {', '.join(incomplete)}; start the sweep again")
-    runs = sorted(
-        (load_training_run(run.folder) for run in found), key=lambda r: r.config["optimizer"]["learning_rate"]
-    )
+    runs = [load_training_run(run.folder) for run in found]
     told = [(row_of(run, records), records) for run in runs for records in (records_of(run),)]
+    told.sort(key=lambda one: (one[0]["learning_rate"], one[0]["seed"]))
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "runs.csv", table([row for row, _ in told]).encode())
     write_whole(out / "records.csv", table([record for _, records in told for record in records]).encode())
@@ -149,8 +178,9 @@ def analyse(sweep: Path, out: Path) -> None:
     write_whole(out / "courses.png", png_bytes(figure))
     write_whole(out / "courses.svg", svg(figure, "courses").encode())
     for row, _ in told:
-        when = ", ".join(f"{name} {'not found' if row[name] is None else row[name]}" for name in MARKS)
-        print(f"  learning rate {row['learning_rate']:g}: {when}")
+        detected = [panel.marks for panel in PANELS if panel.marks]
+        when = ", ".join(f"{name} {'none' if row[name] is None else row[name]}" for name in detected)
+        print(f"  learning rate {row['learning_rate']:g}, seed {row['seed']}: {when}")
     print(f"  tables and figure in {out}")
 
 

@@ -38,6 +38,8 @@ class Sums(NamedTuple):
     chosen: Array  # rewards
     rejected: Array
     accurate: Array  # pairs whose chosen reward is the larger
+    accurate_per_token: Array  # pairs whose chosen reward is the larger when each is divided by its response's tokens
+    shorter: Array  # pairs whose chosen response has fewer tokens
     logp: Array  # [2] nats, of chosen (or only) and rejected responses
     logit: Array  # [2] mean logits, summed over tokens
     tokens: Array  # [2] response tokens
@@ -142,11 +144,19 @@ def summed(scores: Scores, batch: ResponseBatch, objective: ObjectiveConfig) -> 
         present = real[0::2]
         total = jnp.sum(pairs.loss * present)
         chosen, rejected = jnp.sum(pairs.chosen * present), jnp.sum(pairs.rejected * present)
-        accurate = jnp.sum(jnp.where(pairs.chosen > pairs.rejected, present, 0.0))
+        long, other = counts[0::2], counts[1::2]
+        accurate, accurate_per_token, shorter = (
+            jnp.sum(jnp.where(is_so, present, 0.0))
+            for is_so in (
+                pairs.chosen > pairs.rejected,
+                pairs.chosen * other > pairs.rejected * long,  # without dividing by the 0 of a pair that is not there
+                long < other,
+            )
+        )
         count = jnp.sum(present)
     else:
         total = -jnp.sum(scores.logp)
-        chosen = rejected = accurate = count = jnp.zeros((), jnp.float32)
+        chosen = rejected = accurate = accurate_per_token = shorter = count = jnp.zeros((), jnp.float32)
 
     def by_side(values: Array) -> Array:  # [S] -> [2]
         return jnp.stack([jnp.sum(values * side) for side in sides])
@@ -157,6 +167,8 @@ def summed(scores: Scores, batch: ResponseBatch, objective: ObjectiveConfig) -> 
         chosen,
         rejected,
         accurate,
+        accurate_per_token,
+        shorter,
         by_side(scores.logp),
         by_side(scores.logit),
         by_side(counts),
@@ -178,6 +190,8 @@ def metrics(sums: Sums, kind: str, prefix: str = "") -> dict[str, float]:
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": float(total.accurate / total.pairs),
+            "rewards/accuracies_per_token": float(total.accurate_per_token / total.pairs),
+            "chosen_shorter": float(total.shorter / total.pairs),
             "logps/chosen": float(total.logp[0] / total.sequences[0]),
             "logps/rejected": float(total.logp[1] / total.sequences[1]),
             "logits/chosen": float(total.logit[0] / total.tokens[0]),

@@ -19,11 +19,11 @@ from spinal_jax.models import lora
 from spinal_jax.models.decoder import Remat
 from spinal_jax.models.memory import MemoryCheckpoint
 from spinal_jax.models.parts import cast, take_apart
-from spinal_jax.preference import LOSSES, preference_loss
-from spinal_jax.responses import Example, choose_shape, micro_batches
+from spinal_jax.preference import LOSSES, Scores, preference_loss
+from spinal_jax.responses import Example, ResponseBatch, choose_shape, micro_batches
 from spinal_jax.train.config import ObjectiveConfig, OptimizerConfig
 from spinal_jax.train.optimizer import optimizer
-from spinal_jax.train.step import TrainState, make_steps, metrics
+from spinal_jax.train.step import TrainState, make_steps, metrics, summed
 
 from .reference import checkpoint_of, load, random_model
 
@@ -75,6 +75,23 @@ def test_rewards_are_beta_times_the_log_ratios() -> None:
     logp, reference = jnp.array([-3.0, -5.0], jnp.float32), jnp.array([-4.0, -4.5], jnp.float32)
     pairs = preference_loss("sigmoid", logp, reference, jnp.ones(2, jnp.float32), 0.2)
     np.testing.assert_allclose([pairs.chosen[0], pairs.rejected[0]], [0.2, -0.1], rtol=1e-6)
+
+
+def test_what_is_counted_of_pairs_with_and_without_their_lengths() -> None:
+    """Rewards are sums over tokens: the first chosen response wins as a whole and not by token, the second is the other
+    way round. The third place is empty, for a micro-batch that is not full."""
+    counts = jnp.array([2, 10, 10, 2, 0, 0], jnp.float32)
+    zeros = jnp.zeros(6, jnp.float32)
+    batch = ResponseBatch(*[zeros] * 8, counts=counts, reference=zeros)
+    scores = Scores(jnp.array([-4, -10, -10, -4, 0, 0], jnp.float32), zeros, zeros, zeros)
+    found = metrics(summed(scores, batch, ObjectiveConfig("dpo", beta=0.1)), "dpo", "eval_")
+    assert found["eval_rewards/accuracies"] == 0.5
+    assert found["eval_rewards/accuracies_per_token"] == 0.5
+    assert found["eval_chosen_shorter"] == 0.5
+    assert found["eval_rewards/chosen"] == pytest.approx(-0.7)
+    longer = ResponseBatch(*[zeros] * 8, counts=counts[jnp.array([0, 1, 0, 1, 4, 5])], reference=zeros)
+    found = metrics(summed(scores, longer, ObjectiveConfig("dpo", beta=0.1)), "dpo")
+    assert (found["rewards/accuracies"], found["rewards/accuracies_per_token"], found["chosen_shorter"]) == (0.5, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)
