@@ -199,8 +199,31 @@ def against_zero(rows: Sequence[Row], names: Sequence[str] = AGAINST_ZERO) -> li
     return found
 
 
+def pooled(rows: Sequence[Row], names: Sequence[str] = AGAINST_ZERO) -> list[Row]:
+    """The same of the mean over all sizes that each seed has, for what a size alone has too few seeds to show; p after
+    Holm's correction over the quantities of an arm beside it."""
+    found = []
+    for arm in sorted({row["arm"] for row in rows}):
+        some = [row for row in rows if row["arm"] == arm]
+        sizes, seeds = ({row[name] for row in some} for name in ("parameters", "seed"))
+        whole = [seed for seed in sorted(seeds) if {row["parameters"] for row in some if row["seed"] == seed} == sizes]
+        if len(whole) < SEEDS_NEEDED:
+            continue
+        lines = []
+        for name in names:
+            values = np.array([_known([row for row in some if row["seed"] == seed], name).mean() for seed in whole])
+            half = stats.sem(values) * stats.t.ppf(0.975, len(whole) - 1)
+            mean, p = float(values.mean()), float(stats.ttest_1samp(values, 0.0).pvalue)
+            line = {"arm": arm, "quantity": name, "sizes": len(sizes), "seeds": len(whole)}
+            lines.append({**line, "mean": mean, "low": mean - half, "high": mean + half, "p": p})
+        for line, p in zip(lines, holm(np.array([line["p"] for line in lines])), strict=True):
+            line["p_holm"] = float(p)
+        found += lines
+    return found
+
+
 def analyse(sweep: Path, out: Path) -> None:
-    """runs.csv, means.csv, fits.csv, against_zero.csv and the figures."""
+    """runs.csv, means.csv, fits.csv, against_zero.csv, pooled.csv and the figures."""
     runs = [run for run in find_runs([sweep]) if run.command == "train"]
     if incomplete := [run.folder.name for run in runs if not run.complete]:
         sys.exit(f"not complete, so nothing is analysed: {', '.join(incomplete)}; start the sweep again")
@@ -212,6 +235,7 @@ def analyse(sweep: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tables = {"runs": rows, "means": means([row for row in rows if row["matched"]]), "fits": fits(main)}
     tables["against_zero"] = [*against_zero(main), *against_zero(less_null(main), COMPARED)]
+    tables["pooled"] = [*pooled(main), *pooled(less_null(main), COMPARED)]
     for name, lines in tables.items():
         if lines:
             write_whole(out / f"{name}.csv", table(lines).encode())

@@ -152,7 +152,7 @@ def where_it_is(runs: Sequence[tuple[Run, Row]]) -> Figure:
     for across in panels:
         across[0].set_ylabel("density (1: even)")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
     return figure
 
 

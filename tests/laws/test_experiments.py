@@ -120,8 +120,15 @@ def test_what_all_arms_show_is_no_difference_between_them(scaling: ModuleType) -
             rows.append({"arm": arm, "parameters": size, "seed": seed, **row})
     lines = scaling.against_zero(scaling.less_null(rows), scaling.COMPARED)
     assert {line["arm"] for line in lines} == {"dpo less sft", "dpo less shuffled"}
-    for line in lines:
+    together = scaling.pooled(scaling.less_null(rows), scaling.COMPARED)
+    assert len(together) == 2 * len(scaling.COMPARED)
+    for line in [*lines, *together]:
         assert (line["p_holm"] < 0.01) == (line["quantity"] == "abs_delta_align"), line
+    for line in together:
+        assert line["low"] < line["mean"] < line["high"]
+        assert (line["low"] > 0 or line["high"] < 0) == (line["p"] < 0.05)
+    halved = [row for row in rows if (row["parameters"], row["seed"]) != (2, 4)]  # a seed that lacks a size is left out
+    assert {line["seeds"] for line in scaling.pooled(scaling.less_null(halved), scaling.COMPARED)} == {4}
 
 
 def sweep_of(folder: Path, ends: tuple[DepthTrace, DepthTrace]) -> Path:

@@ -102,26 +102,41 @@ def test_the_arms_of_the_scaling_study() -> None:
     shown = {"delta_align_se": 3, "abs_delta_align": 3, "kl": 4, "accuracy": 2, "gradient_density": 2}
     shown |= {"policy_distance_excess": 2, "onset": 0}
     rows = [row for row in table(SCALING / "means.csv") if (row["beta"], row["learning_rate"]) == ("0.1", "0.0001")]
-    assert len(rows) == 15
+    assert len(rows) == 18
     for row in rows:
         mean, *cells = (cell(row[name], places) for name, places in {"delta_align": 3, **shown}.items())
         line = " | ".join([f"| `{row['arm']}`", row["size"], f"{mean} ± {cells[0]}", *cells[1:]])
         assert f"{line} |".replace("|  |", "| |") in text, line
 
 
+def ends(row: dict[str, str], name: str, places: int) -> str:
+    value, low, high = (cell(row[f"{name}{end}"], places) for end in ("", "_low", "_high"))
+    return f"{value}, interval {low} to {high}"
+
+
 def test_the_laws_of_the_scaling_study() -> None:
     text = page("scaling")
     laws = {(row["arm"], row["quantity"]): row for row in table(SCALING / "fits.csv")}
-    power, slope = laws["dpo", "abs_delta_align"], laws["dpo", "delta_align"]
+    power, kl = laws["dpo", "abs_delta_align"], laws["dpo", "kl"]
+    assert f"the exponent is {ends(power, 'slope', 2)}" in text
+    assert f"larger than it said by {ends(power, 'largest_off', 2).replace(',', ' in natural logarithm,')}" in text
+    assert power["largest_predicted"] == "False"
+    assert f"with an exponent of {ends(kl, 'slope', 2)}" in text
+    spent = [float(row["kl"]) for row in table(SCALING / "runs.csv") if (row["arm"], row["size"]) == ("dpo", "10m")]
+    assert f"from {min(spent):.4f} to {max(spent):.1f} nats" in text
 
-    def ends(law: dict[str, str], name: str, places: int) -> str:
-        value, low, high = (cell(law[f"{name}{end}"], places) for end in ("", "_low", "_high"))
-        return f"{value}, interval {low} to {high}"
 
-    assert f"to the power {ends(power, 'slope', 2)}" in text
-    assert f"off by {ends(power, 'largest_off', 2).replace(',', ' in natural logarithm,')}" in text
-    assert power["largest_predicted"] == "True"
-    assert f"rises by {ends(slope, 'slope', 3).replace(',', ' a decade,')}" in text
+def test_the_sizes_of_the_scaling_study_together() -> None:
+    lines = (EXPERIMENTS / "scaling" / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in table(SCALING / "pooled.csv") if row["arm"].startswith("dpo less")]
+    assert len(rows) == 12
+    for row in rows:
+        numbers = f"{cell(row['mean'], 3)}, {cell(row['low'], 3)} to {cell(row['high'], 3)}"
+        tail = f" | {numbers} | {float(row['p']):.2g} | {float(row['p_holm']):.2g} |"
+        (line,) = (line for line in lines if line.endswith(tail))
+        assert line.startswith(f"| `{row['arm'].removeprefix('dpo less ')}` |")
+    told = {(row["arm"], row["quantity"]) for row in rows if float(row["p_holm"]) < 0.05}
+    assert told == {("dpo less sft", "gradient_density"), ("dpo less sft", "delta_align")}
 
 
 def test_what_the_scaling_study_tells_from_nothing() -> None:
@@ -129,9 +144,8 @@ def test_what_the_scaling_study_tells_from_nothing() -> None:
     runs = [row for row in table(SCALING / "runs.csv") if not row["swept"]]
     some = {arm: [row for row in runs if row["arm"] == arm] for arm in ("dpo", "sft", "shuffled")}
     sure = {arm: sum(float(row["p_value"]) < 0.05 for row in rows) for arm, rows in some.items()}
-    assert f"{sure['shuffled']} of 25 are significant over prompts" in text
-    assert f"as are {sure['dpo']} of 25 of `dpo` and {sure['sft']} of 25 of `sft`" in text
-    assert f"{sum(float(row['delta_align']) < 0 for row in some['dpo'])} of 25 DPO runs expand" in text
+    assert f"{sure['shuffled']} of 30 are significant over prompts" in text
+    assert f"as are {sure['dpo']} of 30 of `dpo` and {sure['sft']} of 30 of `sft`" in text
     assert f"{sum(row['onset'] == '' for row in runs)} of {len(runs)} runs have no onset" in text
     least, most = (cell(str(end(float(row["base_loss"]) for row in runs)), 2) for end in (min, max))
     assert f"({least} to {most} nats" in text
