@@ -24,6 +24,8 @@ NOTHING_LEARNT = math.log(2)  # the preference loss of a policy that is its refe
 RANKED, PER_TOKEN, SHORTER = "rewards/accuracies", "rewards/accuracies_per_token", "chosen_shorter"
 EVALUATED = ("loss", "rewards/margins", "rewards/chosen", RANKED, PER_TOKEN, SHORTER)
 RECORDED = ("delta_align", "delta_align_se", "transport", "transport_se", "distance", "distance_se", "kl")
+# How the evidence of a destabilisation begins, and the series that it is about.
+SERIES = {"Delta_align": "delta_align", "terminal transport": "transport", "the output's distance": "distance"}
 Row = dict[str, Any]
 
 
@@ -58,6 +60,7 @@ def row_of(run: TrainingRun, records: Sequence[Row]) -> Row:
     """What a run came to: when its footprint began, when it destabilised, when its rewards collapsed, and how many
     steps the first two were ahead of that."""
     found = {name: (run.onset[name] or {}).get("step") for name in ("onset", "destabilisation")}
+    evidence = (run.onset["destabilisation"] or {}).get("evidence", "")
     collapsed = collapse([record["step"] for record in records], [record["eval_loss"] for record in records])
     last, summary = records[-1], run.comparisons[-1].summary
     return {
@@ -65,6 +68,7 @@ def row_of(run: TrainingRun, records: Sequence[Row]) -> Row:
         "seed": last["seed"],
         "steps": last["step"],
         **found,
+        "destabilised_by": next((name for words, name in SERIES.items() if evidence.startswith(words)), None),
         "collapse": collapsed,
         **{f"{name}_ahead": _difference(collapsed, found[name]) for name in ("onset", "destabilisation")},
         **{name: summary[name] for name in ("delta_align", "delta_align_low", "delta_align_high", "p_value")},
@@ -82,15 +86,14 @@ class Panel(NamedTuple):
     label: str
     lines: tuple[tuple[str, str, str], ...]  # what, in which colour, with which marker
     level: float | None = None  # a line to compare with
-    marks: str = ""  # what is detected in it, as a ring on its first line
     logarithmic: bool = False
 
 
 PANELS = (
-    Panel("Δ align", (("delta_align", BLUE, "o"),), 0, "onset"),
+    Panel("Δ align", (("delta_align", BLUE, "o"),), 0),
     Panel("terminal transport\nless that of step 0, rad", (("transport", BLUE, "o"),), 0),
-    Panel("output's distance\nfrom step 0, rad", (("distance", BLUE, "o"),), math.pi / 2, "destabilisation"),
-    Panel("held-out loss, nats", (("eval_loss", INK, "o"),), NOTHING_LEARNT, "collapse", logarithmic=True),
+    Panel("output's distance\nfrom step 0, rad", (("distance", BLUE, "o"),), math.pi / 2),
+    Panel("held-out loss, nats", (("eval_loss", INK, "o"),), NOTHING_LEARNT, logarithmic=True),
     Panel("held-out reward", (("eval_rewards/margins", GREEN, "s"), ("eval_rewards/chosen", PURPLE, "^")), 0),
     Panel(
         "share of held-out pairs",
@@ -100,6 +103,7 @@ PANELS = (
 )
 SEEDS = ("-", (0, (3, 1.5)), (0, (1, 1)))  # how the lines of the first, second and third seed look
 RING = {"marker": "o", "ls": "", "ms": 11, "mfc": "none", "mec": VERMILLION, "mew": 1.6}
+BOX = {**RING, "marker": "s"}
 WORDS = {
     "eval_rewards/margins": "margin",
     "eval_rewards/chosen": "chosen",
@@ -111,8 +115,8 @@ WORDS = {
 
 @styled
 def courses(runs: Sequence[tuple[Row, Sequence[Row]]]) -> Figure:
-    """A column a learning rate, a line a seed: the footprint and the rewards over the same steps, and a ring around the
-    first point of what was detected."""
+    """A column a learning rate, a line a seed: the footprint and the rewards over the same steps, and the first
+    point of what was detected marked on the series in which it was."""
     rates = sorted({row["learning_rate"] for row, _ in runs})
     seeds = sorted({row["seed"] for row, _ in runs})
     figure = Figure(figsize=(2.3 * len(rates) + 0.8, 1.55 * len(PANELS) + 0.6), layout="constrained")
@@ -148,18 +152,20 @@ def _draw(axes: Axes, panel: Panel, row: Row, records: Sequence[Row], style: Any
         if f"{name}_se" in records[0]:
             half = 2 * np.array([record[f"{name}_se"] for record in records], float)
             axes.fill_between(steps, values - half, values + half, color=colour, alpha=0.15, lw=0)
-    if panel.marks and row[panel.marks] is not None:
-        record = next(record for record in records if record["step"] == row[panel.marks])
-        axes.plot(record["step"], record[panel.lines[0][0]], **RING, zorder=3)
+    detected = {"onset": "delta_align", "destabilisation": row["destabilised_by"], "collapse": "eval_loss"}
+    for what, name in detected.items():
+        if name == panel.lines[0][0] and row[what] is not None:
+            record = next(record for record in records if record["step"] == row[what])
+            axes.plot(record["step"], record[name], **(BOX if what == "destabilisation" else RING), zorder=3)
 
 
 def _legend(seeds: Sequence[int]) -> list[Line2D]:
     lines = [line for panel in PANELS for line in panel.lines if line[0] in WORDS]
-    marks = ", ".join(panel.marks for panel in PANELS if panel.marks)
     return [
         *(Line2D([], [], color=INK, ls=style, label=f"seed {seed}") for seed, style in zip(seeds, SEEDS, strict=False)),
         *(Line2D([], [], color=colour, marker=marker, ms=3, label=WORDS[name]) for name, colour, marker in lines),
-        Line2D([], [], **RING, label=marks),
+        Line2D([], [], **RING, label="onset (Δ align), collapse (loss)"),
+        Line2D([], [], **BOX, label="destabilisation"),
     ]
 
 
@@ -178,7 +184,7 @@ def analyse(sweep: Path, out: Path) -> None:
     write_whole(out / "courses.png", png_bytes(figure))
     write_whole(out / "courses.svg", svg(figure, "courses").encode())
     for row, _ in told:
-        detected = [panel.marks for panel in PANELS if panel.marks]
+        detected = ("onset", "destabilisation", "collapse")
         when = ", ".join(f"{name} {'none' if row[name] is None else row[name]}" for name in detected)
         print(f"  learning rate {row['learning_rate']:g}, seed {row['seed']}: {when}")
     print(f"  tables and figure in {out}")

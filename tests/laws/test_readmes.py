@@ -176,11 +176,13 @@ def test_the_sweeps_of_the_scaling_study() -> None:
 def test_the_courses_of_the_dynamics_study() -> None:
     text = page("dynamics")
     rows = table(EXPERIMENTS / "dynamics" / "runs.csv")
-    assert len(rows) == 3
+    assert len(rows) == 6
+    rewards = ("rewards/chosen", "rewards/margins", "rewards/accuracies", "rewards/accuracies_per_token")
     for row in rows:
         value, low, high = (cell(row[f"delta_align{end}"], 3) for end in ("", "_low", "_high"))
         steps = [row[name] or "none" for name in ("onset", "destabilisation", "collapse")]
-        evaluated = [cell(row[f"eval_{name}"], 2) for name in ("loss", "rewards/margins", "rewards/accuracies")]
-        cells = [f"{float(row['learning_rate']):g}", *steps, f"{value}, {low} to {high}", cell(row["distance"], 2)]
-        line = " | ".join([*cells, cell(row["kl"], 3), *evaluated])
+        evaluated = [cell(row[f"eval_{name}"], 2) for name in ("loss", *rewards)]
+        cells = [f"{float(row['learning_rate']):g}", row["seed"], *steps, f"{value}, {low} to {high}"]
+        line = " | ".join([*cells, cell(row["distance"], 2), cell(row["kl"], 3), *evaluated])
         assert f"| {line} |" in text, line
+        assert f"has fewer tokens in {float(row['eval_chosen_shorter']):.0%}".replace("%", " %") in text
