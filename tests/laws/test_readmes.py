@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -137,6 +139,28 @@ def test_the_sizes_of_the_scaling_study_together() -> None:
         assert line.startswith(f"| `{row['arm'].removeprefix('dpo less ')}` |")
     told = {(row["arm"], row["quantity"]) for row in rows if float(row["p_holm"]) < 0.05}
     assert told == {("dpo less sft", "gradient_density"), ("dpo less sft", "delta_align")}
+
+
+def test_the_control_of_the_scaling_study() -> None:
+    text = page("scaling")
+    slow, full = (table(EXPERIMENTS / "scaling" / edition / "runs.csv") for edition in ("slow", "full"))
+    found: dict[tuple[str, str], list[float]] = {}
+    for edition, rows in (("slow", slow), ("full", full)):
+        for row in rows:
+            if (row["arm"], row["swept"]) == ("dpo", ""):
+                found.setdefault((edition, row["size"]), []).append(float(row["abs_delta_align"]))
+    for row in table(EXPERIMENTS / "scaling" / "slow" / "means.csv"):
+        shown = {"delta_align_se": 3, "abs_delta_align": 3, "kl": 4, "gradient_density": 2}
+        error, *cells = (cell(row[name], places) for name, places in shown.items())
+        other = "" if row["size"] == "10m" else f"{np.mean(found['full', row['size']]):.3f}"
+        line = " | ".join([f"| {row['size']}", f"{cell(row['delta_align'], 3)} ± {error}", *cells, other])
+        assert f"{line} |".replace("|  |", "| |") in text, line
+    law = {row["quantity"]: row for row in table(EXPERIMENTS / "scaling" / "slow" / "fits.csv")}["abs_delta_align"]
+    assert f"there is no trend either: the exponent is {ends(law, 'slope', 2)}" in text
+    shared = ("0.3m", "1m", "3m")
+    more = np.mean([np.subtract(found["slow", size], found["full", size]) for size in shared], axis=0)  # by seed
+    assert f"(p = {stats.ttest_1samp(more, 0).pvalue:.2g} for the mean over sizes)" in text
+    assert all(np.mean(found["slow", size]) > np.mean(found["full", size]) for size in shared)
 
 
 def test_what_the_scaling_study_tells_from_nothing() -> None:
