@@ -60,7 +60,7 @@ def row_of(run: TrainingRun, records: Sequence[Row]) -> Row:
     """What a run came to: when its footprint began, when it destabilised, when its rewards collapsed, and how many
     steps the first two were ahead of that."""
     found = {name: (run.onset[name] or {}).get("step") for name in ("onset", "destabilisation")}
-    evidence = (run.onset["destabilisation"] or {}).get("evidence", "")
+    broke = run.onset["destabilisation"]
     collapsed = collapse([record["step"] for record in records], [record["eval_loss"] for record in records])
     last, summary = records[-1], run.comparisons[-1].summary
     return {
@@ -68,7 +68,7 @@ def row_of(run: TrainingRun, records: Sequence[Row]) -> Row:
         "seed": last["seed"],
         "steps": last["step"],
         **found,
-        "destabilised_by": next((name for words, name in SERIES.items() if evidence.startswith(words)), None),
+        "destabilised_by": broke and next(s for words, s in SERIES.items() if broke["evidence"].startswith(words)),
         "collapse": collapsed,
         **{f"{name}_ahead": _difference(collapsed, found[name]) for name in ("onset", "destabilisation")},
         **{name: summary[name] for name in ("delta_align", "delta_align_low", "delta_align_high", "p_value")},

@@ -144,13 +144,13 @@ def summed(scores: Scores, batch: ResponseBatch, objective: ObjectiveConfig) -> 
         present = real[0::2]
         total = jnp.sum(pairs.loss * present)
         chosen, rejected = jnp.sum(pairs.chosen * present), jnp.sum(pairs.rejected * present)
-        long, other = counts[0::2], counts[1::2]
+        chosen_tokens, rejected_tokens = counts[0::2], counts[1::2]
         accurate, accurate_per_token, shorter = (
             jnp.sum(jnp.where(is_so, present, 0.0))
             for is_so in (
                 pairs.chosen > pairs.rejected,
-                pairs.chosen * other > pairs.rejected * long,  # without dividing by the 0 of a pair that is not there
-                long < other,
+                pairs.chosen * rejected_tokens > pairs.rejected * chosen_tokens,  # no division by an absent pair's 0
+                chosen_tokens < rejected_tokens,
             )
         )
         count = jnp.sum(present)

@@ -137,6 +137,10 @@ def test_the_sizes_of_the_scaling_study_together() -> None:
         tail = f" | {numbers} | {float(row['p']):.2g} | {float(row['p_holm']):.2g} |"
         (line,) = (line for line in lines if line.endswith(tail))
         assert line.startswith(f"| `{row['arm'].removeprefix('dpo less ')}` |")
+    alone = {row["arm"]: row for row in table(SCALING / "pooled.csv") if row["quantity"] == "delta_align"}
+    assert all(float(alone[arm]["p"]) < 0.05 < float(alone[arm]["p_holm"]) for arm in ("dpo", "sft"))
+    said = f"DPO itself expands ({cell(alone['dpo']['mean'], 3)}) and SFT contracts ({cell(alone['sft']['mean'], 3)})"
+    assert said in page("scaling")
     told = {(row["arm"], row["quantity"]) for row in rows if float(row["p_holm"]) < 0.05}
     assert told == {("dpo less sft", "gradient_density"), ("dpo less sft", "delta_align")}
 
@@ -211,3 +215,30 @@ def test_the_courses_of_the_dynamics_study() -> None:
         line = " | ".join([*cells, cell(row["distance"], 2), cell(row["kl"], 3), *evaluated])
         assert f"| {line} |" in text, line
         assert f"has fewer tokens in {float(row['eval_chosen_shorter']):.0%}".replace("%", " %") in text
+
+
+def test_what_the_dynamics_study_says_of_its_courses() -> None:
+    text = page("dynamics")
+    runs = {(row["learning_rate"], row["seed"]): row for row in table(EXPERIMENTS / "dynamics" / "runs.csv")}
+    behind = sorted(-int(row["onset_ahead"]) for row in runs.values() if row["onset_ahead"])
+    assert f"but {behind[0]} to {behind[-1]} steps after it" in text
+    assert all(float(row["delta_align_low"]) > 0 for row in runs.values())  # above 0 in all six
+    best = runs["0.0003", "1"]
+    assert best["destabilised_by"] == "transport"
+    assert best["onset"]
+    assert f"the loss falls to {cell(best['eval_loss'], 2)}" in text
+    assert f"{float(best['eval_rewards/accuracies_per_token']):.0%}".replace("%", " % of pairs") in text
+    sound, hot = ([runs[rate, seed] for seed in "01"] for rate in ("0.0001", "0.001"))
+    assert "the loss falls to {} and {}".format(*(cell(row["eval_loss"], 2) for row in sound)) in text
+    lost = sorted(-float(row["eval_rewards/chosen"]) / 0.1 for row in hot)
+    assert f"have lost {lost[0]:.0f} to {lost[1]:.0f} nats" in text
+    by_reward, by_token = ([cell(row[f"eval_{name}"], 2) for row in hot] for name in ACCURACIES)
+    assert "{} and {} by reward, {} and {} per token".format(*by_reward, *by_token) in text
+    records = table(EXPERIMENTS / "dynamics" / "records.csv")
+    middle = [r for r in records if (r["learning_rate"], r["seed"]) == ("0.001", "0") and r["step"] in ("4", "5", "6")]
+    by_reward, by_token = (sorted(float(row[f"eval_{name}"]) for row in middle) for name in ACCURACIES)
+    per_token = f"{by_token[0]:.2f} to {by_token[-1]:.2f} by reward per token"
+    assert f"{per_token} while {by_reward[0]:.2f} to {by_reward[-1]:.2f} by reward" in text
+
+
+ACCURACIES = ("rewards/accuracies", "rewards/accuracies_per_token")
