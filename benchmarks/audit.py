@@ -12,7 +12,7 @@ The audit's figures include its jackknife. Stages are medians of repeated calls 
 With --shape both run on random weights in the shape of a model, over bytes; with --device gpu both run on a GPU, where
 the plain one keeps every hidden state too: a lower --limit makes room for it. Tokens/s are those of the batches, of the
 audit without what it takes to compile them. The share of a device's peak (MFU) is by FLOPs of
-`spinal_jax.plan.estimate` and the data sheets of `spinal_jax.plan.devices`.
+`spinal_jax.plan.estimate` and the data sheets of `spinal_jax.parallel.devices`.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def child(role: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def as_folder(args: argparse.Namespace, folder: Path) -> str:
     """The checkpoint as safetensors of one dtype with tokenizer, so that neither side converts as it runs."""
-    from spinal_jax.models.byte_level import SIZES, byte_tokenizer
-    from spinal_jax.models.checkpoint import open_checkpoint
-    from spinal_jax.models.export import export
-    from spinal_jax.models.memory import random_checkpoint
+    from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
+    from spinal_jax.models.formats.export import export
+    from spinal_jax.models.formats.memory import random_checkpoint
+    from spinal_jax.models.formats.open import open_checkpoint
     from spinal_jax.plan.shapes import shipped
 
     if args.shape is None:
@@ -107,7 +107,7 @@ def run_audit(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     import jax
 
-    from spinal_jax.api import run_audit
+    from spinal_jax.audit.pipeline import run_audit
 
     trace = run_audit(asked(args))
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -184,19 +184,20 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from spinal_jax import api, data
+    from spinal_jax import data
+    from spinal_jax.audit import pipeline
+    from spinal_jax.audit.lens_step import pairs_of
     from spinal_jax.metrics import contraction
     from spinal_jax.metrics.transport import lens_stats
     from spinal_jax.models.decoder import fold
     from spinal_jax.models.translate import parameter_shapes
     from spinal_jax.plan import estimate
-    from spinal_jax.trace import reading
 
     config = asked(args)
     prompts = data.read_prompts(args.prompts, args.format, limit=args.limit)
-    with api.opened(config.model) as (checkpoint, family, decoder):
-        plan = api.plan_prompts(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
-        model = api.load(checkpoint, family, decoder, config.model.dtype)
+    with pipeline.opened(config.model) as (checkpoint, family, decoder):
+        plan = pipeline.plan_prompts(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
+        model = pipeline.load(checkpoint, family, decoder, config.model.dtype)
     batch = jax.tree.map(jnp.asarray, next(iter(plan)))
     height, length = batch.tokens.shape
     tokens, measured_count = height * length, batch.measured.shape[0]
@@ -249,7 +250,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     x, wide = jnp.ones((tokens, width), dtype), jnp.ones((tokens, decoder.mlp_width), dtype)
     kept = jax.random.normal(jax.random.key(1), (boundaries, measured_count, width), dtype) / 3
     head = model.head()
-    lens = partial(lens_stats, pairs=reading.pairs_of(decoder.depth + 1))
+    lens = partial(lens_stats, pairs=pairs_of(decoder.depth + 1))
     chunk = min(512, head.unembed.shape[0])
 
     def lens_matmuls(x: Any, unembed: Any) -> Any:
@@ -305,7 +306,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
 
 def peak_of(name: str | None, kind: str) -> Any:
     """The data sheet of the device of this name, or of this kind; None where neither is in the list."""
-    from spinal_jax.plan.devices import DEVICES, device_of
+    from spinal_jax.parallel.devices import DEVICES, device_of
 
     own = next((known for known in DEVICES if known != "cpu" and known in kind.lower()), None)
     return device_of(name or own) if name or own else None

@@ -81,7 +81,7 @@ def shape_of(gib: float) -> tuple[int, int]:
 
 
 def command(source: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "spinal_jax.cli", "convert", f"model.source={source}", f"out={out}"]
+    return [sys.executable, "-m", "spinal_jax.cli.main", "convert", f"model.source={source}", f"out={out}"]
 
 
 def converted(source: Path, out: Path) -> tuple[float, float]:

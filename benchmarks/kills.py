@@ -72,7 +72,7 @@ def main() -> None:
 
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     """The command in a process of its own."""
-    code = "from spinal_jax.cli import main; main()"
+    code = "from spinal_jax.cli.main import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *command],
         stdout=subprocess.DEVNULL,

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from spinal_jax.models.byte_level import SIZES, byte_tokenizer
-from spinal_jax.models.checkpoint import open_checkpoint
-from spinal_jax.models.export import export
-from spinal_jax.models.memory import random_checkpoint
+from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
+from spinal_jax.models.formats.export import export
+from spinal_jax.models.formats.memory import random_checkpoint
+from spinal_jax.models.formats.open import open_checkpoint
 
 MIB = 2**20
 
@@ -107,7 +107,7 @@ def peak(command: list[str]) -> int:
 
 
 def spinal(command: list[str], before: str = "") -> subprocess.Popen[bytes]:
-    code = f"{before}\nfrom spinal_jax.cli import main\nmain()"
+    code = f"{before}\nfrom spinal_jax.cli.main import main\nmain()"
     own = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.DEVNULL, env=own)
 

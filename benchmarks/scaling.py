@@ -23,12 +23,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from spinal_jax.batch import Plan, Positions, TokenSequence, plan
+from spinal_jax.audit.measure import measure
 from spinal_jax.config import MetricsConfig
-from spinal_jax.models.byte_level import SIZES
+from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.models.orbax import read_model
-from spinal_jax.trace.measure import measure
+from spinal_jax.models.formats.byte_level import SIZES
+from spinal_jax.models.formats.orbax import read_model
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 LENGTH, BATCH_TOKENS = 128, 1024

@@ -96,7 +96,7 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
     import torch.nn.functional as F
     from transformers import AutoConfig, LlamaForCausalLM
 
-    from spinal_jax.models.checkpoint import open_checkpoint
+    from spinal_jax.models.formats.open import open_checkpoint
 
     checkpoint = open_checkpoint(args.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,18 +144,18 @@ def run_ours(args: argparse.Namespace, settings: dict[str, Any], traced: bool) -
     """This project's step, and a trace where that is asked for."""
     import jax.numpy as jnp
 
-    from spinal_jax import api
+    from spinal_jax.audit import pipeline
     from spinal_jax.config import build
-    from spinal_jax.mesh import make_mesh, shard_parameters, shard_rows
+    from spinal_jax.config.training import TrainConfig
     from spinal_jax.models import lora
-    from spinal_jax.responses import micro_batches
+    from spinal_jax.objectives.examples import Examples
+    from spinal_jax.objectives.responses import micro_batches
+    from spinal_jax.objectives.step import TrainState, make_steps
+    from spinal_jax.parallel.mesh import make_mesh, shard_parameters, shard_rows
     from spinal_jax.train import reference as references
-    from spinal_jax.train.config import TrainConfig
-    from spinal_jax.train.examples import Examples
     from spinal_jax.train.loop import Task, optimise
     from spinal_jax.train.optimizer import optimizer, schedule
     from spinal_jax.train.run import micro_shape, split
-    from spinal_jax.train.step import TrainState, make_steps
 
     asked = {
         "model": {"source": args.model},
@@ -167,9 +167,9 @@ def run_ours(args: argparse.Namespace, settings: dict[str, Any], traced: bool) -
     }
     config = build(TrainConfig, asked)
     mesh = make_mesh(config.parallel)
-    with api.opened(config.model) as (checkpoint, family, decoder):
+    with pipeline.opened(config.model) as (checkpoint, family, decoder):
         tokenizer = checkpoint.tokenizer()
-        model = api.load(checkpoint, family, decoder, "float32")
+        model = pipeline.load(checkpoint, family, decoder, "float32")
     pairs = tuple(pairs_of(args, tokenizer, decoder.vocab_size))
     examples = Examples(pairs, (), tuple(range(len(pairs))), "benchmark", "", {})
     stop = args.steps + 1
@@ -206,20 +206,20 @@ def run_ours(args: argparse.Namespace, settings: dict[str, Any], traced: bool) -
 
 def trace_costs(config: Any, examples: Any, model: Any, tokenizer: Any, decoder: Any) -> dict[str, Any]:
     """Seconds of a trace of the default pool, and how many steps lie between two of them by default."""
-    from spinal_jax import api
+    from spinal_jax.audit import pipeline
     from spinal_jax.train.folder import TrainingFolder
     from spinal_jax.train.history import History
     from spinal_jax.train.run import trace_interval
 
-    prompts = api.read_pool(config.prompts)
-    pool = api.plan_prompts(prompts, tokenizer, decoder, config.prompts, config.metrics)
+    prompts = pipeline.read_prompt_set(config.prompts)
+    pool = pipeline.plan_prompts(prompts, tokenizer, decoder, config.prompts, config.metrics)
     about = (
-        api.model_record("benchmark", "benchmark", None, "float32", ""),
-        api.prompts_record(prompts, config.prompts),
+        pipeline.model_record("benchmark", "benchmark", None, "float32", ""),
+        pipeline.prompts_record(prompts, config.prompts),
     )
     with tempfile.TemporaryDirectory() as folder:
         out = TrainingFolder(Path(folder) / "run", {"config": {}}, False)
-        history = History(model, pool, config.metrics, about, out, api.bars(False))
+        history = History(model, pool, config.metrics, about, out, pipeline.bars(False))
         out.go_on(0)
         seconds = []
         for step in range(2):

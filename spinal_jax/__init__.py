@@ -10,14 +10,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
+from spinal_jax.comparison.compare import BothModels, compare
+from spinal_jax.comparison.record import Comparison, load_comparison, save_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.result import DepthTrace, load_trace, save_trace
-from spinal_jax.verdict.compare import BothModels, compare
-from spinal_jax.verdict.comparison import Comparison, load_comparison, save_comparison
 
 if TYPE_CHECKING:
     from spinal_jax.api import audit, load_model
-    from spinal_jax.footprint.models import compare_models
+    from spinal_jax.comparison.checkpoints import compare_models
     from spinal_jax.models.decoder import Tap, collect, fold
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 _LAZY = {
     "audit": "spinal_jax.api",
     "load_model": "spinal_jax.api",
-    "compare_models": "spinal_jax.footprint.models",
+    "compare_models": "spinal_jax.comparison.checkpoints",
     "Tap": "spinal_jax.models.decoder",
     "collect": "spinal_jax.models.decoder",
     "fold": "spinal_jax.models.decoder",

@@ -9,5 +9,5 @@ class AlreadyDone(UserError):
     """The folder holds the complete run that was asked for; in a sweep nothing is left to do."""
 
 
-class Elsewhere(Exception):
+class NotLeader(Exception):
     """What was asked for is with the first of the processes that share a run; for this one nothing is left to do."""

@@ -17,18 +17,20 @@ import numpy as np
 from scipy.special import log_softmax
 
 from spinal_jax import data
+from spinal_jax.audit.measure import LENS_TOLERANCE
 from spinal_jax.config import PromptsConfig, VerifyConfig
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.transport import Lens, lens_stats
-from spinal_jax.models.checkpoint import Checkpoint, SafetensorsFolder, open_checkpoint
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder, collect
-from spinal_jax.models.export import export
-from spinal_jax.models.folders import Bar, no_bar
-from spinal_jax.models.gguf import GgufFile
-from spinal_jax.models.orbax import OrbaxFolder, read_model
+from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.formats.export import export
+from spinal_jax.models.formats.folders import Bar, no_bar
+from spinal_jax.models.formats.gguf import GgufFile
+from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.orbax import OrbaxFolder, read_model
+from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.translate import load_decoder, parameter_shapes
-from spinal_jax.trace.measure import LENS_TOLERANCE
 
 # Random tiny models differ by 1e-6. Experts round apart where a router's weights are scaled up.
 TOLERANCE, TOLERANCE_WITH_EXPERTS = 1e-4, 2e-4
@@ -230,7 +232,7 @@ def _hash(checkpoint: Checkpoint, bar: Bar) -> Check:
 
 def _wrong_blobs(folder: Path) -> list[str] | None:
     """Names of weight files that differ from their hash in the hub's cache, or None for a folder that is elsewhere."""
-    from spinal_jax.models.checkpoint import sha256_of
+    from spinal_jax.models.formats.base import sha256_of
 
     blobs = {path.name: path.resolve() for path in sorted(folder.glob("*.safetensors")) if path.is_symlink()}
     if not blobs or not all(re.fullmatch(r"[0-9a-f]{64}", blob.name) for blob in blobs.values()):

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from spinal_jax.collect.runs import find_runs
 from spinal_jax.files import table, write_whole
 from spinal_jax.report.figures import BLUE, GREEN, INK, MUTED, PURPLE, VERMILLION, png_bytes, styled
 from spinal_jax.report.figures import svg_text as svg
-from spinal_jax.report.training_run import TrainingRun, load_training_run
+from spinal_jax.runs.find import find_runs
+from spinal_jax.runs.training_run import TrainingRun, load_training_run
 
 NOTHING_LEARNT = math.log(2)  # the preference loss of a policy that is its reference
 RANKED, PER_TOKEN, SHORTER = "rewards/accuracies", "rewards/accuracies_per_token", "chosen_shorter"

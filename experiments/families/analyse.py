@@ -14,11 +14,11 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent))
 import figure
 
-from spinal_jax.collect.runs import find_runs
+from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.files import table, write_whole
-from spinal_jax.metrics.signflip import holm
 from spinal_jax.report.figures import png_bytes, svg_text
-from spinal_jax.verdict.comparison import Comparison, load_comparison
+from spinal_jax.runs.find import find_runs
+from spinal_jax.stats.signflip import holm
 
 # Between these pairs lies DPO and nothing else, as conf/pair/ says; between the others, more.
 DPO_ALONE = frozenset({"phi-2", "llama-3-8b", "zephyr-7b", "tulu-3-8b", "olmo-2-1b", "olmo-2-7b"})

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from spinal_jax.comparison.record import Comparison
 from spinal_jax.report.figures import BLUE, GREEN, INK, MARKERS, MUTED, PURPLE, SURFACE, VERMILLION, WIDTH, styled
-from spinal_jax.verdict.comparison import Comparison
 
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)))
 ROW = 0.26  # inches

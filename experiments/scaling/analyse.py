@@ -13,9 +13,9 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent))
 import figures
 
-from spinal_jax.collect.runs import Run, find_runs
 from spinal_jax.files import table, write_whole
-from spinal_jax.metrics.signflip import holm
+from spinal_jax.runs.find import Run, find_runs
+from spinal_jax.stats.signflip import holm
 
 # What is set against size, and how: on logarithms of both (a power law), or of the parameters alone.
 FITTED = {

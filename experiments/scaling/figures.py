@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spinal_jax.collect.runs import Run
+from spinal_jax.comparison.record import load_comparison
 from spinal_jax.files import write_whole
 from spinal_jax.report.figures import BLUE, GREEN, HEIGHT, INK, MARKERS, MUTED, VERMILLION, WIDTH, png_bytes, styled
 from spinal_jax.report.figures import svg_text as svg
-from spinal_jax.verdict.comparison import load_comparison
+from spinal_jax.runs.find import Run
 
 LOOKS = {"dpo": (BLUE, "o"), "sft": (GREEN, "s"), "shuffled": (VERMILLION, "^")}
 SHIFT = {"dpo": 0.96, "sft": 1.0, "shuffled": 1.04}  # arms side by side

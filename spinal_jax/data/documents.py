@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spinal_jax.data.pairs import Completion
-from spinal_jax.data.rows import asked, digest, field_of, json_object, rows, text_of
+from spinal_jax.data.sources import asked, digest, field_of, json_object, rows, text_of
 from spinal_jax.data.spans import encode
 from spinal_jax.errors import UserError
 

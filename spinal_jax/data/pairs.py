@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from spinal_jax.data.rows import asked, digest, field_of, json_object, rows, text_of, turns_of
+from spinal_jax.data.sources import asked, digest, field_of, json_object, rows, text_of, turns_of
 from spinal_jax.data.spans import encode
-from spinal_jax.data.transcript import ASSISTANT, MARKER, render, transcript, turns
+from spinal_jax.data.transcripts import ASSISTANT, MARKER, render, transcript, turns
 from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:

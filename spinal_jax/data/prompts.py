@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spinal_jax.data.rows import Row, asked, digest, field_of, json_object, rows, text_of, turns_of, valid
-from spinal_jax.data.transcript import ASSISTANT, render, transcript, turns
+from spinal_jax.data.sources import Row, asked, digest, field_of, json_object, rows, text_of, turns_of, valid
+from spinal_jax.data.transcripts import ASSISTANT, render, transcript, turns
 from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:

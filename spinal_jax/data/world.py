@@ -22,8 +22,8 @@ from spinal_jax.data.documents import DocumentSet
 from spinal_jax.data.order import order
 from spinal_jax.data.pairs import PairSet, PreferencePair
 from spinal_jax.data.prompts import Prompt, PromptSet, group_of
-from spinal_jax.data.rows import digest
-from spinal_jax.data.transcript import transcript
+from spinal_jax.data.sources import digest
+from spinal_jax.data.transcripts import transcript
 from spinal_jax.data.words import CURT, GREETINGS, KIND, RELATIONS, Relation, Style, forms
 from spinal_jax.errors import UserError
 

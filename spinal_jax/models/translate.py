@@ -15,9 +15,9 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.checkpoint import Bounds, Checkpoint, ReadsParts
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.formats.base import Bounds, Checkpoint, ReadsParts
 from spinal_jax.models.hf_config import HFConfig
 
 Split = Callable[[np.ndarray, DecoderConfig], Sequence[np.ndarray]]

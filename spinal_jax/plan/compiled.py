@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spinal_jax.config import build, to_mapping
+from spinal_jax.config.plan import PlanConfig
 from spinal_jax.errors import UserError
 from spinal_jax.plan.collectives import received_bytes
-from spinal_jax.plan.config import PlanConfig
 
 # The pass that widens what a loop reads before the loop.
 NO_WIDENING = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
@@ -99,12 +99,12 @@ def _compile(config: PlanConfig) -> Compiled:
     import jax.numpy as jnp
     import numpy as np
 
-    from spinal_jax.mesh import Shards, make_mesh
+    from spinal_jax.audit.abstract import abstract_arguments, lower_steps
     from spinal_jax.metrics import transport
+    from spinal_jax.parallel.mesh import Shards, make_mesh
     from spinal_jax.plan.estimate import gram_dtype, item_bytes
     from spinal_jax.plan.shapes import decoder_of
     from spinal_jax.plan.work import pool, widest
-    from spinal_jax.trace.ahead import abstract_arguments, lower_steps
 
     begin = time.perf_counter()
     if config.device != "cpu":

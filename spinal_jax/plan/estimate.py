@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from spinal_jax.batch import Plan
+from spinal_jax.audit.spectra import groups_of, spectra_count
 from spinal_jax.config import MetricsConfig
+from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.translate import KEEP_FLOAT32
-from spinal_jax.plan.devices import Device
-from spinal_jax.trace.spectra import groups_of, spectra_count
+from spinal_jax.parallel.devices import Device
 
 # How often memory sees a logit of the lens, float32: written by the product, read for the maximum and for the
 # exponential, which is written and read for the mass, and read twice and written for the distances of two blocks.

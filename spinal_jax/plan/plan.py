@@ -11,14 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from spinal_jax.api import model_name
+from spinal_jax.audit.pipeline import model_name
 from spinal_jax.config import ModelConfig
+from spinal_jax.config.plan import PlanConfig
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.translate import parameter_shapes
+from spinal_jax.parallel.devices import DEVICES, Device
 from spinal_jax.plan import estimate
 from spinal_jax.plan.compiled import Compiled, compiled
-from spinal_jax.plan.config import PlanConfig
-from spinal_jax.plan.devices import DEVICES, Device
 from spinal_jax.plan.work import pool, split_of, widest
 
 SCHEMA = "spinal-plan/1"

@@ -8,13 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spinal_jax.api import RANDOM
+from spinal_jax.audit.pipeline import RANDOM
 from spinal_jax.config import ModelConfig
 from spinal_jax.errors import UserError
-from spinal_jax.models.byte_level import SIZES
-from spinal_jax.models.checkpoint import open_checkpoint, read_config
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.models.orbax import read_model
+from spinal_jax.models.formats.base import read_config
+from spinal_jax.models.formats.byte_level import SIZES
+from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.orbax import read_model
 
 FOLDER = Path(__file__).parent / "shapes"
 

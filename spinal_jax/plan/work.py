@@ -6,28 +6,28 @@ import math
 
 import numpy as np
 
-from spinal_jax import batch
-from spinal_jax.api import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS
+from spinal_jax.audit.pipeline import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS
+from spinal_jax.config.plan import PlanConfig
+from spinal_jax.data import packing
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.plan.config import PlanConfig
 from spinal_jax.plan.estimate import Split
 
 
-def pool(config: PlanConfig, decoder: DecoderConfig, shards: int) -> batch.Plan:
+def pool(config: PlanConfig, decoder: DecoderConfig, shards: int) -> packing.Plan:
     """Batches of `config.prompt_count` prompts whose rows `shards` devices share. Errors: UserError."""
     length, groups = config.prompt_tokens, config.metrics.groups
     if decoder.learned_positions and length > decoder.max_positions:
         raise UserError(f"prompt_tokens is {length}, but the model has {decoder.max_positions} positions")
     ids = np.zeros(length, np.int32)
     start = length // 2  # where a response would begin, for positions of responses
-    sequences = [batch.TokenSequence(ids, number % groups, start) for number in range(config.prompt_count)]
+    sequences = [packing.TokenSequence(ids, number % groups, start) for number in range(config.prompt_count)]
     most = CPU_BATCH_TOKENS if config.device == "cpu" else ACCELERATOR_BATCH_TOKENS
-    selector = batch.Positions.parse(config.metrics.transport.positions)
-    return batch.plan(sequences, selector, config.metrics.contraction.skip, config.batch_tokens or most, shards)
+    selector = packing.Positions.parse(config.metrics.transport.positions)
+    return packing.plan(sequences, selector, config.metrics.contraction.skip, config.batch_tokens or most, shards)
 
 
-def widest(work: batch.Plan) -> batch.Packed:
+def widest(work: packing.Plan) -> packing.Packed:
     """The batch with most tokens, whose shape the others have where all prompts are equal."""
     return max(work.batches, key=lambda packed: packed.height * packed.length)
 

@@ -7,7 +7,7 @@ from spinal_jax.report.comparison import is_comparison, render_comparison_report
 from spinal_jax.report.figures import curve_figure, depth_figure, entropy_figure, save_figures, spectra_figure
 from spinal_jax.report.page import render_report, write_report
 from spinal_jax.report.training import render_training_report, write_training_report
-from spinal_jax.report.training_run import is_training_run, load_training_run
+from spinal_jax.runs.training_run import is_training_run, load_training_run
 
 __all__ = [
     "curve_figure",

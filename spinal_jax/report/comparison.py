@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from spinal_jax.comparison.ranking import rank
+from spinal_jax.comparison.record import BOTH, LOCALISED, METRICS, UNITS, Comparison, load_comparison
 from spinal_jax.files import write_whole
 from spinal_jax.report.comparison_figures import MASSES, SURE, comparison_figures, mass_shares, setting_bands, way
 from spinal_jax.report.figures import Figure, hover_bands, png_bytes, svg_text
 from spinal_jax.report.page import describe_positions, inline, name_boundaries, template
-from spinal_jax.verdict.comparison import BOTH, LOCALISED, METRICS, UNITS, Comparison, load_comparison
-from spinal_jax.verdict.ranking import rank
 from spinal_jax.wording import decimals, number, plus_minus
 
 Table = dict[str, Any]

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from spinal_jax.comparison.record import LOCALISED, METRICS, UNITS, Comparison
 from spinal_jax.report.figures import (
     BLUE,
     GREEN,
@@ -31,7 +32,6 @@ from spinal_jax.report.figures import (
     styled,
     terminal_name,
 )
-from spinal_jax.verdict.comparison import LOCALISED, METRICS, UNITS, Comparison
 
 SURE = 0.05  # p-values below it, after Holm's correction, are marked
 COLOURS = {

@@ -27,10 +27,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.record import Comparison
 from spinal_jax.errors import UserError
 from spinal_jax.files import write_whole
-from spinal_jax.result import DepthTrace
-from spinal_jax.verdict.comparison import Comparison
 from spinal_jax.wording import number
 
 WIDTH, HEIGHT = 4.6, 4.7  # inches

@@ -14,9 +14,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from spinal_jax.audit.trace import UNITS, DepthTrace, load_trace
 from spinal_jax.files import write_whole
 from spinal_jax.report import figures
-from spinal_jax.result import UNITS, DepthTrace, load_trace
 from spinal_jax.wording import decimals, number, plus_minus
 
 HOVER = {"depth": ("contraction", "transport"), "entropy": ("entropy", "curvature")}

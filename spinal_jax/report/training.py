@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from spinal_jax.comparison.onset import save_verdict
 from spinal_jax.files import write_whole
-from spinal_jax.onset import save_verdict
 from spinal_jax.report.figures import png_bytes, svg_text
 from spinal_jax.report.page import inline, name_boundaries, template
 from spinal_jax.report.training_figures import record_bands, training_figures
-from spinal_jax.report.training_run import ONSET, TrainingRun, load_training_run
+from spinal_jax.runs.training_run import ONSET, TrainingRun, load_training_run
 from spinal_jax.wording import decimals, number, plus_minus
 
 # What stands beside a record, in the order in which it is shown: name, title, unit.

@@ -15,6 +15,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normal
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.report.figures import (
     BLUE,
     GREEN,
@@ -32,8 +33,7 @@ from spinal_jax.report.figures import (
     styled,
     terminal_name,
 )
-from spinal_jax.report.training_run import TrainingRun
-from spinal_jax.result import DepthTrace
+from spinal_jax.runs.training_run import TrainingRun
 
 HEAT, PANEL, STRIP, FOOT = 1.55, 1.05, 0.32, 0.75  # inches
 BINS = 60  # columns of a heat map over all steps

@@ -11,7 +11,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from spinal_jax.errors import UserError
-from spinal_jax.train.step import TrainState
+from spinal_jax.objectives.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
 

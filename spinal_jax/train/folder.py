@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spinal_jax import runs
+from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.errors import UserError
 from spinal_jax.files import flat, write_whole
 from spinal_jax.report.training_figures import trace_figure
-from spinal_jax.result import DepthTrace, save_trace
-from spinal_jax.runs import MANIFEST, Events, check_incomplete, hyperparameters, without_free
+from spinal_jax.runs import folder as run_folder
+from spinal_jax.runs.folder import MANIFEST, check_incomplete, without_free
+from spinal_jax.runs.tensorboard import Events, hyperparameters
 
 SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
     "settings.json",  # what the run was started with
@@ -49,7 +50,7 @@ class TrainingFolder:
             self._clear()
             before = None
         check_incomplete(folder)
-        there = [name for name in (*PARTS, *runs.PARTS) if (folder / name).exists()]
+        there = [name for name in (*PARTS, *run_folder.PARTS) if (folder / name).exists()]
         if there and before is None:
             raise UserError(f"{folder} already holds {there[0]}, though no training run; choose another hydra.run.dir")
         if before is not None and (differs := self._differs(before)):

@@ -6,16 +6,16 @@ import hashlib
 import json
 from typing import Any
 
-from spinal_jax import api
-from spinal_jax.batch import Plan
+from spinal_jax.audit import pipeline
+from spinal_jax.audit.measure import Measurement, Reference, keep, measure
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.compare import BothModels, compare
+from spinal_jax.comparison.onset import Record, recall, record_of, save_verdict, verdict
+from spinal_jax.comparison.record import Comparison, save_comparison
 from spinal_jax.config import MetricsConfig
+from spinal_jax.data.packing import Plan
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.onset import Record, recall, record_of, save_verdict, verdict
-from spinal_jax.result import DepthTrace
-from spinal_jax.trace.measure import Measurement, Reference, keep, measure
 from spinal_jax.train.folder import ONSET, TRACES, TrainingFolder, trace_name
-from spinal_jax.verdict.compare import BothModels, compare
-from spinal_jax.verdict.comparison import Comparison, save_comparison
 
 
 class History:
@@ -28,7 +28,7 @@ class History:
         settings: MetricsConfig,
         records: tuple[dict[str, Any], dict[str, Any]],
         out: TrainingFolder,
-        bar: api.Bar,
+        bar: pipeline.Bar,
     ):
         """Measures the model of step 0.
 
@@ -92,7 +92,7 @@ class History:
         if step:  # weights of later steps are told apart by what they follow from
             origin = json.dumps([self.out.started_with, step], sort_keys=True)
             model["sha256"] = hashlib.sha256(origin.encode()).hexdigest()
-        return api.depth_trace(model, self.prompts_record, self.config, self.settings, self.pool, found)
+        return pipeline.depth_trace(model, self.prompts_record, self.config, self.settings, self.pool, found)
 
 
 def _scalars(comparison: Comparison) -> dict[str, float]:

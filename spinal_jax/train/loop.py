@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spinal_jax.mesh import shard_rows
+from spinal_jax.config.training import TrainConfig
 from spinal_jax.metrics.gradient import BlockNorms
-from spinal_jax.responses import Example, ResponseBatch, Shape, micro_batches
-from spinal_jax.train.config import TrainConfig
-from spinal_jax.train.examples import Examples
-from spinal_jax.train.step import Arrays, Steps, Sums, TrainState, metrics
+from spinal_jax.objectives.examples import Examples
+from spinal_jax.objectives.responses import Example, ResponseBatch, Shape, micro_batches
+from spinal_jax.objectives.step import Arrays, Steps, Sums, TrainState, metrics
+from spinal_jax.parallel.mesh import shard_rows
 
 # Log-probabilities [examples, sequences of each] of the examples with these numbers, under the reference.
 Lookup = Callable[[Sequence[int]], np.ndarray]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import optax
 from jax import Array
 
-from spinal_jax.train.config import OptimizerConfig
+from spinal_jax.config.training import OptimizerConfig
 
 UNDECAYED = re.compile(r".*norm\.weight|.*\.bias|.*correction")
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 
 from spinal_jax.errors import UserError
 from spinal_jax.files import write_whole
-from spinal_jax.responses import Example, ResponseBatch, Shape, micro_batches
+from spinal_jax.objectives.responses import Example, ResponseBatch, Shape, micro_batches
 
 Score = Callable[[ResponseBatch], np.ndarray]  # log-probability [S] of each sequence
 

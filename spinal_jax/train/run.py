@@ -15,27 +15,27 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from spinal_jax import api
-from spinal_jax.batch import Plan
+from spinal_jax.audit import pipeline
+from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.config import to_mapping
-from spinal_jax.mesh import AXES, make_mesh, row_multiple, shard_parameters, shard_rows
+from spinal_jax.config.training import TrainConfig
+from spinal_jax.data.packing import Plan
 from spinal_jax.models import lora
-from spinal_jax.models.checkpoint import Checkpoint
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.models.export import export
-from spinal_jax.models.memory import MemoryCheckpoint
+from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.formats.export import export
+from spinal_jax.models.formats.memory import MemoryCheckpoint
 from spinal_jax.models.parts import Parts, cast, take_apart
-from spinal_jax.responses import TRIED_STEPS, Example, ResponseBatch, Shape, choose_shape
-from spinal_jax.result import DepthTrace
+from spinal_jax.objectives.examples import Examples, read_examples
+from spinal_jax.objectives.responses import TRIED_STEPS, Example, ResponseBatch, Shape, choose_shape
+from spinal_jax.objectives.step import Arrays, Steps, TrainState, make_steps, zeroed_adapters
+from spinal_jax.parallel.mesh import AXES, make_mesh, row_multiple, shard_parameters, shard_rows
 from spinal_jax.train import reference as references
 from spinal_jax.train.checkpoints import Checkpoints
-from spinal_jax.train.config import TrainConfig
-from spinal_jax.train.examples import Examples, read_examples
 from spinal_jax.train.folder import CHECKPOINTS, MODEL, TrainingFolder
 from spinal_jax.train.history import History
 from spinal_jax.train.loop import Diverged, Lookup, Task, evaluate, optimise
 from spinal_jax.train.optimizer import optimizer, schedule
-from spinal_jax.train.step import Arrays, Steps, TrainState, make_steps, zeroed_adapters
 
 CPU_MICRO_TOKENS, ACCELERATOR_MICRO_TOKENS = 1024, 16384
 # By how much the loss of the first step may differ from ln 2, the reference having been computed in another order.
@@ -67,7 +67,7 @@ class Trained:
         return "\n".join(lines)
 
 
-def run_train(config: TrainConfig, folder: Path, bar: api.Bar | None = None, say: Say | None = None) -> Trained:
+def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None, say: Say | None = None) -> Trained:
     """Trains what `config` says into `folder`, going on where a run with the same settings was cut off.
 
     Args:
@@ -80,20 +80,20 @@ def run_train(config: TrainConfig, folder: Path, bar: api.Bar | None = None, say
         UserError: for anything the caller can mend.
         Diverged: the loss or a gradient is not finite. The state before that step is saved.
     """
-    bar, say = bar or api.bars(False), say or (lambda line: None)
+    bar, say = bar or pipeline.bars(False), say or (lambda line: None)
     mesh = make_mesh(config.parallel)
     with contextlib.ExitStack() as stack:
-        checkpoint, family, decoder = stack.enter_context(api.opened(config.model))
+        checkpoint, family, decoder = stack.enter_context(pipeline.opened(config.model))
         tokenizer = checkpoint.tokenizer()
         examples = read_examples(config, tokenizer, decoder)
         stop = config.steps or math.ceil(config.epochs * len(examples.train) / config.batch_size)
         shape = micro_shape(config, examples, stop, mesh)
-        prompts = api.read_pool(config.prompts)
-        pool = api.plan_prompts(prompts, tokenizer, decoder, config.prompts, config.metrics)
-        name, weights = config.model.name or api.model_name(config.model.source), checkpoint.sha256()
+        prompts = pipeline.read_prompt_set(config.prompts)
+        pool = pipeline.plan_prompts(prompts, tokenizer, decoder, config.prompts, config.metrics)
+        name, weights = config.model.name or pipeline.model_name(config.model.source), checkpoint.sha256()
         records = (
-            api.model_record(name, config.model.source, checkpoint.revision, config.model.dtype, weights),
-            api.prompts_record(prompts, config.prompts),
+            pipeline.model_record(name, config.model.source, checkpoint.revision, config.model.dtype, weights),
+            pipeline.prompts_record(prompts, config.prompts),
         )
         say(_start_line(name, config, decoder, examples, shape, stop, mesh))
         started_with = {
@@ -104,7 +104,7 @@ def run_train(config: TrainConfig, folder: Path, bar: api.Bar | None = None, say
         }
         out = stack.enter_context(contextlib.closing(TrainingFolder(folder, started_with, config.overwrite)))
 
-        model = api.load(checkpoint, family, decoder, config.model.dtype, bar)
+        model = pipeline.load(checkpoint, family, decoder, config.model.dtype, bar)
         if config.lora.rank:
             lora.attach(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
         parts, parameters, fixed = split(model, config, mesh)
@@ -192,7 +192,7 @@ def _reference(
     mesh: Mesh,
     stop: int,
     weights: str,
-    bar: api.Bar,
+    bar: pipeline.Bar,
 ) -> tuple[Lookup | None, Lookup | None, Arrays | None]:
     """Where log-probabilities under the reference come from: of training and of held-out examples, or the parameters of
     a reference that is computed beside each step."""
@@ -230,7 +230,7 @@ def _course(
     history: History,
     saved: Checkpoints,
     out: TrainingFolder,
-    bar: api.Bar,
+    bar: pipeline.Bar,
     say: Say,
 ) -> tuple[TrainState, dict[str, float]]:
     """All steps that are left, and between them a checkpoint, an evaluation and a trace where they are due."""
@@ -311,7 +311,7 @@ def _chosen(
     return healthy, saved.load(healthy, state)
 
 
-def _export(checkpoint: Checkpoint, parts: Parts, arrays: Arrays, out: Path, name: str, bar: api.Bar) -> None:
+def _export(checkpoint: Checkpoint, parts: Parts, arrays: Arrays, out: Path, name: str, bar: pipeline.Bar) -> None:
     """The model as a Hugging Face folder, adapters merged into its weights."""
     model = parts.assemble(arrays)
     lora.merge(model)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from spinal_jax.collect.write import collect
+from spinal_jax.audit.trace import save_trace
+from spinal_jax.comparison.compare import compare
+from spinal_jax.comparison.record import save_comparison
 from spinal_jax.report import draw_report
-from spinal_jax.result import save_trace
-from spinal_jax.verdict.compare import compare
-from spinal_jax.verdict.comparison import save_comparison
+from spinal_jax.report.collect import collect
 from tests.laws.planted import flat, simulated
 from tests.laws.test_collect import finish
 from tests.laws.test_comparison_report import both

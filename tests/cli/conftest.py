@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from spinal_jax import cli
+from spinal_jax.cli import main as cli
 
 WIDTH, DEPTH, HEADS, KV_HEADS, HIDDEN = 32, 3, 4, 2, 48
 
@@ -94,7 +94,7 @@ def start() -> Start:
     """Starts `spinal ARGUMENTS` as a process of its own; `before` is Python to be run first in it."""
 
     def popen(*arguments: object, before: str = "", **options: object) -> subprocess.Popen[str]:
-        code = f"{before}\nfrom spinal_jax.cli import main\nmain()"
+        code = f"{before}\nfrom spinal_jax.cli.main import main\nmain()"
         piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
         environment = {**own, "JAX_PLATFORMS": "cpu", **options.pop("env", {})}  # type: ignore[dict-item]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from spinal_jax import cli
+from spinal_jax.cli import main as cli
 
 from .conftest import Outcome, Spinal, Start
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spinal_jax.result import DepthTrace, load_trace, save_trace
-from spinal_jax.runs import EVENTS
-from spinal_jax.verdict.comparison import load_comparison
+from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
+from spinal_jax.comparison.record import load_comparison
+from spinal_jax.runs.tensorboard import EVENTS
 
 from .conftest import Spinal, sweep_settings
 

@@ -13,11 +13,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from spinal_jax import cli, config
-from spinal_jax import help as pages
+from spinal_jax import config
+from spinal_jax.cli import help as pages
+from spinal_jax.cli import main as cli
+from spinal_jax.config.plan import PlanConfig
+from spinal_jax.config.training import TrainConfig
 from spinal_jax.errors import UserError
-from spinal_jax.plan.config import PlanConfig
-from spinal_jax.train.config import TrainConfig
 
 CONF = pages.conf_folder()
 COMMANDS = sorted(file.stem for file in CONF.glob("*.yaml"))

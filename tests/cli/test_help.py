@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 from omegaconf import OmegaConf
 
-from spinal_jax import cli
-from spinal_jax import help as pages
+from spinal_jax.cli import help as pages
+from spinal_jax.cli import main as cli
 from spinal_jax.config import AuditConfig, ModelConfig, build
 
 from .conftest import Spinal

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spinal_jax.plan.devices import DEVICES
+from spinal_jax.parallel.devices import DEVICES
 
 from .conftest import Spinal
 

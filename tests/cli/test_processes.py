@@ -184,10 +184,11 @@ def test_what_cannot_be_shared_is_refused(spinal: Spinal, settings: tuple[str, .
 LOAD = """
 import json, sys
 import jax.numpy as jnp, numpy as np
-from spinal_jax import mesh
+from spinal_jax.parallel import mesh
 from spinal_jax.config import ParallelConfig
-from spinal_jax.models.checkpoint import SafetensorsFolder, open_checkpoint
-from spinal_jax.models.orbax import read_model
+from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.safetensors import SafetensorsFolder
+from spinal_jax.models.formats.orbax import read_model
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import load_decoder
 

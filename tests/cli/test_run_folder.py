@@ -14,13 +14,21 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import spinal_jax
-from spinal_jax import runs
 from spinal_jax.errors import UserError
+from spinal_jax.runs import folder as run_folder
+from spinal_jax.runs.tensorboard import EVENTS
 
 from .conftest import Spinal, Start, sweep_settings
 
 FIGURES = {f"figures/{name}.{kind}" for name in ("depth", "curve", "spectra", "entropy") for kind in ("png", "svg")}
-FILES = {"trace.json", "trace.csv", "spectra.safetensors", "report.html", runs.EVENTS, runs.MANIFEST} | FIGURES
+FILES = {
+    "trace.json",
+    "trace.csv",
+    "spectra.safetensors",
+    "report.html",
+    EVENTS,
+    run_folder.MANIFEST,
+} | FIGURES
 
 
 class Finished(NamedTuple):
@@ -49,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / runs.MANIFEST).read_text())
+    return json.loads((folder / run_folder.MANIFEST).read_text())
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -85,14 +93,14 @@ def test_the_manifest_says_what_ran(finished: Finished, model: Path) -> None:
     assert manifest["sha256"]["weights"] == trace.model["sha256"]
     assert manifest["sha256"]["prompts"] == trace.prompts["sha256"]
     assert len(manifest["sha256"]["settings"]) == 64
-    assert set(manifest["files"]) == {name.split("/")[0] for name in FILES} - {runs.MANIFEST}
+    assert set(manifest["files"]) == {name.split("/")[0] for name in FILES} - {run_folder.MANIFEST}
     assert set(manifest["time"]["seconds"]) == {"load weights", "audit", "spectra", "report"}
 
 
 def test_equal_inputs_give_equal_bytes_apart_from_times(finished: Finished) -> None:
     one, two = contents(finished.folder), contents(finished.again)
     assert one.keys() == two.keys()
-    for name in one.keys() - {runs.EVENTS, runs.MANIFEST}:
+    for name in one.keys() - {EVENTS, run_folder.MANIFEST}:
         assert one[name] == two[name], name
     manifests = manifest_of(finished.folder), manifest_of(finished.again)
     assert [set(manifest.pop("time")) for manifest in manifests] == [{"ended", "seconds"}] * 2
@@ -157,7 +165,7 @@ def test_a_complete_run_is_replaced_only_on_request_and_then_wholly(
     assert contents(folder) == whole
 
     manifest = manifest_of(folder) | {"files": [*manifest_of(folder)["files"], "onset.json", "traces"]}
-    (folder / runs.MANIFEST).write_text(json.dumps(manifest))
+    (folder / run_folder.MANIFEST).write_text(json.dumps(manifest))
     for name in ("onset.json", "figures/old.png", "traces/step_1/trace.json", ".writing-killed/trace.json", "notes.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("old")
@@ -176,7 +184,7 @@ def test_a_sweep_writes_a_folder_for_each_value(spinal: Spinal, model: Path, pro
     (complaint,) = (line for line in outcome.err.splitlines() if line.startswith("spinal: "))
     assert "[0.6, 0.1]" in complaint
     assert "(run 2 of 3: metrics.contraction.window=[0.6,0.1])" in complaint
-    folders = sorted(path.parent for path in tmp_path.rglob(runs.MANIFEST))
+    folders = sorted(path.parent for path in tmp_path.rglob(run_folder.MANIFEST))
     assert folders == [tmp_path / "sweep" / "0", tmp_path / "sweep" / "2"]
     assert [manifest_of(f)["config"]["metrics"]["contraction"]["window"] for f in folders] == [[0.1, 0.6], [0.2, 0.7]]
     assert set(contents(folders[0])) == FILES
@@ -203,7 +211,7 @@ def test_a_run_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("mine")
 
     def run() -> None:
-        with runs.writing(tmp_path) as scratch:
+        with run_folder.writing(tmp_path) as scratch:
             (scratch / "trace.json").write_text("{}")
             raise RuntimeError("boom")
 
@@ -214,22 +222,22 @@ def test_a_run_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_signal_waits_until_a_folder_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = runs.os.replace
+    replace = run_folder.os.replace
 
     def interrupted(source: Path, target: Path) -> None:
         signal.raise_signal(signal.SIGINT)
         replace(source, target)
 
-    monkeypatch.setattr(runs.os, "replace", interrupted)
+    monkeypatch.setattr(run_folder.os, "replace", interrupted)
 
     def run() -> None:
-        with runs.writing(tmp_path) as scratch:
-            for name in ("trace.json", "trace.csv", runs.MANIFEST):
+        with run_folder.writing(tmp_path) as scratch:
+            for name in ("trace.json", "trace.csv", run_folder.MANIFEST):
                 (scratch / name).write_text("{}")
 
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert set(contents(tmp_path)) == {"trace.json", "trace.csv", runs.MANIFEST}
+    assert set(contents(tmp_path)) == {"trace.json", "trace.csv", run_folder.MANIFEST}
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
@@ -247,28 +255,28 @@ def test_a_signal_waits_until_a_folder_is_whole(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_another_programs_manifest_is_never_taken_for_a_run(tmp_path: Path, manifest: str) -> None:
-    (tmp_path / runs.MANIFEST).write_text(manifest)
+    (tmp_path / run_folder.MANIFEST).write_text(manifest)
     with pytest.raises(UserError, match="complete run"):
-        runs.check_free(tmp_path, overwrite=False)
+        run_folder.check_free(tmp_path, overwrite=False)
     with pytest.raises(UserError, match="not the manifest of a run"):
-        runs.check_free(tmp_path, overwrite=True)
+        run_folder.check_free(tmp_path, overwrite=True)
 
 
 def test_what_lies_in_the_way_is_not_lost_without_asking(tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     with pytest.raises(UserError, match="figures"):
-        runs.check_free(tmp_path, overwrite=False)
-    runs.check_free(tmp_path, overwrite=True)
+        run_folder.check_free(tmp_path, overwrite=False)
+    run_folder.check_free(tmp_path, overwrite=True)
 
 
 def test_of_two_runs_into_one_folder_the_later_gives_way(tmp_path: Path) -> None:
     def run() -> None:
-        with runs.writing(tmp_path) as late:
-            (late / runs.MANIFEST).write_text("late")
-            with runs.writing(tmp_path) as early:
-                (early / runs.MANIFEST).write_text("early")
+        with run_folder.writing(tmp_path) as late:
+            (late / run_folder.MANIFEST).write_text("late")
+            with run_folder.writing(tmp_path) as early:
+                (early / run_folder.MANIFEST).write_text("early")
             (late / "trace.json").write_text("late")
 
     with pytest.raises(UserError, match="complete run"):
         run()
-    assert contents(tmp_path) == {runs.MANIFEST: b"early"}
+    assert contents(tmp_path) == {run_folder.MANIFEST: b"early"}

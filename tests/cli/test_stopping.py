@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spinal_jax import console
+from spinal_jax.cli import console
 
 from .conftest import Start
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from spinal_jax import cli
-from spinal_jax.console import DONE, FAILED, MISTAKE, SHORT, Outcome, Stopped, worst
+from spinal_jax.cli import main as cli
+from spinal_jax.cli.console import DONE, FAILED, MISTAKE, SHORT, Outcome, Stopped, worst
 from spinal_jax.errors import AlreadyDone, UserError
 
 from .conftest import Outcome as Ended

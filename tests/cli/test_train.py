@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from spinal_jax.audit.trace import load_trace
 from spinal_jax.models import lora
-from spinal_jax.result import load_trace
 
 from .conftest import Spinal, Start
 

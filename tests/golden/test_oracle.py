@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spinal_jax.api import audit
-from spinal_jax.result import DepthTrace
+from spinal_jax.audit.trace import DepthTrace
 
 MAX_LENGTH = 64
 LAST = 4

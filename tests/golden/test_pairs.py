@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spinal_jax.data import PairSet, PreferencePair, tokenise_pairs
-from spinal_jax.models.checkpoint import open_checkpoint
+from spinal_jax.models.formats.open import open_checkpoint
 
 # `make test` fetches it; without it these tests fail.
 MODEL = Path(__file__).parents[2] / "downloads" / "SmolLM2-135M-Instruct.Q4_1.gguf"

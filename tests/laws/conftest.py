@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from spinal_jax.result import SECTIONS, DepthTrace
+from spinal_jax.audit.trace import SECTIONS, DepthTrace
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spinal_jax.audit.trace import SECTIONS, DepthTrace
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.metrics.tail import tail_slopes
-from spinal_jax.result import SECTIONS, DepthTrace
 
 WINDOW = (0.10, 0.50)
 WIDTH = 32

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinal_jax.batch import SLOTS, Plan, Positions, TokenBatch, TokenSequence, plan
+from spinal_jax.data.packing import SLOTS, Plan, Positions, TokenBatch, TokenSequence, plan
 from spinal_jax.errors import UserError
 
 SELECTORS = ["last:1", "last:4", "stride:1", "stride:7", "all", "response:1", "response:3"]

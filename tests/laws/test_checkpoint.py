@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.checkpoint import open_checkpoint
+from spinal_jax.models.formats.open import open_checkpoint
 
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -317,7 +317,7 @@ def test_transformers_gives_no_advice_about_pytorch(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
         "sys.modules['torch'] = None\n"
-        "from spinal_jax.models.checkpoint import open_checkpoint\n"
+        "from spinal_jax.models.formats.open import open_checkpoint\n"
         "open_checkpoint(sys.argv[1]).tokenizer()\n"
         "assert 'TRANSFORMERS_NO_ADVISORY_WARNINGS' not in os.environ\n"
     )

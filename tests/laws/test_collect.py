@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from spinal_jax.collect import write
-from spinal_jax.collect.runs import find_runs
-from spinal_jax.collect.table import rows, swept
-from spinal_jax.collect.write import collect
+from spinal_jax.audit.trace import DepthTrace, save_trace
+from spinal_jax.comparison.compare import compare
+from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.result import DepthTrace, save_trace
-from spinal_jax.verdict.compare import compare
-from spinal_jax.verdict.comparison import save_comparison
+from spinal_jax.report import collect as write
+from spinal_jax.report.collect import collect
+from spinal_jax.runs.find import find_runs
+from spinal_jax.runs.table import rows, swept
 
 from .test_report import Page
 from .test_training_report import CONFIG, ends, write_run

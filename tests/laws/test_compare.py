@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import spinal_jax
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.compare import BothModels, Weights, compare, shortfalls, verdict
+from spinal_jax.comparison.ranking import rank, save_ranking
+from spinal_jax.comparison.record import BOTH, METRICS, Comparison, load_comparison, save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import coherence
-from spinal_jax.metrics.jackknife import standard_error
-from spinal_jax.result import DepthTrace
-from spinal_jax.verdict.compare import BothModels, Weights, compare, shortfalls, verdict
-from spinal_jax.verdict.comparison import BOTH, METRICS, Comparison, load_comparison, save_comparison
-from spinal_jax.verdict.ranking import rank, save_ranking
+from spinal_jax.stats.jackknife import standard_error
 
 from .planted import GROUPS, POSITIONS, Truth, flat, simulated
 

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.compare import BothModels, compare
+from spinal_jax.comparison.record import Comparison, save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, render_comparison_report, write_comparison_report
 from spinal_jax.report.comparison import caveats, missing, summary_markdown
@@ -27,9 +30,6 @@ from spinal_jax.report.comparison_figures import (
     where_figure,
 )
 from spinal_jax.report.figures import png_bytes, svg_text
-from spinal_jax.result import DepthTrace
-from spinal_jax.verdict.compare import BothModels, compare
-from spinal_jax.verdict.comparison import Comparison, save_comparison
 
 from .planted import GROUPS, flat, simulated
 from .test_report import Page

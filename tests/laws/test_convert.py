@@ -23,11 +23,11 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
 from spinal_jax.errors import UserError
-from spinal_jax.models import folders, orbax
-from spinal_jax.models.checkpoint import open_checkpoint
-from spinal_jax.models.convert import convert
-from spinal_jax.models.export import export
-from spinal_jax.models.orbax import read_model
+from spinal_jax.models.formats import folders, orbax
+from spinal_jax.models.formats.convert import convert
+from spinal_jax.models.formats.export import export
+from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.orbax import read_model
 from spinal_jax.models.translate import load_decoder, parameter_shapes, places
 
 CONFIG = {
@@ -309,9 +309,9 @@ def test_a_real_sigkill(source: Path, folder: Path, tmp_path: Path) -> None:
     """In another process, which dies within a write."""
     script = f"""
 import os, signal, sys
-from spinal_jax.models import orbax
-from spinal_jax.models.checkpoint import open_checkpoint
-from spinal_jax.models.convert import convert
+from spinal_jax.models.formats import orbax
+from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.convert import convert
 write, left = orbax.ParameterFile.write, 9
 def dying(self, row, values, progress):
     global left
@@ -497,7 +497,7 @@ def test_the_commands(source: Path, folder: Path, tmp_path: Path) -> None:
     ]
     script = f"""
 import sys
-from spinal_jax import cli
+from spinal_jax.cli import main as cli
 for arguments in {commands!r}:
     sys.argv = ["spinal", *arguments]
     try:

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from spinal_jax.help import conf_folder
-from spinal_jax.result import DepthTrace
-from spinal_jax.verdict.compare import BothModels, compare
-from spinal_jax.verdict.comparison import save_comparison
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.cli.help import conf_folder
+from spinal_jax.comparison.compare import BothModels, compare
+from spinal_jax.comparison.record import save_comparison
 
 from .planted import GROUPS, Truth, simulated
 from .test_collect import finish

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spinal_jax import api
+from spinal_jax.audit import pipeline
+from spinal_jax.comparison.checkpoints import Footprint, compare_models, run_footprint
+from spinal_jax.comparison.compare import compare
 from spinal_jax.config import AuditConfig, CompareConfig, build
 from spinal_jax.errors import UserError
-from spinal_jax.footprint.models import Footprint, compare_models, run_footprint
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.verdict.compare import compare
 
 BASE, OTHER = "random:0.3m@0", "random:0.3m@1"
 TEXTS = [f"{'Why and how? ' * (1 + n % 5)}What of {n}" for n in range(48)]
@@ -43,7 +43,7 @@ def found() -> Footprint:
 
 @pytest.mark.parametrize(("source", "side"), [(OTHER, "aligned"), (BASE, "reference")])
 def test_each_trace_is_its_own_audit(found: Footprint, source: str, side: str) -> None:
-    alone = api.run_audit(build(AuditConfig, {"model": {"source": source}, "metrics": METRICS}), TEXTS)
+    alone = pipeline.run_audit(build(AuditConfig, {"model": {"source": source}, "metrics": METRICS}), TEXTS)
     trace = getattr(found, side)
     assert (trace.model, trace.prompts, trace.settings) == (alone.model, alone.prompts, alone.settings)
     for name, values in alone.columns.items():
@@ -85,7 +85,7 @@ def test_a_notebook_compares_in_one_call(found: Footprint) -> None:
 def test_models_of_different_depth_by_relative_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     deeper = "random:1m@0"
     with monkeypatch.context() as patch:
-        patch.setattr(api, "load", loaded)
+        patch.setattr(pipeline, "load", loaded)
         with pytest.raises(UserError, match=r"9 blocks and .* 6; align=relative"):
             run_footprint(asked(deeper, BASE), TEXTS)
     measured = run_footprint(asked(deeper, BASE, align="relative"), TEXTS)
@@ -98,8 +98,8 @@ def loaded(*_: object) -> Decoder:
 
 
 def test_tokenizers_that_differ_are_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "load", loaded)
-    really = api.data.token_ids
+    monkeypatch.setattr(pipeline, "load", loaded)
+    really = pipeline.data.token_ids
     seen: list[Any] = []
 
     def shifted(prompt: Any, tokenizer: Any, *more: Any) -> np.ndarray:
@@ -108,19 +108,19 @@ def test_tokenizers_that_differ_are_refused_before_weights_are_loaded(monkeypatc
             seen.append(tokenizer)
         return really(prompt, tokenizer, *more) + seen.index(tokenizer)
 
-    monkeypatch.setattr("spinal_jax.footprint.models.data.token_ids", shifted)
+    monkeypatch.setattr("spinal_jax.comparison.checkpoints.data.token_ids", shifted)
     with pytest.raises(UserError, match="tokenizers differ: prompt 0 becomes"):
         run_footprint(asked(OTHER, BASE), TEXTS)
 
 
 def test_vocabularies_that_differ_are_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "load", loaded)
-    really = api.opened
+    monkeypatch.setattr(pipeline, "load", loaded)
+    really = pipeline.opened
 
     def opened(config: Any) -> Any:
         return Padded(really(config)) if config.source == BASE else really(config)
 
-    monkeypatch.setattr(api, "opened", opened)
+    monkeypatch.setattr(pipeline, "opened", opened)
     with pytest.raises(UserError, match=r"vocabulary of (\d+) tokens .* one of (?!\1)\d+; only checkpoints that share"):
         run_footprint(asked(OTHER, BASE), TEXTS)
 

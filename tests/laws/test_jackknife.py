@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spinal_jax.metrics.jackknife import Estimate, pseudo_values, standard_error, t_quantile
-from spinal_jax.metrics.signflip import sign_flip_p
+from spinal_jax.stats.jackknife import Estimate, pseudo_values, standard_error, t_quantile
+from spinal_jax.stats.signflip import sign_flip_p
 
 
 def leave_one_out(

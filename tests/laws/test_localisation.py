@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from spinal_jax.metrics.localisation import MASS, centroid, localise, share, shortest_run
+from spinal_jax.stats.localisation import MASS, centroid, localise, share, shortest_run
 
 AMOUNTS = arrays(np.float64, st.integers(1, 12), elements=st.floats(0, 100, width=16)).filter(lambda m: m.sum() > 0)
 

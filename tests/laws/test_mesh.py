@@ -13,14 +13,14 @@ import pytest
 from flax import nnx
 
 from spinal_jax.config import ParallelConfig
+from spinal_jax.config.training import ObjectiveConfig, OptimizerConfig
 from spinal_jax.errors import UserError
-from spinal_jax.mesh import make_mesh, parameter_sharding, row_multiple, shard_parameters, shard_rows
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
-from spinal_jax.responses import Example, choose_shape, micro_batches
-from spinal_jax.train.config import ObjectiveConfig, OptimizerConfig
+from spinal_jax.objectives.responses import Example, choose_shape, micro_batches
+from spinal_jax.objectives.step import TrainState, make_steps
+from spinal_jax.parallel.mesh import make_mesh, parameter_sharding, row_multiple, shard_parameters, shard_rows
 from spinal_jax.train.optimizer import optimizer
-from spinal_jax.train.step import TrainState, make_steps
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 1, 8)]
 

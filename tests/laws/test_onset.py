@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinal_jax.onset import AWAY, BAND, LASTING, SURE, Record, destabilisation, healthy, onset, verdict
+from spinal_jax.comparison.onset import AWAY, BAND, LASTING, SURE, Record, destabilisation, healthy, onset, verdict
 
 TRIALS = 2000
 # Where a rate is really 5 %, 2,000 trials show more than 6 % in 2 of 100; where it is really 4 %, never in practice.

@@ -28,7 +28,7 @@ from spinal_jax.data import (
     tokenise_pairs,
 )
 from spinal_jax.errors import UserError
-from spinal_jax.models.byte_level import byte_tokenizer
+from spinal_jax.models.formats.byte_level import byte_tokenizer
 
 ASSISTANT = "\n\nAssistant:"
 USER, REPLY = "user", "assistant"

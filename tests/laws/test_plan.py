@@ -18,23 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spinal_jax import mesh
-from spinal_jax.batch import Positions, TokenSequence, plan
+from spinal_jax.audit import measure as measuring
+from spinal_jax.audit import spectra
 from spinal_jax.config import MetricsConfig, ModelConfig, ParallelConfig, build
+from spinal_jax.config.plan import PlanConfig
+from spinal_jax.data.packing import Positions, TokenSequence, plan
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.metrics.transport import Lens, Pair, lens_stats
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import parameter_shapes
+from spinal_jax.parallel import mesh
+from spinal_jax.parallel.devices import DEVICES
 from spinal_jax.plan import estimate
 from spinal_jax.plan.collectives import received_bytes
 from spinal_jax.plan.compiled import compiled
-from spinal_jax.plan.config import PlanConfig
-from spinal_jax.plan.devices import DEVICES
 from spinal_jax.plan.shapes import decoder_of
 from spinal_jax.plan.work import pool, split_of
-from spinal_jax.trace import measure as measuring
-from spinal_jax.trace import spectra
 
 # What the publishers say, in millions: the 671B of DeepSeek-V3 leave out its block that guesses ahead.
 PUBLISHED = {
@@ -117,7 +117,7 @@ def test_the_hosts_share_is_what_an_audit_leaves_it(
     values, whole = contraction.singular_values, spectra.all_spectra
     monkeypatch.setattr(contraction, "singular_values", lambda *a: (taken.append(1), values(*a))[1])
 
-    def watched(spooled: list[spectra.GramSpool], *rest: Any) -> spectra.Spectra:
+    def watched(spooled: list[spectra.GramStore], *rest: Any) -> spectra.Spectra:
         spools.extend(spool.file.seek(0, 2) for spool in spooled)
         return whole(spooled, *rest)
 

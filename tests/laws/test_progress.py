@@ -11,14 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from spinal_jax.batch import Positions, plan
+from spinal_jax.audit.devices import OneDevice, OnMesh, OnReplicas
+from spinal_jax.audit.measure import Measurement, measure
+from spinal_jax.audit.resume import Progress
 from spinal_jax.config import MetricsConfig, ParallelConfig, VariantsConfig
+from spinal_jax.data.packing import Positions, plan
 from spinal_jax.errors import UserError
-from spinal_jax.mesh import Replicas, Shards, make_mesh
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.trace.devices import OneDevice, OnMesh, OnReplicas
-from spinal_jax.trace.measure import Measurement, measure
-from spinal_jax.trace.progress import Progress
+from spinal_jax.parallel.mesh import Replicas, Shards, make_mesh
 
 from .test_trace import pool
 

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spinal_jax.comparison import preference_gradient as module
+from spinal_jax.comparison.preference_gradient import PreferenceGradient, log_probabilities, pull, shape_for
+from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.data import Completion
-from spinal_jax.footprint import pull as module
-from spinal_jax.footprint.pull import Pull, log_probabilities, pull, shape_for
 from spinal_jax.metrics.gradient import block_norms
 from spinal_jax.models.config import Experts
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
-from spinal_jax.responses import Example
-from spinal_jax.train.config import ObjectiveConfig
+from spinal_jax.objectives.responses import Example
 
 COUNT = 11
 GROUPS = [3, 5, 5, 3, 9, 9, 3, 3, 5, 9, 3]
@@ -88,7 +88,9 @@ def norms(found: list[dict[str, np.ndarray]], depth: int) -> np.ndarray:
     return np.array(blocks)
 
 
-def found_for(model: Decoder, reference: Decoder, examples: list[Example], groups: list[int], **how: Any) -> Pull:
+def found_for(
+    model: Decoder, reference: Decoder, examples: list[Example], groups: list[int], **how: Any
+) -> PreferenceGradient:
     shape = shape_for(examples, 64)
     done: list[int] = []
     known = log_probabilities(reference, examples, shape, done.append)

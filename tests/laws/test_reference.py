@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spinal_jax.batch import Positions, TokenSequence, plan
+from spinal_jax.audit.measure import Measurement, PolicyDistance, keep, measure
 from spinal_jax.config import MetricsConfig
+from spinal_jax.data.packing import Positions, TokenSequence, plan
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.trace.measure import Measurement, PolicyDistance, keep, measure
 
 from .test_trace import FULL, config, fisher_rao, logp_of, pool, residuals
 

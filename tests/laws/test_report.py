@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.errors import UserError
 from spinal_jax.report import curve_figure, depth_figure, entropy_figure, render_report, spectra_figure, write_report
 from spinal_jax.report.figures import figures, hover_bands, png_bytes, save_figures, spread, svg_text, tail_line
 from spinal_jax.report.page import caveats, describe_positions, headline, name_boundaries
-from spinal_jax.result import DepthTrace, save_trace
 
 Maker = Callable[..., DepthTrace]
 VOID = {"meta", "link", "img", "br", "input"}

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
+from spinal_jax.audit.trace import SECTIONS, DepthTrace, load_trace, save_trace
 from spinal_jax.errors import UserError
-from spinal_jax.result import SECTIONS, DepthTrace, load_trace, save_trace
 from spinal_jax.wording import number, plus_minus
 
 Maker = Callable[..., DepthTrace]

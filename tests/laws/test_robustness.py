@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.robustness import MEASURED, WINDOWS, grid, verdict_of
 from spinal_jax.metrics.tail import tail_fit
-from spinal_jax.result import DepthTrace
-from spinal_jax.verdict.robustness import MEASURED, WINDOWS, grid, verdict_of
 
 from .planted import POSITIONS, ROWS, flat, simulated
 

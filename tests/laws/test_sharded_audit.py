@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spinal_jax import api
-from spinal_jax import mesh as sharding
-from spinal_jax.batch import Plan, Positions, plan
+from spinal_jax.audit import devices as devices_module
+from spinal_jax.audit import pipeline
+from spinal_jax.audit.abstract import abstract_arguments, lower_steps
+from spinal_jax.audit.devices import OneDevice, OnMesh, OnReplicas
+from spinal_jax.audit.measure import Measurement, keep, measure
 from spinal_jax.config import (
     AuditConfig,
     AuditParallelConfig,
@@ -25,19 +27,18 @@ from spinal_jax.config import (
     VariantsConfig,
     build,
 )
+from spinal_jax.data.packing import Plan, Positions, plan
 from spinal_jax.errors import UserError
-from spinal_jax.mesh import Replicas, Shards, choose, make_mesh
-from spinal_jax.models.checkpoint import SafetensorsFolder, open_checkpoint
 from spinal_jax.models.config import Experts, LatentAttention
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.models.orbax import read_model
+from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.orbax import read_model
+from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.rope import Rope
 from spinal_jax.models.translate import load_decoder
-from spinal_jax.trace import devices as devices_module
-from spinal_jax.trace.ahead import abstract_arguments, lower_steps
-from spinal_jax.trace.devices import OneDevice, OnMesh, OnReplicas
-from spinal_jax.trace.measure import Measurement, keep, measure
+from spinal_jax.parallel import mesh as sharding
+from spinal_jax.parallel.mesh import Replicas, Shards, choose, make_mesh
 
 from .test_convert import converted, write_model
 from .test_trace import pool
@@ -171,7 +172,7 @@ def test_the_command_takes_a_mesh_and_says_so() -> None:
     }
     lines: list[str] = []
     one, many = (
-        api.run_audit(build(AuditConfig, settings | parallel), say=lines.append)
+        pipeline.run_audit(build(AuditConfig, settings | parallel), say=lines.append)
         for parallel in ({}, {"parallel": {"data": 2, "fsdp": -1, "tensor": 2}})
     )
     assert "cpu x 8, mesh 1 x 1 x 1 (8 CPU devices share one processor)" in lines[0]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinal_jax.metrics import signflip
-from spinal_jax.metrics.signflip import EXACT_GROUPS, holm, method, sign_flip_p
+from spinal_jax.stats import signflip
+from spinal_jax.stats.signflip import EXACT_GROUPS, holm, method, sign_flip_p
 
 
 def listed(values: np.ndarray) -> float:

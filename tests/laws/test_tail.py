@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spinal_jax.comparison.robustness import WINDOWS
 from spinal_jax.metrics.contraction import singular_values
 from spinal_jax.metrics.tail import EPS32, effective_rank, tail_fit, tail_slopes
-from spinal_jax.verdict.robustness import WINDOWS
 
 WIDTH = 128
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spinal_jax.batch import Positions, TokenSequence, plan
+from spinal_jax.audit import measure as trace
+from spinal_jax.audit.measure import Measurement, measure
 from spinal_jax.config import ContractionConfig, MetricsConfig, TransportConfig
+from spinal_jax.data.packing import Positions, TokenSequence, plan
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.models.decoder import Decoder, collect
-from spinal_jax.trace import measure as trace
-from spinal_jax.trace.measure import Measurement, measure
 
 GROUPS = 16
 FULL = (2, 5, 7, 11)  # groups with rows and positions; 13 holds prompts of one token only, the others are empty

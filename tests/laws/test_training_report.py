@@ -16,8 +16,11 @@ import pytest
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from spinal_jax.audit.trace import DepthTrace, save_trace
+from spinal_jax.comparison.compare import compare
+from spinal_jax.comparison.onset import record_of, verdict
+from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.onset import record_of, verdict
 from spinal_jax.report import draw_report, load_training_run, render_training_report, write_training_report
 from spinal_jax.report.figures import png_bytes, svg_text
 from spinal_jax.report.training import caveats, headline
@@ -32,10 +35,7 @@ from spinal_jax.report.training_figures import (
     trace_figure,
     training_figures,
 )
-from spinal_jax.result import DepthTrace, save_trace
-from spinal_jax.runs import Events
-from spinal_jax.verdict.compare import compare
-from spinal_jax.verdict.comparison import save_comparison
+from spinal_jax.runs.tensorboard import Events
 
 from .planted import Truth, simulated
 from .test_report import Page

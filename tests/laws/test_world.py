@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from spinal_jax.data import PreferencePair, World, group_of, tokenise_documents, tokenise_pairs
 from spinal_jax.data.words import CURT, KIND
 from spinal_jax.errors import UserError
-from spinal_jax.models.byte_level import SIZES, byte_tokenizer
 from spinal_jax.models.families import family_of
+from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
 from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.translate import parameter_shapes
 

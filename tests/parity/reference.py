@@ -22,10 +22,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from spinal_jax.models.checkpoint import SafetensorsFolder, TensorInfo
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder, collect
 from spinal_jax.models.families import family_of
+from spinal_jax.models.formats.base import TensorInfo
+from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.translate import load_decoder
 

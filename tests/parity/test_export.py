@@ -15,10 +15,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spinal_jax.api import audit
-from spinal_jax.models.checkpoint import Checkpoint, open_checkpoint
-from spinal_jax.models.convert import convert
-from spinal_jax.models.export import export
 from spinal_jax.models.families import FAMILIES, family_of
+from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.formats.convert import convert
+from spinal_jax.models.formats.export import export
+from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.translate import parameter_shapes, places
 
 from . import test_gguf_models

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.checkpoint import open_checkpoint
+from spinal_jax.models.formats.open import open_checkpoint
 
 from .gguf_files import KEYS, RAW, normal, quantised, some_tensors, write
 

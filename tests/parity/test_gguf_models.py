@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spinal_jax.models.checkpoint import open_checkpoint
+from spinal_jax.models.formats.open import open_checkpoint
 
 from .gguf_files import write
 

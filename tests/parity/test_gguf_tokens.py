@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.checkpoint import open_checkpoint
+from spinal_jax.models.formats.open import open_checkpoint
 
 from .gguf_files import KEYS, some_tensors, write
 

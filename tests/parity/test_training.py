@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from flax import nnx
 from transformers import LlamaConfig
 
+from spinal_jax.config.training import ObjectiveConfig, OptimizerConfig
 from spinal_jax.models import lora
 from spinal_jax.models.decoder import Remat
-from spinal_jax.models.memory import MemoryCheckpoint
+from spinal_jax.models.formats.memory import MemoryCheckpoint
 from spinal_jax.models.parts import cast, take_apart
-from spinal_jax.preference import LOSSES, Scores, preference_loss
-from spinal_jax.responses import Example, ResponseBatch, choose_shape, micro_batches
-from spinal_jax.train.config import ObjectiveConfig, OptimizerConfig
+from spinal_jax.objectives.losses import LOSSES, Scores, preference_loss
+from spinal_jax.objectives.responses import Example, ResponseBatch, choose_shape, micro_batches
+from spinal_jax.objectives.step import TrainState, make_steps, metrics, summed
 from spinal_jax.train.optimizer import optimizer
-from spinal_jax.train.step import TrainState, make_steps, metrics, summed
 
 from .reference import checkpoint_of, load, random_model
 

@@ -19,9 +19,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from spinal_jax import verify as verify_module
 from spinal_jax.config import ModelConfig, PromptsConfig, VerifyConfig
 from spinal_jax.errors import UserError
-from spinal_jax.models.checkpoint import open_checkpoint
-from spinal_jax.models.convert import convert
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.formats.convert import convert
+from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.verify import Difference, Stream, Verification, compare, judge, verify
 
 from . import test_gguf_models
@@ -265,7 +265,7 @@ def test_the_command(tmp_path: Path, folder: Path, prompts: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from spinal_jax import cli
+from spinal_jax.cli import main as cli
 for broken in (False, True):
     if broken:
         chunk = Path({str(chunk)!r})

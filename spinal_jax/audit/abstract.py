@@ -1,0 +1,113 @@
+"""The audit's two steps on abstract shapes: without weights or devices they compile, and their memory is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spinal_jax.audit.devices import gather_step, read_step
+from spinal_jax.audit.lens_step import Reading, nothing_read
+from spinal_jax.config import MetricsConfig
+from spinal_jax.data.packing import SLOTS, TokenBatch
+from spinal_jax.metrics.contraction import Grams
+from spinal_jax.metrics.transport import Lens
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.translate import KEEP_FLOAT32, assemble, parameter_shapes
+from spinal_jax.parallel.mesh import Shards
+
+
+class Abstract(NamedTuple):
+    """What the steps take, as `jax.ShapeDtypeStruct`s that know their shardings."""
+
+    model: Decoder
+    grams: tuple[Grams, ...]
+    gap: Any
+    batch: TokenBatch
+    lens: Lens
+    reading: Reading
+    x: Any
+
+
+def abstract_arguments(
+    config: DecoderConfig,
+    dtype: jnp.dtype,
+    settings: MetricsConfig,
+    batch_shape: tuple[int, int, int],
+    gram_dtype: np.dtype,
+    *,
+    shards: Shards | None = None,
+    slots: int = SLOTS,
+) -> Abstract:
+    """Everything on the devices while one checkpoint is audited by itself.
+
+    Args:
+        config: the model's shape.
+        dtype: of its weights.
+        settings: what is measured.
+        batch_shape: B, T and M of a batch; `shards.rows` divides B and M.
+        gram_dtype: `contraction.gram_dtype` of the pool; float64 is lost without `jax.enable_x64(True)`.
+        shards: where things lie on a mesh; None: on one device.
+        slots: groups whose Gram sums are on the devices at once.
+    """
+
+    def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def parameter(path: str, shape: tuple[int, ...]) -> Any:
+        kept = jnp.float32 if path.endswith(KEEP_FLOAT32) else dtype
+        return array(shape, kept, None if shards is None else shards.parameter(path, shape))
+
+    whole, by_rows, kept, table = (
+        (None,) * 4 if shards is None else (shards.whole, shards.batch, shards.kept, shards.table)
+    )
+    boundaries, width = config.depth + 1, config.width
+    height, length, measured = batch_shape
+    model = assemble(config, {path: parameter(path, x.shape) for path, x in parameter_shapes(config).items()})
+    second, first = (None, None) if shards is None else shards.grams(width)
+    squares, sums = (slots, boundaries, width, width), (slots, boundaries, width)
+    grams = Grams(array(squares, gram_dtype, second), array(sums, gram_dtype, first))
+    integers, floats = jnp.int32, jnp.float32
+    fields: Any = [
+        *((height, length, integers) for _ in range(4)),
+        *((height, length, floats), (height, integers)),
+        *((measured, integers), (measured, floats), (measured, integers)),
+    ]
+    batch = TokenBatch(*(array(tuple(shape), kind, by_rows) for *shape, kind in fields))
+    lens = jax.eval_shape(lambda model: model.head(settings.transport.temperature), model)
+    if shards is not None:
+        tokens = -(-config.vocab_size // shards.table_multiple) * shards.table_multiple
+        lens = jax.tree.map(lambda x: array((tokens, *x.shape[1:]), x.dtype, table), lens)
+        lens = replace(lens, size=config.vocab_size)
+    reading = jax.eval_shape(lambda: nothing_read(boundaries, settings, 1, False))
+    return Abstract(
+        model,
+        (grams,) * (1 + len(settings.variants.skip)),
+        array((), jnp.float32, whole),
+        batch,
+        lens,
+        jax.tree.map(lambda x: array(x.shape, x.dtype, whole), reading),
+        array((boundaries, measured, width), dtype, kept),
+    )
+
+
+def lower_steps(
+    some: Abstract, settings: MetricsConfig, shards: Shards | None = None
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """(`gather`, `read`) as an audit jits them, to be compiled."""
+    first = gather_step.lower(some.model, some.grams, some.gap, some.batch, skips=settings.variants.skip, shards=shards)
+    second = read_step.lower(
+        (some.lens,),
+        some.reading,
+        (some.x,),
+        some.batch,
+        top_k=settings.transport.top_k,
+        groups=settings.groups,
+        lasts=settings.lasts,
+        shards=shards,
+    )
+    return first, second

@@ -1,0 +1,98 @@
+"""The first of an audit's two steps: the forward of one batch, whose tap sums Gram matrices and keeps residuals."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from spinal_jax.data.packing import TokenBatch
+from spinal_jax.metrics import contraction
+from spinal_jax.models.decoder import Decoder, Tap
+from spinal_jax.parallel.mesh import ROWS, Shards
+
+
+def gather(
+    model: Decoder,
+    grams: tuple[contraction.Grams, ...],
+    gap: Array,
+    batch: TokenBatch,
+    *,
+    skips: tuple[int, ...],
+    shards: Shards | None = None,
+) -> tuple[tuple[contraction.Grams, ...], Array, Array]:
+    """Runs the forward of one batch. Pure.
+
+    Args:
+        model: the checkpoint.
+        grams: the sums of the rows that count and, for each of `skips`, of those from that position on.
+        gap: largest difference seen so far between the model's own output and what its lens reads at boundary D.
+        batch: rows of tokens.
+        skips: first positions, one for each of the sums behind the first.
+        shards: how devices share the work, where there are several.
+
+    Returns:
+        (grams, x [D + 1, M, d] at the measured positions after the final norm, gap)
+    """
+    config = model.config
+    measured = batch.measured.shape[0]
+    real = batch.segments > 0
+    counted = (batch.counted, *((real & (batch.positions >= skip)).astype(jnp.float32) for skip in skips))
+
+    def init(h: jax.ShapeDtypeStruct, boundaries: int) -> tuple[tuple[contraction.Grams, ...], Array]:
+        kept = jnp.zeros((boundaries, measured, config.width), h.dtype)
+        return grams, kept if shards is None else jax.lax.with_sharding_constraint(kept, shards.kept)
+
+    def update(carry: tuple[tuple[contraction.Grams, ...], Array], h: Array, index: Array) -> Any:
+        grams, kept = carry
+        rows = pick(h, batch.measured, shards)
+        grams = tuple(
+            _add(sums, h, which, batch.slots, index, shards) for sums, which in zip(grams, counted, strict=True)
+        )
+        return grams, kept.at[index].set(rows)
+
+    last, (grams, kept) = model.forward(
+        batch.tokens,
+        tap=Tap(init, update),
+        positions=batch.positions,
+        segments=batch.segments,
+        lengths=batch.lengths,
+    )
+    x = model.final_norm(kept)
+    # The model's own way to its output, at one position a batch: the last block's result.
+    own, kept = pick(last, batch.measured, shards)[0], x[-1, 0]
+    if shards is not None:
+        own, kept = jax.lax.with_sharding_constraint((own, kept), shards.whole)
+    output = jax.nn.softmax(model.lens(own))
+    with model.precision():
+        seen = jax.nn.softmax(model.head().read(kept))
+    off = jnp.where(batch.measured_weight[0] > 0, jnp.max(jnp.abs(output - seen)), 0.0)
+    if shards is not None:
+        like = contraction.Grams(*shards.grams(config.width))
+        grams = jax.lax.with_sharding_constraint(grams, tuple(like for _ in grams))
+        x, off = jax.lax.with_sharding_constraint((x, off), (shards.kept, shards.whole))
+    return grams, x, jnp.maximum(gap, off)
+
+
+def pick(values: Array, measured: Array, shards: Shards | None) -> Array:
+    """`values` [B, T, ..] at the measured positions of a batch, [M, ..]."""
+
+    def own(values: Array, measured: Array) -> Array:
+        return values.reshape(-1, *values.shape[2:])[measured]
+
+    return (own if shards is None else shards.by_rows(own))(values, measured)
+
+
+def _add(
+    sums: contraction.Grams, h: Array, counted: Array, slots: Array, boundary: Array, shards: Shards | None
+) -> contraction.Grams:
+    """`contraction.update`, on however many devices."""
+    if shards is None:
+        return contraction.update(sums, h, counted, slots, boundary)
+    width, split = h.shape[-1], contraction.Split(ROWS, *shards.features(h.shape[-1]))
+    add = partial(contraction.shard_sums, count=sums.second.shape[0], dtype=sums.second.dtype, split=split)
+    second, first = shards.by_features(lambda *rows: tuple(add(*rows)), width)(h, counted, slots)
+    return contraction.Grams(sums.second.at[:, boundary].add(second[:, 0]), sums.first.at[:, boundary].add(first[:, 0]))

@@ -1,0 +1,180 @@
+"""What the lens reads at the measured positions of one or two models, summed by prompt group."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from spinal_jax.audit.forward_step import pick
+from spinal_jax.config import MetricsConfig
+from spinal_jax.data.packing import TokenBatch
+from spinal_jax.metrics.depth import terminal_block
+from spinal_jax.metrics.transport import Lens, LensStats, Pair, lens_stats, turning_angle
+from spinal_jax.parallel.mesh import Shards
+
+
+class Sums(NamedTuple):
+    """Transport by prompt group: sums over measured positions, to be divided last. float32."""
+
+    positions: Array  # [G] how many were measured
+    step: Array  # [G, D + 1] radians, of the step that arrives at a boundary; 0 at boundary 0
+    entropy: Array  # [G, D + 1] nats
+    turning: Array  # [G, D + 1] radians
+    turned: Array  # [G, D + 1] positions that count for `turning`
+    direct: Array  # [G] radians
+    last_positions: Array  # [K, G] how many of them are among the last so many tokens, for each variant
+    last_step: Array  # [K, G, D + 1] radians, of those
+
+
+class Across(NamedTuple):
+    """Between two models by prompt group: sums over measured positions. float32."""
+
+    distance: Array  # [G, D + 1] radians
+    divergence: Array  # [G] nats, KL(model || reference) of what they put out
+
+
+class Reading(NamedTuple):
+    """Everything `read` carries."""
+
+    own: tuple[Sums, ...]  # of the model, and of the reference where it is not known yet
+    across: Across | None
+    gap: Array  # largest difference seen between two ways to the output's probabilities
+
+
+def pairs_of(boundaries: int, model: int = 0) -> tuple[Pair, Pair, Pair]:
+    """Steps, two-block chords (for the turning angle) and the terminal chord (for directness) within one model."""
+    depth, begin = boundaries - 1, model * boundaries
+    before = begin + terminal_block(depth)[0] - 1
+    return (
+        Pair(begin, begin + depth, 1),
+        Pair(begin, begin + max(depth - 1, 0), 2),
+        Pair(before, before + 1, begin + depth - before),
+    )
+
+
+def nothing_read(boundaries: int, settings: MetricsConfig, models: int, across: bool) -> Reading:
+    """A `Reading` to begin with.
+
+    Args:
+        boundaries: D + 1.
+        models: how many to sum the own numbers of.
+        across: whether to sum the distances between two.
+    """
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    groups, lasts = settings.groups, len(settings.lasts)
+    by = (groups, boundaries)
+
+    def sums() -> Sums:  # arrays of its own each: they are donated
+        return Sums(
+            *(zeros(groups), zeros(by), zeros(by), zeros(by), zeros(by), zeros(groups)),
+            *(zeros((lasts, groups)), zeros((lasts, *by))),
+        )
+
+    return Reading(
+        tuple(sums() for _ in range(models)), Across(zeros(by), zeros(groups)) if across else None, zeros(())
+    )
+
+
+def read(
+    lenses: tuple[Lens, ...],
+    reading: Reading,
+    x: tuple[Array, ...],
+    batch: TokenBatch,
+    *,
+    top_k: int | None,
+    groups: int,
+    lasts: tuple[int, ...],
+    shards: Shards | None = None,
+) -> Reading:
+    """Adds the distributions at a batch's measured positions to the sums. Pure.
+
+    Args:
+        lenses: the model's and, where there is one, the reference's.
+        x: [D + 1, M, d] of each, as from `gather`.
+        batch: the one that `x` is of.
+        top_k: as `lens_stats` takes it.
+        groups: how many groups of prompts there are.
+        lasts: also sum the steps at the last so many tokens of each sequence alone.
+        shards: how devices share the work, where there are several.
+    """
+    boundaries = x[0].shape[0]
+    within = tuple(pairs_of(boundaries, model) for model in range(len(reading.own)))
+    pairs, divergences = sum(within, ()), ()
+    if reading.across is not None:
+        pairs, divergences = (*pairs, Pair(0, boundaries, boundaries)), ((boundaries - 1, 2 * boundaries - 1),)
+    full = any(part.dtype == jnp.float32 for part in x)
+    with jax.default_matmul_precision("highest" if full else "default"):
+        if shards is None:
+            count = jnp.sum(batch.measured_weight > 0, dtype=jnp.int32)
+            stats = lens_stats(lenses, x, pairs, divergences, top_k, count)
+        else:
+
+            def part(lenses: tuple[Lens, ...], x: tuple[Array, ...], weight: Array) -> LensStats:
+                count = jnp.max(jnp.where(weight > 0, jnp.arange(1, len(weight) + 1, dtype=jnp.int32), 0))
+                return lens_stats(lenses, x, pairs, divergences, top_k, count, shards.vocabulary)
+
+            stats = shards.by_vocabulary(part)(lenses, x, batch.measured_weight)
+        by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
+        ends = pick(batch.lengths - batch.positions, batch.measured, shards)  # 1 at a sequence's last token
+        by_last = jnp.stack([by_group * (ends <= k)[:, None].astype(jnp.float32) for k in lasts] or [by_group])
+        by_last = by_last[: len(lasts)]
+        own, gap = [], reading.gap
+        for model, sums in enumerate(reading.own):
+            at = slice(model * boundaries, (model + 1) * boundaries)
+            distances = stats.distances[3 * model : 3 * model + 3]
+            added = group_sums(distances, stats.entropy[at], by_group, by_last)
+            own.append(jax.tree.map(jnp.add, sums, added))
+            # The walk's normaliser against the whole vocabulary at once, at one position a batch.
+            logits = lenses[model].read(x[model][-1, 0])
+            off = jnp.abs(jax.nn.softmax(logits) - jnp.exp(logits - stats.log_normaliser[at][-1, 0]))
+            gap = jnp.maximum(gap, jnp.where(batch.measured_weight[0] > 0, jnp.max(off), 0.0))
+    across = reading.across
+    if across is not None:
+        exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        across = Across(
+            across.distance + exact("lm,mg->gl", stats.distances[-1], by_group),
+            across.divergence + exact("m,mg->g", stats.divergences[0], by_group),
+        )
+    reading = Reading(tuple(own), across, gap)
+    if shards is not None:
+        reading = jax.lax.with_sharding_constraint(reading, jax.tree.map(lambda _: shards.whole, reading))
+    return reading
+
+
+def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by_last: Array) -> Sums:
+    """Sums over the measured positions of each group.
+
+    Args:
+        distances: of `pairs_of`. entropy: [D + 1, M].
+        by_group: [M, G] 1 where a position belongs. by_last: [K, M, G] the same, of fewer positions.
+    """
+    step, chord, terminal = distances  # [D, M], [D - 1, M], [1, M]
+    angle, counts = turning_angle(step[:-1], step[1:], chord)  # [D - 1, M]
+    exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def total(values: Array, before: int = 0, behind: int = 0) -> Array:  # [l, M] -> [G, before + l + behind]
+        return exact("lm,mg->gl", jnp.pad(values, ((before, behind), (0, 0))), by_group)
+
+    return Sums(
+        jnp.sum(by_group, axis=0),
+        total(step, before=1),
+        total(entropy),
+        total(angle, before=1, behind=1),
+        total(counts.astype(jnp.float32), before=1, behind=1),
+        total(terminal)[:, 0],
+        jnp.sum(by_last, axis=1),
+        exact("lm,kmg->kgl", jnp.pad(step, ((1, 0), (0, 0))), by_last),
+    )
+
+
+def over_groups(sums: Sums, drop: int | None = None) -> Sums:
+    """The sums over all groups, or all but one."""
+    some = slice(None) if drop is None else np.arange(len(sums.positions)) != drop
+    return Sums(
+        *(np.asarray(x)[some].sum(axis=0) for x in sums[:6]), *(np.asarray(x)[:, some].sum(axis=1) for x in sums[6:])
+    )

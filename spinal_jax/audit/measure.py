@@ -1,0 +1,380 @@
+"""The audit of one checkpoint, alone or against a reference: two jitted steps a batch, then float64 on the host.
+
+`gather` runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where transport
+is measured; `read` takes their token distributions in one pass over the vocabulary. Only sums by prompt group stay:
+Gram sums on the device for the groups being visited, all others in a scratch file, so memory does not grow with the
+number of prompts.
+
+Every step runs on the `OneDevice` given, which may be a mesh or replicas.
+
+Two models need not be in memory together: of a `Reference` stay its unembedding and, in a scratch file, its residuals
+at the measured positions, and one pass over the vocabulary then reads both models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from spinal_jax.audit.devices import OneDevice
+from spinal_jax.audit.lens_step import Across, Reading, Sums, nothing_read, over_groups
+from spinal_jax.audit.spectra import GramStore, Groups, Spectra, all_spectra, groups_of, spectra_count
+from spinal_jax.config import MetricsConfig
+from spinal_jax.data.packing import GroupRun, Plan, TokenBatch
+from spinal_jax.errors import NotLeader, UserError
+from spinal_jax.metrics import contraction
+from spinal_jax.metrics.depth import summary
+from spinal_jax.metrics.tail import MIN_RANKS
+from spinal_jax.metrics.transport import Lens
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.formats.folders import Bar
+from spinal_jax.stats import jackknife
+
+if TYPE_CHECKING:
+    from spinal_jax.audit.resume import Progress
+
+LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
+LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may differ from the model's output
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The numbers of one pool of prompts."""
+
+    columns: dict[str, np.ndarray]  # [D + 1] each
+    summary: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PolicyDistance:
+    """How far a model's distributions lie from a reference's at the same positions: means, and without each group."""
+
+    distance: np.ndarray  # [D + 1] radians, Fisher-Rao
+    distance_without: np.ndarray  # [G, D + 1]
+    divergence: float  # nats, KL(model || reference) of what they put out
+    divergence_without: np.ndarray  # [G]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An audit's numbers: of all prompts, without each group, and the jackknife standard errors from the two."""
+
+    whole: Curve
+    without: tuple[Curve, ...]  # G of them; groups without rows are left out
+    errors: Curve
+    singular_values: np.ndarray  # [D + 1, d]
+    singular_values_without: np.ndarray  # [G, D + 1, d]
+    rows: np.ndarray  # [G] contraction rows of each group
+    positions: np.ndarray  # [G] transport positions of each group
+    variants: Mapping[str, np.ndarray]  # other settings of the same pass, named as in docs/method.md
+    policy: PolicyDistance | None = None  # where there is a reference
+
+
+class Reference:
+    """A model that others are measured against on the same batches (`keep`); to be closed.
+
+    Attributes:
+        measurement: its own numbers. None until a first model is measured against it, because one pass over the
+            vocabulary reads both.
+    """
+
+    def __init__(self, lens: Lens, plan: Plan, settings: MetricsConfig, devices: OneDevice):
+        self.devices = devices
+        self.lens = jax.tree.map(jnp.copy, lens)  # so that the model's own weights may be donated or freed
+        self.plan, self.settings = plan, settings
+        self.spectra: Spectra | None = None
+        self.measurement: Measurement | None = None
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
+        self._records: list[tuple[int, np.dtype, tuple[int, ...]]] = []  # where each batch begins, and what it is
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the scratch file."""
+        self._file.close()
+
+    def append(self, batch: TokenBatch, x: Array) -> None:
+        """Keeps x [D + 1, M, d] of a batch, at its real positions."""
+        rows = np.ascontiguousarray(self.devices.kept(x)[:, np.asarray(batch.measured_weight) > 0])
+        self._records.append((self._file.tell(), rows.dtype, rows.shape))
+        self._file.write(rows.reshape(-1).view(np.uint8).data)
+
+    def read(self, number: int, batch: TokenBatch) -> Array:
+        """x [D + 1, M, d] of a batch."""
+        begin, dtype, shape = self._records[number]
+        self._file.seek(begin)
+        rows = np.frombuffer(self._file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+        x = np.zeros((shape[0], len(batch.measured_weight), shape[2]), dtype)
+        x[:, np.asarray(batch.measured_weight) > 0] = rows
+        return self.devices.keep(x)
+
+    def check(self, model: Decoder, plan: Plan, settings: MetricsConfig) -> None:
+        """ValueError unless the model and what it is to read fit."""
+        same = plan is self.plan or (
+            plan.batches == self.plan.batches
+            and all(np.array_equal(a.ids, b.ids) for a, b in zip(plan.sequences, self.plan.sequences, strict=True))
+        )
+        if not same or settings != self.settings:
+            raise ValueError("the reference was kept on other batches or settings")
+        ours = (model.config.depth + 1, model.config.vocab_size)
+        if ours != (theirs := (self._records[0][2][0], self.lens.vocab_size)):
+            raise ValueError(f"the model has {ours} boundaries and tokens, the reference {theirs}")
+
+
+def measure(
+    model: Decoder,
+    plan: Plan,
+    settings: MetricsConfig,
+    bar: Bar | None = None,
+    reference: Reference | None = None,
+    devices: OneDevice | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Runs the audit over a planned pool of prompts.
+
+    Args:
+        model: the checkpoint.
+        plan: the batches (`spinal_jax.data.packing.plan`).
+        settings: what to measure.
+        bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
+        reference: also measure the distance from this model; if its own measurement is missing, it is made here.
+        devices: what it runs on, the plan's rows being a multiple of `devices.rows`; those of `reference` with one.
+        progress: goes on where it stands, and saves there; None: nothing is saved.
+
+    Raises:
+        UserError: the pool has too few rows for a fit at any boundary.
+        AssertionError: the lens at the last boundary is not the model's own output.
+        NotLeader: several processes share the audit, and this one does not lead.
+        ValueError: `reference` was kept on other batches or settings, or has another depth or vocabulary.
+    """
+    devices = devices or (OneDevice() if reference is None else reference.devices)
+    model = devices.model(model)
+    lens = devices.lens(model.head(settings.transport.temperature))
+    if reference is None:
+        lenses, known = (lens,), True
+    else:
+        reference.check(model, plan, settings)
+        lenses, known = (lens, reference.lens), reference.measurement is not None
+    models = 1 if known else 2
+    reading = devices.reading(nothing_read(model.config.depth + 1, settings, models, reference is not None))
+
+    def visit(reading: Reading, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> Reading:
+        both = (x,) if reference is None else (x, reference.read(number, host))
+        return jax.block_until_ready(devices.read(lenses, reading, both, batch, settings))
+
+    spectra, reading = _run(model, plan, settings, bar or _no_bar, reading, visit, devices, progress)
+    own, across = _read_out(reading, devices)
+    if spectra is None:
+        raise NotLeader
+    if reference is not None and not known:
+        assert reference.spectra is not None
+        reference.measurement = _finish(reference.spectra, own[1], plan, settings)
+    return replace(_finish(spectra, own[0], plan, settings), policy=_policy(across, groups_of(plan, settings.groups)))
+
+
+def keep(
+    model: Decoder,
+    plan: Plan,
+    settings: MetricsConfig,
+    bar: Bar | None = None,
+    *,
+    alone: bool = False,
+    devices: OneDevice | None = None,
+) -> Reference:
+    """Runs a model whose numbers, and distances from it, are to be measured: a `Reference`, which is to be closed.
+
+    Only its unembedding stays on the device. The scratch file holds (D + 1) d numbers for each measured position.
+
+    Args:
+        model, plan, settings, bar, devices: as `measure`.
+        alone: measure it now, by itself. Otherwise that waits for the first model measured against it, and costs less.
+    """
+    devices = devices or OneDevice()
+    model = devices.model(model)
+    lens = devices.lens(model.head(settings.transport.temperature))
+    kept = Reference(lens, plan, settings, devices)
+    reading = devices.reading(nothing_read(model.config.depth + 1, settings, 1, False))
+
+    def visit(reading: Reading, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> Reading:
+        kept.append(host, x)
+        return jax.block_until_ready(devices.read((lens,), reading, (x,), batch, settings)) if alone else reading
+
+    try:
+        kept.spectra, reading = _run(model, plan, settings, bar or _no_bar, reading, visit, devices)
+        if alone and kept.spectra is not None:
+            kept.measurement = _finish(kept.spectra, _read_out(reading, devices)[0][0], plan, settings)
+    except BaseException:
+        kept.close()
+        raise
+    return kept
+
+
+def _no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    return contextlib.nullcontext(lambda amount: None)
+
+
+def _read_out(reading: Reading, devices: OneDevice) -> tuple[tuple[Sums, ...], Across | None]:
+    """The sums as float64, once they are known to be of the model's own distributions."""
+    _check_gap(devices.largest(reading.gap))
+    return devices.totals(reading)
+
+
+def _check_gap(gap: float) -> None:
+    if not gap < LENS_TOLERANCE:
+        raise AssertionError(
+            f"the lens at the last boundary differs from the model's output by a probability of {gap:.2g}"
+        )
+
+
+def _run(
+    model: Decoder,
+    plan: Plan,
+    settings: MetricsConfig,
+    bar: Bar,
+    reading: Reading,
+    visit: Callable[[Reading, int, TokenBatch, TokenBatch, Array], Reading],
+    devices: OneDevice,
+    progress: Progress | None = None,
+) -> tuple[Spectra | None, Reading]:
+    """All batches through the forward, what is kept of each handed to `visit(reading, number, host batch, batch, x)`;
+    then the spectra, in the process that leads, and what was read."""
+    config, skips = model.config, settings.variants.skip
+    boundaries = config.depth + 1
+    fewest = min(int(groups_of(plan, settings.groups, skip).rows.sum()) for skip in (plan.skip, *skips))
+    dtype = contraction.gram_dtype(fewest, config.width)
+    wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
+    with contextlib.ExitStack() as stack, wide:
+        files = [
+            stack.enter_context(tempfile.TemporaryFile() if progress is None else progress.file(number))  # noqa: SIM115 (closed by the stack)
+            for number in range(1 + len(skips))
+        ]
+        spools = [GramStore(file, boundaries, config.width, dtype) for file in files]
+        grams = devices.grams(len(spools), plan.slots, boundaries, config.width, dtype)
+        gap = devices.gap()
+        complete: dict[int, list[GroupRun]] = defaultdict(list)
+        for each in plan.visits:
+            complete[each.last_batch].append(each)
+        begin = 0
+        if progress is not None:
+            begin = progress.begun
+            grams, gap, reading = progress.load((grams, gap, reading))
+            for spool in spools:
+                spool.go_on([visited.group for number in range(begin) for visited in complete[number]])
+        with progress or contextlib.nullcontext(), bar("audit", plan.tokens, "tok") as advance:
+            for number, host in enumerate(plan.filled(devices.own)):
+                if number < begin:
+                    continue
+                batch = devices.batch(host)
+                grams, x, gap = devices.gather(model, grams, gap, batch, skips)
+                reading = visit(reading, number, host, batch, x)
+                for done in complete[number]:
+                    for spool, sums in zip(spools, grams, strict=True):
+                        second = partial(devices.second, sums, done.slot)
+                        if devices.leads:
+                            spool.append(done.group, second, devices.first(sums, done.slot))
+                        else:
+                            for boundary in range(boundaries):
+                                second(boundary)
+                    grams = tuple(devices.clear(sums, done.slot) for sums in grams)
+                if progress is not None:
+                    progress.after(number + 1, len(plan.batches), (grams, gap, reading), files)
+                advance(plan.batch_tokens(number))
+        _check_gap(devices.largest(gap))
+        if not devices.leads:
+            return None, reading
+        with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
+            return all_spectra(spools, plan, settings, advance), reading
+
+
+def _finish(spectra: Spectra, sums: Sums, plan: Plan, settings: MetricsConfig) -> Measurement:
+    """Fits, means and their jackknife, float64."""
+    groups = groups_of(plan, settings.groups)
+    used, drops, total = groups.used, groups.drops, groups.rows.sum()
+    rows, positions = groups.rows[used], groups.positions[used]
+    window = settings.contraction.window
+    everything = over_groups(sums)
+    whole = curve(spectra.whole, int(total), everything, window)
+    without = tuple(
+        curve(s, int(total - groups.rows[g]), over_groups(sums, g), window)
+        for s, g in zip(spectra.without, drops, strict=True)
+    )
+    if np.isnan(whole.columns["contraction"]).all():
+        raise UserError(
+            f"at every boundary fewer than {MIN_RANKS} singular values lie above the noise floor, "
+            f"max(N, d) eps32 s_1 with N = {int(total)}, and in the window {list(window)}; choose a wider "
+            "metrics.contraction.window"
+        )
+
+    def error(name: str, full: np.ndarray | float, replicates: list[Any]) -> np.ndarray:
+        sizes = positions if name in LENS_COLUMNS else rows
+        return jackknife.standard_error(np.asarray(full), np.array(replicates), sizes)
+
+    errors = Curve(
+        {k: error(k, v, [c.columns[k] for c in without]) for k, v in whole.columns.items()},
+        {k: float(error(k, v, [c.summary[k] for c in without])) for k, v in whole.summary.items()},
+    )
+    variants = dict(spectra.variants)
+    for place, last in enumerate(settings.lasts):
+        name, step = f"positions=last:{last}", sums.last_step[place]
+        count = np.asarray(sums.last_positions[place])
+        variants[f"{name}/transport"] = _means(step.sum(axis=0), count.sum())
+        variants[f"{name}/groups/positions"] = count[used]
+        variants[f"{name}/groups/transport"] = np.array(
+            [_means(step.sum(axis=0) - step[g], count.sum() - count[g]) for g in drops]
+        ).reshape(len(drops), step.shape[-1])
+    return Measurement(whole, without, errors, spectra.whole, spectra.without, rows, positions, variants)
+
+
+def _means(step: np.ndarray | Array, positions: float) -> np.ndarray:
+    """[D + 1] mean step arriving at each boundary, NaN at 0."""
+    transport = np.asarray(step / positions)
+    transport[0] = np.nan
+    return transport
+
+
+def _policy(across: Across | None, groups: Groups) -> PolicyDistance | None:
+    if across is None:
+        return None
+    distance, divergence, count = across.distance.sum(axis=0), across.divergence.sum(), groups.positions.sum()
+    left = count - groups.positions[groups.drops]
+    return PolicyDistance(
+        np.asarray(distance / count),
+        np.asarray((distance - across.distance[groups.drops]) / left[:, None]),
+        float(divergence / count),
+        np.asarray((divergence - across.divergence[groups.drops]) / left),
+    )
+
+
+def curve(spectra: np.ndarray, rows: int, sums: Sums, window: tuple[float, float]) -> Curve:
+    """The depth curve of a pool, from the spectra [D + 1, d] of its `rows` hidden states and its sums over groups."""
+    fits = [contraction.tail_fit(s, rows, window) for s in spectra]
+    with np.errstate(invalid="ignore", divide="ignore"):  # a boundary without a turning angle is NaN
+        turning = np.where(sums.turned > 0, sums.turning / sums.turned, np.nan)
+    transport = _means(sums.step, float(sums.positions))
+    columns = {
+        "contraction": np.array([fit.alpha for fit in fits]),
+        "fit_r2": np.array([fit.r2 for fit in fits]),
+        "fit_quadratic": np.array([fit.quadratic for fit in fits]),
+        "rank": np.array([float(fit.rank) for fit in fits]),
+        "effective_rank": np.array([contraction.effective_rank(s) for s in spectra]),
+        "transport": transport,
+        "entropy": np.asarray(sums.entropy / sums.positions),
+        "curvature": turning,
+    }
+    direct = float(sums.direct / sums.positions)
+    return Curve(columns, summary(columns["contraction"], columns["transport"], direct))

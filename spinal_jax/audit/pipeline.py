@@ -1,0 +1,413 @@
+"""From the settings of an audit to its depth trace: open, plan, measure, describe."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from spinal_jax import data
+from spinal_jax.audit.devices import OneDevice, devices_of
+from spinal_jax.audit.measure import Measurement, measure
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.config import (
+    AuditConfig,
+    AuditParallelConfig,
+    MetricsConfig,
+    ModelConfig,
+    PromptsConfig,
+    to_mapping,
+)
+from spinal_jax.data.packing import SLOTS, Plan, Positions, TokenSequence, plan
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.contraction import MIN_RANKS
+from spinal_jax.metrics.depth import terminal_block
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.families import family_of
+from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
+from spinal_jax.models.formats.folders import Bar as Bar
+from spinal_jax.models.formats.memory import random_checkpoint
+from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.hf_config import HFConfig
+from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
+from spinal_jax.parallel.mesh import Choice, check_same, choose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16384
+RANDOM = "random:"  # of a source: weights are drawn, not read
+WORLD_PROMPTS = 128  # of the controlled world's pool, where no limit is set
+WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
+
+
+def bars(show: bool) -> Bar:
+    """Opens progress bars for (what, how much, unit)."""
+
+    @contextlib.contextmanager
+    def bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        with tqdm(total=total, desc=what, unit=unit, unit_scale=total > 10_000, disable=not show, leave=False) as shown:
+            yield lambda amount: (shown.update(amount), None)[1]
+
+    return bar
+
+
+def run_audit(
+    config: AuditConfig,
+    texts: Sequence[str] | None = None,
+    bar: Bar | None = None,
+    say: Callable[[str], None] | None = None,
+    folder: Path | None = None,
+) -> DepthTrace:
+    """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line, and
+    with `config.checkpoint_every` the run folder `folder` what is saved on the way.
+
+    Processes that share the run each tokenise the whole pool, because how it is packed depends on every length, and
+    make arrays of their own rows alone. All but the first raise NotLeader in the end.
+    """
+    bar = bar or bars(False)
+    prompts = read_prompt_set(config.prompts, texts)
+    with opened(config.model) as (checkpoint, family, decoder):
+        choice = choose_devices(config.parallel, decoder, config.model.dtype, config.metrics)
+        devices = devices_of(choice)
+        work = plan_prompts(
+            prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics, config.batch_tokens, devices
+        )
+        check_alike(checkpoint, work, choice)
+        name = config.model.name or model_name(config.model.source)
+        if say:
+            say(start_line(name, config.model.dtype, decoder, work, choice))
+        model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
+        # It takes every byte of the weights, and only the process that leads says it.
+        digest, revision = checkpoint.sha256() if devices.leads else "", checkpoint.revision
+    models = model_record(name, config.model.source, revision, config.model.dtype, digest)
+    pool = prompts_record(prompts, config.prompts)
+    progress = None
+    if config.checkpoint_every is not None:
+        if folder is None:
+            raise ValueError("checkpoint_every needs a folder to save into")
+        from spinal_jax.audit.resume import Progress
+
+        about = {
+            "model": models,
+            "prompts": {**pool, "tokens_sha256": tokens_sha256(work)},
+            "metrics": to_mapping(config.metrics),
+            "devices": str(replace(choice, why="")),
+            "batches_sha256": batches_sha256(work),
+            "environment": environment(),
+        }
+        progress = Progress(folder, config.checkpoint_every, about, config.overwrite)
+    found = measure(model, work, config.metrics, bar, devices=devices, progress=progress)
+    return depth_trace(
+        models,
+        pool,
+        decoder,
+        config.metrics,
+        work,
+        found,
+    )
+
+
+def model_record(name: str, source: str, revision: str | None, dtype: str, sha256: str) -> dict[str, Any]:
+    """What a trace says of a model beside its shape; of a folder or file only the last part of the path."""
+    return {
+        "name": name,
+        "source": Path(source).name or source,
+        "revision": revision,
+        "dtype": dtype,
+        "sha256": sha256,
+    }
+
+
+def prompts_record(prompts: data.PromptSet, config: PromptsConfig) -> dict[str, Any]:
+    """What a trace says of its prompts beside how many tokens they have."""
+    return {
+        "source": Path(prompts.source).name,
+        "format": prompts.format,
+        "count": len(prompts.prompts),
+        "skipped_empty": prompts.skipped_empty,
+        "max_length": config.max_length,
+        "chat_template": config.chat_template,
+        "sha256": prompts.sha256,
+    }
+
+
+def depth_trace(
+    model: dict[str, Any],
+    prompts: dict[str, Any],
+    decoder: DecoderConfig,
+    settings: MetricsConfig,
+    work: Plan,
+    found: Measurement,
+) -> DepthTrace:
+    """The trace of a measurement: `measure(weights, work, settings)` of a model that may be in memory alone.
+
+    Args:
+        model: as from `model_record`.
+        prompts: as from `prompts_record`.
+        decoder: the model's shape.
+        settings, work, found: what `measure` was given, and what it returned.
+    """
+    return DepthTrace(
+        model={
+            **model,
+            "family": decoder.family,
+            "parameters": sum(math.prod(shape.shape) for shape in parameter_shapes(decoder).values()),
+            "layers": decoder.depth,
+            "width": decoder.width,
+            "vocabulary": decoder.vocab_size,
+        },
+        prompts={
+            **prompts,
+            "groups": len(found.rows),
+            "tokens": work.tokens,
+            "rows": work.rows,
+            "positions": work.positions,
+            "tokens_sha256": tokens_sha256(work),
+        },
+        settings={
+            "window": list(settings.contraction.window),
+            "skip": settings.contraction.skip,
+            "center": settings.contraction.center,
+            "positions": settings.transport.positions,
+            "top_k": settings.transport.top_k,
+            "temperature": settings.transport.temperature,
+            "groups": settings.groups,
+        },
+        columns={**found.whole.columns, **{f"{k}_se": v for k, v in found.errors.columns.items()}},
+        summary={
+            "terminal": list(terminal_block(decoder.depth)),
+            **found.whole.summary,
+            **{f"{k}_se": v for k, v in found.errors.summary.items()},
+            "degrees_of_freedom": len(found.rows) - 1,
+        },
+        environment=environment(),
+        warnings=tuple(caveats(found, work, decoder.width)),
+        arrays={
+            "singular_values": found.singular_values,
+            "groups/singular_values": found.singular_values_without.astype(np.float32),
+            "groups/rows": found.rows,
+            "groups/positions": found.positions,
+            **{f"groups/{k}": np.array([c.columns[k] for c in found.without]) for k in found.whole.columns},
+            **{f"variants/{k}": v for k, v in found.variants.items()},
+        },
+    )
+
+
+def tokens_sha256(work: Plan) -> str:
+    """Hex digest over the token ids of every prompt in order, each with its length."""
+    digest = hashlib.sha256()
+    for sequence in work.sequences:
+        digest.update(np.array([len(sequence.ids), *sequence.ids], "<i8").tobytes())
+    return digest.hexdigest()
+
+
+def batches_sha256(work: Plan) -> str:
+    """Hex digest over how the prompts are packed."""
+    return hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest()
+
+
+def check_alike(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
+    """UserError where processes that share a run were given different things. Weights are compared by their names and
+    shapes: nobody reads all of them."""
+    check_same(
+        {
+            "devices": str(choice),
+            "model": json.dumps(checkpoint.config, sort_keys=True) + repr(sorted(checkpoint.names().items())),
+            "prompts": tokens_sha256(work),
+            "batches": batches_sha256(work),
+        }
+    )
+
+
+@contextlib.contextmanager
+def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderConfig]]:
+    """The checkpoint a user names, its family, and what its config.json says, read strictly."""
+    is_random = config.source.startswith(RANDOM)
+    checkpoint = _random(config) if is_random else open_checkpoint(config.source, config.revision)
+    try:
+        hf = HFConfig(checkpoint.config, config.ignore_keys)
+        family = family_of(hf.model_type)
+        decoder = family.decoder_config(hf)
+        hf.done()
+        yield checkpoint, family, decoder
+    finally:
+        checkpoint.close()
+
+
+def _random(config: ModelConfig) -> Checkpoint:
+    """`random:SHAPE@SEED`: drawn weights (seed 0 if none is given) for a byte-level Llama of a named size, or in the
+    shape and with the tokenizer of another checkpoint."""
+    shape, at, seed = config.source.removeprefix(RANDOM).rpartition("@")
+    if not (at and seed.isascii() and seed.isdigit()):
+        shape, seed = config.source.removeprefix(RANDOM), "0"
+    if shape in SIZES:
+        return random_checkpoint(config.source, dict(SIZES[shape]), byte_tokenizer(), int(seed))
+    try:
+        like = open_checkpoint(shape, config.revision)
+    except UserError as error:
+        raise UserError(f"{error}; sizes of random models are {', '.join(SIZES)}") from error
+    with contextlib.closing(like):
+        return random_checkpoint(config.source, like.config, like.tokenizer(), int(seed))
+
+
+def choose_devices(asked: AuditParallelConfig, decoder: DecoderConfig, dtype: str, settings: MetricsConfig) -> Choice:
+    """The devices for an audit of a model with this shape. Errors: UserError."""
+    size = jnp.dtype(dtype).itemsize
+    parameters = sum(math.prod(shape.shape) for shape in parameter_shapes(decoder).values()) * size
+    sums = SLOTS * (1 + len(settings.variants.skip)) * (decoder.depth + 1) * decoder.width**2 * 4
+    return choose(asked, parameters + sums, decoder.vocab_size * decoder.width * size)
+
+
+def load(
+    checkpoint: Checkpoint,
+    family: Family,
+    decoder: DecoderConfig,
+    dtype: str,
+    bar: Bar | None = None,
+    devices: OneDevice | None = None,
+) -> Decoder:
+    """The weights, with a progress bar over what is read; where `devices` want them."""
+    size = sum(info.dtype.itemsize * math.prod(info.shape) for info in checkpoint.names().values())
+    with (bar or bars(False))("load weights", size, "B") as advance:
+        placing = None if devices is None else devices.placing
+        return load_decoder(checkpoint, family, decoder, jnp.dtype(dtype), advance, placing)
+
+
+def read_prompt_set(config: PromptsConfig, texts: Sequence[str] | None = None) -> data.PromptSet:
+    """The prompts that `config` names, or `texts` in their place. Errors: UserError."""
+    if config.format == "world" and texts is None:
+        return data.World().prompts(config.limit or WORLD_PROMPTS)
+    if texts is None:
+        return data.read_prompts(config.path, config.format, config.field, config.limit, config.offset)
+    kept = tuple(data.Prompt(text, (("user", text),)) for text in texts if text.strip())
+    if not kept:
+        raise UserError("prompts is an empty list; give at least one text that is not blank")
+    digest = hashlib.sha256("\0".join(p.text for p in kept).encode("utf-8", "replace")).hexdigest()
+    return data.PromptSet(kept, "a list of texts", "text", len(texts) - len(kept), digest)
+
+
+def plan_prompts(
+    prompts: data.PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+    decoder: DecoderConfig,
+    asked: PromptsConfig,
+    settings: MetricsConfig,
+    batch_tokens: int | None = None,
+    devices: OneDevice | None = None,
+    slots: int | None = None,
+) -> Plan:
+    """Tokenises and packs, for `devices` and as many `slots` as suit them unless told. UserError where too few tokens
+    are left for a fit at any layer."""
+    devices = devices or OneDevice()
+    limit, groups = asked.max_length, settings.groups
+    if decoder.learned_positions and limit > decoder.max_positions:
+        raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
+    sequences = []
+    for prompt in prompts.prompts:
+        ids = data.token_ids(prompt, tokenizer, limit, asked.chat_template)
+        if len(ids):
+            sequences.append(TokenSequence(ids, data.group_of(prompt.text, groups)))
+    if not sequences:
+        raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
+    if (top := max(int(s.ids.max()) for s in sequences)) >= decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
+        )
+    each = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS
+    work = plan(
+        sequences,
+        Positions.parse(settings.transport.positions),
+        settings.contraction.skip,
+        batch_tokens or each * devices.rows,
+        devices.rows,
+        slots or devices.slots(decoder, settings),
+    )
+    low, high = settings.contraction.window
+    most = min(work.rows, decoder.width)
+    if math.floor(high * most) - max(1, math.ceil(low * most)) + 1 < MIN_RANKS:
+        raise UserError(
+            f"{work.rows} measured tokens of {decoder.width} features leave fewer than {MIN_RANKS} singular values "
+            f"in the window {[low, high]}; give more or longer prompts, or a wider metrics.contraction.window"
+        )
+    if work.positions == 0:
+        raise UserError(
+            f"metrics.transport.positions is {settings.transport.positions!r}, but no prompt is long enough to have one"
+        )
+    return work
+
+
+def model_name(source: str) -> str:
+    """A short name: the file's or folder's own."""
+    if source.startswith(RANDOM):
+        return RANDOM + model_name(source.removeprefix(RANDOM))
+    path = Path(source)
+    return path.stem if path.suffix == ".gguf" else (path.resolve().name if path.exists() else source)
+
+
+def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice: Choice) -> str:
+    """What will run on what, in one line."""
+    device, count = jax.devices()[0], jax.device_count()
+    kind = getattr(device, "device_kind", device.platform)
+    shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    enough = "" if work.rows >= 4 * decoder.width else ", fewer than advised"
+    kept = (
+        "" if work.slots == SLOTS else f", Gram sums of {work.slots} group at a time on the devices, others in a file"
+    )
+    return (
+        f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {dtype} | "
+        f"{kind} x {count}{shared}, {choice}{kept} | {len(work.sequences):,} prompts, {work.tokens:,} tokens in "
+        f"{len(work.batches)} batches, {work.waste:.0%} padding | N = {work.rows:,} rows, "
+        f"4 d = {4 * decoder.width:,}{enough}"
+    )
+
+
+def caveats(found: Measurement, work: Plan, width: int) -> list[str]:
+    """Sentences that a reader of the numbers must know."""
+    lines = []
+    if work.rows < 4 * width:
+        lines.append(
+            f"Only {work.rows} rows for {width} features (N / d = {work.rows / width:.1f}): below 4 the tail of a "
+            "sampled spectrum is steeper than the true one, so contraction reads high."
+        )
+    lost = [i for i, a in enumerate(found.whole.columns["contraction"]) if math.isnan(a)]
+    if lost:
+        where = f"{'boundary' if len(lost) == 1 else 'boundaries'} {', '.join(map(str, lost))}"
+        lines.append(f"No contraction at {where}: fewer than {MIN_RANKS} singular values lie in the window.")
+    worst = float(np.nanmin(found.whole.columns["fit_r2"]))
+    if worst < WEAK_FIT:
+        at = int(np.nanargmin(found.whole.columns["fit_r2"]))
+        lines.append(f"The tail is not a clean power law everywhere: R^2 falls to {worst:.3f} at boundary {at}.")
+    if len(found.rows) < 8:
+        lines.append(f"Only {len(found.rows)} groups of prompts: the intervals are rough.")
+    return lines
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, without anything that changes between equal runs on one machine."""
+    device = jax.devices()[0]
+    return {
+        "spinal_jax": version("spinal-jax"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "flax", "numpy", "scipy", "transformers")},
+        "platform": sys.platform,
+        "backend": device.platform,
+        "device": getattr(device, "device_kind", device.platform),
+        "devices": jax.device_count(),
+        **({"processes": jax.process_count()} if jax.process_count() > 1 else {}),
+    }

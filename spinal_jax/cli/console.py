@@ -1,0 +1,96 @@
+"""What a user sees and gets back at a terminal: messages, progress bars, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spinal_jax.audit.pipeline import Bar
+
+DONE, FAILED, MISTAKE, SHORT = 0, 1, 2, 3  # exit codes
+SEVERITY = (FAILED, MISTAKE, SHORT, DONE)  # the worst first
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    number: int  # from 0
+    code: int
+    message: str = ""  # what went wrong
+    passed_over: bool = False  # it was complete before
+
+
+def worst(outcomes: Sequence[Outcome]) -> int:
+    """The exit code of many runs: 1 where one failed, else 2 where one was asked for wrongly, else 3, else 0."""
+    return min((outcome.code for outcome in outcomes), key=SEVERITY.index, default=DONE)
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM."""
+
+    def __init__(self, number: int):
+        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
+        self.number = number
+        self.kept = "nothing is kept of a run that was not finished"
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """A signal handler. Raises `Stopped`, once: what is left to do is clearing up."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        # JAX's hook into garbage collection, in which an exception is printed and lost: again in a moment.
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        return
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def complain(message: str) -> None:
+    """One line, whatever the message holds."""
+    print(f"spinal: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left"
+
+
+def stages(seconds: dict[str, float]) -> Bar:
+    """Bars on standard error where that is a terminal; how long each stood goes into `seconds` under its name."""
+    from tqdm import tqdm
+
+    @contextlib.contextmanager
+    def stage(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        begin = time.perf_counter()
+        with tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            unit_scale=total > 10_000,
+            bar_format=BAR,
+            ncols=shutil.get_terminal_size().columns - 4,  # room for ^C, so that it starts no new line
+            leave=False,
+            disable=None,  # unless a terminal
+        ) as bar:
+
+            def advance(amount: int) -> None:
+                bar.update(amount)
+
+            yield advance
+        seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - begin, 3)
+
+    return stage
+
+
+def shown(path: Path) -> str:
+    """The path as one would type it here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

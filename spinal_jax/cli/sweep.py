@@ -1,0 +1,120 @@
+"""The runs of a sweep: each as far as it gets, in whatever process, and how long the others may take."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from spinal_jax.cli.console import DONE, FAILED, MISTAKE, Outcome, shown
+from spinal_jax.errors import AlreadyDone, UserError
+from spinal_jax.files import write_whole
+
+_HELD: list[IO[str]] = []  # locks of this process
+
+
+class Sweep:
+    """A sweep as all its processes see it: a folder with a small file for each run that has ended."""
+
+    def __init__(self, folder: Path, runs: Sequence[Sequence[str]] | None):
+        """Begins a sweep, in the process that launches its runs.
+
+        Args:
+            folder: of the sweep.
+            runs: the settings of each run, as NAME=VALUE; None where they are decided on the way.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._told = Path(tempfile.mkdtemp(prefix=".sweep-", dir=folder))
+        self._total = None if runs is None else len(runs)
+        self._started, self._launcher = time.time(), os.getpid()
+        self._common = set.intersection(*map(set, runs)) if runs and len(runs) > 1 else set()
+
+    def run(self, number: int, settings: Sequence[str], folder: Path, job: Callable[[], int]) -> None:
+        """Runs a job, which returns its exit code, and tells how it ended. A run that is complete is passed over.
+
+        Args:
+            number: of the run, from 0.
+            settings: of the run; those of all runs are not shown.
+            folder: of the run.
+            job: what to do. Whatever it raises that is an error ends this run alone.
+        """
+        if os.getpid() != self._launcher:
+            self._settle()
+        which = f"run {number + 1}" if self._total is None else f"run {number + 1} of {self._total}"
+        own = " ".join(setting for setting in settings if setting not in self._common)
+        print(f"{which}{self._left()}: {own}", file=sys.stderr, flush=True)
+        try:
+            outcome = Outcome(number, job())
+        except AlreadyDone:
+            print(f"  complete: {shown(folder)}", file=sys.stderr, flush=True)
+            outcome = Outcome(number, DONE, passed_over=True)
+        except UserError as error:
+            outcome = Outcome(number, MISTAKE, f"{error} ({which}: {own})")
+        except Exception as error:
+            traceback.print_exc()
+            outcome = Outcome(number, FAILED, f"{type(error).__name__}: {error} ({which}: {own})")
+        write_whole(self._told / f"{number}.json", json.dumps(asdict(outcome)).encode())
+        free()
+
+    def outcomes(self) -> list[Outcome]:
+        """How the runs that have ended did, in their order."""
+        found = [Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in self._told.glob("*.json")]
+        return sorted(found, key=lambda outcome: outcome.number)
+
+    def close(self) -> None:
+        """Removes what the processes told each other."""
+        shutil.rmtree(self._told)
+
+    def _left(self) -> str:
+        """How long the runs that have not ended will take, at the pace of those that were not passed over."""
+        ended = self.outcomes()
+        ran = sum(not outcome.passed_over for outcome in ended)
+        if self._total is None or not ran:
+            return ""
+        return f", about {_duration((time.time() - self._started) / ran * (self._total - len(ended)))} left"
+
+    def _settle(self) -> None:
+        """Makes a worker process ready: Ctrl-C is the launching process's, which then ends its workers, and where
+        CUDA_VISIBLE_DEVICES lists several GPUs, this process takes one that no other has."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        if len(gpus) > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = next(filter(self._claims, gpus), gpus[0])
+
+    def _claims(self, gpu: str) -> bool:
+        """Whether this process has a GPU for itself, from now until it ends."""
+        lock = (self._told / f"gpu-{gpu}").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        _HELD.append(lock)
+        return True
+
+
+def free() -> None:
+    """Frees what a run has left in memory and on devices: Hydra's own launcher runs a whole sweep in one process, in
+    which arrays of cycles that nobody holds, and compiled programs, would pile up."""
+    gc.collect()
+    if (jax := sys.modules.get("jax")) is not None:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

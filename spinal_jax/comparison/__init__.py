@@ -1,0 +1,1 @@
+"""Two or more depth traces: how they differ, where, and how sure that is."""

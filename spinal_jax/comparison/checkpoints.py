@@ -1,0 +1,267 @@
+"""From two checkpoints that a user names to their traces and to what only both together give."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from spinal_jax import data
+from spinal_jax.audit import pipeline
+from spinal_jax.audit.devices import OneDevice, devices_of
+from spinal_jax.audit.measure import Measurement, keep, measure
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.compare import BothModels, compare
+from spinal_jax.comparison.paired import Align
+from spinal_jax.comparison.preference_gradient import log_probabilities, pull, shape_for
+from spinal_jax.comparison.record import Comparison
+from spinal_jax.config import CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig, build
+from spinal_jax.config.training import ObjectiveConfig
+from spinal_jax.data.packing import Plan
+from spinal_jax.errors import NotLeader, UserError
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.translate import Family
+from spinal_jax.objectives.examples import pair_sets
+from spinal_jax.objectives.responses import Example, Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CPU_PAIR_TOKENS, ACCELERATOR_PAIR_TOKENS = 1024, 8192  # of a micro-batch, forward and backward
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Two checkpoints on the same tokens: what `spinal_jax.compare` takes."""
+
+    aligned: DepthTrace
+    reference: DepthTrace
+    both: BothModels
+
+
+def compare_models(
+    model: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
+    *,
+    preferences: str | os.PathLike[str] | None = None,
+    beta: float = 0.1,
+    dtype: str = "float32",
+    align: Align = "equal",
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """What alignment changed from `reference` to `model`, both measured on the same tokens.
+
+    Args:
+        model, reference: hub id, folder with config.json and safetensors, or .gguf file, of the aligned checkpoint and
+            of the one it came from.
+        prompts: a file of JSON lines with a `prompt`, a list of texts, or None for the pool that ships here.
+        preferences: a file of Anthropic HH pairs, for the preference gradient and the SPINALScore.
+        beta: of the DPO loss whose gradient that is.
+        dtype: of weights and forward.
+        align: "relative" compares models of different depth by relative depth.
+        settings: more, as `spinal compare` takes them: {"prompts": {"limit": 64}, "metrics": {"groups": 8}}.
+        progress: show progress bars.
+
+    Raises:
+        UserError: for anything the caller can mend, in one sentence.
+    """
+    named = isinstance(prompts, (str, os.PathLike))
+    asked: dict[str, Any] = {name: dict(values) for name, values in (settings or {}).items()}
+    asked |= {
+        "model": {"source": os.fspath(model), "dtype": dtype},
+        "reference": {"source": os.fspath(reference), "dtype": dtype},
+        "beta": beta,
+        "align": align,
+    }
+    if named:
+        asked["prompts"] = {**asked.get("prompts", {}), "path": os.fspath(prompts)}
+    if preferences is not None:
+        asked["preferences"] = {**asked.get("preferences", {}), "path": os.fspath(preferences)}
+    texts = None if named or prompts is None else list(prompts)
+    found = run_footprint(build(CompareConfig, asked), texts, pipeline.bars(progress))
+    return compare(found.aligned, found.reference, found.both, align=align)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two, opened."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    family: Family
+    decoder: DecoderConfig
+    bar: pipeline.Bar
+
+    def load(self, devices: OneDevice) -> Decoder:
+        return pipeline.load(self.checkpoint, self.family, self.decoder, self.config.dtype, self.bar, devices)
+
+    @property
+    def name(self) -> str:
+        return self.config.name or pipeline.model_name(self.config.source)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Preference pairs as token ids, each with its group."""
+
+    examples: tuple[Example, ...]
+    groups: tuple[int, ...]
+    shape: Shape
+
+
+def run_footprint(
+    config: CompareConfig,
+    texts: Sequence[str] | None = None,
+    bar: pipeline.Bar | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Footprint:
+    """Measures both checkpoints that `config` names by their sources, one in memory at a time.
+
+    The reference runs first and leaves its unembedding, its spectra and, in a scratch file, its residuals at the
+    measured positions; one pass over the vocabulary then reads both models. `texts` replaces `config.prompts.path`,
+    `say` gets a start-up line for each.
+
+    Raises:
+        UserError: for anything the caller can mend, before any weights are read: tokenizers, vocabularies or (unless
+            `config.align` is "relative") depths that differ, and whatever `run_audit` refuses.
+    """
+    bar = bar or pipeline.bars(False)
+    prompts = pipeline.read_prompt_set(config.prompts, texts)
+    with _opened(config.model, "aligned", bar) as ours, _opened(config.reference, "reference", bar) as theirs:
+        tokenizer = ours.checkpoint.tokenizer()
+        _check(config, ours, theirs, prompts, tokenizer)
+        larger = max((ours, theirs), key=lambda side: (side.decoder.depth + 1) * side.decoder.width**2)
+        choice = pipeline.choose_devices(config.parallel, larger.decoder, larger.config.dtype, config.metrics)
+        devices = devices_of(choice)
+        slots = devices.slots(larger.decoder, config.metrics)
+        work, theirs_work = (
+            pipeline.plan_prompts(
+                prompts, tokenizer, side.decoder, config.prompts, config.metrics, config.batch_tokens, devices, slots
+            )
+            for side in (ours, theirs)
+        )
+        pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs))
+        for side, plan in ((ours, work), (theirs, theirs_work)):
+            pipeline.check_alike(side.checkpoint, plan, choice)
+        if say:
+            for side in (ours, theirs):
+                say(pipeline.start_line(side.name, side.config.dtype, side.decoder, work, choice))
+        about = pipeline.prompts_record(prompts, config.prompts)
+
+        def traced(side: _Side, found: Measurement, plan: Plan) -> DepthTrace:
+            model = pipeline.model_record(
+                side.name,
+                side.config.source,
+                side.checkpoint.revision,
+                side.config.dtype,
+                side.checkpoint.sha256(),
+            )
+            return pipeline.depth_trace(model, about, side.decoder, config.metrics, plan, found)
+
+        joint = ours.decoder.depth == theirs.decoder.depth
+        with contextlib.ExitStack() as stack:
+            weights = theirs.load(devices)
+            if joint:
+                kept = stack.enter_context(keep(weights, theirs_work, config.metrics, theirs.bar, devices=devices))
+                reference = None
+            else:
+                kept = reference = None
+                with contextlib.suppress(NotLeader):  # which the other model then raises too
+                    reference = measure(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
+            known = None
+            if pairs is not None:
+                with theirs.bar("log-probabilities", len(pairs.examples), "pair") as advance:
+                    known = log_probabilities(weights, pairs.examples, pairs.shape, advance)
+            del weights
+            gc.collect()  # the two need not be in memory together
+            weights = ours.load(devices)
+            aligned = measure(weights, work, config.metrics, ours.bar, kept, devices)
+            reference = kept.measurement if kept is not None else reference
+            assert reference is not None
+        both = _both(aligned)
+        if pairs is not None and known is not None:
+            with ours.bar("gradient", len(pairs.examples), "pair") as advance:
+                objective = ObjectiveConfig("dpo", beta=config.beta)
+                found = pull(weights, pairs.examples, pairs.groups, known, objective, pairs.shape, advance)
+            both = BothModels(
+                both.policy_distance,
+                both.policy_distance_without,
+                found.blocks,
+                found.blocks_without,
+                found.pairs,
+                found.apart,
+            )
+        return Footprint(traced(ours, aligned, work), traced(theirs, reference, theirs_work), both)
+
+
+def _both(found: Measurement) -> BothModels:
+    if found.policy is None:
+        return BothModels()
+    return BothModels(found.policy.distance, found.policy.distance_without)
+
+
+@contextlib.contextmanager
+def _opened(asked: ComparedConfig, role: str, bar: pipeline.Bar) -> Iterator[_Side]:
+    assert asked.source is not None
+    config = ModelConfig(asked.source, asked.revision, asked.dtype, asked.name, asked.ignore_keys)
+    with pipeline.opened(config) as (checkpoint, family, decoder):
+        yield _Side(config, checkpoint, family, decoder, lambda what, total, unit: bar(f"{what} {role}", total, unit))
+
+
+def _check(
+    config: CompareConfig, ours: _Side, theirs: _Side, prompts: data.PromptSet, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """UserError where the two cannot be compared."""
+    if (a := ours.decoder.vocab_size) != (b := theirs.decoder.vocab_size):
+        raise UserError(
+            f"{ours.name} has a vocabulary of {a} tokens and {theirs.name} one of {b}; only checkpoints that share a "
+            "tokenizer can be compared"
+        )
+    if (a := ours.decoder.depth) != (b := theirs.decoder.depth) and config.align == "equal":
+        raise UserError(
+            f"{ours.name} has {a} blocks and {theirs.name} {b}; align=relative compares models of different depth by "
+            "relative position"
+        )
+    other = theirs.checkpoint.tokenizer()
+    for number, prompt in enumerate(prompts.prompts):  # the text itself: chat templates may differ, ours is used
+        a, b = (data.token_ids(prompt, each, config.prompts.max_length, False) for each in (tokenizer, other))
+        if not np.array_equal(a, b):
+            raise UserError(
+                f"the tokenizers differ: prompt {number} becomes {_shown(a)} with that of {ours.name} and {_shown(b)} "
+                f"with that of {theirs.name}; only checkpoints that share a tokenizer can be compared"
+            )
+
+
+def _shown(ids: np.ndarray) -> str:
+    return f"{len(ids)} tokens ({' '.join(map(str, ids[-4:]))} at the end)"
+
+
+def _read_pairs(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, sides: Sequence[_Side]) -> _Pairs:
+    """The preference pairs, grouped by their prompts as the prompts are."""
+    asked: PreferencesConfig | None = config.preferences
+    assert asked is not None
+    found = pair_sets(asked)[0]
+    kept, _ = data.tokenise_pairs(found, tokenizer, asked.max_length, asked.chat_template, asked.overlong)
+    texts = {pair.id: pair.prompt for pair in found.pairs}
+    examples = tuple((pair.chosen, pair.rejected) for pair in kept)
+    longest = max(len(sequence.ids) for example in examples for sequence in example)
+    for side in sides:
+        if side.decoder.learned_positions and longest > side.decoder.max_positions:
+            raise UserError(
+                f"a preference pair has {longest} tokens, but {side.name} has {side.decoder.max_positions} positions; "
+                "choose a smaller preferences.max_length"
+            )
+    groups = tuple(data.group_of(texts[pair.id], config.metrics.groups) for pair in kept)
+    on_cpu = jax.default_backend() == "cpu"
+    most = config.batch_tokens or (CPU_PAIR_TOKENS if on_cpu else ACCELERATOR_PAIR_TOKENS)
+    return _Pairs(examples, groups, shape_for(examples, most))

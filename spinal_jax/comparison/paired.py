@@ -1,0 +1,168 @@
+"""Two traces side by side: whether they may be compared, and their columns with what each group changes in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.errors import UserError
+from spinal_jax.stats.jackknife import Estimate
+
+Align = Literal["equal", "relative"]
+BY_ROWS = frozenset({"contraction", "effective_rank"})  # the other columns are means over transport positions
+
+
+class Curve(NamedTuple):
+    """A column of a trace, from all groups of prompts and without each."""
+
+    full: np.ndarray  # [D + 1]
+    without: np.ndarray  # [G, D + 1], NaN where there is but one group
+    sizes: np.ndarray  # [G] what was measured of each group
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate.of(self.full, self.without, self.sizes)
+
+    def of(self, number: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+        """Of what `number` [..., D + 1] -> [...] makes of the column."""
+        return Estimate.of(number(self.full), number(self.without), self.sizes)
+
+
+def curve(trace: DepthTrace, name: str) -> Curve:
+    """A column of `trace` with its replicates. UserError where the trace was read without its arrays."""
+    sizes = _array(trace, "groups/rows" if name in BY_ROWS else "groups/positions")
+    without = _array(trace, f"groups/{name}")
+    if len(without) != len(sizes):  # an only group cannot be left out
+        without = np.full((len(sizes), trace.boundaries), np.nan)
+    return Curve(trace.columns[name], without.astype(np.float64), sizes.astype(np.float64))
+
+
+def _array(trace: DepthTrace, name: str) -> np.ndarray:
+    if name not in trace.arrays:
+        raise UserError(
+            f"the trace of {trace.model['name']} has no array {name!r}, so nothing can be said of its error; it needs "
+            f"the spectra.safetensors of its audit beside trace.json"
+        )
+    return trace.arrays[name]
+
+
+def resampled(found: Curve, depth: int, name: str) -> Curve:
+    """The curve at the relative depths l / D of a model with `depth` blocks.
+
+    States (contraction, entropy, effective rank) are interpolated linearly. Transport is a length: the path up to a
+    relative depth is interpolated and then cut at the new boundaries, so that the whole path keeps its length, and a
+    model with twice the blocks is not taken for one with half the transport. The curvature of a path depends on how
+    finely it is cut, so it is NaN.
+    """
+    if len(found.full) == depth + 1:
+        return found
+    if name == "curvature":
+        nothing = np.full(depth + 1, np.nan)
+        return Curve(nothing, np.full((len(found.sizes), depth + 1), np.nan), found.sizes)
+    at = np.arange(depth + 1) * ((len(found.full) - 1) / depth)
+    low = np.minimum(np.floor(at + 1e-9).astype(int), len(found.full) - 2)
+    part = np.clip(at - low, 0.0, 1.0)
+
+    def interpolate(values: np.ndarray) -> np.ndarray:  # [..., D' + 1] -> [..., D + 1]
+        if name == "transport":
+            values = np.concatenate([np.zeros_like(values[..., :1]), np.cumsum(values[..., 1:], axis=-1)], axis=-1)
+        between = (1 - part) * values[..., low] + part * values[..., low + 1]
+        # An undefined neighbour that has no weight must not spoil a boundary that both models have.
+        between = np.where(part == 0, values[..., low], np.where(part == 1, values[..., low + 1], between))
+        if name == "transport":
+            return np.concatenate([np.full_like(between[..., :1], np.nan), np.diff(between, axis=-1)], axis=-1)
+        return between
+
+    return Curve(interpolate(found.full), interpolate(found.without), found.sizes)
+
+
+def difference(aligned: Curve, reference: Curve) -> Curve:
+    """Aligned minus reference, group by group. Swapping them changes every sign and nothing else."""
+    share = (aligned.sizes / aligned.sizes.sum() + reference.sizes / reference.sizes.sum()) / 2
+    return Curve(aligned.full - reference.full, aligned.without - reference.without, share)
+
+
+def check(aligned: DepthTrace, reference: DepthTrace, align: Align, same_prompts: bool) -> list[str]:
+    """What a reader must know of the pair, in sentences.
+
+    Raises:
+        UserError: the two were not measured on the same tokens in the same way; it says what differs.
+    """
+
+    def same(what: str, of: Callable[[DepthTrace], Any], remedy: str) -> None:
+        a, b = of(aligned), of(reference)
+        if a != b:
+            raise UserError(
+                f"{what} is {_shown(a)} in {aligned.model['name']} and {_shown(b)} in {reference.model['name']}; "
+                f"{remedy}"
+            )
+
+    for name in ("window", "skip", "center", "positions", "top_k", "temperature", "groups"):
+        same(f"the setting {name}", lambda trace, name=name: _plain(trace.settings[name]), "audit both alike")
+    for name in ("max_length", "chat_template"):
+        same(f"prompts.{name}", lambda trace, name=name: trace.prompts[name], "audit both alike")
+    remedy = "they have different tokenizers, and only checkpoints that share one can be compared"
+    hashed = all("tokens_sha256" in trace.prompts for trace in (aligned, reference))
+    if not (hashed and same_prompts):  # models of one tokenizer may pad their vocabularies differently
+        same("the vocabulary", lambda trace: trace.model["vocabulary"], remedy)
+    if same_prompts:
+        remedy = "audit both on the same prompts (same_prompts=false compares different ones, as a control)"
+        for name in ("sha256", "count"):
+            same(f"the prompts' {name}", lambda trace, name=name: trace.prompts[name], remedy)
+        remedy = "on equal prompts that means different tokenizers, and only checkpoints that share one can be compared"
+        for name in ("tokens", "rows", "positions"):
+            same(f"the number of {name}", lambda trace, name=name: trace.prompts[name], remedy)
+        if hashed:
+            same("the tokens' sha256", lambda trace: trace.prompts["tokens_sha256"], remedy)
+        for name in ("rows", "positions"):
+            same(f"the number of {name} by group", lambda t, name=name: _plain(_array(t, f"groups/{name}")), remedy)
+    remedy = "give both more prompts, or fewer metrics.groups"
+    same("the number of groups with prompts", lambda trace: len(_array(trace, "groups/rows")), remedy)
+    if align == "equal":
+        remedy = "align=relative compares models of different depth by relative position"
+        same("the number of blocks", lambda trace: trace.depth, remedy)
+    return _warnings(aligned, reference)
+
+
+def _warnings(aligned: DepthTrace, reference: DepthTrace) -> list[str]:
+    a, b = aligned.model, reference.model
+    lines = []
+    if a["sha256"] == b["sha256"] and aligned.prompts["sha256"] == reference.prompts["sha256"]:
+        lines.append(f"Both are the same weights ({_shown(a['sha256'])}) on the same prompts.")
+    if a["dtype"] != b["dtype"]:
+        lines.append(f"{a['name']} was measured in {a['dtype']} and {b['name']} in {b['dtype']}.")
+    if aligned.depth != reference.depth:
+        lines.append(
+            f"{b['name']} has {reference.depth} blocks and {a['name']} {aligned.depth}: it is interpolated by relative "
+            f"depth."
+        )
+    if a["width"] != b["width"]:
+        lines.append(
+            f"The widths are {a['width']} and {b['width']}: how high contraction reads depends on rows by width."
+        )
+    if aligned.prompts["rows"] != reference.prompts["rows"]:
+        lines.append(
+            f"Contraction is from {aligned.prompts['rows']} and from {reference.prompts['rows']} rows, and reads "
+            f"higher the fewer there are."
+        )
+    common = [line for line in aligned.warnings if line in reference.warnings]
+    lines += [f"Both: {line}" for line in common]
+    for trace in (aligned, reference):
+        lines += [f"{trace.model['name']}: {line}" for line in trace.warnings if line not in common]
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return np.asarray(value).tolist() if isinstance(value, (list, tuple, np.ndarray)) else value
+
+
+def _shown(value: Any) -> str:
+    """A hash by its first digits, a long list by its first values, anything else as it is."""
+    if isinstance(value, str) and len(value) > 16 and set(value) <= set("0123456789abcdef"):
+        return f"{value[:12]}..."
+    if isinstance(value, list) and len(value) > 16:
+        return f"[{', '.join(map(str, value[:16]))}, ...]"
+    return "null" if value is None else repr(value)

@@ -1,0 +1,159 @@
+"""Where in depth preference pulls: norms of the gradient of the mean DPO loss by block, with replicates.
+
+Without group g the mean gradient is `(S - s_g) / (n - n_g)`, S the sum over all pairs and s_g over the group's, and
+`|S - s_g|^2 = |S|^2 - |s_g|^2 - 2 <S - s_g, s_g>`. Keeping every s_g would take a copy of all parameters for each
+group, and a second pass over the pairs twice the time. Of each s_g stay instead, block by block, its exact norm and a
+sketch: the sums, with random signs, of every SKETCH-th entry. An inner product of two sketches is that of the gradients
+to `|a| |b| / sqrt(SKETCH)`, 0.8 % (Alon, Matias, Szegedy 1999), and exact where a block has no more parameters than
+SKETCH; that touches the intervals alone, and far less than they are wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from spinal_jax.config.training import ObjectiveConfig
+from spinal_jax.metrics.gradient import block_norms
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.parts import take_apart
+from spinal_jax.objectives.responses import Example, Shape, choose_shape, micro_batches
+from spinal_jax.objectives.step import Arrays, Steps, make_steps
+
+SKETCH = 2**14
+MOST_AT_ONCE = 8  # pairs that are packed together
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class PreferenceGradient:
+    """L2 norms of the gradient of the mean loss. float64."""
+
+    blocks: np.ndarray  # [D]
+    blocks_without: np.ndarray  # [G, D] without each group of pairs; [0, D] where there is only one
+    pairs: np.ndarray  # [G] pairs of each group that has any, in ascending order of groups
+    apart: Mapping[str, float]  # embedding, final_norm, unembedding
+
+
+def shape_for(examples: Sequence[Example], micro_tokens: int) -> Shape:
+    """The one shape of the micro-batches of these pairs, of at most `micro_tokens` tokens where a pair allows it."""
+    longest = max(len(sequence.ids) for example in examples for sequence in example)
+    steps = [examples[i : i + MOST_AT_ONCE] for i in range(0, len(examples), MOST_AT_ONCE)]
+    return choose_shape(steps, longest, micro_tokens)
+
+
+def log_probabilities(model: Decoder, examples: Sequence[Example], shape: Shape, advance: Advance) -> np.ndarray:
+    """float32 [pairs, 2]: log-probability of the chosen and the rejected response under a model, nats."""
+    steps, arrays = _steps(model, ObjectiveConfig("dpo"))
+    found = np.zeros((len(examples), 2), np.float32)
+    for start in range(0, len(examples), MOST_AT_ONCE):
+        part = examples[start : start + MOST_AT_ONCE]
+        for numbers, batch in micro_batches(part, shape):
+            logp = np.asarray(steps.score(arrays, {}, batch))[: 2 * len(numbers)]
+            found[[start + number for number in numbers]] = logp.reshape(-1, 2)
+        advance(len(part))
+    return found
+
+
+def pull(
+    model: Decoder,
+    examples: Sequence[Example],
+    groups: Sequence[int],
+    reference: np.ndarray,
+    objective: ObjectiveConfig,
+    shape: Shape,
+    advance: Advance,
+) -> PreferenceGradient:
+    """Norms of the gradient of the mean preference loss over the parameters of each block.
+
+    Args:
+        model: the policy.
+        examples: chosen and rejected response of each pair.
+        groups: of each pair, for the jackknife.
+        reference: [pairs, 2] log-probabilities under the reference (`log_probabilities`).
+        objective: the loss.
+        shape: from `shape_for`.
+        advance: called with how many pairs were done.
+    """
+    depth = model.config.depth
+    steps, arrays = _steps(model, objective)
+    one = jnp.ones((), jnp.float32)
+    total: Arrays | None = None
+    squares, sketches, counts = [], [], []
+    for group in sorted(set(groups)):
+        members = [i for i, g in enumerate(groups) if g == group]
+        found: Any = None
+        for start in range(0, len(members), MOST_AT_ONCE):
+            some = members[start : start + MOST_AT_ONCE]
+            for _, batch in micro_batches([examples[i] for i in some], shape, reference[some]):
+                if found is None:  # nothing yet, in the shapes to come: one function is compiled, not two
+                    shapes = jax.eval_shape(steps.first, arrays, {}, batch, one)
+                    found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                found = steps.more(arrays, {}, batch, one, *found)
+            advance(len(some))
+        gradient = found[0]
+        norms, sketch = _described(gradient, depth)
+        squares.append(np.asarray(norms, np.float64) ** 2)
+        sketches.append(np.asarray(sketch, np.float64))
+        counts.append(len(members))
+        total = gradient if total is None else _add(total, gradient)
+    assert total is not None
+    norms = jax.tree.map(lambda x: np.asarray(x, np.float64), block_norms(total, depth))
+    pairs = np.array(counts, np.float64)
+    count = pairs.sum()
+    without = np.zeros((0, depth))
+    if len(pairs) > 1:
+        sketch = np.array(sketches)  # [G, D, SKETCH]
+        crossing = np.einsum("gdk,gdk->gd", sketch.sum(axis=0) - sketch, sketch)
+        rest = np.maximum(norms.blocks**2 - np.array(squares) - 2 * crossing, 0)
+        without = np.sqrt(rest) / (count - pairs)[:, None]
+    apart = {name: float(getattr(norms, name) / count) for name in norms._fields[1:]}
+    return PreferenceGradient(norms.blocks / count, without, pairs, apart)
+
+
+def _steps(model: Decoder, objective: ObjectiveConfig) -> tuple[Steps, Arrays]:
+    parts, arrays = take_apart(model)
+    dtype = str(model.dtype)
+    return make_steps(parts, model.config, objective, optax.identity(), dtype=dtype, remat="blocks"), arrays
+
+
+@jax.jit
+def _add(a: Arrays, b: Arrays) -> Arrays:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _described(gradient: Arrays, depth: int) -> tuple[Array, Array]:
+    """Norms [D] of the blocks' gradients, and their sketches [D, SKETCH]."""
+    return _norms(gradient, depth), _sketch(gradient)
+
+
+_norms = jax.jit(lambda gradient, depth: block_norms(gradient, depth).blocks, static_argnums=1)
+
+
+@jax.jit
+def _sketch(gradient: Arrays) -> Array:
+    """[D, SKETCH] of the parameters by block. Linear, with the same signs at every call."""
+    stacks: dict[int, Array] = {}
+    begin: dict[int, int] = {}
+    for number, (path, g) in enumerate(sorted(gradient.items())):
+        if not path.startswith("stacks."):
+            continue
+        stack = int(path.split(".")[1])
+        flat = g.reshape(g.shape[0], -1).astype(jnp.float32)
+        signs = jax.random.rademacher(jax.random.fold_in(jax.random.key(0), number), flat.shape[1:], jnp.float32)
+        # Entries take places one after the other: no two of a block that is no longer than a sketch share one.
+        behind = begin.get(stack, 0) % SKETCH
+        length = -(-(behind + flat.shape[1]) // SKETCH) * SKETCH
+        signed = jnp.pad(flat * signs, ((0, 0), (behind, length - behind - flat.shape[1])))
+        part = jnp.sum(signed.reshape(len(flat), -1, SKETCH), axis=1)
+        stacks[stack] = stacks.get(stack, jnp.zeros_like(part)) + part
+        begin[stack] = begin.get(stack, 0) + flat.shape[1]
+    return jnp.concatenate([stacks[stack] for stack in sorted(stacks)])

@@ -1,0 +1,303 @@
+"""Fixed shapes from ragged prompts: sequences are packed into rows, rows into batches.
+
+Several prompts share a row, told apart by `segments`, so that padding wastes little and one compiled shape serves a
+whole pool. Rows are sorted by jackknife group, a row holds prompts of one group only, and a batch touches at most
+`SLOTS` groups in a row, each with an accumulator of its own (its `slot`): the statistics of a group are complete, and
+can leave the device, before its slot is needed again.
+
+Where devices share the rows of a batch, each has equally many, one after the other (a shard), and the measured
+positions of its own rows: what a device measures never has to come from another.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from spinal_jax.errors import UserError
+
+SLOTS = 2
+LENGTH_CLASSES = (512, 2048, 8192, 32768, 131072)  # sequences up to each of these lengths share a compiled shape
+LONG_MULTIPLE = 512  # rows above the first class are a multiple of this, for attention by blocks of queries
+ROW_LENGTHS = (128, 192, 256, 384, 512)  # tried beside multiples of the longest sequence
+MEASURED_MULTIPLE = 8
+BATCH_OVERHEAD = 128  # what starting a batch costs, in tokens: weighs many small batches against padding
+ATTENTION_LENGTH = 8192  # the row length at which attention costs as much as the rest of a block, roughly
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenBatch:
+    """B rows of T tokens, and M measured positions among them. Padding has segment 0 and weight 0."""
+
+    tokens: Array  # int32 [B, T]
+    positions: Array  # int32 [B, T] place in its own sequence
+    segments: Array  # int32 [B, T] 0: padding; 1, 2, ...: the sequences of a row
+    lengths: Array  # int32 [B, T] tokens in its own sequence
+    counted: Array  # float32 [B, T] 1 where the position counts for contraction
+    slots: Array  # int32 [B] the accumulator of the row's group
+    measured: Array  # int32 [M] flat index b * T + t, within its shard, of each position that transport measures
+    measured_weight: Array  # float32 [M] 1 for the real ones, which come first in each shard
+    measured_group: Array  # int32 [M]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A tokenised prompt, with the response behind it where the data has one."""
+
+    ids: np.ndarray  # int32 [L]
+    group: int
+    response_start: int | None = None  # index of the first response token
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which positions of a sequence transport is measured at."""
+
+    kind: str
+    count: int = 0
+
+    @staticmethod
+    def parse(text: str) -> Positions:
+        """Reads `last:K`, `response:K`, `stride:K` or `all`; UserError says so for anything else."""
+        kind, _, count = str(text).partition(":")
+        if kind == "all" and not count:
+            return Positions("all")
+        if kind in ("last", "stride", "response") and count.isascii() and count.isdigit() and int(count) > 0:
+            return Positions(kind, int(count))
+        raise UserError(
+            f"metrics.transport.positions is {text!r}; it takes last:K, response:K, stride:K (K a whole number "
+            "above 0) or all"
+        )
+
+    def of(self, sequence: TokenSequence) -> np.ndarray:
+        """int [m] ascending indices into the sequence."""
+        length = len(sequence.ids)
+        if self.kind == "all":
+            return np.arange(length)
+        if self.kind == "last":
+            return np.arange(max(0, length - self.count), length)
+        if self.kind == "stride":
+            return np.arange(self.count - 1, length, self.count)
+        if sequence.response_start is None:
+            raise UserError(
+                f"metrics.transport.positions is 'response:{self.count}', but the prompts have no responses; use last:K"
+            )
+        first = max(sequence.response_start - 1, 0)  # predicts the first response token
+        return np.arange(first, min(first + self.count, length - 1))
+
+
+@dataclass(frozen=True)
+class GroupRun:
+    """Consecutive rows of one group in one length class: what one accumulator gathers before it is read."""
+
+    group: int
+    slot: int
+    last_batch: int  # the batch after which it is complete
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One batch to be: the sequence numbers in each row, each row's visit, and the shape."""
+
+    rows: tuple[tuple[int, ...], ...]
+    visits: tuple[int, ...]
+    height: int  # B
+    length: int  # T
+    measured: int  # M
+    shards: int  # how many share the rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a pool of sequences becomes batches, and what that costs."""
+
+    sequences: Sequence[TokenSequence]
+    selector: Positions
+    skip: int
+    batches: tuple[Packed, ...]
+    visits: tuple[GroupRun, ...]
+    slots: int = SLOTS  # most groups in a batch
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+        return sum(len(s.ids) for s in self.sequences)
+
+    def batch_tokens(self, number: int) -> int:
+        """Real tokens of a batch."""
+        return sum(len(self.sequences[n].ids) for row in self.batches[number].rows for n in row)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return sum(b.height * b.length for b in self.batches)
+
+    @property
+    def rows(self) -> int:
+        """N: the positions that contraction measures."""
+        return sum(max(0, len(s.ids) - self.skip) for s in self.sequences)
+
+    @property
+    def positions(self) -> int:
+        """The positions that transport measures."""
+        return sum(len(self.selector.of(s)) for s in self.sequences)
+
+    @property
+    def waste(self) -> float:
+        """Share of the computed tokens that is padding."""
+        return 1 - self.tokens / self.padded_tokens
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        """The batches, as arrays of the host."""
+        return self.filled()
+
+    def filled(self, parts: Sequence[int] | None = None) -> Iterator[TokenBatch]:
+        """The batches, of each only the rows and measured positions of these shards, in order; None: of all."""
+        return (self._fill(packed, range(packed.shards) if parts is None else parts) for packed in self.batches)
+
+    def _fill(self, packed: Packed, parts: Sequence[int]) -> TokenBatch:
+        share, room = packed.height // packed.shards, packed.measured // packed.shards
+        shape, most = (share * len(parts), packed.length), room * len(parts)
+        tokens, positions, segments, lengths = (np.zeros(shape, np.int32) for _ in range(4))
+        counted, slots = np.zeros(shape, np.float32), np.zeros(shape[0], np.int32)
+        measured, group = np.zeros(most, np.int32), np.zeros(most, np.int32)
+        weight = np.zeros(most, np.float32)
+        filled = 0
+        real = range(len(packed.rows))
+        for b, number in enumerate(shard * share + k for shard in parts for k in range(share)):
+            if number not in real:  # padding
+                continue
+            row, visit = packed.rows[number], packed.visits[number]
+            slots[b] = self.visits[visit].slot
+            if b % share == 0:
+                filled = b // share * room
+            start = 0
+            for segment, number in enumerate(row, start=1):
+                sequence = self.sequences[number]
+                size = len(sequence.ids)
+                span = slice(start, start + size)
+                tokens[b, span] = sequence.ids
+                positions[b, span] = np.arange(size)
+                segments[b, span] = segment
+                lengths[b, span] = size
+                counted[b, start + self.skip : start + size] = 1
+                chosen = self.selector.of(sequence)
+                into = slice(filled, filled + len(chosen))
+                measured[into] = b % share * packed.length + start + chosen
+                group[into], weight[into] = sequence.group, 1
+                filled += len(chosen)
+                start += size
+        arrays: tuple[Any, ...] = (tokens, positions, segments, lengths, counted, slots, measured, weight, group)
+        return TokenBatch(*arrays)
+
+
+def plan(
+    sequences: Sequence[TokenSequence],
+    selector: Positions,
+    skip: int,
+    batch_tokens: int,
+    shards: int = 1,
+    slots: int = SLOTS,
+) -> Plan:
+    """Packs sequences into batches of about `batch_tokens` tokens, few shapes and little padding.
+
+    Args:
+        sequences: the tokenised prompts.
+        selector: which positions transport measures.
+        skip: how many first tokens of each sequence contraction leaves out.
+        batch_tokens: of all shards together; each gets a row at least.
+        shards: how many share the rows of a batch; it divides every batch's height and number of measured positions.
+        slots: most groups in a batch.
+
+    Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen
+    by trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
+    """
+    classes: dict[int, list[int]] = defaultdict(list)
+    for number, sequence in enumerate(sequences):
+        size = len(sequence.ids)
+        bound = next((c for c in LENGTH_CLASSES if size <= c), None)
+        if bound is None:
+            raise UserError(f"a prompt has {size} tokens; set prompts.max_length to at most {LENGTH_CLASSES[-1]}")
+        classes[bound].append(number)
+    batches: list[Packed] = []
+    visits: list[GroupRun] = []
+    for _, numbers in sorted(classes.items()):
+        by_group: dict[int, list[int]] = defaultdict(list)
+        for number in numbers:
+            by_group[sequences[number].group].append(number)
+        longest = max(len(sequences[n].ids) for n in numbers)
+        options = []
+        for length in _row_lengths(longest):
+            packed = {g: _pack([(len(sequences[n].ids), n) for n in ns], length) for g, ns in sorted(by_group.items())}
+            for height in _heights(batch_tokens, length, shards):
+                cuts = _cut([len(rows) for rows in packed.values()], height, slots)
+                cost = len(cuts) * (height * length * (1 + length / ATTENTION_LENGTH) + BATCH_OVERHEAD * shards)
+                options.append((cost, -length, -height, packed, cuts))
+        _, length, height, packed, cuts = min(options, key=lambda option: option[:3])
+        length, height = -length, -height
+        first = len(visits)
+        rows = [(row, first + k) for k, group in enumerate(packed.values()) for row in group]
+        share = height // shards
+        parts = [(start, min(start + share, b)) for a, b in cuts for start in range(a, b, share)]
+        most = max(sum(len(selector.of(sequences[n])) for row, _ in rows[a:b] for n in row) for a, b in parts)
+        width = max(MEASURED_MULTIPLE, -(-most // MEASURED_MULTIPLE) * MEASURED_MULTIPLE)
+        offset = len(batches)
+        for a, b in cuts:
+            chosen, owner = zip(*rows[a:b], strict=True)
+            batches.append(Packed(chosen, owner, height, length, width * shards, shards))
+        for k, group in enumerate(packed):
+            last = max(i for i, (a, b) in enumerate(cuts) if any(owner == first + k for _, owner in rows[a:b]))
+            visits.append(GroupRun(group, (first + k) % slots, offset + last))
+    return Plan(sequences, selector, skip, tuple(batches), tuple(visits), slots)
+
+
+def _row_lengths(longest: int) -> list[int]:
+    if longest > LENGTH_CLASSES[0]:
+        return [-(-longest // LONG_MULTIPLE) * LONG_MULTIPLE]
+    tight = -(-longest // 8) * 8
+    tried = {tight * k for k in range(1, 5)} | set(ROW_LENGTHS)
+    return sorted(t for t in tried if tight <= t <= LENGTH_CLASSES[0])
+
+
+def _heights(batch_tokens: int, length: int, shards: int) -> list[int]:
+    most = max(1, batch_tokens // (length * shards))  # rows of a shard
+    return sorted({shards * max(1, most // k) for k in (1, 2, 3, 4, 6, 8, 16)})
+
+
+def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:
+    """Best-fit decreasing: each (size, number) goes into the fullest row that still has room for it."""
+    open_rows: dict[int, list[list[int]]] = defaultdict(list)  # room left -> rows
+    rows: list[list[int]] = []
+    for size, number in sorted(items, key=lambda item: (-item[0], item[1])):
+        room = next((r for r in range(size, length + 1) if open_rows.get(r)), None)
+        if room is None:
+            row: list[int] = []
+            rows.append(row)
+            room = length
+        else:
+            row = open_rows[room].pop()
+        row.append(number)
+        open_rows[room - size].append(row)
+    return [tuple(row) for row in rows]
+
+
+def _cut(counts: list[int], height: int, slots: int) -> list[tuple[int, int]]:
+    """Cuts consecutive rows into batches [a, b) of at most `height` rows and `slots` groups.
+
+    `counts` says how many rows each group has.
+    """
+    ends = np.cumsum(counts)
+    cuts, start, total = [], 0, int(ends[-1])
+    while start < total:
+        group = int(np.searchsorted(ends, start, side="right"))
+        stop = min(start + height, int(ends[min(group + slots, len(ends)) - 1]))
+        cuts.append((start, stop))
+        start = stop
+    return cuts

@@ -1,0 +1,90 @@
+"""Rewrites a checkpoint as an Orbax folder of our own parameters, row by row; killed anywhere, it goes on there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from spinal_jax.models.formats import folders
+from spinal_jax.models.formats.base import Checkpoint, sha256_of
+from spinal_jax.models.formats.folders import Bar
+from spinal_jax.models.formats.orbax import SCHEMA, STATE, ParameterFile, read_model, state_files, write_orbax_metadata
+from spinal_jax.models.translate import parameter_shapes, parts_of, places, stored_names
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: str,
+    *,
+    dtype: str | None = None,
+    ignore_keys: Iterable[str] = (),
+    overwrite: bool = False,
+    bar: Bar | None = None,
+) -> Path:
+    """Writes the checkpoint to `out` and returns its path; `open_checkpoint` opens that like any other.
+
+    One tensor of the checkpoint is in memory at a time, and copies of some 32 MiB of it. What is done stays when
+    the process is killed, under `out` + ".partial", and the same call then goes on from there: the bytes that it ends
+    with are those of an uninterrupted one. Beside the parameters stand config.json, the tokenizer's files and
+    spinal.json, with the hashes of what was read and of what was written.
+
+    Args:
+        checkpoint: what to convert.
+        out: the folder to write.
+        dtype: "float32" or "bfloat16"; None keeps that of the source, for each parameter.
+        ignore_keys: keys of config.json that change nothing.
+        overwrite: replace a checkpoint that was written before.
+        bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
+
+    Raises:
+        UserError: for a checkpoint that is not what its config.json says, or an `out` that is taken.
+    """
+    bar = bar or folders.no_bar
+    folder = folders.check_out(out, checkpoint.source, overwrite)
+    ignore_keys = tuple(ignore_keys)
+    family, config = read_model(checkpoint.config, ignore_keys)
+    shapes = parameter_shapes(config)
+    wanted = list(places(family.rules(config), config, shapes))
+    stored = stored_names(checkpoint, family, config, wanted, shapes)
+    dtypes: dict[str, np.dtype] = {}
+    leads: dict[str, int] = {}
+    for place in wanted:
+        own = folders.written_dtype(checkpoint, stored[place.name], place, dtype)
+        for path in place.paths:
+            dtypes[path] = wider(own, dtypes.get(path, own))
+            leads[path] = len(place.row)
+    record = folders.source_record(checkpoint, SCHEMA, dtype, ignore_keys, bar)
+    partial = folders.begin(folder, record, overwrite, resume=True)
+    state = partial / STATE
+    files = {p: ParameterFile(state, p, s.shape, dtypes[p], leads[p]) for p, s in shapes.items()}
+    total = sum(int(np.prod(shapes[p].shape)) * dtypes[p].itemsize for p in shapes)
+    with bar("convert", total, "B") as advance:
+        for place in wanted:
+            targets = {path: files[path] for path in place.paths}
+            if all(target.has(place.row) for target in targets.values()):
+                advance(sum(target.row_bytes for target in targets.values()))
+                continue
+            parts = dict(parts_of(place, checkpoint.tensor(stored[place.name]), config, shapes))
+            while parts:  # each is let go before the next tensor is read
+                path, part = parts.popitem()
+                targets[path].write(place.row, part, advance)
+                del part
+    (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
+    folders.write_companions(checkpoint, partial)
+    write_orbax_metadata(partial, shapes)
+    expected = {state / "_METADATA", *(file for parameter in files.values() for file in parameter.files())}
+    for stray in set(state_files(partial)) - expected:  # half-written when an earlier run was killed
+        stray.unlink()
+    with bar("hash", 1, "folder") as advance:
+        record["sha256"] = sha256_of(state_files(partial))
+        advance(1)
+    folders.finish(partial, folder, record)
+    return folder
+
+
+def wider(first: np.dtype, second: np.dtype) -> np.dtype:
+    """The dtype that holds the values of both, where rows of a stack differ."""
+    return first if first == second else max(first, second, np.dtype(np.float32), key=lambda dtype: dtype.itemsize)

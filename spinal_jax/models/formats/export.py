@@ -1,0 +1,168 @@
+"""Writes a checkpoint of ours as a Hugging Face folder: config.json, safetensors in shards, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spinal_jax.models.formats import folders
+from spinal_jax.models.formats.base import Checkpoint, TensorInfo, sha256_of
+from spinal_jax.models.formats.folders import Bar
+from spinal_jax.models.formats.orbax import read_model
+from spinal_jax.models.formats.safetensors import SAFETENSORS_DTYPES
+from spinal_jax.models.translate import Place, parameter_shapes, parts_of, places, stored_names
+
+SCHEMA = "spinal-export/1"
+_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+_COPY_BYTES = 1 << 26
+
+
+class _Planned(NamedTuple):
+    """A tensor to be written: where its values come from, and how it will look."""
+
+    place: Place
+    stored: str  # its name in the checkpoint
+    info: TensorInfo
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.info.shape) * self.info.dtype.itemsize
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: str,
+    *,
+    dtype: str | None = None,
+    ignore_keys: Iterable[str] = (),
+    shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    bar: Bar | None = None,
+) -> Path:
+    """Writes the checkpoint to `out` as `AutoModelForCausalLM.from_pretrained` reads it, and returns its path.
+
+    Every tensor is split into our parameters and joined again by the family's rules, one at a time, so what is written
+    is what the audit computes with; in the same dtype it is the same bits. What our decoder has no part for, such as
+    saved rotary tables and the vision tower of a composite model, is left out. Until it is whole the folder is called
+    `out` + ".partial".
+
+    Args:
+        checkpoint: what to export.
+        out: the folder to write.
+        dtype: "float32" or "bfloat16"; None keeps that of the source, for each tensor.
+        ignore_keys: keys of config.json that change nothing.
+        shard_bytes: most bytes of tensors in a file, unless one tensor alone has more.
+        overwrite: replace a checkpoint that was written before.
+        bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
+
+    Raises:
+        UserError: for a checkpoint that is not what its config.json says, or an `out` that is taken.
+    """
+    bar = bar or folders.no_bar
+    folder = folders.check_out(out, checkpoint.source, overwrite)
+    ignore_keys = tuple(ignore_keys)
+    family, config = read_model(checkpoint.config, ignore_keys)
+    shapes = parameter_shapes(config)
+    wanted = list(places(family.rules(config), config, shapes))
+    stored = stored_names(checkpoint, family, config, wanted, shapes)
+    planned: list[_Planned] = []
+    for place in sorted(wanted, key=lambda place: place.name):
+        name = stored[place.name]
+        own = folders.written_dtype(checkpoint, name, place, dtype)
+        planned.append(_Planned(place, name, TensorInfo(checkpoint.names()[name].shape, own)))
+    record = folders.source_record(checkpoint, SCHEMA, dtype, ignore_keys, bar)
+    partial = folders.begin(folder, record, overwrite, resume=False)
+    shards = _shards(planned, shard_bytes)
+    with bar("export", sum(tensor.size for tensor in planned), "B") as advance:
+        for name, members in shards.items():
+            with (partial / name).open("wb") as file:
+                file.write(_header(members))
+                for tensor in members:
+                    read = checkpoint.tensor(tensor.stored)
+                    parts = [part for _, part in parts_of(tensor.place, read, config, shapes)]
+                    del read
+                    joined = tensor.place.rule.join(parts, config)
+                    del parts
+                    _write(file, joined, tensor.info)
+                    del joined  # before the next tensor is read
+                    advance(tensor.size)
+    embedding = next(tensor for tensor in planned if tensor.place.paths == ("embedding",))
+    described = exported_config(checkpoint.config, embedding.info.dtype)
+    (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    folders.write_companions(checkpoint, partial)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.size for tensor in planned)},
+            "weight_map": {tensor.place.name: name for name, members in shards.items() for tensor in members},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with bar("hash", 1, "folder") as advance:
+        record["sha256"] = sha256_of([partial / name for name in shards])
+        advance(1)
+    folders.finish(partial, folder, record)
+    return folder
+
+
+def exported_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """config.json for the weights that are written: of a composite model its text part, and with their dtype."""
+    exported = dict(config)
+    if "text_config" in config:  # Gemma 3 with images
+        kept = {key: config[key] for key in ("tie_word_embeddings", *_TOKENS) if config.get(key) is not None}
+        exported = {
+            "architectures": ["Gemma3ForCausalLM"],
+            "tie_word_embeddings": True,
+            **kept,
+            **config["text_config"],
+            "model_type": f"{config['model_type']}_text",
+        }
+    if dtype.name != exported.get("dtype", exported.get("torch_dtype")):
+        exported = {key: value for key, value in exported.items() if key != "torch_dtype"} | {"dtype": dtype.name}
+    return exported
+
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _shards(planned: Sequence[_Planned], limit: int) -> dict[str, list[_Planned]]:
+    """File name -> the tensors that it will hold, in order of name."""
+    groups: list[list[_Planned]] = [[]]
+    held = 0
+    for tensor in planned:
+        if groups[-1] and held + tensor.size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(tensor)
+        held += tensor.size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _header(members: Sequence[_Planned]) -> bytes:
+    """What a safetensors file begins with: the length of a JSON text, and the text. https://huggingface.co/docs/safetensors"""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in members:
+        dtype, shape = tensor.info.dtype, list(tensor.info.shape)
+        ends = [offset, offset + tensor.size]
+        header[tensor.place.name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": ends}
+        offset = ends[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: Any, tensor: np.ndarray, info: TensorInfo) -> None:
+    """The tensor's values, row by row, some at a time."""
+    assert tensor.shape == info.shape
+    step = max(1, _COPY_BYTES // max(1, math.prod(info.shape[1:]) * info.dtype.itemsize))
+    for start in range(0, len(tensor), step):
+        part = np.ascontiguousarray(tensor[start : start + step].astype(info.dtype, copy=False))
+        file.write(part.view(np.uint8).data)

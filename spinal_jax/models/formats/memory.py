@@ -1,0 +1,70 @@
+"""Checkpoints that lie in memory: a trained model about to be exported, and models of random weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.formats.base import Checkpoint, TensorInfo
+from spinal_jax.models.formats.orbax import read_model
+from spinal_jax.models.parts import take_apart
+from spinal_jax.models.translate import parameter_shapes, places
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class MemoryCheckpoint:
+    """Parameters of ours under HF names, as a `Checkpoint`."""
+
+    kind: str = "memory"
+    revision: str | None = None
+
+    def __init__(
+        self,
+        source: str,
+        config: dict[str, Any],
+        arrays: Mapping[str, jax.Array | np.ndarray],
+        tokenizer: PreTrainedTokenizerBase,
+        ignore_keys: Iterable[str] = (),
+    ) -> None:
+        """From `config` as config.json holds it and `arrays` by our paths, stacked over depth."""
+        self.source, self.config = source, config
+        self.folder: Path | None = None  # of a Hugging Face model whose tokenizer's files are to be copied
+        self._arrays, self._tokenizer = arrays, tokenizer
+        family, self._decoder = read_model(config, ignore_keys)
+        shapes = parameter_shapes(self._decoder)
+        self._places = {place.name: place for place in places(family.rules(self._decoder), self._decoder, shapes)}
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(t.shape, t.dtype) for name in sorted(self._places) for t in [self.tensor(name)]}
+
+    def tensor(self, name: str) -> np.ndarray:
+        place = self._places[name]
+        return place.rule.join([np.asarray(self._arrays[path][place.row]) for path in place.paths], self._decoder)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for path in sorted(self._arrays):
+            digest.update(path.encode() + np.ascontiguousarray(self._arrays[path]).view(np.uint8).tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def random_checkpoint(source: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> Checkpoint:
+    """A model of random weights, as `Decoder` draws them, float32; equal seeds give equal weights."""
+    _, decoder = read_model(config)
+    arrays = jax.device_get(take_apart(Decoder(decoder, rngs=nnx.Rngs(seed)))[1])
+    return MemoryCheckpoint(source, config, arrays, tokenizer)

@@ -1,0 +1,167 @@
+"""Hugging Face folders: config.json beside model.safetensors or the shards that an index names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from spinal_jax.errors import UserError
+from spinal_jax.models.formats.base import Bounds, TensorInfo, read_config, read_json, sha256_of
+from spinal_jax.models.formats.tokenizer import folder_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAFETENSORS_DTYPES: dict[str, np.dtype] = {
+    code: np.dtype(dtype)
+    for code, dtype in {
+        "F64": "<f8",
+        "F32": "<f4",
+        "F16": "<f2",
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": "<i8",
+        "I32": "<i4",
+        "I16": "<i2",
+        "I8": "i1",
+        "U8": "u1",
+        "BOOL": "?",
+    }.items()
+}
+
+
+class _Stored(NamedTuple):
+    path: Path
+    offset: int
+    info: TensorInfo
+
+
+class SafetensorsFolder:
+    """A Hugging Face folder: config.json beside model.safetensors or the shards that an index names."""
+
+    kind: str = "huggingface"
+
+    def __init__(self, folder: Path, source: str, revision: str | None = None) -> None:
+        self.folder = folder
+        self.source = source
+        self.revision = revision
+        self.config = read_config(folder)
+        self._stored = _find_tensors(folder)
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        return {name: self._stored[name].info for name in sorted(self._stored)}
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def tensor(self, name: str) -> np.ndarray:
+        shape = self._stored[name].info.shape
+        return self._rows(name, 0, shape[0] if shape else 1).reshape(shape)
+
+    def part(self, name: str, bounds: Bounds) -> np.ndarray:
+        shape = self._stored[name].info.shape
+        if len(shape) == 2 and bounds[1] != (0, shape[1]):
+            return self._block(name, *bounds)
+        return self._rows(name, *bounds[0])[(slice(None), *(slice(*each) for each in bounds[1:]))]
+
+    def _block(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """Some columns of some rows, without the bytes between them: a process of several may need few of them."""
+        path, offset, info = self._stored[name]
+        values = np.empty((rows[1] - rows[0], columns[1] - columns[0]), info.dtype)
+        flat, wide = values.view(np.uint8), info.shape[1] * info.dtype.itemsize
+        with path.open("rb", buffering=0) as file:
+            for place, row in enumerate(range(*rows)):
+                file.seek(offset + row * wide + columns[0] * info.dtype.itemsize)
+                if file.readinto(flat[place].data) != flat.shape[1]:
+                    raise _shorter(path, name)
+        return values
+
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        # Read, not mapped: mapped pages count as resident memory, and a streaming conversion would seem to hold it all.
+        path, offset, info = self._stored[name]
+        wide = math.prod(info.shape[1:])
+        count = (stop - start) * wide
+        values = np.fromfile(path, info.dtype, count, offset=offset + start * wide * info.dtype.itemsize)
+        if values.size != count:
+            raise _shorter(path, name)
+        return values.reshape(stop - start, *info.shape[1:])
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return folder_tokenizer(self.folder)
+
+    def sha256(self) -> str:
+        return sha256_of(sorted({stored.path for stored in self._stored.values()}))
+
+    def close(self) -> None:
+        """Nothing is held open between reads."""
+
+
+def _shorter(path: Path, name: str) -> UserError:
+    return UserError(f"{path} has become shorter since it was opened: {name} cannot be read")
+
+
+def _find_tensors(folder: Path) -> dict[str, _Stored]:
+    """Where every tensor of the folder lies, from the shards' headers alone."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return _read_header(single)
+    if index.exists():
+        return _read_shards(folder, index)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
+    if pickles:
+        raise UserError(
+            f"{folder} has its weights only as pickle ({pickles[0]}), which is never read because it can run code; "
+            "convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise UserError(f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, _Stored]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map that says which shard holds which tensor")
+    shards: dict[str, dict[str, _Stored]] = {}
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        if Path(shard).name != shard:
+            raise UserError(f"{index} names the shard {shard!r}, which is not a file of the folder itself")
+        if not (folder / shard).exists():
+            raise UserError(f"the shard {shard} is missing from {folder}: {index.name} names it")
+        shards[shard] = _read_header(folder / shard)
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise UserError(f"{index} says that {name} is in {shard}, but that file does not hold it")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """The tensors of one safetensors file; the reference parser refuses a header that does not cover the whole file."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    stored = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            known = ", ".join(SAFETENSORS_DTYPES)
+            raise UserError(f"{name} in {path} has the dtype {entry['dtype']}; those that can be read are {known}")
+        stored[name] = _Stored(path, 8 + length + entry["data_offsets"][0], TensorInfo(tuple(entry["shape"]), dtype))
+    return stored

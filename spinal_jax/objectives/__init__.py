@@ -1,0 +1,1 @@
+"""Losses and the jitted step that training and comparison share."""

@@ -1,0 +1,1 @@
+"""Devices and processes: how they are arranged and where arrays lie."""

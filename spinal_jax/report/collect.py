@@ -1,0 +1,65 @@
+"""From folders to the table and the page of the runs below them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spinal_jax.errors import UserError
+from spinal_jax.files import write_whole
+from spinal_jax.report.collect_page import render_index
+from spinal_jax.runs.find import Run, find_runs
+from spinal_jax.runs.table import KEYS, has_parquet, rows, write_csv, write_parquet
+
+INDEX, TABLE, PARQUET = "index.html", "runs.csv", "runs.parquet"
+OURS = {INDEX: 'name="generator" content="spinal_jax"', TABLE: ",".join(KEYS)}  # what such a file of ours holds
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was found, and the files that were written."""
+
+    runs: list[Run]
+    files: list[Path]
+
+    def __str__(self) -> str:
+        incomplete = [run.folder for run in self.runs if not run.complete]
+        kinds = {run.command for run in self.runs if run.command}
+        count = f"{len(self.runs)} run{'' if len(self.runs) == 1 else 's'}"
+        lines = [f"{count} ({', '.join(sorted(kinds))}), {len(incomplete)} of them incomplete"]
+        lines += [f"  incomplete  {folder}" for folder in incomplete]
+        return "\n".join([*lines, *(f"  {'page' if f.name == INDEX else 'table':<10}  {f}" for f in self.files)])
+
+
+def collect(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Collected:
+    """Writes runs.csv, index.html and, where pyarrow is installed, runs.parquet of all runs in or below the folders.
+
+    Args:
+        folders: that hold runs.
+        out: where to write; None: into the folder, where only one is given.
+
+    Raises:
+        UserError: no run there, a file that cannot be read, nowhere to write, or a file of others in the way.
+    """
+    if out is None and len(folders) != 1:
+        raise UserError(f"{len(folders)} folders are given, so say where the table goes: out=DIR")
+    target = Path(folders[0] if out is None else out)
+    runs = find_runs(folders)
+    for name, words in OURS.items():
+        there = target / name
+        if there.exists() and words not in there.read_text(encoding="utf-8", errors="replace")[:2000]:
+            raise UserError(f"{there} is not of spinal collect, so it is not replaced; choose another out=DIR")
+    target.mkdir(parents=True, exist_ok=True)
+    base = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
+    names = {run.folder: run.folder.resolve().relative_to(base).as_posix() for run in runs}
+    table = rows(runs, names)
+    write_csv(table, target / TABLE)
+    files = [target / TABLE]
+    if has_parquet():
+        write_parquet(table, target / PARQUET)
+        files.append(target / PARQUET)
+    page = render_index(runs, names, target.resolve())
+    write_whole(target / INDEX, page.encode("utf-8", errors="xmlcharrefreplace"))
+    return Collected(runs, [*files, target / INDEX])

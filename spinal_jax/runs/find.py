@@ -1,0 +1,152 @@
+"""The runs below some folders, whatever command made them, each with its settings and what it came to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spinal_jax.audit.trace import DepthTrace, load_trace
+from spinal_jax.comparison.record import load_comparison
+from spinal_jax.errors import UserError
+from spinal_jax.files import flat
+from spinal_jax.runs.folder import MANIFEST, SCHEMA, SCRATCH, without_free
+from spinal_jax.runs.training_run import METRICS, ONSET, SETTINGS, TRACES
+
+Value = float | str  # of a cell; a number that is not known is NaN
+OF_TRACE = ("contraction", "contraction_se", "transport", "transport_se", "coherence", "directness")
+OF_COMPARISON = (
+    *("verdict", "delta_align", "delta_align_low", "delta_align_high", "p_value"),
+    *("delta_contraction", "delta_transport", "coherence", "gradient_concentration", "spinal_score"),
+)
+OF_PLACE = ("centroid", "share")  # of each measure's localisation
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: where it lies.
+        command: what made it: audit, compare or train.
+        complete: whether it ended. What an incomplete run came to is not read.
+        settings: every setting under its dotted name; None where they are not known.
+        found: the numbers it came to, and words such as the verdict.
+        trace: the last depth trace, of a comparison that of the aligned model; None where it kept none.
+    """
+
+    folder: Path
+    command: str
+    complete: bool
+    settings: Mapping[str, Any]
+    found: Mapping[str, Value] = field(default_factory=dict)
+    trace: DepthTrace | None = None
+
+
+def find_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Run]:
+    """Every run in or below the folders, each once, in order of its path.
+
+    Raises:
+        UserError: a folder is not there, none holds a run, or a file of a complete run cannot be read.
+    """
+    places: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; give folders that hold runs")
+        for path in _run_folders(folder):
+            places.setdefault(path.resolve(), path)
+    if not places:
+        raise UserError(f"no run in or below {', '.join(map(str, folders))}: a run folder holds {MANIFEST}")
+    return [read_run(path) for _, path in sorted(places.items())]
+
+
+def _run_folders(folder: Path) -> Iterable[Path]:
+    """Run folders in or below a folder; inside a run there are no others."""
+    for path, below, files in os.walk(folder):
+        killed = any(name.startswith(SCRATCH) for name in below)
+        if (MANIFEST in files and _manifest(Path(path))) or SETTINGS in files or killed:
+            yield Path(path)
+            below.clear()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run; empty where it is another program's."""
+    found = _json(folder / MANIFEST)
+    return found if found.get("schema") == SCHEMA else {}
+
+
+def read_run(folder: Path) -> Run:
+    """The run of a folder. UserError for a complete run with a file that cannot be read."""
+    if not (folder / MANIFEST).exists():
+        config = _json(folder / SETTINGS).get("config", {}) if (folder / SETTINGS).exists() else {}
+        return Run(folder, "train" if config else "", False, flat(without_free(config)))
+    manifest = _manifest(folder)
+    command, settings = manifest["command"], flat(without_free(manifest["config"]))
+    read = {"audit": _audit, "compare": _compare, "train": _train}.get(command)
+    if read is None:
+        raise UserError(f"{folder} is a run of {command!r}; audit, compare and train can be collected")
+    found, trace = read(folder)
+    return Run(folder, command, True, settings, found, None if trace is None else replace(trace, arrays={}))
+
+
+def _audit(folder: Path) -> tuple[dict[str, Value], DepthTrace]:
+    trace = load_trace(folder)
+    return {name: trace.summary[name] for name in OF_TRACE}, trace
+
+
+def _compare(folder: Path) -> tuple[dict[str, Value], DepthTrace | None]:
+    aligned = folder / "aligned"
+    return _comparison(folder), load_trace(aligned) if aligned.exists() else None
+
+
+def _train(folder: Path) -> tuple[dict[str, Value], DepthTrace]:
+    onset = _json(folder / ONSET)
+    last = folder / TRACES / f"step_{onset['records'][-1]['step']:06}"
+    trace = load_trace(last)
+    lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    logged: dict[str, Value] = {}
+    for line in lines:
+        logged |= {name: float(value) for name, value in line.items() if isinstance(value, float)}
+    shares = [_share(line["block_grad_norms"], trace.terminal) for line in lines if line.get("block_grad_norms")]
+    found: dict[str, Value] = {
+        "steps": float(max(line["step"] for line in lines)),
+        **_audit(last)[0],
+        **_comparison(last),
+        "kl": _number(onset["records"][-1].get("kl")),
+        "gradient_share_first": shares[0] if shares else math.nan,
+        "gradient_share_mean": float(np.mean(shares)) if shares else math.nan,
+    }
+    for name in ("onset", "destabilisation"):
+        found[name] = float(onset[name]["step"]) if onset[name] else math.nan
+    return {**found, **logged}, trace
+
+
+def _comparison(folder: Path) -> dict[str, Value]:
+    summary = load_comparison(folder).summary
+    found: dict[str, Value] = {name: summary[name] for name in OF_COMPARISON}
+    for measure, place in summary["localisation"].items():
+        found |= {f"{measure}_{what}": _number(place[what]) for what in OF_PLACE}
+    return found
+
+
+def _share(norms: Sequence[float], terminal: tuple[int, int]) -> float:
+    """The terminal block's share of the gradient's norms over blocks; block l ends at boundary l."""
+    first, last = terminal
+    return float(sum(norms[first - 1 : last]) / sum(norms)) if sum(norms) else math.nan
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error

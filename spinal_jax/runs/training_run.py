@@ -1,0 +1,129 @@
+"""What a training run has left in its folder, read for figures and page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spinal_jax.audit.trace import DepthTrace, load_trace
+from spinal_jax.comparison.onset import recall, verdict
+from spinal_jax.comparison.record import Comparison, load_comparison
+from spinal_jax.errors import UserError
+
+SETTINGS, METRICS, ONSET, TRACES = "settings.json", "metrics.jsonl", "onset.json", "traces"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """A run as its files tell it.
+
+    Attributes:
+      settings: what the run was started with: "config", and hashes of what was read.
+      metrics: one mapping a line of metrics.jsonl, by ascending step; a line holds what was known at its step.
+      traces: the depth traces, by ascending step; the first is the reference of all.
+      comparisons: each of them compared with the first.
+      onset: what onset.json holds, found anew from the comparisons; its records belong to the traces.
+    """
+
+    settings: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+    traces: tuple[DepthTrace, ...]
+    comparisons: tuple[Comparison, ...]
+    onset: Mapping[str, Any]
+
+    @property
+    def records(self) -> list[Mapping[str, Any]]:
+        """One mapping a trace: its step, Delta_align and terminal transport with their errors, what stood beside."""
+        return list(self.onset["records"])
+
+    @property
+    def steps(self) -> np.ndarray:
+        """[R] the steps of the traces."""
+        return np.array([record["step"] for record in self.records])
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The settings of `spinal train`."""
+        return self.settings["config"]
+
+    @property
+    def last_step(self) -> int:
+        """The last step of which anything is known."""
+        return max(int(self.steps[-1]), *(int(line["step"]) for line in self.metrics[-1:]), 0)
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of a metric where it is a finite number; both empty where it never is."""
+        found = [(line["step"], line[name]) for line in self.metrics if _is_number(line.get(name))]
+        steps, values = zip(*found, strict=True) if found else ((), ())
+        return np.array(steps), np.array(values, float)
+
+    def recorded(self, name: str) -> np.ndarray:
+        """[R] a number of each record, NaN where it is not known."""
+        return np.array([r[name] if _is_number(r.get(name)) else math.nan for r in self.records], float)
+
+    def block_norms(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [S] and the gradient's norms by block [S, D]; both empty where none was logged."""
+        depth = self.traces[0].depth
+        found = [(line["step"], line["block_grad_norms"]) for line in self.metrics if line.get("block_grad_norms")]
+        steps = np.array([step for step, _ in found])
+        return steps, np.array([norms for _, norms in found], float).reshape(len(found), depth)
+
+
+def is_training_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a training run."""
+    return (Path(folder) / ONSET).is_file()
+
+
+def load_training_run(folder: str | os.PathLike[str]) -> TrainingRun:
+    """The run of a folder.
+
+    Raises:
+      UserError: no training run there, or a file of it that cannot be read.
+    """
+    folder = Path(folder)
+    if not is_training_run(folder):
+        raise UserError(f"no training run at {folder}: give the folder of a run, which holds {ONSET} and {TRACES}")
+    onset = _read(folder / ONSET)
+    lines = []
+    log = folder / METRICS
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if line.endswith("\n"):  # a run that was killed may have left half a line
+            lines.append(_parsed(line, f"{log}, line {number}"))
+    at = {int(record["step"]): folder / TRACES / f"step_{record['step']:06}" for record in onset["records"]}
+    if not at:
+        raise UserError(f"{folder / ONSET} has no records, so there is nothing to draw")
+    return TrainingRun(
+        _read(folder / SETTINGS),
+        tuple(sorted(lines, key=lambda line: line["step"])),
+        tuple(
+            replace(load_trace(path), arrays={}) for path in at.values()
+        ),  # spectra of many steps are large, and not drawn
+        tuple(load_comparison(path) for path in at.values()),
+        verdict(*recall(onset, at)),
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return _parsed(file.read_text(encoding="utf-8"), str(file))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} is not a JSON object: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,1 @@
+"""Error bars and tests over groups of prompts."""

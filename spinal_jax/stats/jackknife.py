@@ -1,0 +1,122 @@
+"""How sure: the delete-one-group jackknife.
+
+Groups of prompts differ in size, so this is the delete-m_j jackknife of Busing, Meijer and van der Leeden (1999),
+"Delete-m jackknife for unequal m"; with equal groups it is the ordinary one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+from spinal_jax.stats.signflip import sign_flip_p
+
+
+def pseudo_values(full: np.ndarray, without: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """[G, ...] what each group by itself says of the number: `h_j full - (h_j - 1) without_j`, `h_j = n / m_j`.
+
+    Args:
+        full: [...] the number from all groups.
+        without: [G, ...] the number refitted without each group.
+        sizes: [G] measured positions in each group, all above 0.
+    """
+    h = (sizes.sum() / sizes).reshape(-1, *(1,) * np.ndim(full))
+    return h * full - (h - 1) * without
+
+
+def standard_error(full: np.ndarray, without: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """[...] jackknife standard error of `full`; NaN with fewer than two groups. Arguments as in `pseudo_values`."""
+    groups = len(sizes)
+    if groups < 2:
+        return np.full(np.shape(full), np.nan)
+    h = (sizes.sum() / sizes).reshape(-1, *(1,) * np.ndim(full))
+    share = 1 / h
+    estimate = groups * full - np.sum((1 - share) * without, axis=0)
+    return np.sqrt(np.mean((pseudo_values(full, without, sizes) - estimate) ** 2 / (h - 1), axis=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number, or an array of them, with what each group of prompts contributes to it.
+
+    `influence_j = (1 - s_j) (value - value without group j)`, `s_j` the group's share of what was measured, is the
+    part of a linear number's error that comes from group j, and `value + influence_j / s_j` the pseudo-value. Errors
+    add where numbers add. Contraction counts rows and transport counts positions, so a group has one share of each;
+    a sum or difference adds influences that were each formed with their own share, and so is right to first order
+    whatever the shares. Only the scale at which groups are compared, `h_j = 1 / s_j` of the variance formula, needs
+    one share a group: the mean of both, since either alone would call a group noisy that merely has many positions
+    for its rows.
+
+    Attributes:
+        value: [...].
+        influence: [G, ...].
+        share: [G], sums to 1.
+    """
+
+    value: np.ndarray
+    influence: np.ndarray
+    share: np.ndarray
+
+    @classmethod
+    def of(cls, full: np.ndarray | float, without: np.ndarray, sizes: np.ndarray) -> Estimate:
+        """From the number [...], the number refitted without each group [G, ...], and the groups' sizes [G]."""
+        full, share = np.asarray(full, np.float64), sizes / sizes.sum()
+        keep = (1 - share).reshape(-1, *(1,) * full.ndim)
+        return cls(full, keep * (full - without), share)
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Of two numbers of the same groups."""
+        return Estimate(self.value + other.value, self.influence + other.influence, (self.share + other.share) / 2)
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """Of two numbers of the same groups. Swapping them changes every sign and nothing else, to the last bit."""
+        return Estimate(self.value - other.value, self.influence - other.influence, (self.share + other.share) / 2)
+
+    def scaled(self, factor: float) -> Estimate:
+        return Estimate(factor * self.value, factor * self.influence, self.share)
+
+    def mean(self, first: int, last: int) -> Estimate:
+        """Of the boundaries first..last, both included, along the last axis."""
+        span = (..., slice(first, last + 1))
+        return Estimate(self.value[span].mean(axis=-1), self.influence[span].mean(axis=-1), self.share)
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        return len(self.share) - 1
+
+    @property
+    def error(self) -> np.ndarray:
+        """[...] jackknife standard error, as `standard_error`; NaN with fewer than two groups."""
+        if self.degrees_of_freedom < 1:
+            return np.full(np.shape(self.value), np.nan)
+        h = (1 / self.share).reshape(-1, *(1,) * np.ndim(self.value))
+        return np.sqrt(np.mean((h * self.influence - self.influence.sum(axis=0)) ** 2 / (h - 1), axis=0))
+
+    @property
+    def half(self) -> np.ndarray:
+        """[...] half of the 95 % interval, by Student's t with G - 1 degrees of freedom."""
+        return t_quantile(self.degrees_of_freedom) * self.error
+
+    @property
+    def pseudo_values(self) -> np.ndarray:
+        """[G, ...] what each group by itself says of the number."""
+        return self.value + self.influence / self.share.reshape(-1, *(1,) * np.ndim(self.value))
+
+    @property
+    def p_value(self) -> np.ndarray:
+        """[...] two-sided p-value of 0 by sign flips of the groups' pseudo-values, each weighted with its share.
+
+        Pseudo-values average to the number less the jackknife's guess of its bias. They are moved to average to the
+        number itself, as the interval is about: for a tail exponent that guess is mostly noise, and null pairs of
+        N = 2d came out significant at 5 % in 9 % of 4000 trials with it, in 3 % without.
+        """
+        share = self.share.reshape(-1, *(1,) * np.ndim(self.value))
+        return sign_flip_p(share * (self.value - self.influence.sum(axis=0)) + self.influence)
+
+
+def t_quantile(degrees_of_freedom: float) -> float:
+    """The 0.975 quantile of Student's t; NaN below one degree of freedom."""
+    return float(stdtrit(degrees_of_freedom, 0.975)) if degrees_of_freedom >= 1 else math.nan
