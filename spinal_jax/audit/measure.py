@@ -29,7 +29,7 @@ from jax import Array
 
 from spinal_jax.audit.devices import OneDevice
 from spinal_jax.audit.lens_step import Across, Reading, Sums, nothing_read, over_groups
-from spinal_jax.audit.spectra import GramStore, Groups, Spectra, all_spectra, groups_of, spectra_count
+from spinal_jax.audit.spectra import GramStore, Spectra, all_spectra, spectra_count
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import GroupRun, Plan, TokenBatch
 from spinal_jax.errors import NotLeader, UserError
@@ -40,6 +40,7 @@ from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.formats.folders import Bar
 from spinal_jax.stats import jackknife
+from spinal_jax.stats.groups import Groups
 
 if TYPE_CHECKING:
     from spinal_jax.audit.resume import Progress
@@ -184,7 +185,7 @@ def measure(
     if reference is not None and not known:
         assert reference.spectra is not None
         reference.measurement = _finish(reference.spectra, own[1], plan, settings)
-    return replace(_finish(spectra, own[0], plan, settings), policy=_policy(across, groups_of(plan, settings.groups)))
+    return replace(_finish(spectra, own[0], plan, settings), policy=_policy(across, plan.groups))
 
 
 def keep(
@@ -255,7 +256,7 @@ def _run(
     then the spectra, in the process that leads, and what was read."""
     config, skips = model.config, settings.variants.skip
     boundaries = config.depth + 1
-    fewest = min(int(groups_of(plan, settings.groups, skip).rows.sum()) for skip in (plan.skip, *skips))
+    fewest = min(int(plan.rows_by_group(skip).sum()) for skip in (plan.skip, *skips))
     dtype = contraction.gram_dtype(fewest, config.width)
     wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
     with contextlib.ExitStack() as stack, wide:
@@ -303,7 +304,7 @@ def _run(
 
 def _finish(spectra: Spectra, sums: Sums, plan: Plan, settings: MetricsConfig) -> Measurement:
     """Fits, means and their jackknife, float64."""
-    groups = groups_of(plan, settings.groups)
+    groups = plan.groups
     used, drops, total = groups.used, groups.drops, groups.rows.sum()
     rows, positions = groups.rows[used], groups.positions[used]
     window = settings.contraction.window

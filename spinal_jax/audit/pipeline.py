@@ -46,6 +46,7 @@ from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.parallel.mesh import Choice, check_same, choose
+from spinal_jax.stats.groups import assign_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16384
 RANDOM = "random:"  # of a source: weights are drawn, not read
 WORLD_PROMPTS = 128  # of the controlled world's pool, where no limit is set
+HEAVY = 0.25  # share of the rows of one prompt or one group above which intervals are too narrow
 WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
 
 
@@ -174,6 +176,7 @@ def depth_trace(
         },
         prompts={
             **prompts,
+            **work.counts,
             "groups": len(found.rows),
             "tokens": work.tokens,
             "rows": work.rows,
@@ -318,17 +321,21 @@ def plan_prompts(
     limit, groups = asked.max_length, settings.groups
     if decoder.learned_positions and limit > decoder.max_positions:
         raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
-    sequences = []
+    kept: list[data.Prompt] = []
+    found: list[np.ndarray] = []
     for prompt in prompts.prompts:
         ids = data.token_ids(prompt, tokenizer, limit, asked.chat_template)
         if len(ids):
-            sequences.append(TokenSequence(ids, data.group_of(prompt.text, groups)))
-    if not sequences:
+            kept.append(prompt)
+            found.append(ids)
+    if not kept:
         raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
-    if (top := max(int(s.ids.max()) for s in sequences)) >= decoder.vocab_size:
+    if (top := max(int(ids.max()) for ids in found)) >= decoder.vocab_size:
         raise UserError(
             f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
         )
+    group, component = assign_groups([p.text for p in kept], [p.turns for p in kept], groups)
+    sequences = [TokenSequence(ids, number) for ids, number in zip(found, group.tolist(), strict=True)]
     each = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS
     work = plan(
         sequences,
@@ -337,6 +344,8 @@ def plan_prompts(
         batch_tokens or each * devices.rows,
         devices.rows,
         slots or devices.slots(decoder, settings),
+        groups,
+        {"components": int(component.max()) + 1, "largest_component": int(np.bincount(component).max())},
     )
     low, high = settings.contraction.window
     most = min(work.rows, decoder.width)
@@ -393,6 +402,17 @@ def caveats(found: Measurement, work: Plan, width: int) -> list[str]:
     if worst < WEAK_FIT:
         at = int(np.nanargmin(found.whole.columns["fit_r2"]))
         lines.append(f"The tail is not a clean power law everywhere: R^2 falls to {worst:.3f} at boundary {at}.")
+    if (share := work.largest_prompt_share) > HEAVY:
+        lines.append(
+            f"One prompt holds {share:.0%} of the rows: above {HEAVY:.0%} the intervals are far too narrow. Lower "
+            "prompts.max_length, or leave the longest prompts out."
+        )
+    elif (share := work.groups.largest_share) > HEAVY:
+        lines.append(
+            f"One group of prompts holds {share:.0%} of the rows: above {HEAVY:.0%} the intervals are far too narrow. "
+            f"The largest component of near-duplicate prompts has {work.counts.get('largest_component', 1)} of "
+            f"{len(work.sequences)} prompts."
+        )
     if len(found.rows) < 8:
         lines.append(f"Only {len(found.rows)} groups of prompts: the intervals are rough.")
     return lines

@@ -20,38 +20,11 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Groups:
-    """How much each group of prompts holds."""
-
-    rows: np.ndarray  # [all G] contraction rows
-    positions: np.ndarray  # [all G] transport positions
-
-    @property
-    def used(self) -> np.ndarray:
-        """The groups that say something of contraction and of transport."""
-        return np.flatnonzero((self.positions > 0) & (self.rows > 0))
-
-    @property
-    def drops(self) -> np.ndarray:
-        """The groups to leave out, one after the other; without the only group there is nothing."""
-        return self.used if len(self.used) > 1 else self.used[:0]
-
-
-def groups_of(plan: Plan, count: int, skip: int | None = None) -> Groups:
-    """Of a plan with groups 0..count - 1; rows by another `skip` than the plan's where one is given."""
-    rows, positions = np.zeros(count), np.zeros(count)
-    for sequence in plan.sequences:
-        rows[sequence.group] += max(0, len(sequence.ids) - (plan.skip if skip is None else skip))
-        positions[sequence.group] += len(plan.selector.of(sequence))
-    return Groups(rows, positions)
-
-
-@dataclass(frozen=True)
 class Spectra:
     """Singular values of a pool, and what other settings of the same pass give."""
 
     whole: np.ndarray  # [D + 1, d]
-    without: np.ndarray  # [G, D + 1, d] without each group of `Groups.drops`
+    without: np.ndarray  # [G, D + 1, d] without each group of `plan.groups.drops`
     variants: dict[str, np.ndarray]
 
 
@@ -112,7 +85,7 @@ def all_spectra(spools: list[GramStore], plan: Plan, settings: MetricsConfig, ad
         advance: called with 1 for each boundary of each spectrum (`spectra_count` of them in all).
     """
     asked, center = settings.variants, settings.contraction.center
-    groups = groups_of(plan, settings.groups)
+    groups = plan.groups
     whole, without = _spectra(spools[0], groups.drops, groups.rows, center, advance)
     variants: dict[str, np.ndarray] = {}
 
@@ -127,7 +100,7 @@ def all_spectra(spools: list[GramStore], plan: Plan, settings: MetricsConfig, ad
     if asked.center and not center:
         add("center", spools[0], groups.rows, True)
     for skip, spool in zip(asked.skip, spools[1:], strict=True):
-        add(f"skip={skip}", spool, groups_of(plan, settings.groups, skip).rows, center)
+        add(f"skip={skip}", spool, plan.rows_by_group(skip), center)
     return Spectra(whole, without, variants)
 
 

@@ -31,6 +31,7 @@ from spinal_jax.models.formats.base import Checkpoint
 from spinal_jax.models.translate import Family
 from spinal_jax.objectives.examples import pair_sets
 from spinal_jax.objectives.responses import Example, Shape
+from spinal_jax.stats.groups import assign_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -252,7 +253,8 @@ def _read_pairs(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, sides
     assert asked is not None
     found = pair_sets(asked)[0]
     kept, _ = data.tokenise_pairs(found, tokenizer, asked.max_length, asked.chat_template, asked.overlong)
-    texts = {pair.id: pair.prompt for pair in found.pairs}
+    asked_for = {pair.id: pair for pair in found.pairs}
+    prompts = [asked_for[pair.id] for pair in kept]
     examples = tuple((pair.chosen, pair.rejected) for pair in kept)
     longest = max(len(sequence.ids) for example in examples for sequence in example)
     for side in sides:
@@ -261,7 +263,7 @@ def _read_pairs(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, sides
                 f"a preference pair has {longest} tokens, but {side.name} has {side.decoder.max_positions} positions; "
                 "choose a smaller preferences.max_length"
             )
-    groups = tuple(data.group_of(texts[pair.id], config.metrics.groups) for pair in kept)
+    groups, _ = assign_groups([p.prompt for p in prompts], [p.turns for p in prompts], config.metrics.groups)
     on_cpu = jax.default_backend() == "cpu"
     most = config.batch_tokens or (CPU_PAIR_TOKENS if on_cpu else ACCELERATOR_PAIR_TOKENS)
-    return _Pairs(examples, groups, shape_for(examples, most))
+    return _Pairs(examples, tuple(groups.tolist()), shape_for(examples, most))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spinal_jax.data.documents import DocumentSet, read_documents, tokenise_documents
 from spinal_jax.data.order import examples_of, order, split
 from spinal_jax.data.pairs import Completion, PairSet, PreferencePair, TokenPair, read_pairs, tokenise_pairs
-from spinal_jax.data.prompts import SHIPPED, Prompt, PromptSet, group_of, read_prompts, token_ids
+from spinal_jax.data.prompts import SHIPPED, Prompt, PromptSet, read_prompts, token_ids
 from spinal_jax.data.world import World
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "TokenPair",
     "World",
     "examples_of",
-    "group_of",
     "order",
     "read_documents",
     "read_pairs",

@@ -12,8 +12,9 @@ positions of its own rows: what a device measures never has to come from another
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from spinal_jax.errors import UserError
+from spinal_jax.stats.groups import Groups
 
 SLOTS = 2
 LENGTH_CLASSES = (512, 2048, 8192, 32768, 131072)  # sequences up to each of these lengths share a compiled shape
@@ -116,7 +118,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a pool of sequences becomes batches, and what that costs."""
+    """How a prompt set's sequences become batches, and what that costs."""
 
     sequences: Sequence[TokenSequence]
     selector: Positions
@@ -124,6 +126,29 @@ class Plan:
     batches: tuple[Packed, ...]
     visits: tuple[GroupRun, ...]
     slots: int = SLOTS  # most groups in a batch
+    group_count: int = 0  # G, groups without a prompt included
+    counts: Mapping[str, int] = field(default_factory=dict)  # what a trace says of how its prompts became sequences
+
+    @cached_property
+    def groups(self) -> Groups:
+        """How much each group holds."""
+        positions = np.zeros(self.group_count)
+        for sequence in self.sequences:
+            positions[sequence.group] += len(self.selector.of(sequence))
+        return Groups(rows=self.rows_by_group(self.skip), positions=positions)
+
+    def rows_by_group(self, skip: int) -> np.ndarray:
+        """[G] contraction rows of each group where the first `skip` tokens of each sequence are left out."""
+        rows = np.zeros(self.group_count)
+        for sequence in self.sequences:
+            rows[sequence.group] += max(0, len(sequence.ids) - skip)
+        return rows
+
+    @property
+    def largest_prompt_share(self) -> float:
+        """Share of the contraction rows that the longest prompt holds; 0 where there are none."""
+        most = max((len(sequence.ids) - self.skip for sequence in self.sequences), default=0)
+        return max(0, most) / max(1, self.rows)
 
     @property
     def tokens(self) -> int:
@@ -205,6 +230,8 @@ def plan(
     batch_tokens: int,
     shards: int = 1,
     slots: int = SLOTS,
+    groups: int | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> Plan:
     """Packs sequences into batches of about `batch_tokens` tokens, few shapes and little padding.
 
@@ -215,6 +242,8 @@ def plan(
         batch_tokens: of all shards together; each gets a row at least.
         shards: how many share the rows of a batch; it divides every batch's height and number of measured positions.
         slots: most groups in a batch.
+        groups: how many there are, those without a prompt included; None: up to the last that a sequence names.
+        counts: `Plan.counts`.
 
     Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen
     by trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
@@ -255,7 +284,16 @@ def plan(
         for k, group in enumerate(packed):
             last = max(i for i, (a, b) in enumerate(cuts) if any(owner == first + k for _, owner in rows[a:b]))
             visits.append(GroupRun(group, (first + k) % slots, offset + last))
-    return Plan(sequences, selector, skip, tuple(batches), tuple(visits), slots)
+    return Plan(
+        sequences=sequences,
+        selector=selector,
+        skip=skip,
+        batches=tuple(batches),
+        visits=tuple(visits),
+        slots=slots,
+        group_count=1 + max((s.group for s in sequences), default=-1) if groups is None else groups,
+        counts=dict(counts or {}),
+    )
 
 
 def _row_lengths(longest: int) -> list[int]:

@@ -6,7 +6,6 @@ format (`_FORMATS`); whatever is wrong with a file is one `UserError` that says 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spinal_jax.data.sources import Row, asked, digest, field_of, json_object, rows, text_of, turns_of, valid
+from spinal_jax.data.sources import Row, asked, digest, field_of, json_object, rows, text_of, turns_of
 from spinal_jax.data.transcripts import ASSISTANT, render, transcript, turns
 from spinal_jax.errors import UserError
 
@@ -84,15 +83,6 @@ def read_prompts(
         wanted = asked(offset, limit)
         raise UserError(f"{source!r} has no prompt among the rows asked for ({wanted}; {skipped} empty ones left out)")
     return PromptSet(tuple(prompts), source, format, skipped, digest(prompt.text for prompt in prompts))
-
-
-def group_of(text: str, groups: int) -> int:
-    """The group of a prompt, 0 to `groups` - 1: the 8-byte BLAKE2b hash of its UTF-8 text, big-endian, modulo `groups`.
-
-    The same in every process and on every machine.
-    """
-    hashed = hashlib.blake2b(valid(text).encode(), digest_size=8).digest()
-    return int.from_bytes(hashed, "big") % groups
 
 
 def token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool) -> np.ndarray:

@@ -21,11 +21,12 @@ from typing import Literal, NamedTuple, TypeVar
 from spinal_jax.data.documents import DocumentSet
 from spinal_jax.data.order import order
 from spinal_jax.data.pairs import PairSet, PreferencePair
-from spinal_jax.data.prompts import Prompt, PromptSet, group_of
+from spinal_jax.data.prompts import Prompt, PromptSet
 from spinal_jax.data.sources import digest
 from spinal_jax.data.transcripts import transcript
 from spinal_jax.data.words import CURT, GREETINGS, KIND, RELATIONS, Relation, Style, forms
 from spinal_jax.errors import UserError
+from spinal_jax.stats.groups import group_of
 
 T = TypeVar("T")
 

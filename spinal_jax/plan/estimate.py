@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from spinal_jax.audit.spectra import groups_of, spectra_count
+from spinal_jax.audit.spectra import spectra_count
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
@@ -153,7 +153,7 @@ def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
 
 def gram_dtype(work: Plan, settings: MetricsConfig, width: int) -> np.dtype:
     """Of the Gram sums of a pool of prompts."""
-    fewest = min(int(groups_of(work, settings.groups, s).rows.sum()) for s in (work.skip, *settings.variants.skip))
+    fewest = min(int(work.rows_by_group(s).sum()) for s in (work.skip, *settings.variants.skip))
     return contraction.gram_dtype(fewest, width)
 
 
@@ -169,7 +169,7 @@ class Host:
 
 def host(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> Host:
     """The spectra at every boundary, whole and without each group, on so many cores; one matrix a core."""
-    groups, d, boundaries = groups_of(work, settings.groups), config.width, config.depth + 1
+    groups, d, boundaries = work.groups, config.width, config.depth + 1
     drops = len(groups.drops)
     variants = spectra_count(boundaries, settings) // boundaries - 1
     matrices = boundaries * (1 + drops + variants * (1 + (drops if settings.variants.groups else 0)))

@@ -24,7 +24,8 @@ def pool(config: PlanConfig, decoder: DecoderConfig, shards: int) -> packing.Pla
     sequences = [packing.TokenSequence(ids, number % groups, start) for number in range(config.prompt_count)]
     most = CPU_BATCH_TOKENS if config.device == "cpu" else ACCELERATOR_BATCH_TOKENS
     selector = packing.Positions.parse(config.metrics.transport.positions)
-    return packing.plan(sequences, selector, config.metrics.contraction.skip, config.batch_tokens or most, shards)
+    skip, tokens = config.metrics.contraction.skip, config.batch_tokens or most
+    return packing.plan(sequences, selector, skip, tokens, shards, groups=groups)
 
 
 def widest(work: packing.Plan) -> packing.Packed:

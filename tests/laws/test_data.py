@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spinal_jax.data import Prompt, group_of, read_prompts, token_ids
+from spinal_jax.data import Prompt, read_prompts, token_ids
 from spinal_jax.errors import UserError
+from spinal_jax.stats.groups import group_of
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ raise_exception('the user speaks first') }}"
@@ -334,28 +335,6 @@ def test_bad_settings(tmp_path, tokenizer):
     assert "(offset=5, limit=null; 0 empty" in message(lambda: read_prompts(path, offset=5))
     assert "Not a directory" in message(lambda: read_prompts(path + "/x"))
     assert "max_length=0" in message(lambda: token_ids(plain("a"), tokenizer, 0, False))
-
-
-# Groups
-
-
-def test_groups_are_pinned():
-    """Runs of different releases and machines are paired by group; Python's own hash differs in every process."""
-    assert [group_of(text, 16) for text in ("", "hello", "grüße 🍅")] == [4, 13, 12]
-    assert group_of("hello", 1) == 0
-
-
-@given(st.text(), st.integers(1, 1000))
-def test_any_text_has_one_group(text, groups):
-    assert 0 <= group_of(text, groups) < groups
-    assert group_of(text, groups) == group_of(text, groups)
-
-
-def test_groups_are_roughly_even():
-    """Counts of 8000 texts in 16 groups, 500 expected each: chi-squared with 15 degrees of freedom is below 37.7 with
-    probability 0.999, and the texts are fixed."""
-    counts = np.bincount([group_of(f"prompt number {i}", 16) for i in range(8000)], minlength=16)
-    assert np.sum((counts - 500) ** 2 / 500) < 37.7
 
 
 # Tokens

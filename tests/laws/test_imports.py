@@ -22,8 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "wording": set(),
-    "data.packing": {"errors"},
-    "data": {"errors"},
+    "stats.groups": set(),
+    "data.packing": {"errors", "stats.groups"},
+    "data": {"errors", "stats.groups"},
     "parallel.devices": {"errors"},
     "config": {"errors", "data.packing", "parallel.devices"},
     "metrics": {"errors"},
@@ -34,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "audit": {
         "errors",
         "files",
+        "stats.groups",
         "data.packing",
         "data",
         "config",
@@ -50,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"errors", "data", "config", "metrics", "models"},
     "comparison.preference_gradient": {"config", "metrics", "models", "objectives"},
     "comparison.checkpoints": {
+        "stats.groups",
         *("errors", "data.packing", "data", "config", "models", "audit.trace", "audit", "comparison", "objectives"),
         *("comparison.record", "comparison.preference_gradient"),
     },

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from spinal_jax.data import PreferencePair, World, group_of, tokenise_documents, tokenise_pairs
+from spinal_jax.data import PreferencePair, World, tokenise_documents, tokenise_pairs
 from spinal_jax.data.words import CURT, KIND
 from spinal_jax.errors import UserError
 from spinal_jax.models.families import family_of
 from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
 from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.translate import parameter_shapes
+from spinal_jax.stats.groups import group_of
 
 ASSISTANT = "\n\nAssistant:"
 
