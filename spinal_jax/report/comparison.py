@@ -1,44 +1,61 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""The report of a comparison: what alignment changed, where and how sure that is, from saved files alone."""
+"""The report of a comparison: what changed between two checkpoints, where and how sure that is, from saved files."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from spinal_jax.comparison.ranking import rank
-from spinal_jax.comparison.record import BOTH, LOCALISED, METRICS, UNITS, Comparison, load_comparison
+from spinal_jax.comparison.record import METRICS, UNITS, Comparison, load_comparison
 from spinal_jax.files import write_whole
-from spinal_jax.report.comparison_figures import MASSES, SURE, comparison_figures, mass_shares, setting_bands, way
-from spinal_jax.report.figures import Figure, hover_bands, png_bytes, svg_text
-from spinal_jax.report.page import describe_positions, inline, name_boundaries, template
-from spinal_jax.wording import decimals, number, plus_minus
-
-Table = dict[str, Any]
-Cell = dict[str, str]
-# The numbers of the terminal block: name, title, unit, which weight of the score it has.
-PARTS = (
-    ("delta_align", "Δ align", "", "delta"),
-    ("delta_contraction", "Δ contraction α", "", ""),
-    ("delta_transport", "Δ transport L", "rad", ""),
-    ("coherence", "coherence of the aligned", "", "coherence"),
-    ("coherence_reference", "coherence of the reference", "", ""),
-    ("gradient_concentration", "gradient share", "", "gradient"),
-    ("spinal_score", "SPINALScore", "", ""),
+from spinal_jax.report import charts
+from spinal_jax.report.cells import (
+    by_row,
+    cell,
+    column,
+    digest,
+    name_boundaries,
+    percent,
+    tile,
 )
-P_VALUES = {
-    "delta_align": "p_value",
-    "delta_contraction": "delta_contraction_p",
-    "delta_transport": "delta_transport_p",
-}
-TITLES = {"effective_rank": "effective rank"}
-SOURCES = "spinal compare model.source=ALIGNED reference.source=BASE"
+from spinal_jax.report.comparison_figures import comparison_figures, way
+from spinal_jax.report.comparison_tables import boundaries, grid, models, parts, places, ranking_table
+from spinal_jax.report.comparison_words import (
+    caveats,
+    facts,
+    half,
+    missing,
+    score_words,
+    summary_markdown,
+    targets,
+)
+from spinal_jax.report.figures import png_bytes, svg_text
+from spinal_jax.report.inline import inline
+from spinal_jax.report.method import method
+from spinal_jax.report.sections import (
+    Block,
+    Chart,
+    Facts,
+    Page,
+    Picture,
+    Pictures,
+    Points,
+    Section,
+    Table,
+    Text,
+    Tile,
+    Tiles,
+    render,
+)
+from spinal_jax.wording import number
+
+ROLES = {"contraction": "blue", "transport": "vermillion", "entropy": "green", "curvature": "purple"}
 
 
 def is_comparison(folder: str | os.PathLike[str]) -> bool:
@@ -75,147 +92,238 @@ def write_comparison_report(folder: str | os.PathLike[str]) -> Path:
 def render_comparison_report(found: Comparison, others: Sequence[Comparison] = ()) -> str:
     """The page as text: equal comparisons give equal text."""
     ranked = _ranked(found, others)
-    drawn = comparison_figures(found, ranked)
+    figures = comparison_figures(found, ranked)
+    drawn = {name: inline(figure, name, targets(figure, name, found)) for name, figure in figures.items()}
+    names = f"{found.aligned['name']} against {found.reference['name']}"
     first, last = found.terminal
-    return template("comparison.html").render(
-        found=found,
-        tiles=_tiles(found),
-        has_intervals=found.summary["degrees_of_freedom"] >= 1,
-        block=name_boundaries(range(first, last + 1)),
-        parts=_parts(found),
-        score_words=_score_words(found),
-        ranking=_ranking_table(ranked) if ranked else None,
-        headline_places=[place for place, each in enumerate(ranked, 1) if each is found],
-        pictures={name: inline(figure, name, _strips(figure, name, found)) for name, figure in drawn.items()},
-        missing=missing(found),
-        places=_places(found),
-        table=_boundary_table(found),
-        grid=_grid(found),
-        many_ways=len({way(setting) for setting in found.robustness["settings"]}) > 3,
-        caveats=caveats(found),
-        facts=facts(found),
-    )
-
-
-def summary_markdown(found: Comparison, others: Sequence[Comparison] = ()) -> str:
-    """A Markdown section for a model card: verdict, numbers with intervals, where, settings, caveats."""
-    shown = [row for row in _parts(found)["rows"] if row[0]["text"] != "–"]
-    titles = [key for key, row in zip(_parts(found)["keys"], _parts(found)["rows"], strict=True) if row in shown]
-    lines = [
-        f"## Alignment footprint (SPINAL): {_md(found.verdict)}",
-        "",
-        f"{_md(found.summary['sentence'])} {_md(found.robustness['sentence'])}",
-        "",
-        "| quantity | value | 95 % interval | p |",
-        "| --- | ---: | ---: | ---: |",
-        *(
-            f"| {_md(title)} | {row[0]['text']} | {row[1]['text']} | {row[2]['text']} |"
-            for title, row in zip(titles, shown, strict=True)
+    block = name_boundaries(range(first, last + 1))
+    sections = [
+        Section("What changed", _changes(found, drawn)),
+        Section("Where it changed", _where(found, drawn)),
+        Section("Does it hold under other settings", _robustness(found, drawn)),
+        Section("Which prompts moved it", _groups(found)),
+        Section("The score and its parts", [parts(found), Text(score_words(found), "note")]),
+    ]
+    if ranked:
+        sections.append(Section("More than two checkpoints", _ranking(found, ranked, drawn)))
+    sections += [
+        Section("All boundaries", [Text(_TABLE_NOTE, "note"), boundaries(found)]),
+        Section("Caveats", [Points(caveats(found))]),
+        Section("What was compared, on what", [models(found), Facts([*facts(found), *_hashes(found)])]),
+        method(
+            (
+                "contraction",
+                "transport",
+                "delta_align",
+                "policy_distance",
+                "gradient_share",
+                "coherence",
+                "intervals",
+                "p_values",
+            ),
+            ("Terminal block", f"The blocks that end at {block}."),
+            ("Verdict", _VERDICT),
         ),
-        "",
-        *(f"- {_md(words)} `{command}`" for words, command in missing(found)),
-        "",
     ]
-    where = [
-        f"- {_md(MASSES[name])}: {_percent(place['share'])} in the terminal block (evenly spread: "
-        f"{_percent(place['share_even'])}), 80 % of it in blocks {place['run'][0]}–{place['run'][1]}"
-        for name, place in found.summary["localisation"].items()
-        if place["run"]
-    ]
-    if where:
-        lines += ["### Where", "", *where, ""]
-    if others:
-        lines += ["### Ranking", "", "| | aligned | reference | Δ align | 95 % interval | verdict |"]
-        lines += ["| ---: | --- | --- | ---: | ---: | --- |"]
-        for row in rank([found, *others]).rows():
-            ends = _ends(row["delta_align_low"], row["delta_align_high"])
-            names = f"{_md(row['aligned'])} | {_md(row['reference'])}"
-            lines.append(f"| {row['place']} | {names} | {number(row['delta_align'])} | {ends} | {row['verdict']} |")
-        lines.append("")
-    lines += ["### Settings", "", *(f"- {_md(term)}: {_md(words)}" for term, words in facts(found)), ""]
-    lines += ["### Caveats", "", *(f"- {_md(caveat)}" for caveat in caveats(found))]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
-
-
-def missing(found: Comparison) -> list[tuple[str, str]]:
-    """(what this comparison could not tell, the command that can)."""
-    lines = []
-    if np.isnan(found.columns["policy_distance"]).all():
-        lines.append(("Policy distance was not measured. It needs both models:", SOURCES))
-    if np.isnan(found.columns["gradient_norm"]).all():
-        words = "Gradient share and SPINALScore were not measured. They need both models and preference pairs:"
-        lines.append((words, f"{SOURCES} preferences=jsonl preferences.path=FILE"))
-    return lines
-
-
-def caveats(found: Comparison) -> list[str]:
-    """What a reader must know before trusting the verdict: this comparison's warnings, then what holds for all."""
-    groups, tests = found.prompts["groups"], int(np.isfinite(found.columns["delta_contraction_p"]).sum())
-    said = list(found.warnings)
-    least = 2.0 ** (1 - groups)
-    if groups > 1 and tests and least * tests >= SURE:
-        said.append(
-            f"With {groups} groups of prompts no p-value can be below {number(least, 2)}, and after Holm’s correction "
-            f"over {tests} boundaries none below {number(min(1.0, least * tests), 2)} unless others are as small: few "
-            "boundaries, or none, can be marked significant. More groups can."
+    return render(
+        Page(
+            title=f"{names}: {found.verdict}",
+            kicker=f"Comparison · {names}",
+            heading=found.verdict[0].upper() + found.verdict[1:],
+            answer=[
+                Text(str(found.summary["sentence"]), "lead"),
+                Points(_limits(found), "limits"),
+                _tiles(found),
+                Text(_how_sure(found, block), "note"),
+            ],
+            glance=[_traces(found, drawn["traces"])],
+            sections=sections,
+            footer=_footer(bool(ranked)),
         )
-    if not found.settings["same_prompts"]:
-        said.append("The two models saw different prompts: this is a control, not a comparison of the models.")
-    if found.settings["align"] == "relative":
-        said.append("The reference was read at the relative depths of the aligned model’s boundaries.")
+    )
+
+
+def _limits(found: Comparison) -> list[str]:
+    """What the sentence cannot say, for the first screen."""
     return [
-        *said,
-        "A change is what the two checkpoints differ by. That preferences caused it takes controls: a run on shuffled "
-        "labels, or on the chosen responses alone, compared with the same reference.",
-        "Intervals say how much the numbers would change with other prompts of the same kind. They say nothing about "
-        "other kinds of prompts, or another seed of the training.",
-        "The verdict is that of Δ align’s interval under one setting of the measurement. The other settings are no "
-        "independent evidence, as they read the same prompts.",
-        "At every boundary, predictions are read through the final norm and the unembedding (the “logit lens”), which "
-        "were trained for the last boundary alone.",
+        str(found.robustness["sentence"]),
+        "One pair of checkpoints and an interval over prompts: not attributable to alignment without controls.",
     ]
 
 
-def facts(found: Comparison) -> list[tuple[str, str]]:
-    """(term, words) of the models, the prompts and the settings."""
-    prompts, settings = found.prompts, found.settings
-    low, high = settings["window"]
-    skip = {0: "every token", 1: "every token but the first"}.get(
-        settings["skip"], f"every token but the first {settings['skip']}"
+def _tiles(found: Comparison) -> Tiles:
+    summary, robustness = found.summary, found.robustness
+    p, last = float(summary["p_value"]), found.depth
+    distance, low, high = (float(found.columns[f"policy_distance{end}"][last]) for end in ("", "_low", "_high"))
+    items = [
+        tile(
+            "Δ align",
+            summary["delta_align"],
+            half(found, "delta_align"),
+            "",
+            "no p-value" if math.isnan(p) else f"p = {number(p, 2)}",
+        ),
+        tile("Policy distance", distance, (high - low) / 2, "rad", "between the outputs, 0 to π"),
+        Tile("Sign holds", f"{robustness['holds']} of {robustness['of']}", note="settings of the measurement"),
+        tile("Δ contraction α", summary["delta_contraction"], half(found, "delta_contraction"), "", "terminal block"),
+        tile("Δ transport L", summary["delta_transport"], half(found, "delta_transport"), "rad", "terminal block"),
+    ]
+    return Tiles(items)
+
+
+def _how_sure(found: Comparison, block: str) -> str:
+    said = (
+        "Δ is the aligned model less the reference. Δ align (Delta_align) is contraction gained less transport gained, "
+        f"means over {block}: positive means toward contraction, negative toward expansion. "
     )
-    predictions = "full vocabulary" if settings["top_k"] is None else f"the {settings['top_k']} likeliest tokens"
-    weights = ", ".join(f"{name} {number(value)}" for name, value in settings["weights"].items())
+    freedom = found.summary["degrees_of_freedom"]
+    if freedom < 1:
+        return said + "No intervals: they need two groups of prompts or more."
+    return said + (
+        f"± is half of a 95 % interval: jackknife over {found.prompts['groups']} groups of prompts, Student’s t with "
+        f"{freedom} degrees of freedom."
+    )
+
+
+def _traces(found: Comparison, still: Markup) -> Chart:
+    """Both depth traces over each other."""
+    x, (first, last) = np.arange(found.boundaries), found.terminal
+    panels = []
+    for name, label in (("contraction", "contraction α"), ("transport", "transport L (rad)")):
+        lines = []
+        for side, colour, look in (("aligned", ROLES[name], 0), ("reference", "ink", 1)):
+            values, low, high = (found.columns[f"{side}_{name}{end}"] for end in ("", "_low", "_high"))
+            lines.append(charts.Line(side, values, colour, look, low, high))
+        panels.append(charts.panel(label, x, lines, shaded=(first - 0.5, last + 0.5)))
+    data = charts.stacked(f"boundary (0: embeddings, {found.depth}: after the last block)", panels, height=190)
+    words = (
+        "<b>The two depth traces.</b> Contraction and transport of the aligned model (solid) and the reference "
+        "(dashed) on the same tokens. The shaded part is the terminal block."
+    )
+    return Chart("traces", data, still, Markup(words))
+
+
+def _changes(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
+    x, (first, last) = np.arange(found.boundaries), found.terminal
+    panels = []
+    for name in METRICS:
+        values, low, high = (found.columns[f"delta_{name}{end}"] for end in ("", "_low", "_high"))
+        unit = f" ({UNITS[name]})" if name in UNITS else ""
+        line = charts.Line(f"Δ {name.replace('_', ' ')}", values, ROLES.get(name, "blue"), 0, low, high)
+        panels.append(
+            charts.panel(f"Δ {name.replace('_', ' ')}{unit}", x, [line], (first - 0.5, last + 0.5), zero=True)
+        )
+    words = Markup(
+        "<b>What changed.</b> The aligned model less the reference at each boundary, with 95 % intervals. In the still "
+        "picture (paper, figures/deltas.png) a filled point is significant: p below 0.05 by sign flips, after Holm’s "
+        "correction over boundaries; the table of all boundaries marks the same with an asterisk."
+    )
+    chart = Chart("deltas", charts.stacked("boundary", panels, height=150), drawn["deltas"], words)
+    pictures = []
+    if "policy" in drawn:
+        words = Markup(
+            "<b>Policy distance.</b> How far apart the two models’ next-token distributions are at each boundary, from "
+            "0 (equal) to π (disjoint)."
+        )
+        pictures.append(Picture("policy", drawn["policy"], words, "Point at a boundary to read its value."))
+    if "gradient" in drawn:
+        apart = found.summary["gradient_apart"]
+        said = ", ".join(f"{name.replace('_', ' ')} {number(apart[name])}" for name in sorted(apart))
+        words = Markup(
+            "<b>Preference gradient.</b> The norm of the preference loss’s gradient over each block’s parameters.{}"
+        )
+        words = words.format(f" Apart from the blocks: {said}." if said else "")
+        pictures.append(Picture("gradient", drawn["gradient"], words, "Point at a block to read its value."))
+    lost = [Text(Markup("{} <code>{}</code>").format(said, command), "note") for said, command in missing(found)]
+    return [chart, *([Pictures(pictures)] if pictures else []), *lost]
+
+
+def _where(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
+    words = Markup(
+        "<b>Where it changed.</b> Each block’s share of the whole change, for each measure. The thick bar above is the "
+        "shortest run of blocks that holds 80 %."
+    )
+    picture = Picture("where", drawn["where"], words, "Point at a block to read its shares.")
+    note = Text(
+        "Relative depth runs from 0 (embeddings) to 1 (after the last block). The shortest run is that of blocks which "
+        "hold 80 % of the change; beside it how many of the groups agree when each is left out.",
+        "note",
+    )
+    return [Pictures([picture]), places(found), note]
+
+
+def _robustness(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
+    tall = len({way(setting) for setting in found.robustness["settings"]}) > 3
+    words = Markup(
+        "<b>Does it hold?</b> Δ align under other settings of the measurement. {} Names are those of the settings; "
+        "“center” is the other choice of centring."
+    ).format(found.robustness["sentence"])
+    picture = Picture("robustness", drawn["robustness"], words, "Point at a setting to read its values.", tall)
+    return [Pictures([picture]), grid(found)]
+
+
+def _groups(found: Comparison) -> list[Block]:
+    """What each group of prompts says by itself, largest deviation first."""
+    values = found.arrays.get("groups/delta_align")
+    if values is None or len(values) < 2 or not np.isfinite(values).any():
+        return [Text("The comparison has no pseudo-values of groups, so contributions are not known.", "note")]
+    mean = float(np.nanmean(values))
+    first, last = found.terminal
+    parts = {
+        name: np.nanmean(found.arrays[f"groups/delta_{name}"][:, first : last + 1], axis=1)
+        for name in ("contraction", "transport")
+        if f"groups/delta_{name}" in found.arrays
+    }
+    order = np.argsort(-np.abs(values - mean), kind="stable")
+    total = float(np.nansum((values - mean) ** 2)) or math.nan
+    columns = [column(values[order]), column((values - mean)[order])]
+    columns.append(
+        [
+            cell(percent(share) if math.isfinite(share) else "–", share)
+            for share in ((values - mean)[order] ** 2 / total).tolist()
+        ]
+    )
+    columns += [column(numbers[order]) for numbers in parts.values()]
+    head = [("Δ align by itself", ""), ("less the mean", ""), ("share of the variance", "")]
+    head += [(f"Δ {name}", UNITS.get(name, "")) for name in parts]
+    opposite = int(np.sum(np.sign(values) == -np.sign(mean)))
+    table = Table(
+        "Contribution of each group of prompts", "group", head, order.tolist(), by_row(columns), in_order=False
+    )
+    words = (
+        f"The jackknife’s pseudo-values: what each of the {len(values)} groups of prompts says by itself; their mean "
+        f"is {number(mean)}. {opposite} of them have the opposite sign. A group far from the others moved the result, "
+        "or widened its interval, more than the rest."
+    )
+    bars = charts.Line("Δ align by itself", values, "purple", look=3)
+    data = charts.stacked("group", [charts.panel("Δ align", np.arange(len(values)), [bars], zero=True)], height=170)
+    return [Text(words), Chart("groups", data, Markup(""), "Each point is a group of prompts."), table]
+
+
+def _ranking(found: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[Block]:
+    captions = {
+        "ranking": Markup(
+            "<b>Ranked by Δ align.</b> Each checkpoint against its reference, strongest contraction first. Checkpoints "
+            "whose intervals overlap are not told apart."
+        ),
+        "overlay": Markup(
+            "<b>Where each changed.</b> Changes of contraction and transport over relative depth, numbered as ranked."
+        ),
+    }
+    shaded = [place for place, each in enumerate(ranked, 1) if each is found]
     return [
-        ("Aligned", _model(found.aligned)),
-        ("Reference", _model(found.reference)),
-        (
-            "Prompts",
-            f"{prompts['count']:,} from {prompts['source']}, in {prompts['groups']} groups by a hash of their text"
-            + ("" if settings["same_prompts"] else "; the reference saw others"),
-        ),
-        (
-            "Contraction",
-            f"N = {prompts['rows']:,} rows, {skip} of each prompt, "
-            f"{'centred' if settings['center'] else 'not centred'}; fit window {100 * low:g} to {100 * high:g} % of "
-            "the ranks",
-        ),
-        (
-            "Transport",
-            f"{prompts['positions']:,} positions, {describe_positions(settings['positions'])}; {predictions}, "
-            f"temperature {settings['temperature']:g}",
-        ),
-        ("Terminal block", name_boundaries(range(found.terminal[0], found.terminal[1] + 1))),
-        ("Depth", "boundary by boundary" if settings["align"] == "equal" else "by relative depth"),
-        ("Weights of the score", weights),
+        Pictures([Picture(name, drawn[name], words) for name, words in captions.items()]),
+        ranking_table(ranked, shaded),
+        Text("The shaded row is the comparison that this page is about. Select a column’s name to sort by it.", "note"),
     ]
 
 
-def _model(model: Mapping[str, Any]) -> str:
-    revision = f", revision {model['revision']}" if model["revision"] else ""
-    return (
-        f"{model['name']}, from {model['source']}{revision}: {model['family']} family, {model['layers']} blocks, width "
-        f"{model['width']:,}, vocabulary {model['vocabulary']:,}, computed in {model['dtype']}"
-    )
+def _hashes(found: Comparison) -> list[tuple[str, str | Markup]]:
+    return [
+        ("Weights, aligned", digest(found.aligned["sha256"])),
+        ("Weights, reference", digest(found.reference["sha256"])),
+        ("Prompts", digest(found.prompts["sha256"])),
+    ]
 
 
 def _ranked(found: Comparison, others: Sequence[Comparison]) -> tuple[Comparison, ...]:
@@ -223,212 +331,19 @@ def _ranked(found: Comparison, others: Sequence[Comparison]) -> tuple[Comparison
     return rank([found, *others]).comparisons if others else ()
 
 
-def _half(found: Comparison, name: str) -> float:
-    return float(found.summary[f"{name}_high"] - found.summary[f"{name}_low"]) / 2
+def _footer(ranked: bool) -> Markup:
+    return Markup(
+        "The same numbers are in <code>comparison.json</code> and <code>comparison.csv</code> beside this file{}, a "
+        "summary for a model card in <code>summary.md</code>. To draw this page again from them, without the models: "
+        "<code>spinal report DIR</code>, where DIR is the folder this file is in."
+    ).format(Markup(", the ranking in <code>ranking.csv</code>") if ranked else "")
 
 
-def _tiles(found: Comparison) -> list[dict[str, str]]:
-    first, last = found.terminal
-    block = f"mean over {first}–{last}" if last > first else f"boundary {last}"
-    p = found.summary["p_value"]
-    tiles = []
-    for name, label, unit, note in (
-        ("delta_align", "Δ align", "", "no p-value" if math.isnan(p) else f"p = {number(p, 2)}"),
-        ("delta_contraction", "Δ contraction α", "", block),
-        ("delta_transport", "Δ transport L", "rad", block),
-        ("spinal_score", "SPINALScore", "", "weighted sum, see below"),
-    ):
-        value, _, half = plus_minus(float(found.summary[name]), _half(found, name)).partition(" ± ")
-        note = "not measured" if value == "–" else note
-        tiles.append({"label": label, "value": value, "half": half, "unit": unit, "note": note})
-    return tiles
-
-
-def _parts(found: Comparison) -> Table:
-    weights = found.settings["weights"]
-    rows = []
-    for name, _, unit, weight in PARTS:
-        value, low, high = (float(found.summary[f"{name}{end}"]) for end in ("", "_low", "_high"))
-        p = float(found.summary[P_VALUES[name]]) if name in P_VALUES else math.nan
-        rows.append(
-            [
-                _cell(f"{number(value)} {unit}".rstrip() if math.isfinite(value) else "–", value),
-                _cell(_ends(low, high), low),
-                _cell(number(p, 2), p),
-                _cell(number(weights[weight]), weights[weight]) if weight else _cell("", math.nan),
-            ]
-        )
-    head = [("value", ""), ("95 % interval", ""), ("p", ""), ("weight in the score", "")]
-    return {"corner": "quantity", "head": head, "keys": [title for _, title, *_ in PARTS], "rows": rows}
-
-
-def _score_words(found: Comparison) -> str:
-    known = [(title, found.summary[name], found.settings["weights"][w]) for name, title, _, w in PARTS if w]
-    if math.isnan(found.summary["spinal_score"]):
-        lost = ", ".join(title for title, value, _ in known if math.isnan(value))
-        return f"The SPINALScore is the weighted sum of its parts; it is not defined here without {lost}."
-    sums = " + ".join(f"{number(weight)} · {number(value)}" for _, value, weight in known)
-    named = ", ".join(title for title, *_ in known)
-    return f"SPINALScore = {sums} = {number(found.summary['spinal_score'])}: each weight times its part, {named}."
-
-
-def _places(found: Comparison) -> Table:
-    rows = []
-    for name in LOCALISED:
-        place = found.summary["localisation"][name]
-        row = []
-        for key in ("share", "centroid"):
-            scale, form = (100, "{:.0f}") if key == "share" else (1, "{:.2f}")
-            value, half = place[key], (place[f"{key}_high"] - place[f"{key}_low"]) / 2
-            unit = " %" if key == "share" else ""
-            text = form.format(scale * value) + unit if math.isfinite(value) else "–"
-            half = form.format(scale * half) if math.isfinite(half) else ""
-            even = form.format(scale * place[f"{key}_even"]) + unit
-            row += [_cell(text, value, half), _cell(even, place[f"{key}_even"])]
-        run = place["run"]
-        row.append(_cell(f"{run[0]}–{run[1]}" if run else "–", run[0] if run else math.nan))
-        row.append(_cell(place["run_agreement"] if run else "–", math.nan))
-        rows.append(row)
-    head = [("in the terminal block", ""), ("even", ""), ("centroid", "relative depth"), ("even", "")]
-    head += [("shortest run", "blocks"), ("groups that agree", "")]
-    return {"corner": "measure", "head": head, "keys": [MASSES[name] for name in LOCALISED], "rows": rows}
-
-
-def _ranking_table(ranked: Sequence[Comparison]) -> Table:
-    rows = []
-    for row in rank(ranked).rows():
-        cells = [{"text": row[name], "half": "", "key": row[name]} for name in ("aligned", "reference", "verdict")]
-        half = (row["delta_align_high"] - row["delta_align_low"]) / 2
-        value, _, width = plus_minus(row["delta_align"], half).partition(" ± ")
-        cells.append(_cell(value, row["delta_align"], width))
-        for name in ("p_value", "delta_contraction", "delta_transport", "spinal_score", "contraction_centroid"):
-            cells.append(_cell(number(row[name], 2 if name == "p_value" else 3), row[name]))
-        cells.append(_cell(f"{row['holds']} of {row['settings']}", row["holds"] / row["settings"]))
-        rows.append([*cells[:3], _cell(str(row["blocks"]), row["blocks"]), *cells[3:]])
-    head = [("aligned", ""), ("reference", ""), ("verdict", ""), ("blocks", ""), ("Δ align", ""), ("p", "")]
-    head += [("Δ contraction", ""), ("Δ transport", "rad"), ("SPINALScore", ""), ("centroid of |Δα|", "relative depth")]
-    head += [("sign holds", "settings")]
-    return {"corner": "place", "head": head, "keys": list(range(1, len(rows) + 1)), "rows": rows}
-
-
-def _boundary_table(found: Comparison) -> Table:
-    """Every delta, then what only both models give, where it was measured."""
-    rows: list[list[Cell]] = [[] for _ in range(found.boundaries)]
-    head = []
-    measured = [name for name in BOTH if np.isfinite(found.columns[name]).any()]
-    for name in (*(f"delta_{metric}" for metric in METRICS), *measured):
-        metric = name.removeprefix("delta_")
-        head.append((f"{'Δ ' if name != metric else ''}{metric.replace('_', ' ')}", UNITS.get(metric, "")))
-        values, low, high = (found.columns[f"{name}{end}"] for end in ("", "_low", "_high"))
-        half, sure = (high - low) / 2, found.columns.get(f"{name}_p_holm", np.full(found.boundaries, np.nan)) < SURE
-        places = min(max(_places_of(values, 3), _places_of(half, 1)), 5)
-        for row, value, width, marked in zip(rows, values, half, sure, strict=True):
-            text = f"{value:,.{places}f}".replace("-", "−") + ("*" if marked else "") if math.isfinite(value) else "–"
-            row.append(_cell(text, value, f"{width:.{places}f}" if math.isfinite(width) else ""))
-    return {"corner": "boundary", "head": head, "keys": list(range(found.boundaries)), "rows": rows}
-
-
-def _grid(found: Comparison) -> Table:
-    rows = []
-    for setting in found.robustness["settings"]:
-        low, high = setting["window"]
-        how = way(setting)
-        rows.append(
-            [
-                {"text": how, "half": "", "key": how},
-                _cell(f"{100 * low:g}–{100 * high:g} %", low + high / 100),
-                _cell(number(setting["delta_align"]), setting["delta_align"]),
-                _cell(_ends(setting["low"], setting["high"]), setting["low"]),
-                _cell(number(setting["p_value"], 2), setting["p_value"]),
-                _cell(number(setting["delta_contraction"]), setting["delta_contraction"]),
-                _cell(number(setting["delta_transport"]), setting["delta_transport"]),
-            ]
-        )
-    head = [("measured", ""), ("window", "ranks"), ("Δ align", ""), ("95 % interval", ""), ("p", "")]
-    head += [("Δ contraction", ""), ("Δ transport", "rad")]
-    return {"corner": "setting", "head": head, "keys": list(range(1, len(rows) + 1)), "rows": rows}
-
-
-def _strips(figure: Figure, name: str, found: Comparison) -> Iterable[tuple[str, Sequence[float]]]:
-    """What a figure says where it is pointed at."""
-    if name == "robustness":
-        return [(_setting_words(found, at), box) for at, box in setting_bands(figure, found)]
-    words = {"traces": _trace_words, "deltas": _delta_words, "where": _where_words, "policy": _policy_words}
-    words |= {"gradient": _gradient_words}
-    if name not in words:
-        return []
-    begin = 1 if name in ("where", "gradient") else 0
-    return [(words[name](found, at), box) for at, *box in hover_bands(figure, found) if at >= begin]
-
-
-def _trace_words(found: Comparison, at: int) -> str:
-    parts = []
-    for metric in ("contraction", "transport"):
-        here, there = (_value(found, f"{side}_{metric}", at) for side in ("aligned", "reference"))
-        parts.append(f"{metric} {here} against {there} {UNITS.get(metric, '')}".rstrip())
-    return f"boundary {at}: {'; '.join(parts)}"
-
-
-def _delta_words(found: Comparison, at: int) -> str:
-    parts = []
-    for metric in METRICS:
-        p = found.columns[f"delta_{metric}_p_holm"][at]
-        value = f"Δ {metric.replace('_', ' ')} {_value(found, f'delta_{metric}', at)} {UNITS.get(metric, '')}".rstrip()
-        parts.append(f"{value}{f' (p {number(p, 2)})' if math.isfinite(p) else ''}")
-    return f"boundary {at}: {', '.join(parts)}"
-
-
-def _where_words(found: Comparison, at: int) -> str:
-    shares = {name: mass_shares(found, name) for name in LOCALISED}
-    parts = [f"{MASSES[name]} {100 * share[at - 1]:.1f} %" for name, share in shares.items() if share is not None]
-    return f"block {at}: {', '.join(parts) or 'nothing changed'}"
-
-
-def _policy_words(found: Comparison, at: int) -> str:
-    return f"boundary {at}: policy distance {_value(found, 'policy_distance', at)} rad"
-
-
-def _gradient_words(found: Comparison, at: int) -> str:
-    share = mass_shares(found, "gradient_norm")
-    said = f", {100 * share[at - 1]:.1f} % of all blocks" if share is not None else ""
-    return f"block {at}: norm of the gradient {_value(found, 'gradient_norm', at)}{said}"
-
-
-def _setting_words(found: Comparison, at: int) -> str:
-    setting = found.robustness["settings"][at]
-    low, high = setting["window"]
-    ends = "no interval" if math.isnan(setting["low"]) else f"95 % interval {_ends(setting['low'], setting['high'])}"
-    which = f"{way(setting)}, window {100 * low:g}–{100 * high:g} %{', the headline' if at == 0 else ''}"
-    return f"{which}: Δ align {number(setting['delta_align'])}, {ends}"
-
-
-def _value(found: Comparison, name: str, at: int) -> str:
-    value, low, high = (found.columns[f"{name}{end}"][at] for end in ("", "_low", "_high"))
-    return plus_minus(float(value), float(high - low) / 2)
-
-
-def _cell(text: str, key: float, half: str = "") -> Cell:
-    return {"text": text, "half": half, "key": repr(float(key)) if math.isfinite(key) else ""}
-
-
-def _places_of(values: np.ndarray, digits: int) -> int:
-    """Decimals that show the median to so many significant digits."""
-    seen = np.abs(values[np.isfinite(values) & (np.abs(values) > 1e-9)])
-    return decimals(float(np.median(seen)), digits) if len(seen) else 0
-
-
-def _ends(low: float, high: float) -> str:
-    """An interval in words with equal decimals; an en dash where there is none."""
-    if not math.isfinite(low) or not math.isfinite(high):
-        return "–"
-    places = min(max(decimals(low), decimals(high), decimals(high - low, 2) if high > low else 0), 5)
-    return f"{low:.{places}f} to {high:.{places}f}".replace("-", "−")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _md(text: str) -> str:
-    """Text that Markdown leaves alone, on one line."""
-    return re.sub(r"([\\`|<>*_\[\]])", r"\\\1", " ".join(str(text).split()))
+_TABLE_NOTE = (
+    "The aligned model less the reference. * p below 0.05 after Holm’s correction over boundaries. Shaded rows are the "
+    "terminal block. Select a column’s name to sort by it."
+)
+_VERDICT = (
+    "“Contraction” when the 95 % interval of Δ align lies above 0, “expansion” below, else “no detectable change”; "
+    "“undetermined” where there is no interval."
+)

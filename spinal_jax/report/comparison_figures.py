@@ -328,11 +328,11 @@ def way(setting: dict[str, Any]) -> str:
 
 
 def short_name(name: str, length: int) -> str:
-    """A name that fits, in letters that the figures' font has and that no typesetting is made of."""
+    """A name that fits, in letters that the figures' font has."""
     name = " ".join(name.encode("ascii", "replace").decode().split())
     if len(name) > length:
         name = f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
-    return name.replace("$", r"\$")
+    return name
 
 
 def _ways(found: Comparison) -> list[str]:

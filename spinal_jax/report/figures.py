@@ -66,6 +66,7 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": SURFACE,
     "axes.facecolor": "none",
     "savefig.facecolor": SURFACE,
+    "text.parse_math": False,  # names are text: no typesetting
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and recoloured
 }
 

@@ -5,33 +5,57 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from spinal_jax.audit.trace import UNITS, DepthTrace, load_trace
 from spinal_jax.files import write_whole
-from spinal_jax.report import figures
+from spinal_jax.report import charts, figures
+from spinal_jax.report.cells import by_row, code, column, describe_positions, digest, environment, name_boundaries, tile
+from spinal_jax.report.inline import Target, inline
+from spinal_jax.report.method import method
+from spinal_jax.report.sections import (
+    Block,
+    Chart,
+    Facts,
+    Page,
+    Picture,
+    Pictures,
+    Points,
+    Section,
+    Table,
+    Text,
+    Tiles,
+    render,
+)
 from spinal_jax.wording import decimals, number, plus_minus
 
-HOVER = {"depth": ("contraction", "transport"), "entropy": ("entropy", "curvature")}
-# The figures' colours by role, so that the page can give them other values in the dark.
-THEMED = {
-    figures.SURFACE: "surface",
-    figures.INK: "ink",
-    figures.MUTED: "muted",
-    figures.GRID: "line",
-    figures.SHADE: "shade",
-    figures.BLUE: "blue",
-    figures.VERMILLION: "vermillion",
-    figures.GREEN: "green",
-    figures.PURPLE: "purple",
-}
+COLUMNS = (
+    ("contraction", "contraction α"),
+    ("fit_r2", "R² of fit"),
+    ("fit_quadratic", "quadratic"),
+    ("rank", "rank r"),
+    ("effective_rank", "effective rank"),
+    ("transport", "transport L"),
+    ("entropy", "entropy"),
+    ("curvature", "curvature"),
+)
+MODEST = (
+    "One checkpoint’s trace is a description. By itself it is no evidence of alignment, or of its absence: that takes "
+    "a comparison with a reference checkpoint on the same tokens (spinal compare)."
+)
+GENERAL = (
+    "Intervals say how much the numbers would change with other prompts of the same kind. They say nothing about other "
+    "kinds of prompts, another fit window or other positions.",
+    "At every boundary, predictions are read through the final norm and the unembedding (the “logit lens”), which were "
+    "trained for the last boundary alone. Earlier predictions are a way of looking at the residual stream, not "
+    "something that the model says.",
+    "α is a slope of singular values of activations. α-ReQ fits eigenvalues of their covariance, the squares: with the "
+    "same window and centring its exponent is 2α. The α of tools that look at weight matrices is another quantity.",
+)
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -47,57 +71,78 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 def render_report(trace: DepthTrace) -> str:
     """The page as text: equal traces give equal text."""
-    low, high = trace.settings["window"]
-    drawn = figures.figures(trace)
-    return template("trace.html").render(
-        trace=trace,
-        headline=headline(trace),
-        tiles=_tiles(trace),
-        before=_before(trace),
-        per_dimension=trace.prompts["rows"] / trace.model["width"],
-        window=f"{100 * low:g} to {100 * high:g} %",
-        positions=describe_positions(trace.settings["positions"]),
-        pictures={name: inline(figure, name, _strips(figure, name, trace)) for name, figure in drawn.items()},
-        table=_table(trace),
-        caveats=caveats(trace),
-    )
-
-
-def template(name: str) -> Template:
-    """One of the page templates."""
-    environment = Environment(
-        loader=PackageLoader("spinal_jax.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number)
-    return environment.get_template(name)
-
-
-def describe_positions(selector: str) -> str:
-    """A position selector, such as last:4, in words."""
-    name, _, count = selector.partition(":")
-    words = {
-        "last": f"the last {count} tokens of each prompt" if count != "1" else "the last token of each prompt",
-        "response": f"the first {count} positions that predict a response token",
-        "stride": f"every {count}th token of each prompt",
-        "all": "every token of each prompt",
+    first, last = trace.terminal
+    drawn = {
+        name: inline(figure, name, _targets(figure, name, trace)) for name, figure in figures.figures(trace).items()
     }
-    return words.get(name, selector)
-
-
-def name_boundaries(boundaries: Iterable[int]) -> str:
-    """Boundaries in words, with runs joined: `boundary 3`, or `boundaries 3, 12-18`."""
-    runs: list[list[int]] = []
-    for at in sorted(boundaries):
-        if runs and at == runs[-1][1] + 1:
-            runs[-1][1] = at
-        else:
-            runs.append([at, at])
-    several = len(runs) > 1 or runs[0][0] < runs[0][1]
-    return ("boundaries " if several else "boundary ") + ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
+    return render(
+        Page(
+            title=f"Depth trace of {trace.model['name']}",
+            kicker="Depth trace · one checkpoint",
+            heading=trace.model["name"],
+            answer=[
+                Text(headline(trace), "lead"),
+                _tiles(trace),
+                Text(_how_sure(trace), "note"),
+                Points([MODEST, *caveats(trace)[:1], *trace.warnings], "limits"),
+            ],
+            glance=[
+                Chart(
+                    "depth",
+                    charts.stacked(
+                        f"boundary (0: embeddings, {trace.depth}: after the last block)",
+                        [
+                            _panel(trace, "contraction", "contraction α", "blue"),
+                            _panel(trace, "transport", "transport L (rad)", "vermillion"),
+                        ],
+                    ),
+                    drawn["depth"],
+                    Markup(
+                        "<b>Contraction and transport over depth.</b> Above, how fast the tail of the singular values "
+                        "decays; below, how far the block that ends there moved the predicted next-token distribution. "
+                        "The shaded part is the terminal block."
+                    ),
+                )
+            ],
+            sections=[
+                Section("The depth curve", [_curve(trace, drawn["curve"])]),
+                Section("Spectra, entropy and curvature", _pictures(drawn)),
+                Section(
+                    "All boundaries",
+                    [
+                        Text(
+                            f"Boundary 0 is the residual stream that enters the first block, boundary {last} the one "
+                            "that leaves the last, before the final norm. Shaded rows are the terminal block. Select a "
+                            "column’s name to sort by it.",
+                            "note",
+                        ),
+                        _table(trace),
+                    ],
+                ),
+                Section("Caveats", [Points([*caveats(trace), *GENERAL])]),
+                Section("What was measured, on what", [_facts(trace)]),
+                method(
+                    (
+                        "contraction",
+                        "effective_rank",
+                        "transport",
+                        "entropy",
+                        "curvature",
+                        "coherence",
+                        "directness",
+                        "intervals",
+                    ),
+                    ("Terminal block", f"The blocks that end at {name_boundaries(range(first, last + 1))}."),
+                ),
+                Section("Environment", [environment(trace.environment)]),
+            ],
+            footer=Markup(
+                "The same numbers are in <code>trace.json</code> and <code>trace.csv</code> beside this file, the "
+                "singular values in <code>spectra.safetensors</code>. To draw this page again from them, without the "
+                "model: <code>spinal report DIR</code>, where DIR is the folder this file is in."
+            ),
+        )
+    )
 
 
 def headline(trace: DepthTrace) -> str:
@@ -123,58 +168,88 @@ def headline(trace: DepthTrace) -> str:
     return f"{where}, {clauses[0]} and {clauses[1]}; {clauses[2]}, and {clauses[3]}."
 
 
-def _tiles(trace: DepthTrace) -> list[dict[str, str]]:
+def _tiles(trace: DepthTrace) -> Tiles:
     first, last = trace.terminal
     block = f"mean over {first}–{last}" if last > first else f"boundary {last}"
-    tiles = []
+    found = []
     for name, label, note in (
         ("contraction", "Terminal contraction α", block),
         ("transport", "Terminal transport L", block),
         ("coherence", "Coherence", "1 steady trend, 0 zigzag"),
         ("directness", "Directness", "1 straight path, 0 roundabout"),
     ):
-        value, (low, high) = trace.summary[name], trace.summary_interval(name)
-        text, _, half = plus_minus(value, (high - low) / 2).partition(" ± ")
-        tiles.append({"label": label, "value": text, "half": half, "unit": UNITS.get(name, ""), "note": note})
-    return tiles
+        low, high = trace.summary_interval(name)
+        found.append(tile(label, trace.summary[name], (high - low) / 2, UNITS.get(name, ""), note))
+    return Tiles(found)
 
 
-def _before(trace: DepthTrace) -> dict[str, Any] | None:
-    """Means over the boundaries 1.. before the terminal block, or None where there are none."""
+def _how_sure(trace: DepthTrace) -> str:
+    said = "No intervals: they need two groups of prompts or more."
+    freedom = trace.summary["degrees_of_freedom"]
+    if freedom >= 1:
+        said = (
+            f"± is half of a 95 % interval: jackknife over {trace.prompts['groups']} groups of prompts, Student’s t "
+            f"with {freedom} degrees of freedom."
+        )
     names = ("contraction", "transport")
     earlier = {name: trace.columns[name][1 : trace.terminal[0]] for name in names}
-    if not all(np.isfinite(values).any() for values in earlier.values()):
-        return None
-    means = {name: float(np.nanmean(values)) for name, values in earlier.items()}
-    return means | {"where": name_boundaries(range(1, trace.terminal[0]))}
+    if all(np.isfinite(values).any() for values in earlier.values()):
+        alpha, length = (number(float(np.nanmean(earlier[name]))) for name in names)
+        where = name_boundaries(range(1, trace.terminal[0]))
+        said += f" Before the terminal block, over {where}, the means are α = {alpha} and L = {length} rad."
+    return f"{said} The whole path is {number(trace.summary['path_length'])} rad long."
 
 
-def inline(figure: figures.Figure, name: str, strips: Iterable[tuple[str, Sequence[float]]] = ()) -> Markup:
-    """The figure as an SVG element of the page: ids of its own, the page's colours, and over it hover targets, each
-    (what it says, (x, y, width, height))."""
-    text = figures.svg_text(figure, name)
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text)
-    text = text.replace("xlink:href=", "href=")
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", text)
-    for colour, role in THEMED.items():
-        text = text.replace(colour, f"var(--{role})")
-    # What is left tells depth: lifted in the dark, where the low end would drown.
-    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", r"\1: color-mix(in srgb, #fff var(--lift), \2)", text)
-    text = text.replace("<svg", '<svg role="img" aria-labelledby="caption-' + name + '"', 1)
-    strip = Markup('<rect class="hit" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>\n')
-    targets = "".join(strip.format(*(f"{v:.2f}" for v in box), words) for words, box in strips)
-    return Markup(text.replace("</svg>", f"{targets}</svg>"))
+def _panel(trace: DepthTrace, name: str, label: str, colour: str) -> dict[str, object]:
+    first, last = trace.terminal
+    low, high = trace.interval(name)
+    line = charts.Line(name, trace.columns[name], colour, low=low, high=high)
+    return charts.panel(label, np.arange(trace.boundaries), [line], shaded=(first - 0.5, last + 0.5))
 
 
-def _strips(figure: figures.Figure, name: str, trace: DepthTrace) -> list[tuple[str, Sequence[float]]]:
-    if name not in HOVER:
+def _curve(trace: DepthTrace, still: Markup) -> Chart:
+    points = np.stack([np.arange(trace.boundaries), trace.columns["contraction"], trace.columns["transport"]], -1)
+    data = charts.rotated(
+        ("boundary", "contraction α", "transport L"), [(str(trace.model["name"]), "blue", points)], trace.terminal[0]
+    )
+    words = Markup(
+        "<b>The depth curve.</b> One point per boundary, with depth, contraction and transport as its coordinates; the "
+        "outlined points are the terminal block."
+    )
+    return Chart("curve", data, still, words)
+
+
+def _pictures(drawn: dict[str, Markup]) -> list[Block]:
+    words = {
+        "spectra": Markup(
+            "<b>Spectra behind the contraction.</b> Singular values of some boundaries against their rank. A dashed "
+            "line is the fit over its window, and its slope is −α: trust α where the two lie on each other."
+        ),
+        "entropy": Markup(
+            "<b>Entropy and curvature.</b> Above, how uncertain the prediction at each boundary is; below, how sharply "
+            "the path of predictions turns there, between 0 (straight on) and π (back the way it came)."
+        ),
+    }
+    hint = "Point at a boundary to read its values."
+    found: list[Block] = [
+        Pictures(
+            [
+                Picture(name, drawn[name], words[name], hint if name == "entropy" else "")
+                for name in words
+                if name in drawn
+            ]
+        )
+    ]
+    if "spectra" not in drawn:
+        found.append(Text("The singular values were not saved beside this trace, so their picture is missing.", "note"))
+    return found
+
+
+def _targets(figure: figures.Figure, name: str, trace: DepthTrace) -> Sequence[Target]:
+    if name != "entropy":
         return []
     bands = figures.hover_bands(figure, trace)
-    return [(f"boundary {at}: {_read_out(trace, HOVER[name], at)}", box) for at, *box in bands]
+    return [(f"boundary {at}: {_read_out(trace, ('entropy', 'curvature'), at)}", box) for at, *box in bands]
 
 
 def _read_out(trace: DepthTrace, names: tuple[str, ...], at: int) -> str:
@@ -187,35 +262,78 @@ def _read_out(trace: DepthTrace, names: tuple[str, ...], at: int) -> str:
     return ", ".join(parts)
 
 
-def _table(trace: DepthTrace) -> dict[str, Any]:
-    """Head and rows of the table of all boundaries; each column with the decimals that suit its median."""
-    titles = {
-        "contraction": "contraction α",
-        "fit_r2": "R² of fit",
-        "fit_quadratic": "quadratic",
-        "rank": "rank r",
-        "effective_rank": "effective rank",
-        "transport": "transport L",
-        "entropy": "entropy",
-        "curvature": "curvature",
-    }
-    cells: list[list[dict[str, str]]] = [[] for _ in range(trace.boundaries)]
-    for name in titles:
-        values = trace.columns[name]
-        seen = np.abs(values[np.isfinite(values)])
-        places = 0 if name == "rank" else min(decimals(float(np.median(seen))), 4) if len(seen) else 0
-        half = np.full(len(values), np.nan)
+def _table(trace: DepthTrace) -> Table:
+    """Every column at every boundary."""
+    columns = []
+    for name, _ in COLUMNS:
+        half = None
         if f"{name}_se" in trace.columns:
             low, high = trace.interval(name)
             half = (high - low) / 2
-            seen = half[np.isfinite(half) & (half > 0)]
-            places = min(max(places, decimals(float(np.median(seen)), 1)), 4) if len(seen) else places
-        for row, value, width in zip(cells, values, half, strict=True):
-            text = f"{value:,.{places}f}".replace("-", "−") if math.isfinite(value) else "–"
-            key = repr(float(value)) if math.isfinite(value) else ""
-            row.append({"text": text, "half": f"{width:.{places}f}" if math.isfinite(width) else "", "key": key})
-    head = [(title, UNITS.get(name, "")) for name, title in titles.items()]
-    return {"corner": "boundary", "head": head, "keys": list(range(trace.boundaries)), "rows": cells}
+        columns.append(column(trace.columns[name], half, most=0 if name == "rank" else 4))
+    first, last = trace.terminal
+    return Table(
+        "Every quantity at every boundary",
+        "boundary",
+        [(title, UNITS.get(name, "")) for name, title in COLUMNS],
+        list(range(trace.boundaries)),
+        by_row(columns),
+        marked=range(first, last + 1),
+    )
+
+
+def _facts(trace: DepthTrace) -> Facts:
+    model, prompts, settings = trace.model, trace.prompts, trace.settings
+    low, high = settings["window"]
+    source = Markup("{}{}<br>{}").format(
+        code(model["source"]), f", revision {model['revision']}" if model["revision"] else "", digest(model["sha256"])
+    )
+    said = Markup("{:,} from {} ({} format, {}), at most {:,} tokens each, {:,} tokens together{}<br>{}").format(
+        prompts["count"],
+        code(prompts["source"]),
+        prompts["format"],
+        "chat template applied" if prompts["chat_template"] else "no chat template",
+        prompts["max_length"],
+        prompts["tokens"],
+        f"; {prompts['skipped_empty']} empty skipped" if prompts["skipped_empty"] else "",
+        digest(prompts["sha256"]),
+    )
+    skip = {0: "Every token", 1: "Every token but the first"}.get(
+        settings["skip"], f"Every token but the first {settings['skip']}"
+    )
+    lens = "full vocabulary"
+    if settings["top_k"] is not None:
+        lens = (
+            f"the {settings['top_k']} likeliest tokens of each of the two distributions and one bucket for the rest, "
+            "so transport is a lower bound"
+        )
+    return Facts(
+        [
+            (
+                "Model",
+                f"{model['name']}, {model['family']} family: {model['parameters']:,} parameters, {model['layers']} "
+                f"blocks, width d = {model['width']:,}, vocabulary {model['vocabulary']:,}, computed in "
+                f"{model['dtype']}",
+            ),
+            ("Source", source),
+            ("Prompts", said),
+            (
+                "Contraction rows",
+                f"N = {prompts['rows']:,} against 4d = {4 * model['width']:,} wanted: "
+                f"{number(prompts['rows'] / model['width'], 2)} rows per dimension. {skip} of each prompt, "
+                f"{'centred' if settings['center'] else 'not centred'}",
+            ),
+            ("Fit window", f"{100 * low:g} to {100 * high:g} % of the ranks"),
+            (
+                "Transport positions",
+                Markup("{:,}: {} ({})").format(
+                    prompts["positions"], describe_positions(settings["positions"]), code(settings["positions"])
+                ),
+            ),
+            ("Predictions", f"{lens}, temperature {settings['temperature']}"),
+            ("Groups", f"{prompts['groups']} groups of prompts"),
+        ]
+    )
 
 
 def caveats(trace: DepthTrace) -> list[str]:

@@ -3,21 +3,39 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from spinal_jax.comparison.onset import save_verdict
 from spinal_jax.files import write_whole
+from spinal_jax.report import charts
+from spinal_jax.report.cells import by_row, code, column, digest, environment, name_boundaries, tile
 from spinal_jax.report.figures import png_bytes, svg_text
-from spinal_jax.report.page import inline, name_boundaries, template
+from spinal_jax.report.inline import inline
+from spinal_jax.report.method import method
+from spinal_jax.report.sections import (
+    Block,
+    Chart,
+    Facts,
+    Page,
+    Picture,
+    Pictures,
+    Points,
+    Section,
+    Table,
+    Text,
+    Tile,
+    Tiles,
+    render,
+)
 from spinal_jax.report.training_figures import record_bands, training_figures
 from spinal_jax.runs.training_run import ONSET, TrainingRun, load_training_run
-from spinal_jax.wording import decimals, number, plus_minus
+from spinal_jax.wording import number, plus_minus
 
 # What stands beside a record, in the order in which it is shown: name, title, unit.
 BESIDE = (
@@ -56,26 +74,119 @@ def write_training_report(folder: str | os.PathLike[str]) -> Path:
 
 def render_training_report(run: TrainingRun) -> str:
     """The page as text: equal runs give equal text."""
-    drawn = training_figures(run)
-    targets = [(_read_out(run, at), box) for at, (_, *box) in enumerate(record_bands(drawn["course"], run))]
-    strips = {"course": targets}
-    marked = [run.onset[name]["step"] for name in ("onset", "destabilisation") if run.onset[name]]
-    return template("training.html").render(
-        run=run,
-        first=run.traces[0],
-        title=run.traces[0].model["name"].removesuffix(", step 0"),
-        kind=_kind(run),
-        headline=headline(run),
-        evidence=evidence(run),
-        tiles=_tiles(run),
-        facts=_facts(run),
-        settings=_flat(run.config),
-        pictures={name: inline(figure, name, strips.get(name, ())) for name, figure in drawn.items()},
-        table=_table(run),
-        marked=marked,
-        caveats=caveats(run),
-        block=name_boundaries(range(run.traces[0].terminal[0], run.traces[0].terminal[1] + 1)),
+    figures = training_figures(run)
+    targets = [(_read_out(run, at), box) for at, (_, *box) in enumerate(record_bands(figures["course"], run))]
+    drawn = {name: inline(figure, name, targets if name == "course" else ()) for name, figure in figures.items()}
+    first, title = run.traces[0], run.traces[0].model["name"].removesuffix(", step 0")
+    block = name_boundaries(range(first.terminal[0], first.terminal[1] + 1))
+    return render(
+        Page(
+            title=f"Training run of {title}",
+            kicker=f"Training run · {title} · {_kind(run)} · {run.last_step} steps",
+            heading=_heading(run),
+            answer=[
+                Text(headline(run), "lead"),
+                *(Text(Markup("<b>{}.</b> {}").format(word, text)) for word, text in evidence(run)),
+                Tiles(_tiles(run)),
+                Text(
+                    f"Δ align is contraction gained plus transport saved against step 0, means over {block}. ± is half "
+                    f"of a 95 % interval over {first.prompts['groups']} groups of prompts (jackknife).",
+                    "note",
+                ),
+                Points(caveats(run)[:1], "limits"),
+            ],
+            glance=[_first_and_last(run, drawn["over_training"])],
+            sections=[
+                Section("The course of the run", _course(run, drawn)),
+                Section("Losses and gradients", _losses(run, drawn)),
+                Section(
+                    "All traces",
+                    [
+                        Text(
+                            "Differences to step 0; ± is half of a 95 % interval. A batch’s numbers are those of the "
+                            "step before the trace. Shaded rows are the onset and the destabilisation. Select a "
+                            "column’s name to sort by it.",
+                            "note",
+                        ),
+                        _table(run),
+                    ],
+                ),
+                Section("Caveats", [Points(caveats(run))]),
+                Section("What was trained, on what", [Facts(_facts(run))]),
+                Section("All settings", [Facts([(code(name), value) for name, value in _flat(run.config)])]),
+                method(("contraction", "transport", "delta_align", "intervals")),
+                Section("Environment", [environment(first.environment)]),
+            ],
+            footer=Markup(
+                "The same numbers are in <code>onset.json</code>, <code>metrics.jsonl</code> and <code>traces/</code> "
+                "beside this file. To draw this page again from them, without the model: <code>spinal report "
+                "DIR</code>, where DIR is the folder this file is in."
+            ),
+        )
     )
+
+
+def _heading(run: TrainingRun) -> str:
+    """Onset and destabilisation in a few words."""
+    began, broke = (run.onset[name] for name in ("onset", "destabilisation"))
+    said = [f"onset at step {began['step']}" if began else "no lasting onset"]
+    said.append(f"destabilised at step {broke['step']}" if broke else "not destabilised")
+    words = ", ".join(said)
+    return words[0].upper() + words[1:]
+
+
+def _first_and_last(run: TrainingRun, still: Markup) -> Chart:
+    """Depth traces of step 0, of the onset and of the last step; the still picture has all steps."""
+    steps = run.steps.tolist()
+    began = run.onset["onset"]
+    chosen = sorted({0, len(steps) - 1} | ({steps.index(began["step"])} if began else set()))
+    first, last = run.traces[0].terminal
+    panels = []
+    for name, label, colour in (
+        ("contraction", "contraction α", "blue"),
+        ("transport", "transport L (rad)", "vermillion"),
+    ):
+        lines = []
+        for at in chosen:
+            trace = run.traces[at]
+            low, high = trace.interval(name)
+            words = f"step {steps[at]}" + (" (onset)" if began and steps[at] == began["step"] else "")
+            look, role = (1, "ink") if at == 0 else (0, colour) if at == chosen[-1] else (2, "purple")
+            lines.append(charts.Line(words, trace.columns[name], role, look, low, high))
+        panels.append(charts.panel(label, np.arange(run.traces[0].boundaries), lines, (first - 0.5, last + 0.5)))
+    words = Markup(
+        "<b>The depth trace at the start and at the end.</b> Contraction and transport over depth; step 0 is dashed. "
+        "The shaded part is the terminal block. The still picture (paper, figures/over_training.png) has every trace."
+    )
+    return Chart("over_training", charts.stacked("boundary", panels, height=190), still, words)
+
+
+def _course(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Block]:
+    marks = "onset and destabilisation where there are any: here, none"
+    if run.onset["onset"]:
+        marks = "the onset" + (" and the destabilisation" if run.onset["destabilisation"] else "")
+    words = (
+        "<b>The course of the run.</b> Above, what changed since step 0 at each boundary and trace: orange is more, "
+        "blue and hatched is less, and each map has its own scale. Below, on the same axis of steps, the footprint of "
+        "the terminal block and what else was known. Lines mark {}."
+    )
+    hint = "Point at a trace to read its values."
+    return [Pictures([Picture("course", drawn["course"], Markup(words).format(marks), hint, tall=True)])]
+
+
+def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Block]:
+    below = "Below, the share of tokens that the model held to be the likeliest."
+    if run.config["objective"]["kind"] == "dpo":
+        below = "Below, the rewards: β times how much likelier a response has become than under the reference."
+    words = {
+        "gradients": Markup(
+            "<b>Where the gradient is.</b> The norm of the loss’s gradient over each block’s parameters, before "
+            "clipping; of many steps, means of neighbours. Below, the terminal block’s share of the sum over blocks."
+        ),
+        "loss": Markup("<b>Loss.</b> In training and, where examples were held out, on those. {}").format(below),
+    }
+    pictures = [Picture(name, drawn[name], words[name]) for name in words if name in drawn]
+    return [Pictures(pictures)] if pictures else [Text("No loss and no gradient was logged.", "note")]
 
 
 def headline(run: TrainingRun) -> str:
@@ -137,12 +248,10 @@ def _kind(run: TrainingRun) -> str:
     return f"dpo ({objective['loss']})" if objective["kind"] == "dpo" else objective["kind"]
 
 
-def _tiles(run: TrainingRun) -> list[dict[str, str]]:
+def _tiles(run: TrainingRun) -> list[Tile]:
     """The last known value of what matters most."""
-    summary = run.comparisons[-1].summary
-    value, _, half = plus_minus(summary["delta_align"], _half(summary, "delta_align")).partition(" ± ")
-    last = f"step {run.steps[-1]}"
-    tiles = [{"label": "Δ align", "value": value, "half": half, "unit": "", "note": f"{last}, against step 0"}]
+    summary, last = run.comparisons[-1].summary, f"step {run.steps[-1]}"
+    tiles = [tile("Δ align", summary["delta_align"], _half(summary, "delta_align"), "", f"{last}, against step 0")]
     for label, names in (
         ("Reward margin", ("eval_rewards/margins", "rewards/margins")),
         ("Preference accuracy", ("eval_rewards/accuracies", "rewards/accuracies")),
@@ -153,16 +262,11 @@ def _tiles(run: TrainingRun) -> list[dict[str, str]]:
         if known is not None and len(tiles) < 3:
             steps, values = run.series(known)
             where = "held out" if known.startswith("eval_") else "training batch"
-            note = f"step {steps[-1]}, {where}"
-            tiles.append({"label": label, "value": number(values[-1]), "half": "", "unit": "", "note": note})
-    kl = number(run.recorded("kl")[-1])
-    return [
-        *tiles,
-        {"label": "KL to step 0", "value": kl, "half": "", "unit": "nats", "note": f"{last}, on the prompts"},
-    ]
+            tiles.append(tile(label, float(values[-1]), note=f"step {steps[-1]}, {where}"))
+    return [*tiles, tile("KL to step 0", float(run.recorded("kl")[-1]), unit="nats", note=f"{last}, on the prompts")]
 
 
-def _facts(run: TrainingRun) -> list[tuple[str, str]]:
+def _facts(run: TrainingRun) -> list[tuple[str, str | Markup]]:
     """(term, words) of what was trained, on what and how."""
     config, prompts, first = run.config, run.traces[0].prompts, run.traces[0]
     objective, optimizer, rank = config["objective"], config["optimizer"], config["lora"]["rank"]
@@ -195,6 +299,7 @@ def _facts(run: TrainingRun) -> list[tuple[str, str]]:
             f"in {prompts['groups']} groups: {prompts['rows']:,} rows for contraction, {prompts['positions']:,} "
             "positions for transport",
         ),
+        ("Weights", digest(run.settings["weights"], "new")),
     ]
 
 
@@ -222,35 +327,20 @@ def _read_out(run: TrainingRun, at: int) -> str:
     return f"step {record['step']}: {', '.join(parts + _beside(record))}"
 
 
-def _table(run: TrainingRun) -> dict[str, Any]:
+def _table(run: TrainingRun) -> Table:
     """All traces: what was measured, and what was known beside it."""
-    rows: list[list[dict[str, str]]] = [[] for _ in run.records]
-    head = []
+    head, columns = [], []
     for name, title, unit in MEASURED:
-        values = np.array([comparison.summary[name] for comparison in run.comparisons])
-        halves = np.array([_half(comparison.summary, name) for comparison in run.comparisons])
         head.append((title, unit))
-        _fill(rows, values, halves)
+        values = np.array([comparison.summary[name] for comparison in run.comparisons])
+        columns.append(column(values, np.array([_half(comparison.summary, name) for comparison in run.comparisons])))
     for name, title, unit in BESIDE:
         values = run.recorded(name)
         if np.isfinite(values).any():
             head.append((title, unit))
-            _fill(rows, values, np.full(len(values), math.nan))
-    return {"corner": "step", "head": head, "keys": run.steps.tolist(), "rows": rows}
-
-
-def _fill(rows: Sequence[list[dict[str, str]]], values: np.ndarray, halves: np.ndarray) -> None:
-    """Adds a column with the decimals that suit its median."""
-
-    def typical(numbers: np.ndarray, digits: int) -> int:
-        seen = np.abs(numbers[np.isfinite(numbers) & (np.abs(numbers) > 1e-6)])
-        return decimals(float(np.median(seen)), digits) if len(seen) else 2
-
-    places = min(max(typical(values, 3), typical(halves, 1) if np.isfinite(halves).any() else 0), 5)
-    for row, value, half in zip(rows, values, halves, strict=True):
-        text = f"{value:,.{places}f}".replace("-", "−") if math.isfinite(value) else "–"
-        key = repr(float(value)) if math.isfinite(value) else ""
-        row.append({"text": text, "half": f"{half:.{places}f}" if math.isfinite(half) else "", "key": key})
+            columns.append(column(values))
+    marked = [run.onset[name]["step"] for name in ("onset", "destabilisation") if run.onset[name]]
+    return Table("Every trace of the run", "step", head, run.steps.tolist(), by_row(columns), marked=marked)
 
 
 def _half(summary: Mapping[str, Any], name: str) -> float:

@@ -18,7 +18,6 @@ from spinal_jax.comparison.compare import BothModels, compare
 from spinal_jax.comparison.record import Comparison, save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, render_comparison_report, write_comparison_report
-from spinal_jax.report.comparison import caveats, missing, summary_markdown
 from spinal_jax.report.comparison_figures import (
     comparison_figures,
     deltas_figure,
@@ -29,10 +28,11 @@ from spinal_jax.report.comparison_figures import (
     traces_figure,
     where_figure,
 )
+from spinal_jax.report.comparison_words import caveats, missing, summary_markdown
 from spinal_jax.report.figures import png_bytes, svg_text
 
 from .planted import GROUPS, flat, simulated
-from .test_report import Page
+from .test_report import Page, assert_self_contained
 
 KINDS = ("full", "traces only", "itself", "undefined", "one group", "D = 1", "D = 100")
 
@@ -216,22 +216,11 @@ def test_the_page_is_self_contained_and_what_it_is_told_is_only_ever_text(
     html = render_comparison_report(found, others)
     page = Page(html)
     assert page.text.count(text) >= 8
-    assert [tag for tag, _ in page.elements].count("script") == 1
-    assert not {"link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in page.elements}
-    assert not re.search("https?://", html)
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids)) > 50
-    anchors = {f"#{name}" for name in ids}
-    for tag, attributes in page.elements:
-        for name, value in attributes.items():
-            if name in ("src", "href", "xlink:href"):
-                assert value in anchors, (tag, value)
-            for target in re.findall(r"url\((.*?)\)", value or ""):
-                assert target in anchors, (tag, target)
+    assert_self_contained(html)
     table = [line for line in summary_markdown(found, others).splitlines() if line.startswith("| ")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5, 7}
 
 
 def test_long_and_strange_names_fit_in_figures() -> None:
     assert short_name("a" * 30 + "b" * 30, 20) == "aaaaaaaaa…bbbbbbbbbb"
-    assert short_name("cost $5\n\N{SNOWMAN}", 50) == r"cost \$5 ?"
+    assert short_name("cost $5\n\N{SNOWMAN}", 50) == "cost $5 ?"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +19,21 @@ from matplotlib.image import imread
 
 from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.errors import UserError
-from spinal_jax.report import curve_figure, depth_figure, entropy_figure, render_report, spectra_figure, write_report
+from spinal_jax.report import (
+    curve_figure,
+    depth_figure,
+    entropy_figure,
+    render_report,
+    sections,
+    spectra_figure,
+    write_report,
+)
+from spinal_jax.report.cells import describe_positions, name_boundaries
 from spinal_jax.report.figures import figures, hover_bands, png_bytes, save_figures, spread, svg_text, tail_line
-from spinal_jax.report.page import caveats, describe_positions, headline, name_boundaries
+from spinal_jax.report.page import caveats, headline
 
 Maker = Callable[..., DepthTrace]
+SCRIPTS = 3  # of each page; each chart has one more, that holds its data
 VOID = {"meta", "link", "img", "br", "input"}
 
 
@@ -200,27 +213,68 @@ def test_without_singular_values_the_page_says_so(tmp_path: Path, make_trace: Ma
     assert "singular values were not saved beside this trace" in page.text
 
 
-def test_the_page_is_self_contained_and_its_ids_are_unique(make_trace: Maker) -> None:
-    html = render_report(make_trace())
+def own(html: str) -> str:
+    """The page without its scripts, whose text no browser reads as addresses."""
+    return re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+
+
+def assert_self_contained(html: str) -> Page:
+    """No address but anchors, no style and no script that the policy does not name by its hash; ids are unique."""
     page = Page(html)
+    assert not page.open
     policy = next(meta["content"] for meta in page.find("meta") if meta.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
-    for rule in ("default-src 'none'", "style-src 'unsafe-inline'", "script-src 'unsafe-inline'", "img-src data:"):
-        assert rule in policy
-    assert not re.search("https?://", html)
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    for tag, rule in (("script", "script-src"), ("style", "style-src")):
+        allowed = next(part.split()[1:] for part in policy.split("; ") if part.startswith(rule))
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        assert allowed == [f"'sha256-{digest}'" for digest in hashes]
+    assert not re.search("https?://", own(html))
     assert not {"link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in page.elements}
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids)) > 50
     anchors = {f"#{name}" for name in ids}
     for tag, attributes in page.elements:
+        assert "style" not in attributes, tag
         for name, value in attributes.items():
             if name in ("src", "href", "xlink:href"):
                 assert value in anchors, (tag, value)
             for target in re.findall(r"url\((.*?)\)", value or ""):
                 assert target in anchors, (tag, target)
             assert not name.startswith("on"), (tag, name)
+    for script in page.find("script"):
+        assert script in ({}, {"type": "application/json", "id": script.get("id")})
     assert not re.search(r"@import|url\(", "".join(re.findall(r"<style>.*?</style>", html, re.DOTALL)))
-    assert [tag for tag, _ in page.elements].count("script") == 1
+    return page
+
+
+def test_the_page_is_self_contained_and_its_ids_are_unique(make_trace: Maker) -> None:
+    assert_self_contained(render_report(make_trace()))
+
+
+def test_the_charts_hold_the_columns_they_name(make_trace: Maker) -> None:
+    trace = make_trace(name="</script><b>x</b>")
+    html = render_report(trace)
+    data = dict(re.findall(r'<script type="application/json" id="data-(\w+)">(.*?)</script>', html, re.DOTALL))
+    assert data.keys() == {"depth", "curve"}
+    for panel, column in zip(json.loads(data["depth"])["panels"], ("contraction", "transport"), strict=True):
+        values = np.array(panel["lines"][0]["values"], float)
+        np.testing.assert_allclose(values, trace.columns[column], rtol=1e-5)
+        np.testing.assert_allclose(np.array(panel["lines"][0]["low"], float), trace.interval(column)[0], rtol=1e-5)
+    curve = json.loads(data["curve"])
+    assert curve["lines"][0]["label"] == "</script><b>x</b>"
+    assert curve["first"] == trace.terminal[0]
+    assert len(curve["lines"][0]["points"]) == trace.boundaries - 1  # transport has no value at boundary 0
+
+
+def test_the_plotting_library_is_the_one_that_was_published() -> None:
+    """uPlot 1.6.32, byte for byte, with its licence beside it."""
+    folder = Path(sections.__file__).parent / "assets"
+    digest = hashlib.sha256((folder / "uplot.min.js").read_bytes()).hexdigest()
+    assert digest == "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
+    assert "MIT License" in (folder / "uplot.LICENSE").read_text(encoding="utf-8")
 
 
 def test_whatever_a_trace_says_is_only_ever_text(tmp_path: Path, make_trace: Maker) -> None:
@@ -239,7 +293,7 @@ def test_whatever_a_trace_says_is_only_ever_text(tmp_path: Path, make_trace: Mak
     html = write_report(tmp_path).read_bytes().decode()
     page = Page(html)
     assert page.text.count(text.replace("\udcff", "\N{REPLACEMENT CHARACTER}")) >= 8
-    assert [tag for tag, _ in page.elements].count("script") == 1
+    assert [tag for tag, _ in page.elements].count("script") == SCRIPTS + 2
     assert not page.find("img")
 
 

@@ -38,7 +38,7 @@ from spinal_jax.report.training_figures import (
 from spinal_jax.runs.tensorboard import Events
 
 from .planted import Truth, simulated
-from .test_report import Page
+from .test_report import Page, assert_self_contained
 
 Maker = Callable[..., DepthTrace]
 CONFIG: dict[str, Any] = {
@@ -246,15 +246,7 @@ def test_files_are_byte_stable_and_the_page_is_self_contained(tmp_path: Path, ma
     for name in drawn:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     html = (one / "report.html").read_text()
-    page = Page(html)
-    assert not re.search("https?://", html)
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids)) > 50
-    anchors = {f"#{name}" for name in ids}
-    for tag, attributes in page.elements:
-        for name, value in attributes.items():
-            assert name not in ("src", "href", "xlink:href") or value in anchors, (tag, value)
-            assert all(target in anchors for target in re.findall(r"url\((.*?)\)", value or "")), (tag, value)
+    assert_self_contained(html)
 
 
 def test_whatever_a_run_says_is_only_ever_text(tmp_path: Path, made: Mapping[str, Path]) -> None:
@@ -265,7 +257,6 @@ def test_whatever_a_run_says_is_only_ever_text(tmp_path: Path, made: Mapping[str
         file.write_text(file.read_text().replace(find, json.dumps(text)[1:-1]))
     page = Page(render_training_report(load_training_run(tmp_path / "run")))
     assert page.text.count(text) >= 3
-    assert [tag for tag, _ in page.elements].count("script") == 1
     assert not page.find("img")
 
 

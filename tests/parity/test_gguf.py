@@ -202,5 +202,5 @@ def test_a_truncated_file_is_found_at_opening(tmp_path: Path, share: float) -> N
 def test_the_gguf_package_is_asked_for_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "m.gguf", "llama", KEYS, some_tensors())
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"pip install 'spinal-jax\[gguf\]'"):
+    with pytest.raises(UserError, match=r"pip install gguf"):
         open_checkpoint(str(path))

@@ -120,7 +120,7 @@ def _import_gguf() -> ModuleType:
         import gguf
         import gguf.quants
     except ImportError as error:
-        raise UserError("a .gguf file is read with the gguf package: pip install 'spinal-jax[gguf]'") from error
+        raise UserError("a .gguf file is read with the gguf package: pip install gguf") from error
     return gguf
 
 

@@ -1,0 +1,90 @@
+"""Interactive charts: what assets/charts.js draws with uPlot, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart.
+
+    Attributes:
+      label: what the legend says; plain text.
+      values: [X], NaN where undefined.
+      low, high: [X] ends of the interval around it, or None.
+      colour: the name of a colour of the page ("blue", "ink", ...).
+      look: 0 solid, 1 dashed, 2 dotted, 3 markers alone.
+    """
+
+    label: str
+    values: np.ndarray
+    colour: str
+    look: int = 0
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+def panel(
+    label: str,
+    x: Sequence[float] | np.ndarray,
+    lines: Sequence[Line],
+    shaded: tuple[float, float] | None = None,
+    zero: bool = False,
+) -> dict[str, Any]:
+    """One panel: lines over a common x.
+
+    Args:
+      label: of the vertical axis.
+      x: [X], ascending.
+      shaded: the ends of a part of the axis that is shaded, such as the terminal block.
+      zero: whether a line marks 0.
+    """
+    return {
+        "label": label,
+        "x": _numbers(x),
+        "shaded": list(shaded) if shaded else None,
+        "zero": zero,
+        "lines": [
+            {
+                "label": line.label,
+                "colour": line.colour,
+                "look": line.look,
+                "values": _numbers(line.values),
+                "low": None if line.low is None else _numbers(line.low),
+                "high": None if line.high is None else _numbers(line.high),
+            }
+            for line in lines
+        ],
+    }
+
+
+def stacked(x_label: str, panels: Sequence[dict[str, Any]], height: int = 210, joined: bool = False) -> dict[str, Any]:
+    """Panels over each other whose cursors and zoom go together; `joined` lines pass over points without a value."""
+    return {"kind": "lines", "x_label": x_label, "height": height, "joined": joined, "panels": list(panels)}
+
+
+def rotated(axes: tuple[str, str, str], lines: Sequence[tuple[str, str, np.ndarray]], first: int) -> dict[str, Any]:
+    """Curves in three dimensions that can be turned.
+
+    Args:
+      axes: names of the three axes; the first is depth.
+      lines: (label, colour, points [N, 3]) of each curve; rows with NaN are left out.
+      first: depth at which the terminal block begins; its points are outlined.
+    """
+    drawn = [
+        {"label": label, "colour": colour, "points": [_numbers(row) for row in points[np.isfinite(points).all(axis=1)]]}
+        for label, colour, points in lines
+    ]
+    return {"kind": "rotated", "axes": list(axes), "first": first, "lines": drawn}
+
+
+def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:
+    """To six significant digits; None where undefined."""
+    found = np.asarray(values, float).tolist()
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in found]
