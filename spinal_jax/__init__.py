@@ -7,18 +7,23 @@ spinal_jax.compare(aligned, reference)             # of two traces, a Comparison
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
-from spinal_jax.comparison.compare import BothModels, compare
-from spinal_jax.comparison.record import Comparison, load_comparison, save_comparison
+import spinal_jax.audit  # noqa: F401 (so that it is a package before it becomes a function too)
 from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:
     from spinal_jax.api import audit, load_model
+    from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
     from spinal_jax.comparison.checkpoints import compare_models
+    from spinal_jax.comparison.compare import BothModels, compare
+    from spinal_jax.comparison.record import Comparison, load_comparison, save_comparison
     from spinal_jax.models.decoder import Tap, collect, fold
+
+    __version__: str
 
 __all__ = [
     "BothModels",
@@ -26,6 +31,7 @@ __all__ = [
     "DepthTrace",
     "Tap",
     "UserError",
+    "__version__",
     "audit",
     "collect",
     "compare",
@@ -38,18 +44,32 @@ __all__ = [
     "save_trace",
 ]
 
-# These bring JAX with them; reading saved traces does without.
+# Imported when they are first used: reading saved traces does without JAX, and the command line starts at once.
 _LAZY = {
-    "audit": "spinal_jax.api",
-    "load_model": "spinal_jax.api",
+    **dict.fromkeys(("audit", "load_model"), "spinal_jax.api"),
+    **dict.fromkeys(("DepthTrace", "load_trace", "save_trace"), "spinal_jax.audit.trace"),
     "compare_models": "spinal_jax.comparison.checkpoints",
-    "Tap": "spinal_jax.models.decoder",
-    "collect": "spinal_jax.models.decoder",
-    "fold": "spinal_jax.models.decoder",
+    **dict.fromkeys(("BothModels", "compare"), "spinal_jax.comparison.compare"),
+    **dict.fromkeys(("Comparison", "load_comparison", "save_comparison"), "spinal_jax.comparison.record"),
+    **dict.fromkeys(("Tap", "collect", "fold"), "spinal_jax.models.decoder"),
 }
 
 
+class _CallablePackage(ModuleType):
+    """The package spinal_jax.audit, which is the function `spinal_jax.api.audit` when it is called."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return import_module("spinal_jax.api").audit(*arguments, **settings)
+
+
+sys.modules["spinal_jax.audit"].__class__ = _CallablePackage
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("spinal-jax")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -297,6 +297,8 @@ def read_prompt_set(config: PromptsConfig, texts: Sequence[str] | None = None) -
     if config.format == "world" and texts is None:
         return data.World().prompts(config.limit or WORLD_PROMPTS)
     if texts is None:
+        if config.path is None and config.format != "jsonl":
+            raise UserError("prompts.path is missing; give prompts.path=FILE")
         return data.read_prompts(config.path, config.format, config.field, config.limit, config.offset)
     kept = tuple(data.Prompt(text, (("user", text),)) for text in texts if text.strip())
     if not kept:

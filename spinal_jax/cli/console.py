@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spinal_jax.audit.pipeline import Bar
 
-DONE, FAILED, MISTAKE, SHORT = 0, 1, 2, 3  # exit codes
-SEVERITY = (FAILED, MISTAKE, SHORT, DONE)  # the worst first
+DONE, FAILED, MISTAKE, SHORT, UNFORESEEN = 0, 1, 2, 3, 70  # exit codes; 70 is EX_SOFTWARE of sysexits.h
+SEVERITY = (UNFORESEEN, FAILED, MISTAKE, SHORT, DONE)  # the worst first
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Outcome:
 
 
 def worst(outcomes: Sequence[Outcome]) -> int:
-    """The exit code of many runs: 1 where one failed, else 2 where one was asked for wrongly, else 3, else 0."""
+    """The exit code of many runs: 70 where one met an unforeseen error, else 1 where one failed, else 2 where one was
+    asked for wrongly, else 3, else 0."""
     return min((outcome.code for outcome in outcomes), key=SEVERITY.index, default=DONE)
 
 
@@ -45,6 +46,9 @@ class Stopped(KeyboardInterrupt):
         self.kept = "nothing is kept of a run that was not finished"
 
 
+STOPS: list[Stopped] = []  # those that `stop` has raised in this process
+
+
 def stop(number: int, frame: FrameType | None) -> None:
     """A signal handler. Raises `Stopped`, once: what is left to do is clearing up."""
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
@@ -53,7 +57,8 @@ def stop(number: int, frame: FrameType | None) -> None:
         return
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
+    STOPS.append(Stopped(number))
+    raise STOPS[0]
 
 
 def complain(message: str) -> None:

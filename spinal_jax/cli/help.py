@@ -1,13 +1,16 @@
-"""What `spinal COMMAND --help` says, made from the YAML files of conf/ and the comments in them."""
+"""What `spinal --help` and `spinal COMMAND --help` say, made from the registry and the settings records."""
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+from spinal_jax.cli.registry import COMMANDS, Command
+from spinal_jax.config.record import REQUIRED, Setting, settings_of
 
 QUOTING = "a value that holds , = ( ) [ ] { } : or quotes needs quotes of its own: 'NAME=\"VALUE\"'"
 HYDRA_HELP = """
@@ -22,84 +25,87 @@ HYDRA_HELP = """
 def conf_folder() -> Path:
     """Where the YAML files lie: inside an installed wheel, beside the package in a checkout."""
     package = Path(__file__).parent.parent
-    return next(path for path in (package / "conf", package.parent / "conf") if (path / "audit.yaml").exists())
+    return next(path for path in (package / "conf", package.parent / "conf") if (path / "model" / "any.yaml").exists())
 
 
-class Setting(NamedTuple):
-    """One line of a YAML file of conf/."""
-
-    name: str  # dotted
-    default: str
-    meaning: str
+def files_of(group: str) -> list[str]:
+    """The names of the files of conf/ that a group chooses from."""
+    return sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
 
 
-_LINE = re.compile(r"( *)(\w+):(?: +(.+?))??(?: +# (.+))?")
-_GROUP = re.compile(r" +- /?(\w+)(?:@([\w.]+))?: (\w+)")
+def settings(command: Command) -> list[Setting]:
+    """Every setting of a command."""
+    return [] if command.record is None else list(settings_of(command.record))
 
 
-def groups_of(command: str) -> dict[str, str]:
-    """What is set from files of conf/, such as `reference` -> the folder of those files, such as `model`."""
-    lines = (conf_folder() / f"{command}.yaml").read_text(encoding="utf-8").splitlines()
-    return {found[2] or found[1]: found[1] for line in lines if (found := _GROUP.fullmatch(line))}
+def names_of(command: Command) -> list[str]:
+    """Every name that can be overridden: settings and the parts they lie in."""
+    names = [setting.name for setting in settings(command)]
+    parts = {name.rpartition(".")[0] for name in names if "." in name}
+    return [*names, *parts, *(part for part in command.folders if part not in parts)]
 
 
-def settings_of(file: Path, prefix: str = "") -> Iterator[Setting]:
-    """The settings of a YAML file of conf/ and of the groups it begins with, with the comments beside them."""
-    above: list[tuple[int, str]] = [(-1, prefix)]  # indent and dotted name of the mappings around a line
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if group := _GROUP.fullmatch(line):
-            if group[3] == "null":  # nothing, unless it is chosen
-                continue
-            yield from settings_of(conf_folder() / group[1] / f"{group[3]}.yaml", f"{group[2] or group[1]}.")
-        elif found := _LINE.fullmatch(line):
-            indent, key = len(found[1]), found[2]
-            if indent == 0 and key == "hydra":
-                return
-            while above[-1][0] >= indent:
-                above.pop()
-            if found[3] is None:
-                above.append((indent, f"{above[-1][1]}{key}."))
-            else:
-                yield Setting(f"{above[-1][1]}{key}", found[3], found[4] or "")
+def usage() -> str:
+    """What `spinal --help` prints."""
+    lines = ["usage: spinal COMMAND [setting=value ...]", ""]
+    for command in COMMANDS.values():
+        lines += [f"  {command.usage}", f"      {command.does}"]
+    return "\n".join([*lines, "", "`spinal COMMAND --help` lists its settings, `spinal --version` says which spinal."])
 
 
-def _listed(name: str, options: list[str], width: int) -> list[str]:
-    """`  name=this|that`, in as many lines as it takes."""
-    text = f"{name}{'| '.join(options)}"
-    lines = textwrap.wrap(text, width - 2, subsequent_indent=" " * len(name), break_on_hyphens=False)
-    return [f"  {line.replace('| ', '|')}" for line in lines]
-
-
-def names_of(command: str) -> list[str]:
-    """Every name that can be overridden: settings and the groups they lie in."""
-    names = [setting.name for setting in settings_of(conf_folder() / f"{command}.yaml")]
-    return [*names, *{name.rpartition(".")[0] for name in names if "." in name}]
-
-
-def help_text(command: str, takes: str, does: str) -> str:
+def help_text(command: Command) -> str:
     """What `spinal COMMAND --help` prints."""
-    # What a file says itself overrides what its groups say.
-    settings = [*{setting.name: setting for setting in settings_of(conf_folder() / f"{command}.yaml")}.values()]
-    name, default = (max(len(setting[column]) for setting in settings) for column in (0, 1))
+    if command.record is None:
+        return f"usage: {command.usage}\n\n{command.does}"
+    first = f"usage: {command.usage} [setting=value ...]"
+    lines = textwrap.wrap(first, 118, subsequent_indent=" " * 7, break_on_hyphens=False, break_long_words=False)
+    lines += ["", *textwrap.wrap(command.does, 118), ""]
+    lines.append(f"settings and their defaults ({REQUIRED}: to be given)")
+    rows = list(_rows(command))
+    name = max(len(row[0]) for row in rows)
+    default = max(len(row[1]) for row in rows)
     indent = name + default + 6
     width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 120) - indent)
-    lines = [f"usage: spinal {command} {takes} [setting=value ...]", "", does, ""]
-    lines.append("settings and their defaults (???: to be given)")
-    for setting in settings:
-        meaning = textwrap.wrap(setting.meaning, width) or [""]
-        lines.append(f"  {setting.name:<{name}}  {setting.default:<{default}}  {meaning[0]}".rstrip())
+    for row in rows:
+        meaning = textwrap.wrap(row[2], width) or [""]
+        lines.append(f"  {row[0]:<{name}}  {row[1]:<{default}}  {meaning[0]}".rstrip())
         lines += [" " * indent + line for line in meaning[1:]]
-    groups: dict[str, list[str]] = {}
-    for group, folder in sorted(groups_of(command).items()):
-        groups.setdefault(folder, []).append(group)
-    options = {folder: sorted(file.stem for file in (conf_folder() / folder).glob("*.yaml")) for folder in groups}
-    if any(len(files) > 1 for files in options.values()):
-        lines += ["", "groups of settings"]
-    for folder, names in groups.items():
-        if len(options[folder]) > 1:
-            lines += _listed(" or ".join(f"{name}=" for name in names), options[folder], width + indent)
+    lines += list(_groups(command, width + indent))
     lines += ["", "where it writes, and sweeps"]
-    if f"dir: runs/{command}/" in (conf_folder() / f"{command}.yaml").read_text(encoding="utf-8"):
-        lines.append(f"  hydra.run.dir=DIR     the run folder; runs/{command}/DATE_TIME unless said")
-    rest = HYDRA_HELP.format(command=command, quoting=QUOTING[0].upper() + QUOTING[1:])
-    return "\n".join(lines) + rest
+    if command.keeps_run:
+        lines.append(f"  hydra.run.dir=DIR     the run folder; runs/{command.name}/DATE_TIME unless said")
+    return "\n".join(lines) + HYDRA_HELP.format(command=command.name, quoting=QUOTING[0].upper() + QUOTING[1:])
+
+
+def shown(value: Any) -> str:
+    """A default as one would type it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _rows(command: Command) -> Iterator[tuple[str, str, str]]:
+    """Name, default and meaning of every setting; a part that is null by default is led by a row of its own."""
+    part = ""
+    for setting in settings(command):
+        if setting.optional and (top := setting.name.partition(".")[0]) != part:
+            part = top
+            yield part, "null", f"nothing; with {part}={'|'.join(files_of(part))}:"
+        text = setting.help
+        if setting.choices:
+            text += f": {', '.join(map(str, setting.choices[:-1]))} or {setting.choices[-1]}"
+        yield setting.name, shown(setting.default), text + (f" [{setting.unit}]" if setting.unit else "")
+
+
+def _groups(command: Command, width: int) -> Iterator[str]:
+    """The files that groups choose from, where there is a choice."""
+    parts: dict[str, list[str]] = {}
+    for part, folder in sorted(command.folders.items()):
+        parts.setdefault(folder, []).append(part)
+    choices = {folder: files_of(folder) for folder in parts}
+    if any(len(files) > 1 for files in choices.values()):
+        yield from ("", "groups of settings")
+    for folder, names in parts.items():
+        if len(choices[folder]) > 1:
+            name = " or ".join(f"{part}=" for part in names)
+            text = f"{name}{'| '.join(choices[folder])}"
+            lines = textwrap.wrap(text, width - 2, subsequent_indent=" " * len(name), break_on_hyphens=False)
+            yield from (f"  {line.replace('| ', '|')}" for line in lines)

@@ -1,49 +1,63 @@
-"""What each command does with its settings: from a plain mapping to files in a run folder and an exit code.
+"""The commands that measure, compare and train: from a settings record to files in a run folder and an exit code.
 
 Libraries are imported where they are used, so that a mistake in the settings is told at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from spinal_jax import config
 from spinal_jax.cli.console import DONE, FAILED, SHORT, Stopped, complain, shown, stages
-from spinal_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from spinal_jax.config import AuditParallelConfig
+from spinal_jax.cli.registry import command
+from spinal_jax.config.training import TrainConfig
 
 
-def audit(settings: dict[str, Any], folder: Path) -> int:
-    from spinal_jax import config
-
-    asked = config.build(config.AuditConfig, settings)
-    return _together("audit", asked.parallel, settings, folder)
-
-
-def compare(settings: dict[str, Any], folder: Path) -> int:
-    from spinal_jax import config
-
-    asked = config.build(config.CompareConfig, settings)
-    return _together("compare", asked.parallel, settings, folder)
+@command(
+    "SOURCE | model.source=FOLDER|FILE.gguf|HUB_ID",
+    "The depth trace of one checkpoint.",
+    config.AuditConfig,
+    {"model": "any", "prompts": "default", "metrics": "default"},
+    ("model.source",),
+)
+def audit(asked: config.AuditConfig, folder: Path) -> int:
+    return _together("audit", asked, folder)
 
 
-def _together(job: str, parallel: AuditParallelConfig, settings: dict[str, Any], folder: Path) -> int:
+@command(
+    "ALIGNED BASE | model.source=ALIGNED reference.source=BASE | model.trace=RUN reference.trace=RUN",
+    "What alignment changed between two checkpoints, where, and how sure that is; exit code 3 short of `assert`.",
+    config.CompareConfig,
+    {
+        "model": "any",
+        "model@reference": "any",
+        "prompts": "default",
+        "preferences": None,
+        "metrics": "default",
+        "pair": None,
+        "study": None,
+    },
+    ("model.source", "reference.source"),
+)
+def compare(asked: config.CompareConfig, folder: Path) -> int:
+    return _together("compare", asked, folder)
+
+
+def _together(job: str, asked: config.AuditConfig | config.CompareConfig, folder: Path) -> int:
     """Runs a job of `SHARED`, with other processes where the settings say so."""
-    if parallel.coordinator is not None:
+    if asked.parallel.coordinator is not None:
         from spinal_jax.cli import processes
         from spinal_jax.parallel import mesh
 
-        place = mesh.place_of(parallel)
+        place = mesh.place_of(asked.parallel)
         if place.processes > 1:
-            return processes.share(job, settings, folder, place, parallel.start_timeout)
-    return SHARED[job](settings, folder, True)
+            return processes.share(job, config.to_mapping(asked), folder, place, asked.parallel.start_timeout)
+    return SHARED[job](config.to_mapping(asked), folder, True)
 
 
 def work(descriptor: int) -> None:
@@ -55,7 +69,6 @@ def work(descriptor: int) -> None:
 
 def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     """`audit` in one process, which writes the folder if it is the one that leads."""
-    from spinal_jax import config
     from spinal_jax.runs import folder as run_folder
 
     asked = config.build(config.AuditConfig, settings)
@@ -96,7 +109,6 @@ def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
 
 def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     """`compare` in one process, which writes the folder if it is the one that leads."""
-    from spinal_jax import config
     from spinal_jax.runs import folder as run_folder
 
     asked = config.build(config.CompareConfig, settings)
@@ -163,12 +175,24 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
 SHARED: dict[str, Callable[[dict[str, Any], Path, bool], int]] = {"audit": _audit, "compare": _compare}
 
 
-def train(settings: dict[str, Any], folder: Path) -> int:
-    from spinal_jax import config
-    from spinal_jax.config.training import TrainConfig
+@command(
+    "objective=dpo|sft|lm model.source=CHECKPOINT preferences=hh preferences.path=FILE",
+    "Trains a checkpoint and records its depth traces on the way; a killed run resumes when the command is run again.",
+    TrainConfig,
+    {
+        "model": "any",
+        "objective": "dpo",
+        "preferences": None,
+        "corpus": None,
+        "prompts": "default",
+        "metrics": "default",
+        "experiment": None,
+    },
+    ("model.source",),
+)
+def train(asked: TrainConfig, folder: Path) -> int:
     from spinal_jax.runs import folder as run_folder
 
-    asked = config.build(TrainConfig, settings)
     if not asked.overwrite:
         run_folder.check_incomplete(folder, config.to_mapping(asked))
     from spinal_jax.report.training import write_training_report
@@ -192,101 +216,4 @@ def train(settings: dict[str, Any], folder: Path) -> int:
     print(trained)
     print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())}")
     print(f"  report    {shown(folder / 'report.html')}", flush=True)
-    return DONE
-
-
-def convert(settings: dict[str, Any], folder: Path) -> int:
-    from spinal_jax import config
-
-    asked = config.build(config.ConvertConfig, settings)
-    from spinal_jax.models.formats.convert import convert
-    from spinal_jax.models.formats.open import open_checkpoint
-
-    model = asked.model
-    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
-        out = convert(
-            checkpoint,
-            asked.out,
-            dtype=model.dtype,
-            ignore_keys=model.ignore_keys,
-            overwrite=asked.overwrite,
-            bar=stages({}),
-        )
-    print(shown(out), flush=True)
-    return DONE
-
-
-def export(settings: dict[str, Any], folder: Path) -> int:
-    from spinal_jax import config
-
-    asked = config.build(config.ExportConfig, settings)
-    from spinal_jax.models.formats.export import export
-    from spinal_jax.models.formats.open import open_checkpoint
-
-    model = asked.model
-    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
-        out = export(
-            checkpoint,
-            asked.out,
-            dtype=model.dtype,
-            ignore_keys=model.ignore_keys,
-            shard_bytes=int(asked.shard_gb * 1e9),
-            overwrite=asked.overwrite,
-            bar=stages({}),
-        )
-    print(shown(out), flush=True)
-    return DONE
-
-
-def verify(settings: dict[str, Any], folder: Path) -> int:
-    from spinal_jax import config
-
-    asked = config.build(config.VerifyConfig, settings)
-    from spinal_jax.verify import verify
-
-    result = verify(asked, stages({}))
-    print(result, flush=True)
-    if not result.passed:
-        return FAILED
-    return DONE
-
-
-def plan(settings: dict[str, Any], folder: Path) -> int:
-    from spinal_jax import config
-    from spinal_jax.config.plan import PlanConfig
-    from spinal_jax.runs import folder as run_folder
-
-    asked = config.build(PlanConfig, settings)
-    run_folder.check_free(folder, asked.overwrite, config.to_mapping(asked))
-    from spinal_jax.plan.plan import FILE, make_plan
-
-    seconds: dict[str, float] = {}
-    with stages(seconds)("plan", 1, "plan") as advance:
-        found = make_plan(asked)
-        advance(1)
-    with run_folder.writing(folder, asked.overwrite) as scratch:
-        found.save(scratch)
-        run_folder.write_manifest(scratch, "plan", config.to_mapping(asked), found.about(), seconds)
-    print(found)
-    print(f"written to {shown(folder / FILE)}", flush=True)
-    return DONE
-
-
-def report(arguments: list[str], usage: str) -> int:
-    if len(arguments) != 1:
-        raise UserError(f"report takes one run folder: {usage}")
-    from spinal_jax.report import draw_report
-
-    print(draw_report(arguments[0]))
-    return DONE
-
-
-def collect(arguments: list[str], usage: str) -> int:
-    out = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
-    folders = [argument for argument in arguments if not argument.startswith("out=")]
-    if not folders or len(out) > 1:
-        raise UserError(f"collect takes folders that hold runs, and one out=DIR at most: {usage}")
-    from spinal_jax.report.collect import collect
-
-    print(collect(folders, *out))
     return DONE

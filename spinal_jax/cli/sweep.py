@@ -11,13 +11,13 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from spinal_jax.cli.console import DONE, FAILED, MISTAKE, Outcome, shown
+from spinal_jax.cli.console import DONE, MISTAKE, Outcome, shown
+from spinal_jax.cli.guard import judged
 from spinal_jax.errors import AlreadyDone, UserError
 from spinal_jax.files import write_whole
 
@@ -63,8 +63,8 @@ class Sweep:
         except UserError as error:
             outcome = Outcome(number, MISTAKE, f"{error} ({which}: {own})")
         except Exception as error:
-            traceback.print_exc()
-            outcome = Outcome(number, FAILED, f"{type(error).__name__}: {error} ({which}: {own})")
+            code, message = judged(error)
+            outcome = Outcome(number, code, f"{message} ({which}: {own})")
         write_whole(self._told / f"{number}.json", json.dumps(asdict(outcome)).encode())
         free()
 

@@ -1,10 +1,14 @@
-"""The settings of `spinal plan` as a frozen record."""
+"""The settings of `spinal plan`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from spinal_jax.config import MetricsConfig, ModelConfig, ParallelConfig, require
+from spinal_jax.config.audit import BATCH_TOKENS, OVERWRITE
+from spinal_jax.config.metrics import MetricsConfig
+from spinal_jax.config.model import ModelConfig
+from spinal_jax.config.parallel import ParallelConfig
+from spinal_jax.config.record import about, require, require_above
 from spinal_jax.parallel.devices import DEVICES
 
 
@@ -13,22 +17,22 @@ class PlanConfig:
     """`spinal plan`."""
 
     model: ModelConfig
-    device: str | None = None  # a name of DEVICES; null: the same accelerator, whatever it may be
-    devices: int = 1
-    prompt_count: int = 512
-    prompt_tokens: int = 256  # of each prompt
+    device: str | None = field(
+        default=None, metadata=about(f"{', '.join(DEVICES)}; null: any accelerator, and all of them compared")
+    )
+    devices: int = field(default=1, metadata=about("how many devices", "devices"))
+    prompt_count: int = field(default=512, metadata=about("how many prompts", "prompts"))
+    prompt_tokens: int = field(default=256, metadata=about("length of each prompt", "tokens"))
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    batch_tokens: int | None = None  # tokens computed at a time; null: by device
-    compile: bool = True  # false: the arithmetic alone
-    overwrite: bool = False  # replace a complete run
+    batch_tokens: int | None = field(default=None, metadata=about(BATCH_TOKENS, "tokens"))
+    compile: bool = field(default=True, metadata=about("false: arithmetic alone, without the compiler's memory"))
+    overwrite: bool = field(default=False, metadata=about(OVERWRITE))
 
     def __post_init__(self) -> None:
         names = f"null or one of {', '.join(DEVICES)}"
         require(self.device is None or self.device in DEVICES, "device", self.device, names)
         require(0 < self.devices <= 4096, "devices", self.devices, "a number from 1 to 4096")
-        require(self.prompt_count > 0, "prompt_count", self.prompt_count, "a number above 0")
+        require_above(self, "prompt_count")
         require(self.prompt_tokens > 1, "prompt_tokens", self.prompt_tokens, "2 or more tokens")
-        require(
-            self.batch_tokens is None or self.batch_tokens > 0, "batch_tokens", self.batch_tokens, "null or above 0"
-        )
+        require_above(self, "batch_tokens", or_null=True)

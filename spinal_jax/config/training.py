@@ -1,24 +1,37 @@
-"""The settings of `spinal train` as frozen records."""
+"""The settings of `spinal train`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from spinal_jax.config import MetricsConfig, ModelConfig, ParallelConfig, PreferencesConfig, PromptsConfig, require
+from spinal_jax.config.audit import OVERWRITE
+from spinal_jax.config.data import CorpusConfig, PreferencesConfig, PromptsConfig
+from spinal_jax.config.metrics import MetricsConfig
+from spinal_jax.config.model import ModelConfig
+from spinal_jax.config.parallel import ParallelConfig
+from spinal_jax.config.record import about, require, require_above
 from spinal_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised (docs/method.md)."""
+    """What is minimised (docs/method.md): `objective`."""
 
-    kind: Literal["dpo", "sft", "lm"]
-    loss: Literal["sigmoid", "cdpo", "robust", "ipo", "hinge"] = "sigmoid"  # of dpo
-    beta: float = 0.1  # strength of the pull towards the reference
-    label_smoothing: float = 0.0  # probability that a label is wrong, of cdpo and robust
-    reference: Literal["cached", "live"] = "cached"  # log-probabilities computed once, or beside each step
-    cache: str | None = None  # folder of cached log-probabilities; null: the user's cache folder
+    kind: Literal["dpo", "sft", "lm"] = field(
+        default="dpo", metadata=about("preference optimisation, supervised fine-tuning, language modelling")
+    )
+    loss: Literal["sigmoid", "cdpo", "robust", "ipo", "hinge"] = field(
+        default="sigmoid", metadata=about("loss of dpo on the log-probability ratios")
+    )
+    beta: float = field(default=0.1, metadata=about("strength of the KL constraint to the reference, of dpo"))
+    label_smoothing: float = field(default=0.0, metadata=about("probability that a label is wrong, of cdpo and robust"))
+    reference: Literal["cached", "live"] = field(
+        default="cached", metadata=about("the reference's log-probabilities: computed once, or at each step")
+    )
+    cache: str | None = field(
+        default=None, metadata=about("folder of cached log-probabilities; null: in the user's cache folder")
+    )
 
     def __post_init__(self) -> None:
         require(self.beta > 0, "objective.beta", self.beta, "a number above 0")
@@ -30,38 +43,22 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
-    """Which documents `lm` trains on."""
-
-    path: str | None = None
-    format: Literal["text", "jsonl", "world"] = "text"
-    field: str = "text"  # of a jsonl row
-    limit: int | None = None  # documents
-    held_out: int = 0  # last documents, kept from training and used to evaluate
-    max_length: int = 256  # tokens; longer documents are cut into pieces
-    seed: int = 0  # of the world
-
-    def __post_init__(self) -> None:
-        right = "the path of a file" if self.format != "world" else "null: the world is generated"
-        require((self.path is None) == (self.format == "world"), "corpus.path", self.path, right)
-        require(self.limit is None or self.limit > 0, "corpus.limit", self.limit, "a number above 0, or null")
-        require(self.held_out >= 0, "corpus.held_out", self.held_out, "0 or more documents")
-        require(self.max_length > 1, "corpus.max_length", self.max_length, "2 or more tokens")
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
-    """optax, as TRL's defaults have it."""
+    """optax, with TRL's defaults: `optimizer`."""
 
-    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
-    learning_rate: float = 1e-6
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # to 0 at the last step
-    warmup_steps: int = 0  # of rising from 0
-    weight_decay: float = 0.0  # of matrices; not of norms and biases
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip: float | None = 1.0  # largest norm of the gradient; null: any
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = field(default="adamw", metadata=about("update rule"))
+    learning_rate: float = field(default=1e-6, metadata=about("peak learning rate"))
+    schedule: Literal["linear", "cosine", "constant"] = field(
+        default="linear", metadata=about("decay of the learning rate to 0 at the last step")
+    )
+    warmup_steps: int = field(default=0, metadata=about("linear warm-up steps", "steps"))
+    weight_decay: float = field(default=0.0, metadata=about("decoupled weight decay of matrices"))
+    beta1: float = field(default=0.9, metadata=about("Adam beta1"))
+    beta2: float = field(default=0.999, metadata=about("Adam beta2"))
+    eps: float = field(default=1e-8, metadata=about("Adam epsilon"))
+    clip: float | None = field(
+        default=1.0, metadata=about("gradient clipping threshold (global norm); null: no clipping")
+    )
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
@@ -77,11 +74,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters in place of all weights."""
+    """Low-rank adapters in place of all weights: `lora`."""
 
-    rank: int = 0  # 0: all weights are trained
-    alpha: float = 16.0  # their scale is alpha / rank
-    targets: tuple[str, ...] = ("all-linear",)
+    rank: int = field(default=0, metadata=about("rank of the adapters; 0: all weights are trained"))
+    alpha: float = field(default=16.0, metadata=about("the adapters are scaled by alpha / rank"))
+    targets: tuple[str, ...] = field(
+        default=("all-linear",), metadata=about("layers with adapters: all-linear, or names such as q_proj")
+    )
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "0 to train all weights, or the rank of the adapters")
@@ -94,40 +93,59 @@ class TrainConfig:
     """`spinal train`."""
 
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     preferences: PreferencesConfig | None = None
     corpus: CorpusConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)  # that the traces are measured on
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    steps: int | None = None  # null: as many as `epochs` have
-    epochs: float = 1.0
-    batch_size: int = 8  # pairs or documents a step
-    micro_tokens: int | None = None  # tokens computed at a time, gradients being accumulated; null: by device
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; trained weights are float32
-    # What the backward pass computes again and does not keep; null: all_but_linear on a CPU, else blocks.
-    remat: Literal["none", "all_but_linear", "blocks"] | None = None
-    seed: int = 0  # of the order of examples and of new weights
-    log_every: int = 1
-    eval_every: int | tuple[int, ...] | None = None  # steps between evaluations, or which; null: the first and last
-    eval_examples: int | None = None  # held-out examples that are evaluated, the first ones; null: all
-    trace_every: int | tuple[int, ...] | None = None  # steps between traces, or which; null: a twentieth of the time
-    save_every: int | None = None  # null: a quarter of the run
-    max_to_keep: int | None = 2  # checkpoints; null: all
-    keep: Literal["last", "best_before_onset"] = "last"
-    stop_on_destabilisation: bool = False
-    until_eval_loss: float | None = None  # end at the first evaluation whose loss is at most this
-    overwrite: bool = False  # replace a complete run
+    steps: int | None = field(default=None, metadata=about("optimiser steps; null: as many as epochs have", "steps"))
+    epochs: float = field(default=1.0, metadata=about("passes over the examples"))
+    batch_size: int = field(default=8, metadata=about("pairs or documents in a step"))
+    micro_tokens: int | None = field(
+        default=None,
+        metadata=about("tokens computed at a time, gradients being accumulated; null: by device", "tokens"),
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata=about("dtype of forward and backward pass; trained weights are float32")
+    )
+    remat: Literal["none", "all_but_linear", "blocks"] | None = field(
+        default=None,
+        metadata=about("what the backward pass recomputes; null: all_but_linear on a CPU, blocks elsewhere"),
+    )
+    seed: int = field(default=0, metadata=about("seed of the order of examples and of new weights"))
+    log_every: int = field(default=1, metadata=about("steps between logged metrics", "steps"))
+    eval_every: int | tuple[int, ...] | None = field(
+        default=None, metadata=about("steps between evaluations, or a list of steps; null: first and last step")
+    )
+    eval_examples: int | None = field(
+        default=None, metadata=about("held-out examples that are evaluated, the first ones; null: all")
+    )
+    trace_every: int | tuple[int, ...] | None = field(
+        default=None,
+        metadata=about(
+            "steps between traces, or a list of steps; null: about a twentieth of the time is spent on them"
+        ),
+    )
+    save_every: int | None = field(
+        default=None, metadata=about("steps between checkpoints; null: a quarter of the run", "steps")
+    )
+    max_to_keep: int | None = field(default=2, metadata=about("checkpoints that are kept; null: all"))
+    keep: Literal["last", "best_before_onset"] = field(
+        default="last", metadata=about("which step's weights are the result: the last, or the last healthy one")
+    )
+    stop_on_destabilisation: bool = field(default=False, metadata=about("end the run where it destabilises"))
+    until_eval_loss: float | None = field(
+        default=None, metadata=about("end the run at the first evaluation with a held-out loss of at most this")
+    )
+    overwrite: bool = field(default=False, metadata=about(OVERWRITE))
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro_tokens", "eval_examples", "save_every", "max_to_keep"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "null or a number above 0")
-        for name in ("batch_size", "log_every", "epochs"):
-            value = getattr(self, name)
-            require(value > 0, name, value, "a number above 0")
+        require_above(self, "steps", "micro_tokens", "eval_examples", "save_every", "max_to_keep", or_null=True)
+        require_above(self, "batch_size", "log_every", "epochs")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 2^32 - 1")
         for name in ("eval_every", "trace_every"):
             every = getattr(self, name)
             sound = min(every, default=0) >= 0 if isinstance(every, tuple) else every is None or every > 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from spinal_jax.cli import main as cli
+from spinal_jax.cli.commands import COMMANDS
 
 from .conftest import Outcome, Spinal, Start
 
@@ -75,7 +75,7 @@ def test_a_mistake_in_the_settings(refused: Refused, changes: str, words: list[s
 def test_what_must_be_given(spinal: Spinal, tmp_path: Path) -> None:
     spinal("audit").refusal("model.source is missing", "model.source=...")
     assert not any(tmp_path.glob("runs/audit/*"))
-    spinal("audt").refusal("'audt'", ", ".join(cli.COMMANDS))
+    spinal("audt").refusal("'audt'", ", ".join(COMMANDS))
     spinal("report").refusal("spinal report DIR")
     spinal("report", "a", "b").refusal("spinal report DIR")
     spinal("report", "nowhere").refusal("nowhere", "trace.json")

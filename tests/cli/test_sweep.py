@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spinal_jax.cli import main as cli
-from spinal_jax.cli.console import DONE, FAILED, MISTAKE, SHORT, Outcome, Stopped, worst
+from spinal_jax.cli.commands import COMMANDS
+from spinal_jax.cli.console import DONE, MISTAKE, SHORT, UNFORESEEN, Outcome, Stopped, worst
+from spinal_jax.config import AuditConfig
 from spinal_jax.errors import AlreadyDone, UserError
 
 from .conftest import Outcome as Ended
 from .conftest import Spinal
 
-Job = Callable[[dict[str, Any], Path], int]
+Job = Callable[[AuditConfig, Path], int]
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
@@ -27,7 +31,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tm
 
     def run(job: Job, *arguments: str) -> Ended:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setitem(cli.COMMANDS, "audit", cli.COMMANDS["audit"]._replace(job=job))
+        monkeypatch.setitem(COMMANDS, "audit", replace(COMMANDS["audit"], job=job))
         monkeypatch.setattr(
             "sys.argv", ["spinal", "audit", "-m", "model.source=m", "hydra.sweep.dir=sweep", *arguments]
         )
@@ -71,8 +75,8 @@ def test_complete_runs_are_passed_over_and_others_refused(
 def test_a_failure_loses_no_other_run_and_the_worst_code_is_the_last_word(
     sweep: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    def job(settings: dict[str, Any], folder: Path) -> int:
-        limit = settings["prompts"]["limit"]
+    def job(asked: AuditConfig, folder: Path) -> int:
+        limit = asked.prompts.limit
         if limit == 1:
             raise RuntimeError("boom")
         if limit == 2:
@@ -83,9 +87,14 @@ def test_a_failure_loses_no_other_run_and_the_worst_code_is_the_last_word(
         return SHORT if limit == 4 else DONE
 
     ended = sweep(job, "prompts.limit=1,2,3,4,5", "prompts.max_length=9")
-    assert ended.code == FAILED
-    assert "Traceback" in ended.err
-    assert "spinal: RuntimeError: boom (run 1 of 5: prompts.limit=1)\n" in ended.err
+    assert ended.code == UNFORESEEN
+    assert "Traceback" not in ended.err
+    told = re.search(
+        r"^spinal: unforeseen error \(RuntimeError: boom\); a report .* is in (\S+);.*$", ended.err, re.MULTILINE
+    )
+    assert told is not None
+    assert "(run 1 of 5: prompts.limit=1)" in told[0]
+    assert "RuntimeError: boom" in Path(told[1]).read_text()
     assert "spinal: nothing there (run 2 of 5: prompts.limit=2)\n" in ended.err
     assert "run 5 of 5, about " in ended.err
     assert "  complete: sweep/2\n" in ended.err
@@ -98,8 +107,8 @@ def test_a_failure_loses_no_other_run_and_the_worst_code_is_the_last_word(
 def test_a_setting_may_be_made_of_what_hydra_knows_of_its_own_run(sweep: Callable[..., Ended]) -> None:
     seen = []
 
-    def job(settings: dict[str, Any], folder: Path) -> int:
-        seen.append(settings["prompts"]["path"])
+    def job(asked: AuditConfig, folder: Path) -> int:
+        seen.append(asked.prompts.path)
         return DONE
 
     ended = sweep(job, "prompts=default,hh", "prompts.path=${hydra:runtime.choices.prompts}.jsonl")
@@ -123,12 +132,12 @@ def test_runs_in_processes_of_their_own_tell_how_they_ended(
     """The joblib launcher: exit codes and messages come back, and each process takes one of the GPUs that are named."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
 
-    def job(settings: dict[str, Any], folder: Path) -> int:
-        if settings["prompts"]["limit"] == 3:
+    def job(asked: AuditConfig, folder: Path) -> int:
+        if asked.prompts.limit == 3:
             raise UserError("nothing there")
         (folder / "seen").write_text(f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']}")
         time.sleep(1.5)  # until the other process has begun
-        return SHORT if settings["prompts"]["limit"] == 2 else DONE
+        return SHORT if asked.prompts.limit == 2 else DONE
 
     ended = sweep(job, "prompts.limit=1,2,3,4,5,6", *JOBLIB)
     assert ended.code == MISTAKE
@@ -145,7 +154,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(sweep: Callable[..., Ended], mon
     left: list[int] = []
     monkeypatch.setattr("os._exit", left.append)
 
-    def job(settings: dict[str, Any], folder: Path) -> int:
+    def job(asked: AuditConfig, folder: Path) -> int:
         raise Stopped(2)
 
     ended = sweep(job, "prompts.limit=1,2")

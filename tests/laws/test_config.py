@@ -130,7 +130,9 @@ def test_a_missing_setting_is_named(values: dict[str, Any]) -> None:
         ("metrics.contraction.window", [0.5, 0.5]),
         ("metrics.contraction.window", [-0.1, 0.5]),
         ("metrics.contraction.window", [0.1, 1.1]),
-        ("metrics.contraction.window", [float("nan"), 0.5]),
+        ("metrics.groups", 2**64),
+        ("model.name", "a\0b"),
+        ("model.name", "a\ud800"),
         ("metrics.contraction.skip", -1),
         ("metrics.contraction.skip", 0.5),
         ("metrics.contraction.center", None),
@@ -149,6 +151,11 @@ def test_a_missing_setting_is_named(values: dict[str, Any]) -> None:
 )
 def test_a_wrong_value_is_named_with_its_path(path: str, value: Any) -> None:
     refusal(changed(path, value), path, repr(value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_must_be_finite(value: float) -> None:
+    refusal(changed("metrics.contraction.window", [value, 0.5]), "metrics.contraction.window", "a finite number")
 
 
 @pytest.mark.parametrize("path", ["metrics.contraction.window", "model.ignore_keys"])
@@ -178,8 +185,9 @@ def test_building_leaves_the_mapping_alone() -> None:
 
 
 FRACTIONS = st.floats(0, 1)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 SETTINGS = st.fixed_dictionaries(
-    {"model": st.fixed_dictionaries({"source": st.text(min_size=1)}, optional={"revision": st.none() | st.text()})},
+    {"model": st.fixed_dictionaries({"source": TEXTS.filter(str.strip)}, optional={"revision": st.none() | TEXTS})},
     optional={
         "prompts": st.fixed_dictionaries(
             {},

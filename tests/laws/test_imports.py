@@ -63,7 +63,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "verify": {"errors", "data", "config", "metrics", "models", "audit"},
     "api": {"config", "models", "audit.trace", "audit"},
-    "__init__": {"errors", "models", "audit.trace", "comparison.record", "comparison", "comparison.checkpoints", "api"},
+    "__init__": {
+        *("errors", "models", "audit", "audit.trace", "comparison.record", "comparison", "comparison.checkpoints"),
+        "api",
+    },
     "cli": {
         *("errors", "files", "config", "parallel", "models", "audit.trace", "audit", "comparison.record", "comparison"),
         *("runs", "report", "comparison.checkpoints", "plan", "train", "verify"),

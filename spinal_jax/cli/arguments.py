@@ -1,0 +1,96 @@
+"""Arguments of a command as Hydra takes them: settings first, options last, each checked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from spinal_jax.cli import help as pages
+from spinal_jax.cli.registry import Command
+from spinal_jax.errors import UserError
+
+# What Hydra takes beside settings, and the values that each option can have; the first is the default.
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("-m", "--multirun", "--resolve", "--hydra-help"), ()),
+    **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
+    **dict.fromkeys(("-i", "--info"), INFO),
+}
+PACKAGE = ("-p", "--package")
+
+
+def hydras_arguments(command: Command, arguments: list[str]) -> list[str]:
+    """The arguments in Hydra's words. UserError for an option that there is not, or an argument that is no setting."""
+    settings, options, sources = [], [], []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if argument.startswith("-"):
+            options += _option(command, argument, waiting)
+        elif "=" in argument or argument.startswith("~"):
+            settings.append(_group(command, argument))
+        else:
+            sources.append(argument)
+    if "--resolve" in options and not {"-c", "--cfg"} & {*options}:
+        raise UserError("--resolve goes with --cfg job, which prints the settings; give both or neither")
+    return [*_sources(command, sources, settings), *settings, *options]
+
+
+def _option(command: Command, argument: str, waiting: list[str]) -> list[str]:
+    """An option with its value, which is taken from the arguments that follow where it is not given with `=`."""
+    name, given, value = argument.partition("=")
+    if name in PACKAGE:
+        if not given and not waiting:
+            raise UserError(f"{name} takes the name of a package of settings, such as {name} model")
+        return [name, value if given else waiting.pop(0)]
+    if name not in OPTIONS:
+        raise UserError(
+            f"there is no option {name}; settings are given as NAME=VALUE, see spinal {command.name} --help"
+        )
+    choices = OPTIONS[name]
+    if not choices:
+        if given:
+            raise UserError(f"{name} takes no value, but {argument!r} gives one")
+        return [name]
+    if not given:
+        follows = bool(waiting) and "=" not in waiting[0] and not waiting[0].startswith("-")
+        value = waiting.pop(0) if follows and (waiting[0] in choices or name in ("-c", "--cfg")) else choices[0]
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; it takes {', '.join(choices)}")
+    return [name, value]
+
+
+def _group(command: Command, argument: str) -> str:
+    """The argument, and where it chooses a file for a group that borrows another's, `reference=FILE`, with that
+    other's name, `model@reference=FILE`: Hydra would take what was written for a text to put in the group's place."""
+    name, _, file = argument.partition("=")
+    folder = command.folders.get(name.rpartition("@")[2], name)
+    chosen = next((choice for group, choice in command.groups.items() if group in (name, f"{folder}@{name}")), None)
+    if chosen is not None and file.strip() in ("null", ""):
+        raise UserError(
+            f"{name} is {file!r}; it takes {', '.join(pages.files_of(folder))}, or settings as {name}.NAME="
+        )
+    if name == "hydra":
+        raise UserError(
+            f"{argument!r} would replace all of Hydra's own settings; set one of them, as hydra.run.dir=DIR"
+        )
+    return argument if folder == name or name not in command.folders else f"{folder}@{name}={file}"
+
+
+def _sources(command: Command, sources: list[str], settings: list[str]) -> list[str]:
+    """Settings for arguments without a name."""
+    names = set(pages.names_of(command))
+    given = {setting.partition("=")[0] for setting in settings}
+    free = [name for name in command.positional if name not in given]
+    if wrong := next((word for word in sources if word in names and not Path(word).exists()), None):
+        raise UserError(f"{wrong!r} is the name of a setting; settings are given as NAME=VALUE")
+    if len(sources) > len(free):
+        takes = f"it takes {', '.join(free)} in this way" if free else "settings are given as NAME=VALUE"
+        raise UserError(f"{command.name} does not know what {sources[len(free)]!r} is; {takes}")
+    return [f"{name}={quoted(source)}" for name, source in zip(free, sources, strict=False)]
+
+
+def quoted(text: str) -> str:
+    """The text as a value that Hydra takes for nothing but a text."""
+    body = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return "'" + body.replace("${", "\\${") + "'"

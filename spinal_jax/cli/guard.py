@@ -1,0 +1,175 @@
+"""What stands around every command: signals, closed pipes, full disks, and errors that nobody foresaw.
+
+Nothing heavy is imported before it is needed, so that Ctrl-C in the first second is handled as later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from spinal_jax.cli import console
+from spinal_jax.cli.console import DONE, MISTAKE, UNFORESEEN, Stopped, complain
+from spinal_jax.errors import UserError
+
+FAULTS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EFBIG),
+    *(errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV),
+)
+# As libraries word them that pass no errno on.
+FAULT_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
+MEMORY = "out of memory: {}; a smaller batch_tokens or micro_tokens, a smaller model or more devices would need less"
+
+
+def guarded(run: Callable[[], int]) -> None:
+    """Runs a command; what it raises becomes one sentence and an exit code, and SystemExit unless that is 0."""
+    _in_utf8()
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, console.stop) for number in signals}
+    console.STOPS.clear()
+    code = DONE
+    try:
+        with _open_streams():
+            try:
+                code = run()
+                sys.stdout.flush()
+            except UserError as error:
+                _debug(error)
+                complain(str(error))
+                code = MISTAKE
+            except Stopped as stopped:
+                _end(stopped)
+            except Exception as error:
+                if console.STOPS:  # a library has caught the interrupt and raised an error of its own
+                    _end(console.STOPS[0])
+                code, message = judged(error)
+                complain(message)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        sys.exit(code)
+
+
+def _end(stopped: Stopped) -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)  # the terminal's own ^C
+    complain(f"{stopped}; {stopped.kept}")
+    sys.stdout.flush()
+    os._exit(128 + stopped.number)  # all is cleared up, and JAX may crash when Python ends with work in flight
+
+
+def judged(error: Exception) -> tuple[int, str]:
+    """The exit code of an error that is no UserError, and one sentence. An unforeseen one leaves a report file, or with
+    SPINAL_DEBUG=1 shows its traceback."""
+    _debug(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return MISTAKE, MEMORY.format(text[:300] or "the host has no more")
+    if (fault := _fault(error)) is not None:
+        return MISTAKE, fault
+    what = f"{type(error).__name__}: {text[:300]}".rstrip(": ")
+    if debugging():
+        return UNFORESEEN, f"unforeseen error ({what})"
+    from spinal_jax.cli.error_report import write_error_report
+
+    try:
+        where = f"a report for its authors is in {write_error_report(error)}"
+    except OSError as trouble:
+        where = f"no report of it could be written ({trouble})"
+    return UNFORESEEN, f"unforeseen error ({what}); {where}; SPINAL_DEBUG=1 shows the traceback"
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted: SPINAL_DEBUG is set, and not to 0."""
+    return os.environ.get("SPINAL_DEBUG", "0") not in ("", "0")
+
+
+def _debug(error: Exception) -> None:
+    if debugging():
+        import traceback
+
+        traceback.print_exception(error)
+
+
+def _fault(error: BaseException | None) -> str | None:
+    """A sentence for a fault of disk or system that an error comes from; None where it comes from none."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        if isinstance(error, OSError) and error.errno in FAULTS:
+            reason = os.strerror(error.errno)
+            where = f"{os.fsdecode(error.filename)} cannot be used" if error.filename else "a file cannot be written"
+            return f"{where}: {reason}; nothing that was complete is lost"
+        text = " ".join(str(error).split())
+        if isinstance(error, OSError) and "No usable temporary directory" in text:
+            return f"{text.partition('] ')[2] or text}; set TMPDIR to a folder that can be written to"
+        if words := next((words for words in FAULT_WORDS if words in text), None):
+            return f"a file cannot be written: {words} ({text[:300]})"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class _Open:
+    """A text stream that takes what is written when nobody reads it any more."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._unbroken():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unbroken():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _open_streams() -> Iterator[None]:
+    """Standard output and error that no closed pipe breaks, and that write every letter in some way."""
+    before = sys.stdout, sys.stderr
+    for name, stream in zip(("stdout", "stderr"), before, strict=True):
+        if stream is None:  # closed by whoever started this process
+            continue
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Open(stream))
+    if sys.stdout is None or sys.stderr is None:
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _in_utf8() -> None:
+    """Starts the process again in Python's UTF-8 mode where the locale has another encoding: names of files, prompts
+    and pages are UTF-8 throughout."""
+    again = "SPINAL_UTF8"
+    if sys.getfilesystemencoding().lower().replace("-", "") == "utf8" or again in os.environ:
+        return
+    os.environ |= {"PYTHONUTF8": "1", again: "1"}
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

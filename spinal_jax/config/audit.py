@@ -1,0 +1,37 @@
+"""The settings of `spinal audit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spinal_jax.config.data import PromptsConfig
+from spinal_jax.config.metrics import MetricsConfig
+from spinal_jax.config.model import ModelConfig
+from spinal_jax.config.parallel import AuditParallelConfig
+from spinal_jax.config.record import about, require, require_above
+
+BATCH_TOKENS = "tokens computed at a time on each device that shares rows; null: by device"
+OVERWRITE = "replace a complete run in the output folder"
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """`spinal audit`."""
+
+    model: ModelConfig
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    parallel: AuditParallelConfig = field(default_factory=AuditParallelConfig)
+    batch_tokens: int | None = field(default=None, metadata=about(BATCH_TOKENS, "tokens"))
+    checkpoint_every: int | None = field(
+        default=None,
+        metadata=about(
+            "batches between saves, from which the same command resumes after a kill; null: none", "batches"
+        ),
+    )
+    overwrite: bool = field(default=False, metadata=about(OVERWRITE))
+
+    def __post_init__(self) -> None:
+        require_above(self, "batch_tokens", "checkpoint_every", or_null=True)
+        alone = self.checkpoint_every is None or self.parallel.coordinator is None
+        require(alone, "checkpoint_every", self.checkpoint_every, "null where several processes share the run")
