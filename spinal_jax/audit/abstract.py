@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spinal_jax.audit.devices import gather_step, read_step
-from spinal_jax.audit.lens_step import Reading, nothing_read
+from spinal_jax.audit.devices import jit_forward_step, jit_lens_step
+from spinal_jax.audit.lens_step import LensSums, zero_lens_sums
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import SLOTS, TokenBatch
 from spinal_jax.metrics.contraction import Grams
@@ -18,7 +18,7 @@ from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import KEEP_FLOAT32, assemble, parameter_shapes
-from spinal_jax.parallel.mesh import Shards
+from spinal_jax.parallel.placement import Shards
 
 
 class Abstract(NamedTuple):
@@ -26,10 +26,10 @@ class Abstract(NamedTuple):
 
     model: Decoder
     grams: tuple[Grams, ...]
-    gap: Any
+    lens_error: Any
     batch: TokenBatch
     lens: Lens
-    reading: Reading
+    lens_sums: LensSums
     x: Any
 
 
@@ -71,43 +71,40 @@ def abstract_arguments(
     second, first = (None, None) if shards is None else shards.grams(width)
     squares, sums = (slots, boundaries, width, width), (slots, boundaries, width)
     grams = Grams(array(squares, gram_dtype, second), array(sums, gram_dtype, first))
-    integers, floats = jnp.int32, jnp.float32
-    fields: Any = [
-        *((height, length, integers) for _ in range(4)),
-        *((height, length, floats), (height, integers)),
-        *((measured, integers), (measured, floats), (measured, integers)),
-    ]
-    batch = TokenBatch(*(array(tuple(shape), kind, by_rows) for *shape, kind in fields))
+    batch = jax.tree.map(lambda x: array(x.shape, x.dtype, by_rows), TokenBatch.empty(height, length, measured))
     lens = jax.eval_shape(lambda model: model.head(settings.transport.temperature), model)
     if shards is not None:
         tokens = -(-config.vocab_size // shards.table_multiple) * shards.table_multiple
         lens = jax.tree.map(lambda x: array((tokens, *x.shape[1:]), x.dtype, table), lens)
         lens = replace(lens, size=config.vocab_size)
-    reading = jax.eval_shape(lambda: nothing_read(boundaries, settings, 1, False))
+    lens_sums = jax.eval_shape(lambda: zero_lens_sums(boundaries, settings, 1, False))
     return Abstract(
-        model,
-        (grams,) * (1 + len(settings.variants.skip)),
-        array((), jnp.float32, whole),
-        batch,
-        lens,
-        jax.tree.map(lambda x: array(x.shape, x.dtype, whole), reading),
-        array((boundaries, measured, width), dtype, kept),
+        model=model,
+        grams=(grams,) * (1 + len(settings.variants.skip)),
+        lens_error=array((), jnp.float32, whole),
+        batch=batch,
+        lens=lens,
+        lens_sums=jax.tree.map(lambda x: array(x.shape, x.dtype, whole), lens_sums),
+        x=array((boundaries, measured, width), dtype, kept),
     )
 
 
 def lower_steps(
-    some: Abstract, settings: MetricsConfig, shards: Shards | None = None
+    some: Abstract, settings: MetricsConfig, shards: Shards | None = None, backend: str | None = None
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """(`gather`, `read`) as an audit jits them, to be compiled."""
-    first = gather_step.lower(some.model, some.grams, some.gap, some.batch, skips=settings.variants.skip, shards=shards)
-    second = read_step.lower(
+    """(`forward_step`, `lens_step`) as an audit jits them for a kind of device, to be compiled."""
+    first = jit_forward_step.lower(
+        some.model, some.grams, some.lens_error, some.batch, skips=settings.variants.skip, shards=shards
+    )
+    second = jit_lens_step.lower(
         (some.lens,),
-        some.reading,
+        some.lens_sums,
         (some.x,),
         some.batch,
         top_k=settings.transport.top_k,
         groups=settings.groups,
         lasts=settings.lasts,
         shards=shards,
+        backend=backend,
     )
     return first, second

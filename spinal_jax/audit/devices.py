@@ -1,14 +1,16 @@
 """The devices an audit runs on: one, a mesh that shares every array, or replicas that each do a part of every batch.
 
-All three run the same two steps, `gather` and `read`. Whatever goes to devices or comes back passes through here.
+All three run the same two steps, `forward_step` and `lens_step`. Whatever goes to devices or comes back passes through
+here.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from spinal_jax.audit.forward_step import gather
-from spinal_jax.audit.lens_step import Across, Reading, Sums, read
+from spinal_jax.audit.forward_step import forward_step
+from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, lens_step
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import SLOTS, TokenBatch
 from spinal_jax.metrics import contraction
@@ -26,14 +28,17 @@ from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import Placing
-from spinal_jax.parallel.mesh import Choice, Replicas, Shards, device_memory, placed
+from spinal_jax.parallel.device_defaults import GRAM_SHARE
+from spinal_jax.parallel.placement import Choice, Replicas, Shards, device_memory, placed
 
 T = TypeVar("T")
-GRAM_ROOM = 0.25  # of a device's memory, for Gram sums
+Grams = tuple[contraction.Grams, ...]  # of the rows that count, and of each of `metrics.variants.skip`
 
 # Compiled once for the shapes of a model and a batch, however often `measure` is called; what is summed is donated.
-gather_step = jax.jit(gather, static_argnames=("skips", "shards"), donate_argnames="grams")
-read_step = jax.jit(read, static_argnames=("top_k", "groups", "lasts", "shards"), donate_argnames="reading")
+jit_forward_step = jax.jit(forward_step, static_argnames=("skips", "shards"), donate_argnames="grams")
+jit_lens_step = jax.jit(
+    lens_step, static_argnames=("top_k", "groups", "lasts", "shards", "backend"), donate_argnames="sums"
+)
 
 
 @partial(jax.jit, donate_argnames="grams")
@@ -47,96 +52,169 @@ def _padded(x: Array, multiple: int) -> Array:
     return jnp.pad(x, ((0, -x.shape[0] % multiple), *((0, 0) for _ in x.shape[1:])))
 
 
-class OneDevice:
-    """The device that JAX takes where nothing is said."""
+class Devices(ABC):
+    """What an audit runs on.
 
-    shards: Shards | None = None
-    rows = 1  # how many share the rows of a batch
-    own: tuple[int, ...] | None = None  # which of these rows this process fills; None: all
-    leads = True  # whether this process keeps the sums that leave the devices: the first of those that share them
-    placing: Placing | None = None  # where a parameter lies, for `load_decoder`
+    Attributes:
+        rows: how many devices share the rows of a batch.
+        own: which of these parts of the rows this process fills; None: all.
+        leads: whether this process keeps the sums that leave the devices: the first of those that share them.
+        placing: where a parameter lies, for `load_decoder`; None: wherever JAX puts it.
+        shards: where arrays lie on a mesh; None: there is none.
+    """
+
+    rows: int
+    own: tuple[int, ...] | None
+    leads: bool
+    placing: Placing | None
+    shards: Shards | None
 
     def slots(self, config: DecoderConfig, settings: MetricsConfig) -> int:
         """How many groups have their Gram sums here at once, all others being in a scratch file: two, or one where two
-        would take more than GRAM_ROOM of a device in float64."""
+        would take more than GRAM_SHARE of a device in float64."""
         memory, share = device_memory(), 1
         if self.shards is not None:
             made, kept = self.shards.features(config.width)
             share = math.prod(self.shards.mesh.shape[axis] for axis in (*made, *kept))
         size = (1 + len(settings.variants.skip)) * (config.depth + 1) * config.width**2 * 8 / share
-        return 1 if memory and SLOTS * size > GRAM_ROOM * memory else SLOTS
+        return 1 if memory and SLOTS * size > GRAM_SHARE * memory else SLOTS
 
+    @abstractmethod
     def model(self, model: Decoder) -> Decoder:
         """The model, its parameters where they belong."""
-        return model
 
+    @abstractmethod
     def lens(self, lens: Lens) -> Lens:
         """What reads token distributions, its rows where the walk through the vocabulary wants them."""
-        return lens
 
+    @abstractmethod
     def batch(self, batch: TokenBatch) -> TokenBatch:
         """A batch of the host."""
-        return jax.tree.map(jnp.asarray, batch)
 
-    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Any:
+    @abstractmethod
+    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
         """`number` sums of nothing yet."""
-        return tuple(contraction.init(slots, boundaries, width, dtype) for _ in range(number))
 
-    def gap(self) -> Array:
+    @abstractmethod
+    def lens_error(self) -> Array:
         """No difference seen yet."""
-        return jnp.zeros((), jnp.float32)
 
-    def reading(self, reading: Reading) -> Reading:
+    @abstractmethod
+    def lens_sums(self, sums: LensSums) -> LensSums:
         """Sums of nothing yet."""
-        return reading
 
-    def gather(self, model: Decoder, grams: Any, gap: Array, batch: TokenBatch, skips: tuple[int, ...]) -> Any:
-        """`gather`, compiled; `grams` is donated."""
-        return gather_step(model, grams, gap, batch, skips=skips, shards=self.shards)
+    @abstractmethod
+    def forward_step(
+        self, model: Decoder, grams: Grams, lens_error: Array, batch: TokenBatch, skips: tuple[int, ...]
+    ) -> tuple[Grams, Array, Array]:
+        """`forward_step`, compiled; `grams` is donated."""
 
-    def read(
+    @abstractmethod
+    def lens_step(
         self,
         lenses: tuple[Lens, ...],
-        reading: Reading,
+        sums: LensSums,
         x: tuple[Array, ...],
         batch: TokenBatch,
         settings: MetricsConfig,
-    ) -> Reading:
-        """`read`, compiled; `reading` is donated."""
-        return read_step(lenses, reading, x, batch, **_static(settings), shards=self.shards)
+    ) -> LensSums:
+        """`lens_step`, compiled; `sums` is donated."""
 
+    @abstractmethod
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         """The sums with nothing in one slot; `grams` is donated."""
+
+    @abstractmethod
+    def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
+        """[d, d] Gram sum of a slot and boundary, on the host. Processes that share the sums must all ask for it."""
+
+    @abstractmethod
+    def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
+        """[D + 1, d] the sums beside it."""
+
+    @abstractmethod
+    def to_host(self, x: Array) -> np.ndarray:
+        """x [D + 1, M, d] as `forward_step` leaves it, on the host."""
+
+    @abstractmethod
+    def from_host(self, x: np.ndarray) -> Array:
+        """The inverse of `to_host`."""
+
+    @abstractmethod
+    def largest(self, lens_error: Array) -> float:
+        """The largest difference seen."""
+
+    @abstractmethod
+    def totals(self, sums: LensSums) -> tuple[tuple[TransportSums, ...], PairSums | None]:
+        """The sums as float64 on the host."""
+
+
+@final
+class OneDevice(Devices):
+    """The device that JAX takes where nothing is said."""
+
+    def __init__(self) -> None:
+        self.rows, self.own, self.leads = 1, None, True
+        self.placing, self.shards = None, None
+
+    def model(self, model: Decoder) -> Decoder:
+        return model
+
+    def lens(self, lens: Lens) -> Lens:
+        return lens
+
+    def batch(self, batch: TokenBatch) -> TokenBatch:
+        return jax.tree.map(jnp.asarray, batch)
+
+    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
+        return tuple(contraction.init(slots, boundaries, width, dtype) for _ in range(number))
+
+    def lens_error(self) -> Array:
+        return _no_error()
+
+    def lens_sums(self, sums: LensSums) -> LensSums:
+        return sums
+
+    def forward_step(
+        self, model: Decoder, grams: Grams, lens_error: Array, batch: TokenBatch, skips: tuple[int, ...]
+    ) -> tuple[Grams, Array, Array]:
+        return jit_forward_step(model, grams, lens_error, batch, skips=skips)
+
+    def lens_step(
+        self,
+        lenses: tuple[Lens, ...],
+        sums: LensSums,
+        x: tuple[Array, ...],
+        batch: TokenBatch,
+        settings: MetricsConfig,
+    ) -> LensSums:
+        return jit_lens_step(lenses, sums, x, batch, **_static(settings))
+
+    def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         return _clear(grams, slot)
 
     def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
-        """[d, d] Gram sum of a slot and boundary, on the host. Processes that share the sums must all ask for it."""
         return np.asarray(grams.second[slot, boundary])
 
     def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
-        """[D + 1, d] the sums beside it."""
         return np.asarray(grams.first[slot])
 
-    def kept(self, x: Array) -> np.ndarray:
-        """x [D + 1, M, d] on the host."""
+    def to_host(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
-    def keep(self, x: np.ndarray) -> Array:
-        """x [D + 1, M, d] of the host, as `gather` leaves it."""
+    def from_host(self, x: np.ndarray) -> Array:
         return jnp.asarray(x)
 
-    def largest(self, gap: Array) -> float:
-        """The largest difference seen."""
-        return float(gap)
+    def largest(self, lens_error: Array) -> float:
+        return float(lens_error)
 
-    def totals(self, reading: Reading) -> tuple[tuple[Sums, ...], Across | None]:
-        """The sums as float64 on the host."""
-        host = jax.tree.map(lambda x: np.asarray(x, np.float64), reading)
-        return host.own, host.across
+    def totals(self, sums: LensSums) -> tuple[tuple[TransportSums, ...], PairSums | None]:
+        return _as_float64(sums)
 
 
-class OnMesh(OneDevice):
-    """A mesh of devices, every array split by the rules of `spinal_jax.parallel.mesh`."""
+@final
+class OnMesh(Devices):
+    """A mesh of devices, every array split by the rules of `spinal_jax.parallel`."""
 
     def __init__(self, shards: Shards):
         self.shards = self.places = shards
@@ -157,16 +235,35 @@ class OnMesh(OneDevice):
     def batch(self, batch: TokenBatch) -> TokenBatch:
         return jax.tree.map(lambda x: self.places.of_parts(x, self.places.batch), batch)
 
-    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Any:
-        placed = self.places.grams(width)
-        init = jax.jit(contraction.init, static_argnums=(0, 1, 2, 3), out_shardings=contraction.Grams(*placed))
+    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
+        second, first = self.places.grams(width)
+        shardings = contraction.Grams(second=second, first=first)
+        init = jax.jit(contraction.init, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
         return tuple(init(slots, boundaries, width, dtype) for _ in range(number))
 
-    def gap(self) -> Array:
-        return placed(super().gap(), self.places.whole)
+    def lens_error(self) -> Array:
+        return placed(_no_error(), self.places.whole)
 
-    def reading(self, reading: Reading) -> Reading:
-        return jax.tree.map(lambda x: placed(x, self.places.whole), reading)
+    def lens_sums(self, sums: LensSums) -> LensSums:
+        return jax.tree.map(lambda x: placed(x, self.places.whole), sums)
+
+    def forward_step(
+        self, model: Decoder, grams: Grams, lens_error: Array, batch: TokenBatch, skips: tuple[int, ...]
+    ) -> tuple[Grams, Array, Array]:
+        return jit_forward_step(model, grams, lens_error, batch, skips=skips, shards=self.shards)
+
+    def lens_step(
+        self,
+        lenses: tuple[Lens, ...],
+        sums: LensSums,
+        x: tuple[Array, ...],
+        batch: TokenBatch,
+        settings: MetricsConfig,
+    ) -> LensSums:
+        return jit_lens_step(lenses, sums, x, batch, **_static(settings), shards=self.shards)
+
+    def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
+        return _clear(grams, slot)
 
     def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
         return np.asarray(_gathered(self.places.whole)(grams.second, slot, boundary))
@@ -174,14 +271,21 @@ class OnMesh(OneDevice):
     def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
         return np.asarray(grams.first)[slot]
 
-    def kept(self, x: Array) -> np.ndarray:
+    def to_host(self, x: Array) -> np.ndarray:
         return self.places.parts(x, axis=1)
 
-    def keep(self, x: np.ndarray) -> Array:
+    def from_host(self, x: np.ndarray) -> Array:
         return self.places.of_parts(x, self.places.kept, axis=1)
 
+    def largest(self, lens_error: Array) -> float:
+        return float(lens_error)
 
-class OnReplicas(OneDevice):
+    def totals(self, sums: LensSums) -> tuple[tuple[TransportSums, ...], PairSums | None]:
+        return _as_float64(sums)
+
+
+@final
+class OnReplicas(Devices):
     """Devices that each have the whole model, a part of every batch's rows and sums of their own: `jax.pmap`.
 
     Sums are added up as they leave the devices, so that nothing is exchanged during a step.
@@ -189,8 +293,9 @@ class OnReplicas(OneDevice):
 
     def __init__(self, replicas: Replicas):
         self.replicas = replicas
-        self.rows = replicas.count
+        self.rows, self.own, self.leads = replicas.count, None, True
         self.placing = lambda path, shape: replicas.whole
+        self.shards = None
 
     def _each(self, tree: T) -> T:
         """One copy on each device, along a new first axis."""
@@ -206,31 +311,33 @@ class OnReplicas(OneDevice):
         parts = jax.tree.map(lambda x: np.asarray(x).reshape(self.rows, -1, *x.shape[1:]), batch)
         return jax.device_put(parts, self.replicas.each)
 
-    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Any:
+    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
         def init() -> contraction.Grams:
             sums = contraction.init(slots, boundaries, width, dtype)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.rows, *x.shape)), sums)
 
         return tuple(jax.jit(init, out_shardings=self.replicas.each)() for _ in range(number))
 
-    def gap(self) -> Array:
-        return self._each(super().gap())
+    def lens_error(self) -> Array:
+        return self._each(_no_error())
 
-    def reading(self, reading: Reading) -> Reading:
-        return self._each(reading)
+    def lens_sums(self, sums: LensSums) -> LensSums:
+        return self._each(sums)
 
-    def gather(self, model: Decoder, grams: Any, gap: Array, batch: TokenBatch, skips: tuple[int, ...]) -> Any:
-        return _gather_each(skips)(model, grams, gap, batch)
+    def forward_step(
+        self, model: Decoder, grams: Grams, lens_error: Array, batch: TokenBatch, skips: tuple[int, ...]
+    ) -> tuple[Grams, Array, Array]:
+        return _forward_each(skips)(model, grams, lens_error, batch)
 
-    def read(
+    def lens_step(
         self,
         lenses: tuple[Lens, ...],
-        reading: Reading,
+        sums: LensSums,
         x: tuple[Array, ...],
         batch: TokenBatch,
         settings: MetricsConfig,
-    ) -> Reading:
-        return _read_each(**_static(settings))(lenses, reading, x, batch)
+    ) -> LensSums:
+        return _lens_each(**_static(settings))(lenses, sums, x, batch)
 
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         return _clear_each(grams, slot)
@@ -241,21 +348,20 @@ class OnReplicas(OneDevice):
     def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
         return np.asarray(grams.first)[:, slot].astype(np.float64).sum(axis=0)
 
-    def kept(self, x: Array) -> np.ndarray:
+    def to_host(self, x: Array) -> np.ndarray:
         return np.concatenate(list(np.asarray(x)), axis=1)
 
-    def keep(self, x: np.ndarray) -> Array:
+    def from_host(self, x: np.ndarray) -> Array:
         return jax.device_put(np.stack(np.split(x, self.rows, axis=1)), self.replicas.each)
 
-    def largest(self, gap: Array) -> float:
-        return float(np.asarray(gap).max())
+    def largest(self, lens_error: Array) -> float:
+        return float(np.asarray(lens_error).max())
 
-    def totals(self, reading: Reading) -> tuple[tuple[Sums, ...], Across | None]:
-        own, across = super().totals(reading)
-        return jax.tree.map(lambda x: x.sum(axis=0), (own, across))
+    def totals(self, sums: LensSums) -> tuple[tuple[TransportSums, ...], PairSums | None]:
+        return jax.tree.map(lambda x: x.sum(axis=0), _as_float64(sums))
 
 
-def devices_of(choice: Choice) -> OneDevice:
+def devices_of(choice: Choice) -> Devices:
     """What runs the audit on the devices that were chosen."""
     if choice.replicas is not None:
         return OnReplicas(choice.replicas)
@@ -266,19 +372,28 @@ def _static(settings: MetricsConfig) -> dict[str, Any]:
     return {"top_k": settings.transport.top_k, "groups": settings.groups, "lasts": settings.lasts}
 
 
+def _no_error() -> Array:
+    return jnp.zeros((), jnp.float32)
+
+
+def _as_float64(sums: LensSums) -> tuple[tuple[TransportSums, ...], PairSums | None]:
+    host = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    return host.own, host.across
+
+
 @cache
 def _gathered(whole: NamedSharding) -> Any:
     return jax.jit(lambda second, slot, boundary: second[slot, boundary], out_shardings=whole)
 
 
 @cache
-def _gather_each(skips: tuple[int, ...]) -> Any:
-    return jax.pmap(partial(gather, skips=skips), in_axes=(None, 0, 0, 0), donate_argnums=1)
+def _forward_each(skips: tuple[int, ...]) -> Any:
+    return jax.pmap(partial(forward_step, skips=skips), in_axes=(None, 0, 0, 0), donate_argnums=1)
 
 
 @cache
-def _read_each(**static: Any) -> Any:
-    return jax.pmap(partial(read, **static), in_axes=(None, 0, 0, 0), donate_argnums=1)
+def _lens_each(**static: Any) -> Any:
+    return jax.pmap(partial(lens_step, **static), in_axes=(None, 0, 0, 0), donate_argnums=1)
 
 
 @partial(jax.jit, donate_argnames="grams")

@@ -12,13 +12,14 @@ from jax import Array
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics import contraction
 from spinal_jax.models.decoder import Decoder, Tap
-from spinal_jax.parallel.mesh import ROWS, Shards
+from spinal_jax.parallel.mesh import ROWS
+from spinal_jax.parallel.placement import Shards
 
 
-def gather(
+def forward_step(
     model: Decoder,
     grams: tuple[contraction.Grams, ...],
-    gap: Array,
+    lens_error: Array,
     batch: TokenBatch,
     *,
     skips: tuple[int, ...],
@@ -29,13 +30,14 @@ def gather(
     Args:
         model: the checkpoint.
         grams: the sums of the rows that count and, for each of `skips`, of those from that position on.
-        gap: largest difference seen so far between the model's own output and what its lens reads at boundary D.
+        lens_error: largest difference in probability seen so far between the model's own output and what its lens
+            reads at boundary D.
         batch: rows of tokens.
         skips: first positions, one for each of the sums behind the first.
         shards: how devices share the work, where there are several.
 
     Returns:
-        (grams, x [D + 1, M, d] at the measured positions after the final norm, gap)
+        (grams, x [D + 1, M, d] at the measured positions after the final norm, lens_error)
     """
     config = model.config
     measured = batch.measured.shape[0]
@@ -74,7 +76,7 @@ def gather(
         like = contraction.Grams(*shards.grams(config.width))
         grams = jax.lax.with_sharding_constraint(grams, tuple(like for _ in grams))
         x, off = jax.lax.with_sharding_constraint((x, off), (shards.kept, shards.whole))
-    return grams, x, jnp.maximum(gap, off)
+    return grams, x, jnp.maximum(lens_error, off)
 
 
 def pick(values: Array, measured: Array, shards: Shards | None) -> Array:

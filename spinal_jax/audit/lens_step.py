@@ -1,9 +1,9 @@
-"""What the lens reads at the measured positions of one or two models, summed by prompt group."""
+"""The second of an audit's two steps: token distributions at the measured positions, summed by prompt group."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.metrics.transport import Lens, LensStats, Pair, lens_stats, turning_angle
-from spinal_jax.parallel.mesh import Shards
+from spinal_jax.parallel.placement import Shards
 
 
-class Sums(NamedTuple):
+class TransportSums(NamedTuple):
     """Transport by prompt group: sums over measured positions, to be divided last. float32."""
 
     positions: Array  # [G] how many were measured
@@ -31,19 +31,19 @@ class Sums(NamedTuple):
     last_step: Array  # [K, G, D + 1] radians, of those
 
 
-class Across(NamedTuple):
+class PairSums(NamedTuple):
     """Between two models by prompt group: sums over measured positions. float32."""
 
     distance: Array  # [G, D + 1] radians
     divergence: Array  # [G] nats, KL(model || reference) of what they put out
 
 
-class Reading(NamedTuple):
-    """Everything `read` carries."""
+class LensSums(NamedTuple):
+    """Everything `lens_step` carries."""
 
-    own: tuple[Sums, ...]  # of the model, and of the reference where it is not known yet
-    across: Across | None
-    gap: Array  # largest difference seen between two ways to the output's probabilities
+    own: tuple[TransportSums, ...]  # of the model, and of the reference where it is not known yet
+    across: PairSums | None
+    lens_error: Array  # largest difference seen between two ways to the output's probabilities
 
 
 def pairs_of(boundaries: int, model: int = 0) -> tuple[Pair, Pair, Pair]:
@@ -57,8 +57,8 @@ def pairs_of(boundaries: int, model: int = 0) -> tuple[Pair, Pair, Pair]:
     )
 
 
-def nothing_read(boundaries: int, settings: MetricsConfig, models: int, across: bool) -> Reading:
-    """A `Reading` to begin with.
+def zero_lens_sums(boundaries: int, settings: MetricsConfig, models: int, across: bool) -> LensSums:
+    """Sums of nothing yet.
 
     Args:
         boundaries: D + 1.
@@ -69,20 +69,28 @@ def nothing_read(boundaries: int, settings: MetricsConfig, models: int, across: 
     groups, lasts = settings.groups, len(settings.lasts)
     by = (groups, boundaries)
 
-    def sums() -> Sums:  # arrays of its own each: they are donated
-        return Sums(
-            *(zeros(groups), zeros(by), zeros(by), zeros(by), zeros(by), zeros(groups)),
-            *(zeros((lasts, groups)), zeros((lasts, *by))),
+    def sums() -> TransportSums:  # arrays of its own each: they are donated
+        return TransportSums(
+            positions=zeros(groups),
+            step=zeros(by),
+            entropy=zeros(by),
+            turning=zeros(by),
+            turned=zeros(by),
+            direct=zeros(groups),
+            last_positions=zeros((lasts, groups)),
+            last_step=zeros((lasts, *by)),
         )
 
-    return Reading(
-        tuple(sums() for _ in range(models)), Across(zeros(by), zeros(groups)) if across else None, zeros(())
+    return LensSums(
+        own=tuple(sums() for _ in range(models)),
+        across=PairSums(distance=zeros(by), divergence=zeros(groups)) if across else None,
+        lens_error=zeros(()),
     )
 
 
-def read(
+def lens_step(
     lenses: tuple[Lens, ...],
-    reading: Reading,
+    sums: LensSums,
     x: tuple[Array, ...],
     batch: TokenBatch,
     *,
@@ -90,63 +98,66 @@ def read(
     groups: int,
     lasts: tuple[int, ...],
     shards: Shards | None = None,
-) -> Reading:
+    backend: str | None = None,
+) -> LensSums:
     """Adds the distributions at a batch's measured positions to the sums. Pure.
 
     Args:
         lenses: the model's and, where there is one, the reference's.
-        x: [D + 1, M, d] of each, as from `gather`.
+        sums: so far.
+        x: [D + 1, M, d] of each, as from `forward_step`.
         batch: the one that `x` is of.
         top_k: as `lens_stats` takes it.
         groups: how many groups of prompts there are.
         lasts: also sum the steps at the last so many tokens of each sequence alone.
         shards: how devices share the work, where there are several.
+        backend: as `lens_stats` takes it.
     """
     boundaries = x[0].shape[0]
-    within = tuple(pairs_of(boundaries, model) for model in range(len(reading.own)))
+    within = tuple(pairs_of(boundaries, model) for model in range(len(sums.own)))
     pairs, divergences = sum(within, ()), ()
-    if reading.across is not None:
+    if sums.across is not None:
         pairs, divergences = (*pairs, Pair(0, boundaries, boundaries)), ((boundaries - 1, 2 * boundaries - 1),)
     full = any(part.dtype == jnp.float32 for part in x)
     with jax.default_matmul_precision("highest" if full else "default"):
         if shards is None:
             count = jnp.sum(batch.measured_weight > 0, dtype=jnp.int32)
-            stats = lens_stats(lenses, x, pairs, divergences, top_k, count)
+            stats = lens_stats(lenses, x, pairs, divergences, top_k, count, backend=backend)
         else:
 
             def part(lenses: tuple[Lens, ...], x: tuple[Array, ...], weight: Array) -> LensStats:
                 count = jnp.max(jnp.where(weight > 0, jnp.arange(1, len(weight) + 1, dtype=jnp.int32), 0))
-                return lens_stats(lenses, x, pairs, divergences, top_k, count, shards.vocabulary)
+                return lens_stats(lenses, x, pairs, divergences, top_k, count, shards.vocabulary, backend)
 
             stats = shards.by_vocabulary(part)(lenses, x, batch.measured_weight)
         by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
         ends = pick(batch.lengths - batch.positions, batch.measured, shards)  # 1 at a sequence's last token
         by_last = jnp.stack([by_group * (ends <= k)[:, None].astype(jnp.float32) for k in lasts] or [by_group])
         by_last = by_last[: len(lasts)]
-        own, gap = [], reading.gap
-        for model, sums in enumerate(reading.own):
+        own, lens_error = [], sums.lens_error
+        for model, so_far in enumerate(sums.own):
             at = slice(model * boundaries, (model + 1) * boundaries)
             distances = stats.distances[3 * model : 3 * model + 3]
             added = group_sums(distances, stats.entropy[at], by_group, by_last)
-            own.append(jax.tree.map(jnp.add, sums, added))
+            own.append(jax.tree.map(jnp.add, so_far, added))
             # The walk's normaliser against the whole vocabulary at once, at one position a batch.
             logits = lenses[model].read(x[model][-1, 0])
             off = jnp.abs(jax.nn.softmax(logits) - jnp.exp(logits - stats.log_normaliser[at][-1, 0]))
-            gap = jnp.maximum(gap, jnp.where(batch.measured_weight[0] > 0, jnp.max(off), 0.0))
-    across = reading.across
+            lens_error = jnp.maximum(lens_error, jnp.where(batch.measured_weight[0] > 0, jnp.max(off), 0.0))
+    across = sums.across
     if across is not None:
         exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        across = Across(
-            across.distance + exact("lm,mg->gl", stats.distances[-1], by_group),
-            across.divergence + exact("m,mg->g", stats.divergences[0], by_group),
+        across = PairSums(
+            distance=across.distance + exact("lm,mg->gl", stats.distances[-1], by_group),
+            divergence=across.divergence + exact("m,mg->g", stats.divergences[0], by_group),
         )
-    reading = Reading(tuple(own), across, gap)
+    sums = LensSums(own=tuple(own), across=across, lens_error=lens_error)
     if shards is not None:
-        reading = jax.lax.with_sharding_constraint(reading, jax.tree.map(lambda _: shards.whole, reading))
-    return reading
+        sums = jax.lax.with_sharding_constraint(sums, jax.tree.map(lambda _: shards.whole, sums))
+    return sums
 
 
-def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by_last: Array) -> Sums:
+def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by_last: Array) -> TransportSums:
     """Sums over the measured positions of each group.
 
     Args:
@@ -160,21 +171,32 @@ def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by
     def total(values: Array, before: int = 0, behind: int = 0) -> Array:  # [l, M] -> [G, before + l + behind]
         return exact("lm,mg->gl", jnp.pad(values, ((before, behind), (0, 0))), by_group)
 
-    return Sums(
-        jnp.sum(by_group, axis=0),
-        total(step, before=1),
-        total(entropy),
-        total(angle, before=1, behind=1),
-        total(counts.astype(jnp.float32), before=1, behind=1),
-        total(terminal)[:, 0],
-        jnp.sum(by_last, axis=1),
-        exact("lm,kmg->kgl", jnp.pad(step, ((1, 0), (0, 0))), by_last),
+    return TransportSums(
+        positions=jnp.sum(by_group, axis=0),
+        step=total(step, before=1),
+        entropy=total(entropy),
+        turning=total(angle, before=1, behind=1),
+        turned=total(counts.astype(jnp.float32), before=1, behind=1),
+        direct=total(terminal)[:, 0],
+        last_positions=jnp.sum(by_last, axis=1),
+        last_step=exact("lm,kmg->kgl", jnp.pad(step, ((1, 0), (0, 0))), by_last),
     )
 
 
-def over_groups(sums: Sums, drop: int | None = None) -> Sums:
+def over_groups(sums: TransportSums, drop: int | None = None) -> TransportSums:
     """The sums over all groups, or all but one."""
-    some = slice(None) if drop is None else np.arange(len(sums.positions)) != drop
-    return Sums(
-        *(np.asarray(x)[some].sum(axis=0) for x in sums[:6]), *(np.asarray(x)[:, some].sum(axis=1) for x in sums[6:])
+    some = np.ones(len(sums.positions), bool) if drop is None else np.arange(len(sums.positions)) != drop
+
+    def total(x: Any, axis: int = 0) -> Any:
+        return np.compress(some, np.asarray(x), axis).sum(axis=axis)
+
+    return TransportSums(
+        positions=total(sums.positions),
+        step=total(sums.step),
+        entropy=total(sums.entropy),
+        turning=total(sums.turning),
+        turned=total(sums.turned),
+        direct=total(sums.direct),
+        last_positions=total(sums.last_positions, axis=1),
+        last_step=total(sums.last_step, axis=1),
     )

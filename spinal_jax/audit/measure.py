@@ -1,11 +1,11 @@
 """The audit of one checkpoint, alone or against a reference: two jitted steps a batch, then float64 on the host.
 
-`gather` runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where transport
-is measured; `read` takes their token distributions in one pass over the vocabulary. Only sums by prompt group stay:
-Gram sums on the device for the groups being visited, all others in a scratch file, so memory does not grow with the
-number of prompts.
+`forward_step` runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where
+transport is measured; `lens_step` takes their token distributions in one pass over the vocabulary. Only sums by prompt
+group stay: Gram sums on the device for the groups being visited, all others in a scratch file, so memory does not grow
+with the number of prompts.
 
-Every step runs on the `OneDevice` given, which may be a mesh or replicas.
+Every step runs on the `Devices` given.
 
 Two models need not be in memory together: of a `Reference` stay its unembedding and, in a scratch file, its residuals
 at the measured positions, and one pass over the vocabulary then reads both models.
@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spinal_jax.audit.devices import OneDevice
-from spinal_jax.audit.lens_step import Across, Reading, Sums, nothing_read, over_groups
+from spinal_jax.audit.devices import Devices, OneDevice
+from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, over_groups, zero_lens_sums
 from spinal_jax.audit.spectra import GramStore, Spectra, all_spectra, spectra_count
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import GroupRun, Plan, TokenBatch
@@ -90,7 +90,7 @@ class Reference:
             vocabulary reads both.
     """
 
-    def __init__(self, lens: Lens, plan: Plan, settings: MetricsConfig, devices: OneDevice):
+    def __init__(self, lens: Lens, plan: Plan, settings: MetricsConfig, devices: Devices):
         self.devices = devices
         self.lens = jax.tree.map(jnp.copy, lens)  # so that the model's own weights may be donated or freed
         self.plan, self.settings = plan, settings
@@ -111,7 +111,7 @@ class Reference:
 
     def append(self, batch: TokenBatch, x: Array) -> None:
         """Keeps x [D + 1, M, d] of a batch, at its real positions."""
-        rows = np.ascontiguousarray(self.devices.kept(x)[:, np.asarray(batch.measured_weight) > 0])
+        rows = np.ascontiguousarray(self.devices.to_host(x)[:, np.asarray(batch.measured_weight) > 0])
         self._records.append((self._file.tell(), rows.dtype, rows.shape))
         self._file.write(rows.reshape(-1).view(np.uint8).data)
 
@@ -122,7 +122,7 @@ class Reference:
         rows = np.frombuffer(self._file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
         x = np.zeros((shape[0], len(batch.measured_weight), shape[2]), dtype)
         x[:, np.asarray(batch.measured_weight) > 0] = rows
-        return self.devices.keep(x)
+        return self.devices.from_host(x)
 
     def check(self, model: Decoder, plan: Plan, settings: MetricsConfig) -> None:
         """ValueError unless the model and what it is to read fit."""
@@ -143,7 +143,7 @@ def measure(
     settings: MetricsConfig,
     bar: Bar | None = None,
     reference: Reference | None = None,
-    devices: OneDevice | None = None,
+    devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Runs the audit over a planned pool of prompts.
@@ -172,14 +172,14 @@ def measure(
         reference.check(model, plan, settings)
         lenses, known = (lens, reference.lens), reference.measurement is not None
     models = 1 if known else 2
-    reading = devices.reading(nothing_read(model.config.depth + 1, settings, models, reference is not None))
+    sums = devices.lens_sums(zero_lens_sums(model.config.depth + 1, settings, models, reference is not None))
 
-    def visit(reading: Reading, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> Reading:
+    def read(sums: LensSums, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> LensSums:
         both = (x,) if reference is None else (x, reference.read(number, host))
-        return jax.block_until_ready(devices.read(lenses, reading, both, batch, settings))
+        return jax.block_until_ready(devices.lens_step(lenses, sums, both, batch, settings))
 
-    spectra, reading = _run(model, plan, settings, bar or _no_bar, reading, visit, devices, progress)
-    own, across = _read_out(reading, devices)
+    spectra, sums = _run(model, plan, settings, bar or _no_bar, sums, read, devices, progress)
+    own, across = _read_out(sums, devices)
     if spectra is None:
         raise NotLeader
     if reference is not None and not known:
@@ -195,7 +195,7 @@ def keep(
     bar: Bar | None = None,
     *,
     alone: bool = False,
-    devices: OneDevice | None = None,
+    devices: Devices | None = None,
 ) -> Reference:
     """Runs a model whose numbers, and distances from it, are to be measured: a `Reference`, which is to be closed.
 
@@ -209,16 +209,16 @@ def keep(
     model = devices.model(model)
     lens = devices.lens(model.head(settings.transport.temperature))
     kept = Reference(lens, plan, settings, devices)
-    reading = devices.reading(nothing_read(model.config.depth + 1, settings, 1, False))
+    sums = devices.lens_sums(zero_lens_sums(model.config.depth + 1, settings, 1, False))
 
-    def visit(reading: Reading, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> Reading:
+    def read(sums: LensSums, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> LensSums:
         kept.append(host, x)
-        return jax.block_until_ready(devices.read((lens,), reading, (x,), batch, settings)) if alone else reading
+        return jax.block_until_ready(devices.lens_step((lens,), sums, (x,), batch, settings)) if alone else sums
 
     try:
-        kept.spectra, reading = _run(model, plan, settings, bar or _no_bar, reading, visit, devices)
+        kept.spectra, sums = _run(model, plan, settings, bar or _no_bar, sums, read, devices)
         if alone and kept.spectra is not None:
-            kept.measurement = _finish(kept.spectra, _read_out(reading, devices)[0][0], plan, settings)
+            kept.measurement = _finish(kept.spectra, _read_out(sums, devices)[0][0], plan, settings)
     except BaseException:
         kept.close()
         raise
@@ -229,16 +229,16 @@ def _no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManag
     return contextlib.nullcontext(lambda amount: None)
 
 
-def _read_out(reading: Reading, devices: OneDevice) -> tuple[tuple[Sums, ...], Across | None]:
+def _read_out(sums: LensSums, devices: Devices) -> tuple[tuple[TransportSums, ...], PairSums | None]:
     """The sums as float64, once they are known to be of the model's own distributions."""
-    _check_gap(devices.largest(reading.gap))
-    return devices.totals(reading)
+    _check_lens(devices.largest(sums.lens_error))
+    return devices.totals(sums)
 
 
-def _check_gap(gap: float) -> None:
-    if not gap < LENS_TOLERANCE:
+def _check_lens(error: float) -> None:
+    if not error < LENS_TOLERANCE:
         raise AssertionError(
-            f"the lens at the last boundary differs from the model's output by a probability of {gap:.2g}"
+            f"the lens at the last boundary differs from the model's output by a probability of {error:.2g}"
         )
 
 
@@ -247,12 +247,12 @@ def _run(
     plan: Plan,
     settings: MetricsConfig,
     bar: Bar,
-    reading: Reading,
-    visit: Callable[[Reading, int, TokenBatch, TokenBatch, Array], Reading],
-    devices: OneDevice,
+    sums: LensSums,
+    read: Callable[[LensSums, int, TokenBatch, TokenBatch, Array], LensSums],
+    devices: Devices,
     progress: Progress | None = None,
-) -> tuple[Spectra | None, Reading]:
-    """All batches through the forward, what is kept of each handed to `visit(reading, number, host batch, batch, x)`;
+) -> tuple[Spectra | None, LensSums]:
+    """All batches through the forward, what is kept of each handed to `read(sums, number, host batch, batch, x)`;
     then the spectra, in the process that leads, and what was read."""
     config, skips = model.config, settings.variants.skip
     boundaries = config.depth + 1
@@ -266,14 +266,14 @@ def _run(
         ]
         spools = [GramStore(file, boundaries, config.width, dtype) for file in files]
         grams = devices.grams(len(spools), plan.slots, boundaries, config.width, dtype)
-        gap = devices.gap()
+        lens_error = devices.lens_error()
         complete: dict[int, list[GroupRun]] = defaultdict(list)
         for each in plan.visits:
             complete[each.last_batch].append(each)
         begin = 0
         if progress is not None:
             begin = progress.begun
-            grams, gap, reading = progress.load((grams, gap, reading))
+            grams, lens_error, sums = progress.load((grams, lens_error, sums))
             for spool in spools:
                 spool.go_on([visited.group for number in range(begin) for visited in complete[number]])
         with progress or contextlib.nullcontext(), bar("audit", plan.tokens, "tok") as advance:
@@ -281,28 +281,28 @@ def _run(
                 if number < begin:
                     continue
                 batch = devices.batch(host)
-                grams, x, gap = devices.gather(model, grams, gap, batch, skips)
-                reading = visit(reading, number, host, batch, x)
+                grams, x, lens_error = devices.forward_step(model, grams, lens_error, batch, skips)
+                sums = read(sums, number, host, batch, x)
                 for done in complete[number]:
-                    for spool, sums in zip(spools, grams, strict=True):
-                        second = partial(devices.second, sums, done.slot)
+                    for spool, each in zip(spools, grams, strict=True):
+                        second = partial(devices.second, each, done.slot)
                         if devices.leads:
-                            spool.append(done.group, second, devices.first(sums, done.slot))
+                            spool.append(done.group, second, devices.first(each, done.slot))
                         else:
                             for boundary in range(boundaries):
                                 second(boundary)
-                    grams = tuple(devices.clear(sums, done.slot) for sums in grams)
+                    grams = tuple(devices.clear(each, done.slot) for each in grams)
                 if progress is not None:
-                    progress.after(number + 1, len(plan.batches), (grams, gap, reading), files)
+                    progress.after(number + 1, len(plan.batches), (grams, lens_error, sums), files)
                 advance(plan.batch_tokens(number))
-        _check_gap(devices.largest(gap))
+        _check_lens(devices.largest(lens_error))
         if not devices.leads:
-            return None, reading
+            return None, sums
         with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
-            return all_spectra(spools, plan, settings, advance), reading
+            return all_spectra(spools, plan, settings, advance), sums
 
 
-def _finish(spectra: Spectra, sums: Sums, plan: Plan, settings: MetricsConfig) -> Measurement:
+def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: MetricsConfig) -> Measurement:
     """Fits, means and their jackknife, float64."""
     groups = plan.groups
     used, drops, total = groups.used, groups.drops, groups.rows.sum()
@@ -348,7 +348,7 @@ def _means(step: np.ndarray | Array, positions: float) -> np.ndarray:
     return transport
 
 
-def _policy(across: Across | None, groups: Groups) -> PolicyDistance | None:
+def _policy(across: PairSums | None, groups: Groups) -> PolicyDistance | None:
     if across is None:
         return None
     distance, divergence, count = across.distance.sum(axis=0), across.divergence.sum(), groups.positions.sum()
@@ -361,7 +361,7 @@ def _policy(across: Across | None, groups: Groups) -> PolicyDistance | None:
     )
 
 
-def curve(spectra: np.ndarray, rows: int, sums: Sums, window: tuple[float, float]) -> Curve:
+def curve(spectra: np.ndarray, rows: int, sums: TransportSums, window: tuple[float, float]) -> Curve:
     """The depth curve of a pool, from the spectra [D + 1, d] of its `rows` hidden states and its sums over groups."""
     fits = [contraction.tail_fit(s, rows, window) for s in spectra]
     with np.errstate(invalid="ignore", divide="ignore"):  # a boundary without a turning angle is NaN

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from spinal_jax import data
-from spinal_jax.audit.devices import OneDevice, devices_of
+from spinal_jax.audit.devices import Devices, OneDevice, devices_of
 from spinal_jax.audit.measure import Measurement, measure
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.config import (
@@ -45,13 +45,14 @@ from spinal_jax.models.formats.memory import random_checkpoint
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
-from spinal_jax.parallel.mesh import Choice, check_same, choose
+from spinal_jax.parallel import device_defaults
+from spinal_jax.parallel.distributed import check_same
+from spinal_jax.parallel.placement import Choice, choose
 from spinal_jax.stats.groups import assign_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16384
 RANDOM = "random:"  # of a source: weights are drawn, not read
 WORLD_PROMPTS = 128  # of the controlled world's pool, where no limit is set
 HEAVY = 0.25  # share of the rows of one prompt or one group above which intervals are too narrow
@@ -283,7 +284,7 @@ def load(
     decoder: DecoderConfig,
     dtype: str,
     bar: Bar | None = None,
-    devices: OneDevice | None = None,
+    devices: Devices | None = None,
 ) -> Decoder:
     """The weights, with a progress bar over what is read; where `devices` want them."""
     size = sum(info.dtype.itemsize * math.prod(info.shape) for info in checkpoint.names().values())
@@ -314,7 +315,7 @@ def plan_prompts(
     asked: PromptsConfig,
     settings: MetricsConfig,
     batch_tokens: int | None = None,
-    devices: OneDevice | None = None,
+    devices: Devices | None = None,
     slots: int | None = None,
 ) -> Plan:
     """Tokenises and packs, for `devices` and as many `slots` as suit them unless told. UserError where too few tokens
@@ -338,12 +339,11 @@ def plan_prompts(
         )
     group, component = assign_groups([p.text for p in kept], [p.turns for p in kept], groups)
     sequences = [TokenSequence(ids, number) for ids, number in zip(found, group.tolist(), strict=True)]
-    each = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS
     work = plan(
         sequences,
         Positions.parse(settings.transport.positions),
         settings.contraction.skip,
-        batch_tokens or each * devices.rows,
+        batch_tokens or device_defaults.batch_tokens(jax.default_backend()) * devices.rows,
         devices.rows,
         slots or devices.slots(decoder, settings),
         groups,

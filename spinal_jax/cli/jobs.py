@@ -52,9 +52,9 @@ def _together(job: str, asked: config.AuditConfig | config.CompareConfig, folder
     """Runs a job of `SHARED`, with other processes where the settings say so."""
     if asked.parallel.coordinator is not None:
         from spinal_jax.cli import processes
-        from spinal_jax.parallel import mesh
+        from spinal_jax.parallel.distributed import place_of
 
-        place = mesh.place_of(asked.parallel)
+        place = place_of(asked.parallel)
         if place.processes > 1:
             return processes.share(job, config.to_mapping(asked), folder, place, asked.parallel.start_timeout)
     return SHARED[job](config.to_mapping(asked), folder, True)

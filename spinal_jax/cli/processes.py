@@ -30,7 +30,7 @@ from typing import IO, Any, NoReturn
 from spinal_jax.cli.console import DONE, FAILED, Stopped, complain, stop
 from spinal_jax.errors import AlreadyDone, NotLeader, UserError
 from spinal_jax.files import difference
-from spinal_jax.parallel.mesh import Place, start
+from spinal_jax.parallel.distributed import Place, start
 
 # How a process may end, the likeliest cause of all the others first. JAX aborts those that have lost another.
 CAUSES = ("killed", "refused", "stopped", "crashed", "failed")

@@ -14,7 +14,7 @@ import numpy as np
 
 from spinal_jax import data
 from spinal_jax.audit import pipeline
-from spinal_jax.audit.devices import OneDevice, devices_of
+from spinal_jax.audit.devices import Devices, devices_of
 from spinal_jax.audit.measure import Measurement, keep, measure
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.compare import BothModels, compare
@@ -31,12 +31,11 @@ from spinal_jax.models.formats.base import Checkpoint
 from spinal_jax.models.translate import Family
 from spinal_jax.objectives.examples import pair_sets
 from spinal_jax.objectives.responses import Example, Shape
+from spinal_jax.parallel.device_defaults import pair_tokens
 from spinal_jax.stats.groups import assign_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CPU_PAIR_TOKENS, ACCELERATOR_PAIR_TOKENS = 1024, 8192  # of a micro-batch, forward and backward
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class _Side:
     decoder: DecoderConfig
     bar: pipeline.Bar
 
-    def load(self, devices: OneDevice) -> Decoder:
+    def load(self, devices: Devices) -> Decoder:
         return pipeline.load(self.checkpoint, self.family, self.decoder, self.config.dtype, self.bar, devices)
 
     @property
@@ -264,6 +263,5 @@ def _read_pairs(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, sides
                 "choose a smaller preferences.max_length"
             )
     groups, _ = assign_groups([p.prompt for p in prompts], [p.turns for p in prompts], config.metrics.groups)
-    on_cpu = jax.default_backend() == "cpu"
-    most = config.batch_tokens or (CPU_PAIR_TOKENS if on_cpu else ACCELERATOR_PAIR_TOKENS)
+    most = config.batch_tokens or pair_tokens(jax.default_backend())
     return _Pairs(examples, tuple(groups.tolist()), shape_for(examples, most))

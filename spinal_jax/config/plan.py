@@ -9,7 +9,7 @@ from spinal_jax.config.metrics import MetricsConfig
 from spinal_jax.config.model import ModelConfig
 from spinal_jax.config.parallel import ParallelConfig
 from spinal_jax.config.record import about, require, require_above
-from spinal_jax.parallel.devices import DEVICES
+from spinal_jax.parallel.data_sheets import DEVICES
 
 
 @dataclass(frozen=True)

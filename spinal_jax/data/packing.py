@@ -48,6 +48,23 @@ class TokenBatch:
     measured_weight: Array  # float32 [M] 1 for the real ones, which come first in each shard
     measured_group: Array  # int32 [M]
 
+    @staticmethod
+    def empty(height: int, length: int, measured: int) -> TokenBatch:
+        """A batch of padding alone, as arrays of the host: B rows of T tokens and room for M positions."""
+        by_token, by_row, by_position = (height, length), (height,), (measured,)
+        arrays: dict[str, Any] = {
+            "tokens": np.zeros(by_token, np.int32),
+            "positions": np.zeros(by_token, np.int32),
+            "segments": np.zeros(by_token, np.int32),
+            "lengths": np.zeros(by_token, np.int32),
+            "counted": np.zeros(by_token, np.float32),
+            "slots": np.zeros(by_row, np.int32),
+            "measured": np.zeros(by_position, np.int32),
+            "measured_weight": np.zeros(by_position, np.float32),
+            "measured_group": np.zeros(by_position, np.int32),
+        }
+        return TokenBatch(**arrays)
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -189,18 +206,14 @@ class Plan:
 
     def _fill(self, packed: Packed, parts: Sequence[int]) -> TokenBatch:
         share, room = packed.height // packed.shards, packed.measured // packed.shards
-        shape, most = (share * len(parts), packed.length), room * len(parts)
-        tokens, positions, segments, lengths = (np.zeros(shape, np.int32) for _ in range(4))
-        counted, slots = np.zeros(shape, np.float32), np.zeros(shape[0], np.int32)
-        measured, group = np.zeros(most, np.int32), np.zeros(most, np.int32)
-        weight = np.zeros(most, np.float32)
+        batch: Any = TokenBatch.empty(share * len(parts), packed.length, room * len(parts))
         filled = 0
         real = range(len(packed.rows))
         for b, number in enumerate(shard * share + k for shard in parts for k in range(share)):
             if number not in real:  # padding
                 continue
             row, visit = packed.rows[number], packed.visits[number]
-            slots[b] = self.visits[visit].slot
+            batch.slots[b] = self.visits[visit].slot
             if b % share == 0:
                 filled = b // share * room
             start = 0
@@ -208,19 +221,18 @@ class Plan:
                 sequence = self.sequences[number]
                 size = len(sequence.ids)
                 span = slice(start, start + size)
-                tokens[b, span] = sequence.ids
-                positions[b, span] = np.arange(size)
-                segments[b, span] = segment
-                lengths[b, span] = size
-                counted[b, start + self.skip : start + size] = 1
+                batch.tokens[b, span] = sequence.ids
+                batch.positions[b, span] = np.arange(size)
+                batch.segments[b, span] = segment
+                batch.lengths[b, span] = size
+                batch.counted[b, start + self.skip : start + size] = 1
                 chosen = self.selector.of(sequence)
                 into = slice(filled, filled + len(chosen))
-                measured[into] = b % share * packed.length + start + chosen
-                group[into], weight[into] = sequence.group, 1
+                batch.measured[into] = b % share * packed.length + start + chosen
+                batch.measured_group[into], batch.measured_weight[into] = sequence.group, 1
                 filled += len(chosen)
                 start += size
-        arrays: tuple[Any, ...] = (tokens, positions, segments, lengths, counted, slots, measured, weight, group)
-        return TokenBatch(*arrays)
+        return batch
 
 
 def plan(

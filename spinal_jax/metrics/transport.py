@@ -25,10 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Logits that exist at a time, all boundaries x a tile of positions x a chunk of vocabulary: about what a CPU core's
-# second-level cache holds on a CPU, enough to fill the machine elsewhere.
-TILE_BYTES = {"cpu": 2**21}
-TILE_BYTES_ELSEWHERE = 2**27
+from spinal_jax.parallel.device_defaults import logit_tile_bytes
+
 LEAST = -1e30  # a masked logit: finite, so that its product with a mass of 0 is 0
 CHUNK = 1024  # least tokens in a chunk of vocabulary, where the tile allows
 
@@ -101,6 +99,7 @@ def lens_stats(
     top_k: int | None = None,
     count: Array | None = None,
     over: tuple[str, ...] = (),
+    backend: str | None = None,
 ) -> LensStats:
     """Distances, entropies and normalisers of the distributions that the lenses read.
 
@@ -114,11 +113,12 @@ def lens_stats(
         count: how many of the M positions matter, the first ones; work on the rest is saved, and what is returned for
             them has no meaning. None: all.
         over: axes of a `jax.shard_map` along which the lenses' rows are split; what is returned is then of all rows.
+        backend: the kind of device that this is for, which sizes the tiles; None: JAX's default.
     """
     boundaries, positions, _ = x[0].shape
     vocab = lenses[0].unembed.shape[0]  # of this device
     top_k = None if top_k is None else min(top_k, lenses[0].vocab_size)
-    budget = TILE_BYTES.get(jax.default_backend(), TILE_BYTES_ELSEWHERE)
+    budget = logit_tile_bytes(backend or jax.default_backend())
     budget //= 4 * boundaries * len(lenses)  # positions x tokens
     tile = min(positions, max(8, budget // CHUNK))
     tiles = -(-positions // tile)

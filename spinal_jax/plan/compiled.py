@@ -46,19 +46,19 @@ class Compiled:
     parameters: int
     table: int  # the unembedding as the lens has it, where that is not the parameter itself
     grams: int
-    reading: int
+    lens_sums: int
     batch: int
     kept: int  # residuals at the measured positions of one batch
-    gather: Program
-    read: Program
+    forward: Program
+    lens: Program
     seconds: float  # that compiling took
     memory: int  # that it took, bytes
 
     @property
     def peak(self) -> int:
         """The most that a device holds at a time. The last batch's residuals stay until the next batch has its own."""
-        resident = self.parameters + self.table + self.grams + self.reading + 2 * (self.batch + self.kept)
-        return resident + max(self.gather.temporaries, self.read.temporaries)
+        resident = self.parameters + self.table + self.grams + self.lens_sums + 2 * (self.batch + self.kept)
+        return resident + max(self.forward.temporaries, self.lens.temporaries)
 
 
 def compiled(config: PlanConfig) -> Compiled:
@@ -81,7 +81,7 @@ def compiled(config: PlanConfig) -> Compiled:
     found = json.loads(done.stdout.splitlines()[-1])
     if "mistake" in found:
         raise UserError(found["mistake"])
-    programs = {name: Program(**found[name]) for name in ("gather", "read")}
+    programs = {name: Program(**found[name]) for name in ("forward", "lens")}
     return Compiled(**{**found, **programs})
 
 
@@ -100,15 +100,14 @@ def _compile(config: PlanConfig) -> Compiled:
     import numpy as np
 
     from spinal_jax.audit.abstract import abstract_arguments, lower_steps
-    from spinal_jax.metrics import transport
-    from spinal_jax.parallel.mesh import Shards, make_mesh
+    from spinal_jax.parallel.mesh import make_mesh
+    from spinal_jax.parallel.placement import Shards
     from spinal_jax.plan.estimate import gram_dtype, item_bytes
     from spinal_jax.plan.shapes import decoder_of
     from spinal_jax.plan.work import pool, widest
 
     begin = time.perf_counter()
-    if config.device != "cpu":
-        transport.TILE_BYTES.clear()  # tiles of logits as large as an accelerator has them
+    backend = "cpu" if config.device == "cpu" else "gpu"  # which tiles of logits are made
     decoder, settings, dtype = decoder_of(config.model), config.metrics, config.model.dtype
     mesh = make_mesh(config.parallel)
     on_mesh = Shards.of(mesh, decoder.vocab_size * decoder.width * item_bytes("", dtype))
@@ -119,16 +118,16 @@ def _compile(config: PlanConfig) -> Compiled:
     with jax.enable_x64(True) if gram == np.float64 else contextlib.nullcontext():
         shape = batch.height, batch.length, batch.measured
         some = abstract_arguments(decoder, jnp.dtype(dtype), settings, shape, gram, shards=shards)
-        gather, read = (_program(step.compile()) for step in lower_steps(some, settings, shards))
+        forward, lens = (_program(step.compile()) for step in lower_steps(some, settings, shards, backend))
     return Compiled(
         parameters=_held(some.model),
         table=0 if shards is None else _held(some.lens),
         grams=_held(some.grams),
-        reading=_held(some.reading),
+        lens_sums=_held(some.lens_sums),
         batch=_held(some.batch),
         kept=_held(some.x),
-        gather=gather,
-        read=read,
+        forward=forward,
+        lens=lens,
         seconds=time.perf_counter() - begin,
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

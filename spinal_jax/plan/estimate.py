@@ -20,7 +20,7 @@ from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.translate import KEEP_FLOAT32
-from spinal_jax.parallel.devices import Device
+from spinal_jax.parallel.data_sheets import Device
 
 # How often memory sees a logit of the lens, float32: written by the product, read for the maximum and for the
 # exponential, which is written and read for the mass, and read twice and written for the distances of two blocks.

@@ -16,7 +16,7 @@ from spinal_jax.config import ModelConfig
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.translate import parameter_shapes
-from spinal_jax.parallel.devices import DEVICES, Device
+from spinal_jax.parallel.data_sheets import DEVICES, Device
 from spinal_jax.plan import estimate
 from spinal_jax.plan.compiled import Compiled, compiled
 from spinal_jax.plan.work import pool, split_of, widest
@@ -116,8 +116,8 @@ class AuditPlan:
             yield "memory: not compiled (compile=false)"
             return
         m, c = self.memory, self.compiled
-        larger, other = ("gather", "read") if c.gather.temporaries >= c.read.temporaries else ("read", "gather")
-        less = min(c.gather.temporaries, c.read.temporaries)
+        larger, other = ("forward", "lens") if c.forward.temporaries >= c.lens.temporaries else ("lens", "forward")
+        less = min(c.forward.temporaries, c.lens.temporaries)
         yield f"{'memory of the process' if self.device == 'cpu' else 'memory of a device':<42}{'GiB':>9}"
         yield f"  {'parameters':<40}{m.parameters / GIB:9.3f}"
         if m.table:
@@ -284,7 +284,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
         host=host,
         memory=None if found is None else _memory(config, found, host, shapes),
         compiled=found,
-        received=None if found is None else len(work.batches) * (found.gather.received + found.read.received),
+        received=None if found is None else len(work.batches) * (found.forward.received + found.lens.received),
         warnings=tuple(_warnings(config, work.rows, decoder, gram.name)),
     )
 
@@ -292,7 +292,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
 def _memory(config: PlanConfig, found: Compiled, host: estimate.Host, shapes: Any) -> Memory:
     on_cpu = config.device == "cpu"
     count = config.devices if on_cpu else 1  # what one memory holds
-    temporaries = max(found.gather.temporaries, found.read.temporaries)
+    temporaries = max(found.forward.temporaries, found.lens.temporaries)
     stack = max(estimate.parameter_bytes({path: shape}, config.model.dtype) for path, shape in shapes.items())
     process = (PROCESS + (TORCH if find_spec("torch") else 0)) if on_cpu else 0
     parameters = count * found.parameters

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from spinal_jax.audit.pipeline import ACCELERATOR_BATCH_TOKENS, CPU_BATCH_TOKENS
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.data import packing
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.parallel.device_defaults import batch_tokens
 from spinal_jax.plan.estimate import Split
 
 
@@ -22,7 +22,7 @@ def pool(config: PlanConfig, decoder: DecoderConfig, shards: int) -> packing.Pla
     ids = np.zeros(length, np.int32)
     start = length // 2  # where a response would begin, for positions of responses
     sequences = [packing.TokenSequence(ids, number % groups, start) for number in range(config.prompt_count)]
-    most = CPU_BATCH_TOKENS if config.device == "cpu" else ACCELERATOR_BATCH_TOKENS
+    most = batch_tokens("cpu" if config.device == "cpu" else "gpu")
     selector = packing.Positions.parse(config.metrics.transport.positions)
     skip, tokens = config.metrics.contraction.skip, config.batch_tokens or most
     return packing.plan(sequences, selector, skip, tokens, shards, groups=groups)

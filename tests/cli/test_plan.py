@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spinal_jax.parallel.devices import DEVICES
+from spinal_jax.parallel.data_sheets import DEVICES
 
 from .conftest import Spinal
 
@@ -24,7 +24,7 @@ def test_a_plan_over_four_virtual_devices(spinal: Spinal, tmp_path: Path) -> Non
     assert plan["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2}
     assert plan["devices"]["v5e"]["fits"] is True
     assert plan["memory"]["peak"] >= plan["memory"]["parameters"] > 0
-    assert plan["compiled"]["gather"]["temporaries"] > 0
+    assert plan["compiled"]["forward"]["temporaries"] > 0
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert (manifest["command"], manifest["files"]) == ("plan", ["plan.json"])
     assert spinal("plan", *asked, "hydra.run.dir=run").refusal("complete run", "overwrite=true")

@@ -184,7 +184,9 @@ def test_what_cannot_be_shared_is_refused(spinal: Spinal, settings: tuple[str, .
 LOAD = """
 import json, sys
 import jax.numpy as jnp, numpy as np
-from spinal_jax.parallel import mesh
+from spinal_jax.parallel.distributed import Place, start
+from spinal_jax.parallel.mesh import make_mesh
+from spinal_jax.parallel.placement import Shards
 from spinal_jax.config import ParallelConfig
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
@@ -193,7 +195,7 @@ from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import load_decoder
 
 source, service, process, sizes = sys.argv[1:]
-mesh.start(mesh.Place(service, 2, int(process)), service, 60)
+start(Place(service, 2, int(process)), service, 60)
 read = []
 for name in ("_rows", "_block"):
     def counted(*of, method=getattr(SafetensorsFolder, name)):
@@ -201,7 +203,7 @@ for name in ("_rows", "_block"):
         return read[-1]
     setattr(SafetensorsFolder, name, counted)
 family, config = read_model(json.load(open(f"{source}/config.json")))
-shards = mesh.Shards(mesh.make_mesh(ParallelConfig(*map(int, sizes))))
+shards = Shards(make_mesh(ParallelConfig(*map(int, sizes))))
 checkpoint = open_checkpoint(source)
 model = load_decoder(checkpoint, family, config, jnp.dtype(jnp.float32), placing=shards.parameter)
 sums = {path: float(jnp.sum(x)) for path, x in take_apart(model)[1].items()}

@@ -29,7 +29,7 @@ from spinal_jax.metrics.transport import Lens, Pair, lens_stats
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import parameter_shapes
 from spinal_jax.parallel import mesh
-from spinal_jax.parallel.devices import DEVICES
+from spinal_jax.parallel.data_sheets import DEVICES
 from spinal_jax.plan import estimate
 from spinal_jax.plan.collectives import received_bytes
 from spinal_jax.plan.compiled import compiled
@@ -181,10 +181,10 @@ def test_the_compilers_memory_of_one_device_and_of_four() -> None:
     sums = 8 * 2 * 10 * 96  # [slots, D + 1, d] beside them are whole; float64, of so few rows
     assert four.grams - sums == (one.grams - sums) / 4
     for found in (one, four):
-        given_to = found.parameters + found.grams + found.batch + 4  # and one number, the gap
-        assert given_to - found.batch < found.gather.arguments <= given_to  # without what of a batch no step reads
-        assert found.gather.aliased >= found.grams
-        assert found.gather.temporaries > 0
+        given_to = found.parameters + found.grams + found.batch + 4  # and one number, the error of the lens
+        assert given_to - found.batch < found.forward.arguments <= given_to  # without what of a batch no step reads
+        assert found.forward.aliased >= found.grams
+        assert found.forward.temporaries > 0
         assert found.peak > given_to
 
 

@@ -11,14 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from spinal_jax.audit.devices import OneDevice, OnMesh, OnReplicas
+from spinal_jax.audit.devices import Devices, OneDevice, OnMesh, OnReplicas
 from spinal_jax.audit.measure import Measurement, measure
 from spinal_jax.audit.resume import Progress
 from spinal_jax.config import MetricsConfig, ParallelConfig, VariantsConfig
 from spinal_jax.data.packing import Positions, plan
 from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.parallel.mesh import Replicas, Shards, make_mesh
+from spinal_jax.parallel.mesh import make_mesh
+from spinal_jax.parallel.placement import Replicas, Shards
 
 from .test_trace import pool
 
@@ -51,7 +52,7 @@ def raise_cut(*_: object) -> None:
     raise Cut
 
 
-def run(model: Decoder, devices: OneDevice, folder: Path | None = None, bar: object = None) -> Measurement:
+def run(model: Decoder, devices: Devices, folder: Path | None = None, bar: object = None) -> Measurement:
     work = plan(pool(count=80 * devices.rows), Positions.parse("last:4"), 1, 96 * devices.rows, devices.rows)
     assert len(work.batches) > 4
     progress = None if folder is None else Progress(folder, 2, {"devices": type(devices).__name__})
@@ -77,7 +78,7 @@ def equal(some: Measurement, other: Measurement) -> None:
     ids=["one", "mesh", "pmap"],
 )
 def test_an_audit_goes_on_where_it_was_cut_off(
-    make: Callable[[], OneDevice], make_decoder: Callable[..., Decoder], tmp_path: Path
+    make: Callable[[], Devices], make_decoder: Callable[..., Decoder], tmp_path: Path
 ) -> None:
     devices, model = make(), make_decoder(0, depth=3)
     whole = run(model, devices)

@@ -15,7 +15,7 @@ import pytest
 from spinal_jax.audit import devices as devices_module
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.abstract import abstract_arguments, lower_steps
-from spinal_jax.audit.devices import OneDevice, OnMesh, OnReplicas
+from spinal_jax.audit.devices import Devices, OneDevice, OnMesh, OnReplicas
 from spinal_jax.audit.measure import Measurement, keep, measure
 from spinal_jax.config import (
     AuditConfig,
@@ -37,8 +37,9 @@ from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.rope import Rope
 from spinal_jax.models.translate import load_decoder
-from spinal_jax.parallel import mesh as sharding
-from spinal_jax.parallel.mesh import Replicas, Shards, choose, make_mesh
+from spinal_jax.parallel import placement
+from spinal_jax.parallel.mesh import make_mesh
+from spinal_jax.parallel.placement import Replicas, Shards, choose
 
 from .test_convert import converted, write_model
 from .test_trace import pool
@@ -48,11 +49,11 @@ CLOSE = 1e-5
 WHOLE = ("rank",)  # counts
 
 
-def on(*sizes: int, vocabulary: tuple[str, ...] = ("tensor",)) -> OneDevice:
+def on(*sizes: int, vocabulary: tuple[str, ...] = ("tensor",)) -> Devices:
     return OnMesh(Shards(make_mesh(ParallelConfig(*sizes)), vocabulary))
 
 
-def planned(devices: OneDevice, settings: MetricsConfig, count: int = 24, tokens: int = 96) -> Plan:
+def planned(devices: Devices, settings: MetricsConfig, count: int = 24, tokens: int = 96) -> Plan:
     """Batches of `tokens` for each device that shares rows; the last one is uneven."""
     selector = Positions.parse(settings.transport.positions)
     return plan(pool(count=count), selector, 1, tokens * devices.rows, devices.rows)
@@ -88,7 +89,7 @@ def alone(models: tuple[Decoder, Decoder]) -> tuple[Measurement, Measurement]:
 
 
 def joint(
-    models: tuple[Decoder, Decoder], devices: OneDevice, settings: MetricsConfig, count: int = 24
+    models: tuple[Decoder, Decoder], devices: Devices, settings: MetricsConfig, count: int = 24
 ) -> tuple[Measurement, Measurement]:
     work = planned(devices, settings, count)
     with keep(models[1], work, settings, devices=devices) as kept:
@@ -103,7 +104,7 @@ def test_the_trace_is_the_same_on_any_devices(
 ) -> None:
     """Two models in one pass over the vocabulary, a vocabulary and a depth that nothing divides, uneven batches."""
     if where == "pmap":
-        devices: OneDevice = OnReplicas(Replicas.all())
+        devices: Devices = OnReplicas(Replicas.all())
     else:
         shape, _, everything = where.partition(" ")
         vocabulary = ("tensor", "fsdp") if everything else ("tensor",)
@@ -184,7 +185,7 @@ def test_the_command_takes_a_mesh_and_says_so() -> None:
 def test_what_is_left_to_choose_is_chosen_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     auto, table = AuditParallelConfig(), 1000
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(sharding, "device_memory", lambda: 80 << 30)
+    monkeypatch.setattr(placement, "device_memory", lambda: 80 << 30)
     fits, large, huge = (choose(auto, size << 30, table) for size in (30, 100, 10_000))
     assert str(fits) == "pmap x 8 (the model and its sums are 30.0 GiB, which each device has room for)"
     assert str(large) == "mesh 2 x 4 x 1 (the model and its sums are 100.0 GiB, shared by 4)"

@@ -1,0 +1,264 @@
+"""Where the arrays of an audit lie on a mesh or on replicas, and which of the two suits a model.
+
+Where XLA's partitioner would gather what is split, the audit says what each device does (`Shards.by_rows`,
+`by_features`, `by_vocabulary`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spinal_jax.config import AuditParallelConfig, ParallelConfig
+from spinal_jax.errors import UserError
+from spinal_jax.parallel.device_defaults import MODEL_SHARE, TABLE_BYTES
+from spinal_jax.parallel.mesh import ROWS, make_mesh, parameter_sharding, row_multiple
+
+
+def placed(x: Any, sharding: NamedSharding) -> Array:
+    """An array of the host that every process has alike, or one that is on devices, where `sharding` says."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if isinstance(x, Array) and not x.is_fully_addressable:
+        return x if x.sharding == sharding else _moved(sharding)(x)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+@cache
+def _moved(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the arrays of an audit lie on a mesh, and how its devices share the work. Hashable: a static argument.
+
+    Attributes:
+        mesh: the devices.
+        vocabulary: the axes that split the rows of the unembedding in the walk through the vocabulary. Measured
+            positions are split by the row axes that are left.
+    """
+
+    mesh: Mesh
+    vocabulary: tuple[str, ...] = ("tensor",)
+
+    @staticmethod
+    def of(mesh: Mesh, table_bytes: int) -> Shards:
+        """For an unembedding of so many bytes.
+
+        Rows of a batch and their measured positions then stay on their device, and only sums over the vocabulary are
+        exchanged along `tensor`. That takes a copy of the unembedding that `fsdp` does not split; where it would be
+        large, `fsdp` splits the vocabulary too, and residuals at the measured positions are gathered along it.
+        """
+        return Shards(mesh, ("tensor",) if table_bytes <= TABLE_BYTES * mesh.shape["tensor"] else ("tensor", "fsdp"))
+
+    @property
+    def rows(self) -> int:
+        """How many devices share the rows of a batch: a multiple of it is what `batch.plan` makes."""
+        return row_multiple(self.mesh)
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Which of the `rows` parts of a batch the devices of this process need, in order."""
+        parts = self.batch.addressable_devices_indices_map((self.rows,)).values()
+        return tuple(sorted({index[0].indices(self.rows)[0] for index in parts if index is not None}))
+
+    def of_parts(self, x: np.ndarray, sharding: NamedSharding, axis: int = 0) -> Array:
+        """An array that the row axes split along `axis`, from the parts of it that this process needs (`own`)."""
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        own = {part: place for place, part in enumerate(self.own)}
+        size = x.shape[axis] // len(own)
+        shape = (*x.shape[:axis], size * self.rows, *x.shape[axis + 1 :])
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            place = own[index[axis].indices(shape[axis])[0] // size]
+            return x[(*index[:axis], slice(place * size, (place + 1) * size))]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def parts(self, x: Array, axis: int = 0) -> np.ndarray:
+        """The inverse of `of_parts`."""
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        found = {(shard.index[axis].start or 0): shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(found[begin]) for begin in sorted(found)], axis=axis)
+
+    @property
+    def table_multiple(self) -> int:
+        """What the number of rows of the unembedding is padded to a multiple of."""
+        return math.prod(self.mesh.shape[axis] for axis in self.vocabulary)
+
+    def _on(self, *axes: Any) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """On every device: a scalar, and the sums that `read` carries."""
+        return self._on()
+
+    def parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Of a parameter, by its path."""
+        return parameter_sharding(self.mesh, path, shape)
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Of every array of a batch: rows [B, ..], and the measured positions [M] of each device's rows."""
+        return self._on(ROWS)
+
+    @property
+    def kept(self) -> NamedSharding:
+        """Of the residuals at the measured positions, [D + 1, M, d]."""
+        return self._on(None, ROWS)
+
+    @property
+    def table(self) -> NamedSharding:
+        """Of the unembedding [V, d] and its bias [V] in the walk through the vocabulary."""
+        return self._on(self.vocabulary)
+
+    def features(self, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(axes along which each device makes some rows of a Gram matrix, and of ROWS those that split them further).
+
+        The rows of the matrices are split and not the boundaries, because that is how the parts are made: a device
+        makes d / tensor rows from its own hidden states, of which it then keeps what a reduce-scatter along `fsdp` and
+        `data` leaves it. With boundaries split, a boundary's sums would cross the mesh whole to the one that keeps
+        them, and D + 1 is rarely divided by anything.
+        """
+        made = ("tensor",) if width % self.mesh.shape["tensor"] == 0 else ()
+        left = width // math.prod(self.mesh.shape[axis] for axis in made)
+        kept: tuple[str, ...] = ()
+        for axis in reversed(ROWS):
+            if left % self.mesh.shape[axis] == 0:
+                kept, left = (*kept, axis), left // self.mesh.shape[axis]
+        return made, kept
+
+    def grams(self, width: int) -> tuple[Any, Any]:
+        """`NamedSharding`s of the Gram sums [slots, D + 1, d, d] and of the sums [slots, D + 1, d] beside them."""
+        made, kept = self.features(width)
+        return self._on(None, None, (*made, *kept)), self.whole
+
+    def by_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of arrays split by rows, run by each device on its own, to arrays split by rows."""
+        by = PartitionSpec(ROWS)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=by, out_specs=by, check_vma=False)
+
+    def by_features(self, function: Callable[..., Any], width: int) -> Callable[..., Any]:
+        """`function` of arrays split by rows to (Gram sums, sums), split as `grams` says."""
+        second, first = self.grams(width)
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=PartitionSpec(ROWS),
+            out_specs=(second.spec, first.spec),
+            check_vma=False,
+        )
+
+    def by_vocabulary(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(lenses, x, weight)` of a part of the vocabulary and of the positions x [L, M, d], weight [M], to
+        arrays [.., M] that are the same on every device that shares the vocabulary."""
+        positions = PartitionSpec(tuple(axis for axis in ROWS if axis not in self.vocabulary))
+        by = PartitionSpec(None, *positions)
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(self.table.spec, by, positions),
+            out_specs=by,
+            check_vma=False,
+        )
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Devices that each have a whole model: `each` splits the first axis of an array among them."""
+
+    mesh: Mesh  # of one axis
+
+    @staticmethod
+    def all() -> Replicas:
+        """All devices of this process, in the order of `jax.pmap`."""
+        return Replicas(Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,)))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.mesh.size
+
+    @property
+    def each(self) -> NamedSharding:
+        """One entry of the first axis on each device."""
+        return NamedSharding(self.mesh, PartitionSpec("data"))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """Whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which devices an audit runs on: a mesh, replicas, or one device where both are None."""
+
+    shards: Shards | None
+    replicas: Replicas | None
+    why: str = ""  # empty where nothing was left to choose
+
+    def __str__(self) -> str:
+        if self.replicas is not None:
+            what = f"pmap x {self.replicas.count}"
+        else:
+            sizes = (1, 1, 1) if self.shards is None else self.shards.mesh.devices.shape
+            what = f"mesh {' x '.join(map(str, sizes))}"
+        return f"{what} ({self.why})" if self.why else what
+
+
+def device_memory() -> int | None:
+    """Bytes that a device has for this process; None where that is not said, as on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
+
+
+def choose(config: AuditParallelConfig, whole_bytes: int, table_bytes: int) -> Choice:
+    """The devices that `config` asks for, or that suit a model.
+
+    Args:
+        config: the `parallel` settings. With backend auto and no sizes: replicas where the whole fits on a device, else
+            a mesh whose `fsdp` is the least that makes it fit.
+        whole_bytes: of parameters and Gram sums together.
+        table_bytes: of the unembedding.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    count, memory = jax.device_count(), device_memory()
+    if config.backend == "pmap":
+        replicas = Replicas.all()
+        if config.data not in (-1, replicas.count):
+            raise UserError(
+                f"parallel.data is {config.data} and parallel.backend pmap, but there are {replicas.count} devices; "
+                "-1 takes them all"
+            )
+        return Choice(None, replicas)
+    if config.backend == "mesh" or not config.default:
+        mesh = make_mesh(config)
+        return Choice(Shards.of(mesh, table_bytes) if mesh.size > 1 else None, None)
+    if count == 1:
+        return Choice(None, None)
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        return Choice(None, None, f"{count} CPU devices share one processor")
+    size = f"the model and its sums are {whole_bytes / 2**30:.1f} GiB"
+    if jax.process_count() == 1 and (memory is None or whole_bytes <= MODEL_SHARE * memory):
+        return Choice(None, Replicas.all(), f"{size}, which each device has room for")
+    fitting = [n for n in range(1, count + 1) if count % n == 0 and memory and whole_bytes / n <= MODEL_SHARE * memory]
+    fsdp = fitting[0] if fitting else count
+    mesh = make_mesh(ParallelConfig(count // fsdp, fsdp, 1))
+    return Choice(Shards.of(mesh, table_bytes), None, f"{size}, shared by {fsdp}")
