@@ -27,8 +27,8 @@ from spinal_jax.audit.measure import measure
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.byte_level import SIZES
-from spinal_jax.models.formats.orbax import read_model
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 LENGTH, BATCH_TOKENS = 128, 1024

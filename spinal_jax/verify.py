@@ -23,12 +23,12 @@ from spinal_jax.errors import UserError
 from spinal_jax.metrics.transport import Lens, lens_stats
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder, collect
+from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats.base import Checkpoint
 from spinal_jax.models.formats.export import export
-from spinal_jax.models.formats.folders import Bar, no_bar
+from spinal_jax.models.formats.folders import Bar, no_bar, read_record
 from spinal_jax.models.formats.gguf import GgufFile
 from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.models.formats.orbax import OrbaxFolder, read_model
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.translate import load_decoder, parameter_shapes
 
@@ -98,7 +98,7 @@ def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
     bar = bar or no_bar
     checkpoint = open_checkpoint(config.model.source, config.model.revision)
     try:
-        family, decoder = read_model(checkpoint.config, config.model.ignore_keys)
+        family, decoder = read_checkpoint(checkpoint, config.model.ignore_keys)
         title = f"{config.model.source}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, float32"
         tokens = _tokens(config.prompts, checkpoint, decoder)
         checks = [_hash(checkpoint, bar)]
@@ -220,8 +220,9 @@ def _hash(checkpoint: Checkpoint, bar: Bar) -> Check:
     with bar("hash", 1, "source") as advance:
         digest = checkpoint.sha256()
         advance(1)
-    if isinstance(checkpoint, OrbaxFolder):
-        same = digest == checkpoint.record["sha256"]
+    folder = getattr(checkpoint, "folder", None)
+    if folder is not None and (record := read_record(folder)) is not None:
+        same = digest == record["sha256"]
         return Check("hash", same, f"sha256 {digest} is {'' if same else 'not '}what spinal.json recorded")
     if isinstance(checkpoint, SafetensorsFolder) and (wrong := _wrong_blobs(checkpoint.folder)) is not None:
         if wrong:

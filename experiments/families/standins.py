@@ -17,10 +17,10 @@ from flax import nnx
 
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
 from spinal_jax.models.formats.export import export
 from spinal_jax.models.formats.memory import MemoryCheckpoint
-from spinal_jax.models.formats.orbax import read_model
 from spinal_jax.models.parts import take_apart
 
 DISTURBED = 0.3  # standard deviation of what is added, of that of the matrix

@@ -37,13 +37,12 @@ from spinal_jax.metrics.contraction import MIN_RANKS
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.models.families import family_of
+from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats.base import Checkpoint
 from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
 from spinal_jax.models.formats.folders import Bar as Bar
 from spinal_jax.models.formats.memory import random_checkpoint
 from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.parallel import device_defaults
 from spinal_jax.parallel.distributed import check_same
@@ -245,11 +244,7 @@ def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderCon
     is_random = config.source.startswith(RANDOM)
     checkpoint = _random(config) if is_random else open_checkpoint(config.source, config.revision)
     try:
-        hf = HFConfig(checkpoint.config, config.ignore_keys)
-        family = family_of(hf.model_type)
-        decoder = family.decoder_config(hf)
-        hf.done()
-        yield checkpoint, family, decoder
+        yield checkpoint, *read_checkpoint(checkpoint, config.ignore_keys)
     finally:
         checkpoint.close()
 
@@ -260,6 +255,7 @@ def _random(config: ModelConfig) -> Checkpoint:
     shape, at, seed = config.source.removeprefix(RANDOM).rpartition("@")
     if not (at and seed.isascii() and seed.isdigit()):
         shape, seed = config.source.removeprefix(RANDOM), "0"
+    seed = seed[:20]  # enough to be refused as too large
     if shape in SIZES:
         return random_checkpoint(config.source, dict(SIZES[shape]), byte_tokenizer(), int(seed))
     try:

@@ -13,6 +13,8 @@ NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 QueryKeyNorm = Literal["none", "head", "heads", "full"]
 
+MOST_EXPERTS = 1 << 14  # in a block; no model comes near
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -39,10 +41,12 @@ class Experts:
     correction_bias: bool = False
 
     def __post_init__(self) -> None:
+        if not 1 <= self.count <= MOST_EXPERTS or self.width < 1:
+            raise UserError(f"a block cannot have {self.count} experts of width {self.width}")
         if self.groups < 1 or self.count % self.groups:
             raise UserError(f"{self.count} experts cannot be put into {self.groups} equal groups")
         group = self.count // self.groups
-        if self.group_top > group or not 1 <= self.groups_kept <= self.groups:
+        if not 1 <= self.group_top <= group or not 1 <= self.groups_kept <= self.groups:
             raise UserError(
                 f"the best {self.group_top} experts of each group cannot choose {self.groups_kept} groups among "
                 f"{self.groups} of {group} experts"
@@ -109,6 +113,9 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise UserError(f"a {self.family} model needs at least one block, not {self.depth}")
+        for name in ("vocab_size", "width", "heads", "kv_heads", "head_dim", "mlp_width", "max_positions"):
+            if not 1 <= getattr(self, name) < 2**31:
+                raise UserError(f"a {self.family} model cannot have a {name} of {getattr(self, name)}")
         if self.heads % self.kv_heads:
             raise UserError(f"{self.heads} attention heads cannot share {self.kv_heads} key heads equally")
         for name in ("windows", "layer_rope", "expert_layers"):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from spinal_jax.errors import UserError
 from spinal_jax.models.rope import Rope, RopeKind
 
@@ -51,6 +53,28 @@ ACTIVATIONS = {
 }
 
 
+# The bounds of what a config may state; no model comes near them.
+LARGEST = 2**31 - 1
+MOST_BLOCKS = 4096
+MOST_ROTATED = 1 << 16
+LARGEST_REAL = float(np.finfo(np.float32).max)
+
+
+def shown(value: Any) -> str:
+    """A value of a config as a message shows it: shortened, and whatever its size or nesting."""
+    if isinstance(value, int) and abs(value) > 2**63:
+        return f"a whole number of {value.bit_length()} bits"
+    try:
+        return shorten_middle(" ".join(repr(value).split()))
+    except RecursionError:
+        return "a deeply nested value"
+
+
+def shorten_middle(text: str, most: int = 200) -> str:
+    """The text, or its two ends where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
 class HFConfig:
     """config.json, read key by key; `done` refuses what nobody read.
 
@@ -66,7 +90,8 @@ class HFConfig:
         self.values = dict(values)
         self.read: set[str] = set(ignore)
         self.path = path  # where in config.json the keys stand, such as "text_config."
-        self.model_type = model_type or str(self.values.get("model_type", ""))
+        named = self.values.get("model_type", "")
+        self.model_type = model_type or (named if isinstance(named, str) else shown(named))
         self._ignore = frozenset(ignore)
         self._sections: list[HFConfig] = []
 
@@ -80,7 +105,7 @@ class HFConfig:
         values = self._typed(key, Mapping, "a config of its own", None)
         part = HFConfig(values, self._ignore, path=f"{self.path}{key}.", model_type=model_type)
         if (given := part.get("model_type", model_type)) != model_type:
-            raise UserError(f"config.json: {key}.model_type is {given!r}; supported is {model_type}")
+            raise UserError(f"config.json: {key}.model_type is {shown(given)}; supported is {model_type}")
         self._sections.append(part)
         return part
 
@@ -96,16 +121,43 @@ class HFConfig:
             state = "has no value for" if key in self.values else "lacks"
             raise UserError(f"config.json {state} {self.path + key!r}, which a {self.model_type} model needs")
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise UserError(f"config.json: {self.path}{key} is {value!r}, which is not {what}")
+            raise UserError(f"config.json: {self.path}{key} is {shown(value)}, which is not {what}")
         return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number, required where there is no default for null and absence."""
-        return int(self._typed(key, int, "a whole number", default))
+    def integer(self, key: str, default: int | None = None, *, low: int = 0, high: int = LARGEST) -> int:
+        """A whole number from `low` to `high`, required where there is no default for null and absence."""
+        value = self._typed(key, int, "a whole number", default)
+        if not low <= value <= high:
+            raise self._outside(key, value, f"a whole number from {low} to {high}")
+        return int(value)
+
+    def size(self, key: str, default: int | None = None, *, high: int = LARGEST) -> int:
+        """A whole number of at least 1."""
+        return self.integer(key, default, low=1, high=high)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A real number, required where there is no default for null and absence."""
-        return float(self._typed(key, (int, float), "a number", default))
+        """A real number within the range of float32, required where there is no default for null and absence."""
+        return self._real(key, self._typed(key, (int, float), "a number", default))
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A real number above 0 and within the range of float32."""
+        if (value := self.number(key, default)) <= 0:
+            raise self._outside(key, value, "a positive number")
+        return value
+
+    def epsilon(self, key: str, default: float | None = None) -> float:
+        """What a norm adds to a mean square: from 0 to 1."""
+        if not 0 <= (value := self.number(key, default)) <= 1:
+            raise self._outside(key, value, "a norm's epsilon, from 0 to 1")
+        return value
+
+    def _real(self, key: str, value: int | float) -> float:
+        if not -LARGEST_REAL <= value <= LARGEST_REAL:  # false for a NaN too; no conversion of a huge whole number
+            raise self._outside(key, value, "a finite number within the range of float32")
+        return float(value)
+
+    def _outside(self, key: str, value: Any, what: str) -> UserError:
+        return UserError(f"config.json: {self.path}{key} is {shown(value)}, which is not {what}")
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """True or false, required where there is no default for null and absence."""
@@ -115,7 +167,7 @@ class HFConfig:
         """The entry of `table` that the key names."""
         name = self._typed(key, str, "a name", default)
         if name not in table:
-            raise UserError(f"config.json: {self.path}{key} is {name!r}; supported are {', '.join(sorted(table))}")
+            raise UserError(f"config.json: {self.path}{key} is {shown(name)}; supported are {', '.join(sorted(table))}")
         return table[name]
 
     def softcap(self, key: str) -> float | None:
@@ -130,16 +182,16 @@ class HFConfig:
         """How many tokens back a block attends, itself included; 0 where null says that there is no limit."""
         if self.get(key) is None:
             return 0
-        if (window := self.integer(key)) <= 0:
+        if (window := self.integer(key, low=-LARGEST)) <= 0:
             raise self.refusal(key, "but a window must be positive (null: none)")
         return window
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of real numbers."""
         values = self._typed(key, (list, tuple), "a list", None)
-        if not all(isinstance(value, int | float) for value in values):
-            raise UserError(f"config.json: {self.path}{key} is {values!r}, which is not a list of numbers")
-        return tuple(float(value) for value in values)
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            raise self._outside(key, values, "a list of numbers")
+        return tuple(self._real(key, value) for value in values)
 
     def _mapping(self, key: str) -> Mapping[str, Any] | None:
         return None if self.get(key) is None else self._typed(key, Mapping, "a mapping", None)
@@ -161,7 +213,7 @@ class HFConfig:
 
     def refusal(self, key: str, why: str) -> UserError:
         """The error that names a key and its value."""
-        return UserError(f"config.json: {self.path}{key} is {self.values.get(key)!r}, {why}")
+        return UserError(f"config.json: {self.path}{key} is {shown(self.values.get(key))}, {why}")
 
     def done(self, harmless: frozenset[str] = HARMLESS) -> None:
         """Refuses keys that nobody read, so that nothing in a checkpoint is silently left out."""
@@ -169,8 +221,9 @@ class HFConfig:
         for key in sorted(self.values):
             if key not in self.read and key not in harmless:
                 raise UserError(
-                    f"config.json has the key {self.path + key!r} ({self.values[key]!r}), which the {self.model_type} "
-                    f"family here does not know; if it cannot change the forward pass, pass model.ignore_keys=[{key}]"
+                    f"config.json has the key {self.path + key!r} ({shown(self.values[key])}), which the "
+                    f"{self.model_type} family here does not know; if it cannot change the forward pass, pass "
+                    f"model.ignore_keys=[{key}]"
                 )
         for section in self._sections:
             section.done()
@@ -203,64 +256,73 @@ class HFConfig:
         new = self._mapping("rope_parameters")
         if section is not None and new is not None:
             if unknown := sorted(set(new) - {"full_attention", "sliding_attention"}):
-                raise UserError(f"config.json: rope_parameters has {unknown[0]!r}, which is not a type of layer here")
+                raise UserError(f"config.json: rope_parameters has {shown(unknown[0])}, which is no type of layer here")
             new = HFConfig(new, path=f"{self.path}rope_parameters.")._mapping(section)
         if old and new and _spelling(old) != _spelling(new):
-            raise UserError(f"config.json contradicts itself: rope_scaling is {old!r}, rope_parameters is {new!r}")
+            raise UserError(
+                f"config.json contradicts itself: rope_scaling is {shown(old)}, rope_parameters is {shown(new)}"
+            )
         name = "rope_scaling" if not new else "rope_parameters" if section is None else f"rope_parameters.{section}"
         scaling = HFConfig(new or old or {}, self._ignore, path=f"{self.path}{name}.", model_type=self.model_type)
 
         theta = self._agreed("rope_theta", scaling.get("rope_theta"), self.get(theta_key), default_theta)
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-            raise UserError(f"config.json: {theta_key} is {theta!r}, which is not a positive number")
+        theta = HFConfig({theta_key: theta}, path=self.path, model_type=self.model_type).positive(theta_key)
         partial = self._agreed(
             "partial_rotary_factor", scaling.get("partial_rotary_factor"), self.get(partial_key), default_partial or 1.0
         )
+        partial = HFConfig({partial_key: partial}, path=self.path, model_type=self.model_type).positive(partial_key)
         if default_partial is None and partial != 1:
             raise UserError(
                 f"config.json: partial_rotary_factor is {partial!r}, but {self.model_type} rotates whole heads"
             )
         kind = self._agreed("rope_type", scaling.get("rope_type"), scaling.get("type"), "default")
-        if kind not in kinds:
-            raise UserError(f"config.json: {scaling.path}rope_type is {kind!r}; supported are {', '.join(kinds)}")
+        if not isinstance(kind, str) or kind not in kinds:
+            raise UserError(f"config.json: {scaling.path}rope_type is {shown(kind)}; supported are {', '.join(kinds)}")
         dim = int(head_dim * partial)
+        if dim > MOST_ROTATED:
+            raise UserError(f"config.json: heads of {head_dim} features are beyond what a rotary embedding is made for")
         if not 2 <= dim <= head_dim:
             raise UserError(
                 f"config.json: partial_rotary_factor is {partial!r}, which rotates {dim} of {head_dim} features"
             )
         if section is not None and scaling.get("truncate") is False:
             raise scaling.refusal("truncate", "which is not supported where layers differ")  # upstream never reads it
-        rope = self._scaled(dim, float(theta), kinds[kind], scaling, self.integer("max_position_embeddings", 2048))
+        rope = self._scaled(dim, theta, kinds[kind], scaling, self.size("max_position_embeddings", 2048))
         scaling.done(harmless=frozenset())
         return rope
 
     def _scaled(self, dim: int, theta: float, kind: RopeKind, scaling: HFConfig, limit: int) -> Rope:
         """The rope of a kind, its settings read from `scaling`; `limit` is the longest sequence of the model."""
         original = self._agreed(_ORIGINAL, scaling.get(_ORIGINAL), self.get(_ORIGINAL), limit)
-        if isinstance(original, bool) or not isinstance(original, int) or original <= 0:
-            raise UserError(f"config.json: {_ORIGINAL} is {original!r}, which is not a positive whole number")
+        original = HFConfig({_ORIGINAL: original}, path=self.path, model_type=self.model_type).size(_ORIGINAL)
         if kind == "default":
             return Rope(dim, theta)
         if kind in ("linear", "dynamic"):
             if kind == "dynamic" and dim == 2:
                 raise UserError("config.json: rope type 'dynamic' is not defined for 2 rotated features")
-            return Rope(dim, theta, kind, factor=scaling.number("factor"), original_positions=limit)
+            return Rope(dim, theta, kind, factor=scaling.positive("factor"), original_positions=limit)
         if kind == "llama3":
             return Rope(
                 dim,
                 theta,
                 kind,
-                factor=scaling.number("factor"),
+                factor=scaling.positive("factor"),
                 original_positions=original,
-                low_freq_factor=scaling.number("low_freq_factor"),
-                high_freq_factor=scaling.number("high_freq_factor"),
+                low_freq_factor=scaling.positive("low_freq_factor"),
+                high_freq_factor=scaling.positive("high_freq_factor"),
             )
         if dim % 2:
             raise UserError(f"config.json: rope type {kind!r} needs an even number of rotated features, not {dim}")
+        if kind == "longrope" and original < 2:
+            raise UserError(f"config.json: {_ORIGINAL} is {original}, but rope type 'longrope' takes its logarithm")
         implied = kind == "longrope" or "factor" in scaling.values
-        factor = scaling.number("factor", limit / original if implied else None)
+        factor = scaling.positive("factor", limit / original if implied else None)
         if kind == "yarn":
             m, m_all = scaling.number("mscale", 0), scaling.number("mscale_all_dim", 0)
+            if m < 0 or m_all < 0:
+                raise UserError(
+                    f"config.json: {scaling.path}mscale is {m}, mscale_all_dim {m_all}; none may be negative"
+                )
             attention = _mscale(factor, m) / _mscale(factor, m_all) if m and m_all else _mscale(factor, 1)
             return Rope(
                 dim,
@@ -271,7 +333,7 @@ class HFConfig:
                 beta_fast=scaling.number("beta_fast", 32) or 32,
                 beta_slow=scaling.number("beta_slow", 1) or 1,
                 truncate=scaling.flag("truncate", True),
-                attention_factor=scaling.number("attention_factor", attention),
+                attention_factor=scaling.positive("attention_factor", attention),
             )
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         short, long = scaling.numbers("short_factor"), scaling.numbers("long_factor")
@@ -286,7 +348,7 @@ class HFConfig:
             kind,
             factor=factor,
             original_positions=original,
-            attention_factor=scaling.number("attention_factor", attention),
+            attention_factor=scaling.positive("attention_factor", attention),
             short_factor=short,
             long_factor=long,
         )
@@ -294,7 +356,7 @@ class HFConfig:
     def _agreed(self, key: str, first: Any, second: Any, default: Any) -> Any:
         """The value given in two possible places, which must not differ."""
         if first is not None and second is not None and first != second:
-            raise UserError(f"config.json contradicts itself: {key} is both {first!r} and {second!r}")
+            raise UserError(f"config.json contradicts itself: {key} is both {shown(first)} and {shown(second)}")
         return first if first is not None else second if second is not None else default
 
 

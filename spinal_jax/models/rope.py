@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from spinal_jax.errors import UserError
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -38,6 +40,18 @@ class Rope:
     attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     short_factor: tuple[float, ...] = ()  # longrope
     long_factor: tuple[float, ...] = ()  # longrope
+
+    def __post_init__(self) -> None:
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"rope type 'llama3' has high_freq_factor {self.high_freq_factor}, which is not above its "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
+        if self.kind == "yarn" and (self.theta == 1 or min(self.beta_fast, self.beta_slow) <= 0):
+            raise UserError(
+                f"rope type 'yarn' is not defined for a rope_theta of {self.theta} with beta_fast {self.beta_fast} and "
+                f"beta_slow {self.beta_slow}"
+            )
 
 
 def _powers(rope: Rope, theta: float) -> np.ndarray:

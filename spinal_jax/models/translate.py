@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import jax
@@ -175,14 +176,14 @@ def load_decoder(
     process need. Raises UserError when a tensor is missing, unknown, or of another shape than the config says.
     """
     shapes = parameter_shapes(config)
-    wanted = [list(places([rule], config, shapes)) for rule in family.rules(config)]
-    stored = stored_names(checkpoint, family, config, [place for group in wanted for place in group], shapes)
+    wanted, stored = match(checkpoint, family, config, shapes)
     infos = checkpoint.names()
-    for place in (place for group in wanted for place in group):  # shapes before bytes: an array of no memory each
+    for place in wanted:  # shapes before bytes: an array of no memory each
         for _ in parts_of(place, np.broadcast_to(np.float32(0), infos[stored[place.name]].shape), config, shapes):
             pass
     loaded: dict[str, jax.Array] = {}
-    for group in wanted:  # a rule at a time: only its stacks, or a part of each, are on the host at once
+    for _, same_rule in groupby(wanted, key=lambda place: place.rule.hf):
+        group = list(same_rule)  # a rule at a time: only its stacks, or a part of each, are on the host at once
         paths = dict.fromkeys(path for place in group for path in place.paths)
         shardings = {path: placing(path, shapes[path].shape) if placing else None for path in paths}
         missing = {path: _pieces(shapes[path].shape, sharding) for path, sharding in shardings.items()}
@@ -197,6 +198,7 @@ def load_decoder(
             for place in group:
                 for path, row, block in _blocks(place, bounds, checkpoint, stored[place.name], config, shapes):
                     filled[path][row] = block
+                    require_finite(filled[path][row], checkpoint.source, stored[place.name])
                     progress(block.nbytes)
             for path, piece in pieces.items():
                 arrived[path] += [jax.device_put(filled[path], device) for device in piece.devices]
@@ -205,6 +207,23 @@ def load_decoder(
             alone = sharding is None
             loaded[path] = arrays[0] if alone else jax.make_array_from_single_device_arrays(shape, sharding, arrays)
     return assemble(config, loaded)
+
+
+def require_finite(values: np.ndarray, source: str, name: str) -> None:
+    """UserError where some value is infinite or not a number, which names the tensor and says how many there are.
+
+    Looks at the exponents' bits: NumPy's own test makes an array and takes bfloat16 one value at a time.
+    """
+    bits = {2: np.uint16, 4: np.uint32}[values.itemsize]
+    exponent = np.array(np.inf, values.dtype).view(bits)
+    rows = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
+    step = max(1, (1 << 22) // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        part = np.ascontiguousarray(rows[start : start + step]).view(bits)
+        if (wrong := int(np.count_nonzero((part & exponent) == exponent))) > 0:
+            raise UserError(
+                f"{source}: {wrong} values of {name} are infinite or not a number, as after training that diverged"
+            )
 
 
 class _Piece(NamedTuple):
@@ -259,35 +278,28 @@ def assemble(config: DecoderConfig, parameters: Mapping[str, Any]) -> Decoder:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def stored_names(
-    checkpoint: Checkpoint,
-    family: Family,
-    config: DecoderConfig,
-    wanted: Sequence[Place],
-    shapes: Mapping[str, Any],
-) -> dict[str, str]:
-    """The name in the checkpoint of every tensor that `wanted` names as the rules do.
+def match(
+    checkpoint: Checkpoint, family: Family, config: DecoderConfig, shapes: Mapping[str, Any]
+) -> tuple[list[Place], dict[str, str]]:
+    """The tensors that the config needs, and the name in the checkpoint of each by the name that the rules have.
 
-    Raises UserError for a checkpoint whose tensors are not exactly the ones this config needs.
+    Raises UserError for a checkpoint whose tensors are not exactly the ones this config needs. What is made on the way
+    is bounded by the tensors that are there, whatever the config asks for.
     """
-    filled = {path for place in wanted for path in place.paths}
-    if unfilled := sorted(set(shapes) - filled):
+    stored = _known_names(checkpoint, family)
+    wanted: list[Place] = []
+    rest = places(family.rules(config), config, shapes)
+    for place in rest:
+        if place.name not in stored:
+            more = (other.name for other in islice(rest, 100_000) if other.name not in stored)
+            missing = sorted([place.name, *more])
+            raise UserError(
+                f"{checkpoint.source} lacks the tensor {missing[0]}{_more(missing)}, which its config.json needs"
+            )
+        wanted.append(place)
+    if unfilled := sorted(set(shapes) - {path for place in wanted for path in place.paths}):
         raise AssertionError(f"the {config.family} family states no rule for {unfilled[0]}")
-    stored: dict[str, str] = {}
-    for name in checkpoint.names():
-        if any(re.fullmatch(pattern, name) for pattern in family.ignored):
-            continue
-        known = name
-        for pattern, replacement in family.renamed:
-            known = re.sub(pattern, replacement, known)
-        if known in stored:
-            raise UserError(f"{checkpoint.source} holds one tensor under two names, {stored[known]} and {name}")
-        stored[known] = name
     need = {place.name for place in wanted}
-    if missing := sorted(need - stored.keys()):
-        raise UserError(
-            f"{checkpoint.source} lacks the tensor {missing[0]}{_more(missing)}, which its config.json needs"
-        )
     extra = sorted(stored.keys() - need)
     if config.tied and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
@@ -301,6 +313,21 @@ def stored_names(
             f"{checkpoint.source} holds the tensor {stored[extra[0]]}{_more(extra)}, which a {config.family} model of "
             "its config.json does not have"
         )
+    return wanted, stored
+
+
+def _known_names(checkpoint: Checkpoint, family: Family) -> dict[str, str]:
+    """The checkpoint's names of its tensors by the names that the family's rules have for them."""
+    stored: dict[str, str] = {}
+    for name in checkpoint.names():
+        if any(re.fullmatch(pattern, name) for pattern in family.ignored):
+            continue
+        known = name
+        for pattern, replacement in family.renamed:
+            known = re.sub(pattern, replacement, known)
+        if known in stored:
+            raise UserError(f"{checkpoint.source} holds one tensor under two names, {stored[known]} and {name}")
+        stored[known] = name
     return stored
 
 

@@ -12,10 +12,10 @@ from spinal_jax.audit.pipeline import RANDOM
 from spinal_jax.config import ModelConfig
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.base import read_config
 from spinal_jax.models.formats.byte_level import SIZES
 from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.models.formats.orbax import read_model
 
 FOLDER = Path(__file__).parent / "shapes"
 

@@ -190,7 +190,7 @@ from spinal_jax.parallel.placement import Shards
 from spinal_jax.config import ParallelConfig
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
-from spinal_jax.models.formats.orbax import read_model
+from spinal_jax.models.families import read_model
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import load_decoder
 

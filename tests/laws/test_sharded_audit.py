@@ -31,8 +31,8 @@ from spinal_jax.data.packing import Plan, Positions, plan
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import Experts, LatentAttention
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.models.formats.orbax import read_model
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.rope import Rope

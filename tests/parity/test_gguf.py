@@ -126,7 +126,19 @@ def refusal(path: Path, *holds: str) -> None:
         (".attention.value_length", 8, ["llama.attention.value_length"]),
         (".attention.head_count_kv", [1, 2], ["llama.attention.head_count_kv", "differs between blocks"]),
         ("general.type", "adapter", ["adapter"]),
-        ("split.count", 3, ["3 parts", "merge"]),
+        ("split.count", 3, ["3 parts", "00001-of-00003"]),
+        ("split.count", "3", ["split.count"]),
+        (".block_count", 2**31, ["llama.block_count", "2147483648"]),
+        (".block_count", "two", ["llama.block_count", "'two'"]),
+        (".embedding_length", 1.5, ["llama.embedding_length", "1.5"]),
+        (".attention.head_count", 0, ["llama.attention.head_count"]),
+        (".attention.layer_norm_rms_epsilon", "small", ["layer_norm_rms_epsilon"]),
+        (".attention.layer_norm_rms_epsilon", float("nan"), ["layer_norm_rms_epsilon"]),
+        (".rope.freq_base", float("inf"), ["llama.rope.freq_base"]),
+        (".rope.scaling.type", ["none", "linear"], ["llama.rope.scaling.type"]),
+        ("general.alignment", 48, ["alignment", "48"]),
+        ("general.alignment", "32", ["alignment"]),
+        ("general.type", ["model"], ["model"]),
     ],
 )
 def test_metadata_that_would_change_the_model_is_refused(tmp_path: Path, key: str, value: Any, words: list) -> None:
@@ -188,6 +200,73 @@ def test_what_is_not_a_gguf_file_is_refused(tmp_path: Path) -> None:
     whole = write(path, "llama", KEYS, some_tensors()).read_bytes()
     path.write_bytes(whole[:4] + b"\1" + whole[5:])
     refusal(path, "version 1")
+
+
+def moved(whole: bytes, tensor: str, by: int) -> bytes:
+    """The file with the offset of a tensor changed in its table."""
+    at = whole.index(tensor.encode()) + len(tensor)
+    dimensions = int.from_bytes(whole[at : at + 4], "little")
+    at += 4 + 8 * dimensions + 4
+    offset = int.from_bytes(whole[at : at + 8], "little") + by
+    return whole[:at] + (offset % 2**64).to_bytes(8, "little") + whole[at + 8 :]
+
+
+@pytest.mark.parametrize("by", [1, 7, 32, -32, 64 * 64 * 4, -(2**63), 2**40])
+def test_a_tensor_that_is_not_where_the_format_puts_it_is_refused(tmp_path: Path, by: int) -> None:
+    path = write(tmp_path / "m.gguf", "llama", KEYS, some_tensors())
+    path.write_bytes(moved(path.read_bytes(), "blk.0.attn_k.weight", by))
+    refusal(path, "blk.0.attn_k.weight", "begin")
+
+
+def test_two_tensors_that_change_places_are_refused(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    size = tensors["blk.0.attn_q.weight"].nbytes
+    path = write(tmp_path / "m.gguf", "llama", KEYS, tensors | {"blk.0.attn_v.weight": tensors["blk.0.attn_k.weight"]})
+    whole = moved(path.read_bytes(), "blk.0.attn_k.weight", size)
+    path.write_bytes(moved(whole, "blk.0.attn_v.weight", -size))
+    refusal(path, "begin")
+
+
+def test_an_architecture_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    for value in (["llama"], 7, True):
+        keys = KEYS | {"general.architecture": value}
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        writer.kv_data[0].clear()
+        add = {list: writer.add_array, int: writer.add_uint32, bool: writer.add_bool}[type(value)]
+        add("general.architecture", keys["general.architecture"])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        refusal(tmp_path / "m.gguf", "general.architecture", "not a name")
+
+
+def split(tmp_path: Path, names: list[str], **changed: Any) -> list[Path]:
+    """A model in two parts, by what `llama-gguf-split` calls them."""
+    tensors = some_tensors()
+    half = dict(list(tensors.items())[:2]), dict(list(tensors.items())[2:])
+    paths = []
+    for number, (name, part) in enumerate(zip(names, half, strict=True)):
+        keys = {"split.no": number, "split.count": 2, "split.tensors.count": len(tensors)} | changed
+        paths.append(write(tmp_path / name, "llama", (KEYS if number == 0 else {}) | keys, part))
+    return paths
+
+
+def test_a_model_in_parts_is_the_model_in_one(tmp_path: Path) -> None:
+    names = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    whole = open_checkpoint(str(write(tmp_path / "m.gguf", "llama", KEYS, some_tensors())))
+    for path in split(tmp_path, names):
+        parts = open_checkpoint(str(path))
+        assert parts.config == whole.config
+        assert parts.names() == whole.names()
+        assert all(parts.tensor(name).tobytes() == whole.tensor(name).tobytes() for name in whole.names())
+    (tmp_path / names[1]).rename(tmp_path / "elsewhere")
+    refusal(tmp_path / names[0], names[1], "is missing")
+    (tmp_path / names[0]).rename(tmp_path / names[1])
+    write(tmp_path / names[0], "llama", KEYS | {"split.no": 0, "split.count": 2}, {})
+    refusal(tmp_path / names[1], "part 0 of 2")
+    first, _ = split(tmp_path, names, **{"split.tensors.count": 9})
+    refusal(first, "9")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 from transformers import AutoTokenizer
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.splitters import REFUSED, SPLITTERS, splitter_of
 
 from .gguf_files import KEYS, some_tensors, write
 
@@ -98,7 +100,7 @@ def assert_same_tokens(ours: Any, theirs: Any) -> None:
         assert ours.decode(ids) == theirs.decode(ids)
 
 
-@pytest.mark.parametrize("pre", ["default", "gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"])
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"])
 def test_byte_level_tokens_are_those_of_transformers(tmp_path: Path, byte_level: Any, pre: str) -> None:
     keys = byte_level_keys(byte_level, pre=pre)
     ours, theirs = both_tokenizers(tmp_path / "m.gguf", "llama", keys)
@@ -107,6 +109,114 @@ def test_byte_level_tokens_are_those_of_transformers(tmp_path: Path, byte_level:
     messages = [{"role": "user", "content": "hi"}]
     assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(messages, tokenize=False)
     assert ours.apply_chat_template(messages, tokenize=False) == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+# tokenizer.ggml.pre of llama.cpp's src/llama-vocab.cpp (2026), a line for every way of splitting it knows.
+TABLE = """
+default
+minicpm5
+llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano
+deepseek-llm
+deepseek-coder
+deepseek-v3 hunyuan-dense joyai-llm hy_v4
+spark2_5
+youtu
+falcon
+gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert jina-v1-en jina-v2-code \
+    roberta-bpe exaone4 mpt olmo jais trillion granite-docling
+starcoder refact command-r smollm codeshell exaone minerva-7b mellum2
+jais-2
+gemma4 granite-embed-multi-311m
+sarvam-moe
+whitespace
+qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan solar-open grok-2
+qwen35
+dbrx smaug-bpe glm4 chatglm-bpe
+poro-chat bloom gpt3-finnish
+viking
+tekken
+exaone-moe
+chameleon
+gpt-4o llama4 kanana2 talkie minimax-m2
+granite-embed-multi-97m
+tiny_aya cohere2moe
+superbpe
+bailingmoe bailingmoe2 llada-moe
+seed-coder
+kimi-k2
+ufakzeka
+afmoe
+laguna
+""".replace("\\\n", "").strip()
+
+
+def test_every_name_of_the_published_table_is_known_or_refused_with_why(tmp_path: Path) -> None:
+    lines = [line.split() for line in TABLE.splitlines()]
+    names = [name for line in lines for name in line]
+    assert sorted(names) == sorted([*SPLITTERS, *REFUSED])
+    for line in lines:
+        assert len({SPLITTERS[name].patterns for name in line if name in SPLITTERS}) <= 1, line
+    kinds = [next((SPLITTERS[name].patterns for name in line if name in SPLITTERS), tuple(line)) for line in lines]
+    same = [lines[i][0] for i in range(len(kinds)) if kinds.index(kinds[i]) != i]
+    assert same == ["dbrx"]  # Llama 3's split without its other two habits
+    for name in REFUSED:
+        with pytest.raises(UserError, match=name):
+            splitter_of(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", ["It", "'s", " ", "1", "2", "3", "4", "  ", "5", " $", "6", ",", " ---", "x"]),
+        ("gpt-2", ["It", "'s", " 1234", " ", " 5", " $", "6", ",", " ---", "x"]),
+        ("default", ["It", "'", "s", " ", "123", "4", " ", " ", "5", " ", "$", "6", ",", " ", "---", "x"]),
+        ("llama-bpe", ["It", "'s", " ", "123", "4", " ", " ", "5", " $", "6", ",", " ---", "x"]),
+        ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", " ", " ", "5", " $", "6", ",", " ---", "x"]),
+        ("falcon", ["It", "'", "s", " ", "123", "4", " ", " 5", " ", "$", "6", ",", " ", "---", "x"]),
+        ("deepseek-v3", ["It", "'s", " ", "123", "4", "  ", "5", " $", "6", ",", " ---", "x"]),
+    ],
+)
+def test_text_is_cut_as_the_name_says(pre: str, pieces: list[str], tmp_path: Path) -> None:
+    stages = PreTokenizerSequence(splitter_of(pre, tmp_path).stages)
+    found = [piece.replace("\u0120", " ") for piece, _ in stages.pre_tokenize_str("It's 1234  5 $6, ---x")]
+    assert found == pieces
+
+
+def test_control_tokens_that_a_file_types_as_normal_are_whole(tmp_path: Path, byte_level: Any) -> None:
+    """Named by a token id, by llama.cpp's list, or standing in the template: never cut into letters."""
+    vocabulary, _ = byte_level
+    normal = [1] * (5 + len(vocabulary))
+    keys = byte_level_keys(byte_level, token_type=normal, bos_token_id=None, eos_token_id=4)
+    tokenizer = open_checkpoint(str(write(tmp_path / "m.gguf", "llama", keys, some_tensors()))).tokenizer()
+    assert tokenizer("<|im_start|>hi<|im_end|></think>").input_ids == [1, *tokenizer("hi").input_ids, 2, 4]
+    assert {1, 2, 4} <= set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    assert len(tokenizer("<think>").input_ids) > 1  # nothing says that it is one
+    sound = open_checkpoint(str(write(tmp_path / "s.gguf", "llama", byte_level_keys(byte_level), some_tensors())))
+    marked = sound.tokenizer()("<|im_start|>user").input_ids
+    assert tokenizer("<|im_start|>user").input_ids == marked
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokens": [1, 2, 3]},
+        {"tokens": 7},
+        {"tokens": "abc"},
+        {"token_type": [3, 3]},
+        {"token_type": ["a"] * 3},
+        {"merges": [1, 2]},
+        {"pre": 3},
+        {"model": 3.5},
+        {"bos_token_id": "one"},
+        {"add_bos_token": "yes"},
+    ],
+    ids=str,
+)
+def test_metadata_of_another_type_is_one_sentence(tmp_path: Path, byte_level: Any, changed: dict[str, Any]) -> None:
+    path = write(tmp_path / "m.gguf", "llama", byte_level_keys(byte_level, **changed), some_tensors())
+    with pytest.raises(UserError, match=next(iter(changed))) as error:
+        open_checkpoint(str(path)).tokenizer()
+    assert len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3"])
@@ -179,7 +289,7 @@ def test_a_saved_tokenizer_still_gives_the_same_tokens(tmp_path: Path, byte_leve
         ({"model": "t5"}, ["'t5'", "gpt2"]),
         ({"tokens": None}, ["no tokenizer"]),
         ({"merges": None}, ["lacks tokenizer.ggml.merges"]),
-        ({"tokens": ["a", "b", "a"]}, ["twice"]),
+        ({"tokens": ["a", "b", "a"], "token_type": None}, ["twice"]),
         ({"merges": ["x yz"]}, ["cannot be built", "yz"]),
         ({"merges": ["xyz"]}, ["cannot be built"]),
     ],

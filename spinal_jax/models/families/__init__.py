@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
 from spinal_jax.errors import UserError
+from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from spinal_jax.models.families.gemma import GEMMA
 from spinal_jax.models.families.gemma2 import GEMMA2
@@ -17,7 +22,11 @@ from spinal_jax.models.families.phi3 import PHI3
 from spinal_jax.models.families.qwen import QWEN2, QWEN3
 from spinal_jax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from spinal_jax.models.families.stablelm import STABLELM
+from spinal_jax.models.hf_config import HFConfig, shorten_middle
 from spinal_jax.models.translate import Family
+
+if TYPE_CHECKING:
+    from spinal_jax.models.formats.base import Checkpoint
 
 ALL = (
     LLAMA,
@@ -46,5 +55,34 @@ FAMILIES: dict[str, Family] = {name: family for family in ALL for name in family
 def family_of(model_type: str) -> Family:
     """The family of a config.json's `model_type`; UserError lists the supported ones."""
     if model_type not in FAMILIES:
-        raise UserError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+        raise UserError(
+            f"model_type {shorten_middle(model_type)!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[model_type]
+
+
+def read_model(config: Mapping[str, Any], ignore: Iterable[str] = ()) -> tuple[Family, DecoderConfig]:
+    """Family and decoder of a config.json, every key of it accounted for but those to `ignore`. Errors: UserError."""
+    hf = HFConfig(config, ignore)
+    family = family_of(hf.model_type)
+    decoder = family.decoder_config(hf)
+    hf.done()
+    return family, decoder
+
+
+def read_checkpoint(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> tuple[Family, DecoderConfig]:
+    """`read_model` of a checkpoint, whose tensors must be of as many blocks as its config says.
+
+    Errors: UserError, before anything is made in the size that the config states.
+    """
+    family, decoder = read_model(checkpoint.config, ignore)
+    numbers = (int(match[1]) for name in checkpoint.names() if (match := _BLOCK.search(name)))
+    if (there := max(numbers, default=-1) + 1) < decoder.depth:
+        raise UserError(
+            f"{checkpoint.source} has tensors of {there} blocks, but its config.json says that there are "
+            f"{decoder.depth}: num_hidden_layers is wrong or a file is missing"
+        )
+    return family, decoder
+
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")

@@ -28,17 +28,17 @@ def common(hf: HFConfig) -> dict[str, Any]:
         moe_layer_freq=1,
         tie_word_embeddings=False,
     )
-    hf.values |= {"head_dim": hf.integer("qk_rope_head_dim")}  # whatever config.json says, as in Hugging Face
+    hf.values |= {"head_dim": hf.size("qk_rope_head_dim")}  # whatever config.json says, as in Hugging Face
     hf.ignore("qk_head_dim", "ep_size")  # follows from others; how training spread the experts over machines
     fields = llama.common(hf)
     if fields["kv_heads"] != fields["heads"]:
         raise hf.refusal("num_key_value_heads", f"but latent attention has one key for each of {fields['heads']} heads")
     latent = LatentAttention(
         query_rank=hf.integer("q_lora_rank", 0),  # null: queries of full rank
-        key_value_rank=hf.integer("kv_lora_rank"),
+        key_value_rank=hf.size("kv_lora_rank"),
         nope_dim=hf.integer("qk_nope_head_dim"),
-        rope_dim=hf.integer("qk_rope_head_dim"),
-        value_dim=hf.integer("v_head_dim"),
+        rope_dim=hf.size("qk_rope_head_dim"),
+        value_dim=hf.size("v_head_dim"),
     )
     rope = replace(hf.rope(latent.rope_dim), interleaved=True)
     bias = hf.flag("attention_bias")
@@ -56,8 +56,8 @@ def common(hf: HFConfig) -> dict[str, Any]:
 
 def _yarn_scale(hf: HFConfig, factor: float) -> float:
     """How much yarn's `mscale_all_dim` sharpens the softmax: its square multiplies the scores, as it would q and k."""
-    scaling = hf.get("rope_parameters", hf.get("rope_scaling")) or {}
-    sharpen = float(scaling.get("mscale_all_dim") or 0)
+    scaling = HFConfig(hf.get("rope_parameters", hf.get("rope_scaling")) or {}, path=hf.path)
+    sharpen = scaling.number("mscale_all_dim", 0)
     return (0.1 * sharpen * math.log(factor) + 1.0) ** 2 if factor > 1 else 1.0
 
 
@@ -70,7 +70,7 @@ def with_experts(hf: HFConfig, fields: dict[str, Any], **experts: Any) -> Decode
     if step < 1:
         raise hf.refusal("moe_layer_freq", "which is not a whole number above 0")
     count, per_token = hf.integer("n_routed_experts"), hf.integer("num_experts_per_tok")
-    width, shared = hf.integer("moe_intermediate_size"), hf.integer("n_shared_experts")
+    width, shared = hf.size("moe_intermediate_size"), hf.integer("n_shared_experts")
     scale = hf.number("routed_scaling_factor")
     sparse = tuple(layer >= first and layer % step == 0 for layer in range(fields["depth"]))
     if not any(sparse):

@@ -32,7 +32,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         **fields,
         ropes=(hf.rope(fields["head_dim"]),),
         post_norm=True,
-        query_scale=hf.number("query_pre_attn_scalar") ** -0.5,
+        query_scale=hf.positive("query_pre_attn_scalar") ** -0.5,
         attention_softcap=hf.softcap("attn_logit_softcapping"),
         final_softcap=hf.softcap("final_logit_softcapping"),
     )

@@ -27,7 +27,7 @@ def text_config(hf: HFConfig) -> DecoderConfig:
     fields = gemma.common(hf, "hidden_activation")
     hf.agree("hidden_act", hf.values["hidden_activation"], "hidden_activation says otherwise")
     hf.ignore("attn_logit_softcapping")  # Hugging Face reads it and never applies it
-    pattern = hf.integer("sliding_window_pattern")
+    pattern = hf.size("sliding_window_pattern")
     if hf.get("layer_types") is None:
         hf.agree("_sliding_window_pattern", pattern, "without layer_types, sliding_window_pattern counts")
     hf.ignore("_sliding_window_pattern")
@@ -43,7 +43,7 @@ def text_config(hf: HFConfig) -> DecoderConfig:
         ropes=(full, sliding),
         post_norm=True,
         qk_norm="head",
-        query_scale=hf.number("query_pre_attn_scalar") ** -0.5,
+        query_scale=hf.positive("query_pre_attn_scalar") ** -0.5,
         final_softcap=hf.softcap("final_logit_softcapping"),
     )
 

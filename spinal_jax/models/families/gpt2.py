@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families.llama import end_rules, equal_share
-from spinal_jax.models.hf_config import ACTIVATIONS, HFConfig
+from spinal_jax.models.hf_config import ACTIVATIONS, MOST_BLOCKS, HFConfig
 from spinal_jax.models.translate import Family, Rule, fused, linear, qkv_rows, same, transposed, without_prefix
 
 
@@ -31,17 +31,17 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         "summary_first_dropout",
         "summary_proj_to_labels",
     )
-    width, depth, heads = hf.integer("n_embd"), hf.integer("n_layer"), hf.integer("n_head")
+    width, depth, heads = hf.size("n_embd"), hf.integer("n_layer", high=MOST_BLOCKS), hf.size("n_head")
     return DecoderConfig(
         family=hf.model_type,
-        vocab_size=hf.integer("vocab_size"),
+        vocab_size=hf.size("vocab_size"),
         width=width,
         depth=depth,
         heads=heads,
         kv_heads=heads,
         head_dim=equal_share(width, heads),
-        mlp_width=hf.integer("n_inner", 4 * width),
-        max_positions=hf.integer("n_positions"),
+        mlp_width=hf.size("n_inner", 4 * width),
+        max_positions=hf.size("n_positions"),
         activation=hf.choice("activation_function", ACTIVATIONS),
         tied=hf.flag("tie_word_embeddings"),
         learned_positions=True,
@@ -49,7 +49,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         layer_rope=(),
         windows=(0,) * depth,
         norm="layer",
-        norm_eps=hf.number("layer_norm_epsilon"),
+        norm_eps=hf.epsilon("layer_norm_epsilon"),
         norm_bias=True,
         qkv_bias=True,
         out_bias=True,

@@ -10,7 +10,7 @@ from typing import Any
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.models.hf_config import ACTIVATIONS, HFConfig
+from spinal_jax.models.hf_config import ACTIVATIONS, MOST_BLOCKS, HFConfig
 from spinal_jax.models.translate import Family, Rule, linear, same, without_prefix
 
 
@@ -32,19 +32,20 @@ def common(
         activation: the key of the MLP's activation.
     """
     hf.defaults(max_position_embeddings=2048, **{eps: 1e-6, activation: "silu"})
-    depth, heads, width = hf.integer("num_hidden_layers"), hf.integer("num_attention_heads"), hf.integer("hidden_size")
+    depth = hf.integer("num_hidden_layers", high=MOST_BLOCKS)
+    heads, width = hf.size("num_attention_heads"), hf.size("hidden_size")
     return {
         "family": hf.model_type,
-        "vocab_size": hf.integer("vocab_size"),
+        "vocab_size": hf.size("vocab_size"),
         "width": width,
         "depth": depth,
         "heads": heads,
-        "kv_heads": hf.integer("num_key_value_heads", kv_heads or heads),
-        "head_dim": equal_share(width, heads) if hf.get("head_dim") is None else hf.integer("head_dim"),
-        "mlp_width": hf.integer("intermediate_size"),
-        "max_positions": hf.integer("max_position_embeddings"),
+        "kv_heads": hf.size("num_key_value_heads", kv_heads or heads),
+        "head_dim": equal_share(width, heads) if hf.get("head_dim") is None else hf.size("head_dim"),
+        "mlp_width": hf.size("intermediate_size"),
+        "max_positions": hf.size("max_position_embeddings"),
         "activation": hf.choice(activation, ACTIVATIONS),
-        "norm_eps": hf.number(eps),
+        "norm_eps": hf.epsilon(eps),
         "layer_rope": (0,) * depth,
         "windows": (0,) * depth,
     }
@@ -69,7 +70,8 @@ def layer_windows(hf: HFConfig, depth: int, window: int, slides: Callable[[int],
     kinds = {"full_attention": 0, "sliding_attention": window}
     names = ["full_attention", "sliding_attention"]
     layers = hf.get("layer_types", [names[slides(layer)] for layer in range(depth)])
-    if not isinstance(layers, list) or len(layers) != depth or not kinds.keys() >= set(layers):
+    named = isinstance(layers, list) and all(isinstance(layer, str) and layer in kinds for layer in layers)
+    if not named or len(layers) != depth:
         raise hf.refusal("layer_types", f"which is not {depth} times {' or '.join(names)}")
     if "sliding_attention" in layers and not window:
         raise UserError("config.json contradicts itself: layers have sliding attention, but there is no sliding_window")

@@ -43,7 +43,7 @@ def common(hf: HFConfig, count: int, **experts: Any) -> dict[str, Any]:
     fields |= {"ropes": (hf.rope(fields["head_dim"]),), "tied": hf.flag("tie_word_embeddings")}
     settings = {
         "per_token": hf.integer("num_experts_per_tok"),
-        "width": hf.integer("moe_intermediate_size"),
+        "width": hf.size("moe_intermediate_size"),
         "normalise": hf.flag("norm_topk_prob"),
     }
     sparse = sparse_layers(hf, fields["depth"])

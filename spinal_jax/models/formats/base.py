@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -64,6 +65,20 @@ class ReadsParts(Protocol):
         ...
 
 
+def file_digests(folder: Path, paths: Iterable[Path]) -> tuple[dict[str, str], str]:
+    """Hex SHA-256 of each file, by its path within `folder`, and `sha256_of` all of them; each is read once."""
+    digests: dict[str, str] = {}
+    together = hashlib.sha256()
+    for path in paths:
+        own = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                own.update(block)
+                together.update(block)
+        digests[path.relative_to(folder).as_posix()] = own.hexdigest()
+    return digests, together.hexdigest()
+
+
 def sha256_of(paths: Iterable[Path]) -> str:
     """Hex SHA-256 of the files' bytes one after the other, read in blocks."""
     digest = hashlib.sha256()
@@ -74,12 +89,31 @@ def sha256_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Errors: UserError."""
+MOST_CONFIG_BYTES = 1 << 24
+MOST_JSON_BYTES = 1 << 28  # the index of the largest published checkpoint takes some 10 MB
+
+
+def require_regular(path: Path) -> None:
+    """Refuses what is no regular file, such as a FIFO or a device, whose reading may have no end. Errors: UserError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        mode = path.stat().st_mode
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is not a regular file")
+
+
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `most` bytes. Errors: UserError."""
+    require_regular(path)
+    try:
+        if path.stat().st_size > most:
+            raise UserError(f"{path} has more than {most >> 20} MiB, which is too much for a description")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be read") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -91,7 +125,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json. Errors: UserError."""
     path = folder / "config.json"
     if path.exists():
-        return read_json(path)
+        return read_json(path, MOST_CONFIG_BYTES)
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds an adapter, not a whole model: merge it into its base model and save that")
     raise UserError(f"{folder} has no config.json, so it is not a Hugging Face model folder")

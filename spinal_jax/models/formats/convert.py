@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats import folders
-from spinal_jax.models.formats.base import Checkpoint, sha256_of
+from spinal_jax.models.formats.base import Checkpoint, file_digests
 from spinal_jax.models.formats.folders import Bar
-from spinal_jax.models.formats.orbax import SCHEMA, STATE, ParameterFile, read_model, state_files, write_orbax_metadata
-from spinal_jax.models.translate import parameter_shapes, parts_of, places, stored_names
+from spinal_jax.models.formats.orbax import SCHEMA, STATE, ParameterFile, state_files, write_orbax_metadata
+from spinal_jax.models.translate import match, parameter_shapes, parts_of
 
 
 def convert(
@@ -29,7 +30,7 @@ def convert(
     One tensor of the checkpoint is in memory at a time, and copies of some 32 MiB of it. What is done stays when
     the process is killed, under `out` + ".partial", and the same call then goes on from there: the bytes that it ends
     with are those of an uninterrupted one. Beside the parameters stand config.json, the tokenizer's files and
-    spinal.json, with the hashes of what was read and of what was written.
+    spinal.json, with the hashes of what was read and of every file that was written, which loading checks.
 
     Args:
         checkpoint: what to convert.
@@ -45,10 +46,9 @@ def convert(
     bar = bar or folders.no_bar
     folder = folders.check_out(out, checkpoint.source, overwrite)
     ignore_keys = tuple(ignore_keys)
-    family, config = read_model(checkpoint.config, ignore_keys)
+    family, config = read_checkpoint(checkpoint, ignore_keys)
     shapes = parameter_shapes(config)
-    wanted = list(places(family.rules(config), config, shapes))
-    stored = stored_names(checkpoint, family, config, wanted, shapes)
+    wanted, stored = match(checkpoint, family, config, shapes)
     dtypes: dict[str, np.dtype] = {}
     leads: dict[str, int] = {}
     for place in wanted:
@@ -79,7 +79,9 @@ def convert(
     for stray in set(state_files(partial)) - expected:  # half-written when an earlier run was killed
         stray.unlink()
     with bar("hash", 1, "folder") as advance:
-        record["sha256"] = sha256_of(state_files(partial))
+        record["files"], record["sha256"] = file_digests(partial, state_files(partial))
+        others = (path for path in sorted(partial.iterdir()) if path.is_file() and path.name != folders.RECORD)
+        record["files"] |= file_digests(partial, others)[0]
         advance(1)
     folders.finish(partial, folder, record)
     return folder

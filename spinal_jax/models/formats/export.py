@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats import folders
 from spinal_jax.models.formats.base import Checkpoint, TensorInfo, sha256_of
 from spinal_jax.models.formats.folders import Bar
-from spinal_jax.models.formats.orbax import read_model
 from spinal_jax.models.formats.safetensors import SAFETENSORS_DTYPES
-from spinal_jax.models.translate import Place, parameter_shapes, parts_of, places, stored_names
+from spinal_jax.models.translate import Place, match, parameter_shapes, parts_of
 
 SCHEMA = "spinal-export/1"
 _CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
@@ -66,10 +66,9 @@ def export(
     bar = bar or folders.no_bar
     folder = folders.check_out(out, checkpoint.source, overwrite)
     ignore_keys = tuple(ignore_keys)
-    family, config = read_model(checkpoint.config, ignore_keys)
+    family, config = read_checkpoint(checkpoint, ignore_keys)
     shapes = parameter_shapes(config)
-    wanted = list(places(family.rules(config), config, shapes))
-    stored = stored_names(checkpoint, family, config, wanted, shapes)
+    wanted, stored = match(checkpoint, family, config, shapes)
     planned: list[_Planned] = []
     for place in sorted(wanted, key=lambda place: place.name):
         name = stored[place.name]

@@ -73,7 +73,7 @@ def begin(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool
 
     Args:
         folder: where the result will stand.
-        record: what it is made from; that of an earlier run must be equal. Its "sha256" does not count.
+        record: what it is made from; that of an earlier run must be equal. Digests of what was written do not count.
         overwrite: discard what a run of other work left.
         resume: whether what the same work left is kept.
     """
@@ -84,7 +84,7 @@ def begin(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool
             before = read_record(partial)
             if before is None:
                 raise UserError(f"{partial} is in the way and was not written by spinal; move it elsewhere")
-            same = {**before, "sha256": None} == {**record, "sha256": None}
+            same = _origin(before) == _origin(record)
             if not same and not overwrite:
                 raise UserError(
                     f"{partial} holds an unfinished {_kind(before)} of another source or with other settings; finish "
@@ -97,6 +97,10 @@ def begin(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool
     except OSError as error:
         raise UserError(f"{partial} cannot be written: {error.strerror or error}") from error
     return partial
+
+
+def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("sha256", "files")}
 
 
 def finish(partial: Path, folder: Path, record: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.formats.base import TensorInfo, sha256_of
+from spinal_jax.models.formats.base import TensorInfo, require_regular, sha256_of
 from spinal_jax.models.formats.gguf_architectures import (
     ARCHITECTURES,
     ROPE_FACTORS,
@@ -26,6 +26,7 @@ from spinal_jax.models.formats.gguf_architectures import (
     minus_one,
     transposed,
 )
+from spinal_jax.models.hf_config import shorten_middle, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,8 +39,9 @@ _Value = TypeVar("_Value")
 
 
 class _Stored(NamedTuple):
-    """A tensor as it lies in the file."""
+    """A tensor as it lies in its file."""
 
+    path: Path
     type: int  # GGML's number
     shape: tuple[int, ...]  # outermost dimension first, as in NumPy
     offset: int  # of its first byte in the file
@@ -56,7 +58,10 @@ class _Origin(NamedTuple):
 
 
 class GgufFile:
-    """One .gguf file as a `Checkpoint`. Quantised tensors read as float32; F32, F16 and BF16 keep their dtype."""
+    """A .gguf file, or the several parts of one, as a `Checkpoint`.
+
+    Quantised tensors read as float32; F32, F16 and BF16 keep their dtype.
+    """
 
     kind: str = "gguf"
     revision: str | None = None
@@ -65,7 +70,7 @@ class GgufFile:
         self.path = path
         self.source = source
         self._gguf = _import_gguf()
-        self.metadata, stored = _read_header(path, self._gguf)
+        self.paths, self.metadata, stored = _read_parts(path, self._gguf)
         architecture = _architecture(path, self.metadata)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         name = self.metadata["general.architecture"]
@@ -88,7 +93,7 @@ class GgufFile:
         return gguf_tokenizer(self.metadata, self.path)
 
     def sha256(self) -> str:
-        return sha256_of([self.path])
+        return sha256_of(self.paths)
 
     def close(self) -> None:
         """Nothing is held open between reads."""
@@ -99,13 +104,13 @@ class GgufFile:
         rows, width = math.prod(stored.shape[:-1]), stored.shape[-1]
         values = np.empty((rows, width), dtype or np.float32)
         step = max(1, (1 << 20) // max(1, width))
-        with self.path.open("rb") as file:
+        with stored.path.open("rb") as file:
             file.seek(stored.offset)
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 raw = np.fromfile(file, np.uint8, (stop - start) * stored.row_bytes)
                 if raw.size != (stop - start) * stored.row_bytes:
-                    raise UserError(f"{self.path} has become shorter since it was opened")
+                    raise UserError(f"{stored.path} has become shorter since it was opened")
                 raw = raw.reshape(stop - start, stored.row_bytes)
                 if dtype is None:
                     quantisation = self._gguf.GGMLQuantizationType(stored.type)
@@ -127,12 +132,14 @@ def _import_gguf() -> ModuleType:
 def _architecture(path: Path, metadata: Mapping[str, Any]) -> Architecture:
     """The translation for this file, if it holds a whole model of a supported architecture."""
     name = metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise UserError(f"{path}: general.architecture is {shown(name)}, which is not a name")
     if (kind := metadata.get("general.type", "model")) != "model":
         raise UserError(f"{path} holds a GGUF of type {kind!r}, not a model")
     if name not in ARCHITECTURES:
-        raise UserError(f"{path} has the GGUF architecture {name!r}; supported are {', '.join(ARCHITECTURES)}")
-    if (parts := metadata.get("split.count", 0)) > 1:
-        raise UserError(f"{path} is one of {parts} parts of a model; join them with llama-gguf-split --merge")
+        raise UserError(
+            f"{path} has the GGUF architecture {shorten_middle(name)!r}; supported are {', '.join(ARCHITECTURES)}"
+        )
     return ARCHITECTURES[name]
 
 
@@ -163,6 +170,7 @@ def _origins(
 
 def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str, _Stored]]:
     """Metadata and tensor table. Parsed here: the gguf package takes 10 s for a vocabulary of 262,144 tokens."""
+    require_regular(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] != b"GGUF":
@@ -174,17 +182,60 @@ def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str
             metadata = _unique(cursor.pair() for _ in range(pairs))
             table = _unique(cursor.tensor() for _ in range(tensors))
             alignment = metadata.get("general.alignment", 32)
-            if not isinstance(alignment, int) or alignment < 1:
-                raise ValueError(f"its alignment is {alignment!r}")
+            if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+                raise ValueError(f"its alignment is {shown(alignment)}, which is not a power of two")
             start = -(-cursor.at // alignment) * alignment
-            return metadata, {
-                name: _locate(path, gguf, name, shape, kind, start + offset, len(data))
-                for name, (shape, kind, offset) in table.items()
-            }
+            stored: dict[str, _Stored] = {}
+            expected = 0  # tensors lie one behind the other in the order of the table, each padded to the alignment
+            for name, (shape, kind, offset) in table.items():
+                if offset != expected:
+                    raise ValueError(
+                        f"its table says that {name} begins at {offset}, but the one before ends at {expected}"
+                    )
+                stored[name] = _locate(path, gguf, name, shape, kind, start + offset, len(data))
+                size = math.prod(shape[:-1]) * stored[name].row_bytes
+                expected = -(-(offset + size) // alignment) * alignment
+            return metadata, stored
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
+    except (struct.error, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} is a truncated or damaged GGUF file: {error}") from error
+
+
+def _read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], dict[str, Any], dict[str, _Stored]]:
+    """The files of a model, in order, the metadata of the first, and the tensors of all.
+
+    llama.cpp names the parts NAME-00001-of-00003.gguf and so on, and numbers them from 0 in their metadata.
+    """
+    metadata, stored = _read_header(path, gguf)
+    count = metadata.get("split.count", 0)
+    if type(count) is not int or not 0 <= count < 100_000:
+        raise UserError(f"{path}: split.count is {shown(count)}, which is not a number of parts")
+    if count < 2:
+        return [path], metadata, stored
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.IGNORECASE)
+    if match is None or int(match[3]) != count:
+        raise UserError(f"{path} is one of {count} parts, but is not named as they are: NAME-00001-of-{count:05}.gguf")
+    paths = [path.with_name(f"{match[1]}-{part:05}-of-{count:05}{path.suffix}") for part in range(1, count + 1)]
+    if missing := [part for part in paths if not part.exists()]:
+        raise UserError(f"{path} is one of {count} parts of a model, of which {missing[0].name} is missing")
+    merged: dict[str, _Stored] = {}
+    for number, part in enumerate(paths):
+        own, tensors = _read_header(part, gguf)
+        if (own.get("split.no"), own.get("split.count")) != (number, count):
+            said = f"part {shown(own.get('split.no'))} of {shown(own.get('split.count'))}"
+            raise UserError(f"{part} says that it is {said}, counted from 0, which its name contradicts")
+        if number == 0:
+            metadata = own
+        if twice := sorted(merged.keys() & tensors.keys()):
+            raise UserError(f"{part} holds {twice[0]}, which a part before it holds too")
+        merged |= tensors
+    if metadata.get("split.tensors.count", len(merged)) != len(merged):
+        raise UserError(
+            f"the parts of {path} hold {len(merged)} tensors, but split.tensors.count is "
+            f"{shown(metadata['split.tensors.count'])}"
+        )
+    return paths, metadata, merged
 
 
 def _unique(pairs: Iterable[tuple[str, _Value]]) -> dict[str, _Value]:
@@ -215,7 +266,7 @@ def _locate(
     row_bytes = shape[-1] // block * block_bytes
     if offset + math.prod(shape[:-1]) * row_bytes > end:
         raise ValueError(f"it ends within or before the tensor {name}")
-    return _Stored(kind, shape, offset, row_bytes)
+    return _Stored(path, kind, shape, offset, row_bytes)
 
 
 class _Cursor:
@@ -242,10 +293,16 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
+            if kind not in _SCALARS:
+                raise ValueError(f"it has a value of type {kind}, which GGUF does not define")
             return self.number(_SCALARS[kind])
         element, count = self.number("I"), self.number("Q")
+        if count > len(self.data) - self.at:
+            raise ValueError(f"a list of {count} entries runs past its end")
         if element == _STRING:
             return [self.string() for _ in range(count)]
+        if element not in _SCALARS:
+            raise ValueError(f"it has a list of entries of type {element}, which is not supported")
         values = np.frombuffer(self.data, f"<{_SCALARS[element]}", count, self.at).copy()
         self.at += values.nbytes
         return values
@@ -259,6 +316,8 @@ class _Cursor:
         if not 1 <= dimensions <= 4:
             raise ValueError(f"the tensor {name} has {dimensions} dimensions")
         shape = tuple(self.number("Q") for _ in range(dimensions))
+        if 0 in shape or math.prod(shape) >= 2**48:
+            raise ValueError(f"the tensor {name} has the shape {shape[::-1]}")
         return name, (shape[::-1], self.number("I"), self.number("Q"))
 
 

@@ -7,6 +7,7 @@ of names and a line in ARCHITECTURES.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.models.hf_config import LARGEST, LARGEST_REAL, MOST_BLOCKS, shown
 
 Config = dict[str, Any]
 Undo = Callable[[np.ndarray], np.ndarray]
@@ -45,17 +47,21 @@ class Keys:
         """The value, or the default. A list with one value for each block must hold the same for all of them."""
         self._read.add(key)
         value = self.metadata.get(self._prefix + key, default)
-        if not isinstance(value, np.ndarray | list):
-            return value
-        distinct = set(np.asarray(value).tolist())
-        if len(distinct) != 1:
-            raise UserError(f"{self.path}: {self._prefix}{key} differs between blocks, which is not supported")
-        return distinct.pop()
+        if isinstance(value, np.ndarray | list):
+            distinct = set(np.asarray(value).tolist())
+            if len(distinct) != 1:
+                raise UserError(f"{self.path}: {self._prefix}{key} differs between blocks, which is not supported")
+            value = distinct.pop()
+        if value is not None and (wrong := _not_a_setting(key, value)):
+            raise UserError(f"{self.path}: {self._prefix}{key} is {shown(value)}, which is not {wrong}")
+        return value
 
     def need(self, key: str) -> Any:
-        """The value of a key that must be there."""
+        """The value of a key that must be there; a size is at least 1."""
         if (value := self.get(key)) is None:
             raise UserError(f"{self.path} lacks {self._prefix}{key}")
+        if type(value) is int and value < 1:
+            raise self.refusal(key, "but must be at least 1")
         return value
 
     def ignore(self, *keys: str) -> None:
@@ -71,7 +77,7 @@ class Keys:
 
     def refusal(self, key: str, why: str) -> UserError:
         """The error that names a key and its value."""
-        return UserError(f"{self.path}: {self._prefix}{key} is {self.metadata.get(self._prefix + key)!r}, {why}")
+        return UserError(f"{self.path}: {self._prefix}{key} is {shown(self.metadata.get(self._prefix + key))}, {why}")
 
     def done(self) -> None:
         """Refuses every key of the architecture and every table of rotary factors that was not read."""
@@ -81,6 +87,24 @@ class Keys:
         for tensor in ROPE_FACTORS:
             if tensor in self.shapes and tensor not in self._read:
                 raise UserError(f"{self.path} has {tensor}, which is not known for {self._prefix[:-1]}")
+
+
+# Which settings are no whole numbers: real numbers by a part of their name, and the few that are no numbers at all.
+_REAL = re.compile(r"epsilon|freq_base|factor|softcapping|scale|beta|multiplier|clamp")
+_TEXT, _FLAGS = ("rope.scaling.type",), ("rope.scaling.finetuned", "attention.causal")
+
+
+def _not_a_setting(key: str, value: Any) -> str:
+    """What the value of a key would have to be, or nothing where it is that."""
+    if key in _TEXT:
+        return "" if isinstance(value, str) else "a name"
+    if key in _FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if _REAL.search(key):
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_REAL
+        return "" if finite else "a finite number"
+    most = MOST_BLOCKS if key == "block_count" else LARGEST
+    return "" if type(value) is int and 0 <= value <= most else f"a whole number from 0 to {most}"
 
 
 def _decoder(keys: Keys) -> tuple[Config, int]:
@@ -121,9 +145,10 @@ def _vocabulary(keys: Keys) -> int:
 
 def _tokens(keys: Keys) -> Config:
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    given = {name: keys.metadata.get(f"tokenizer.ggml.{short}_token_id") for name, short in ids.items()}
     return {
         "tie_word_embeddings": "output.weight" not in keys.shapes,
-        **{name: keys.metadata.get(f"tokenizer.ggml.{short}_token_id") for name, short in ids.items()},
+        **{name: token if type(token) is int else None for name, token in given.items()},
     }
 
 

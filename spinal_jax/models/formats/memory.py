@@ -11,9 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.base import Checkpoint, TensorInfo
-from spinal_jax.models.formats.orbax import read_model
+from spinal_jax.models.hf_config import shorten_middle
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import parameter_shapes, places
 
@@ -64,7 +66,12 @@ class MemoryCheckpoint:
 
 
 def random_checkpoint(source: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> Checkpoint:
-    """A model of random weights, as `Decoder` draws them, float32; equal seeds give equal weights."""
+    """A model of random weights, as `Decoder` draws them, float32; equal seeds give equal weights.
+
+    Errors: UserError for a seed of more than 32 bits, of which JAX would use the last 32 only.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{shorten_middle(source, 80)} asks for a seed beyond {2**32 - 1}")
     _, decoder = read_model(config)
     arrays = jax.device_get(take_apart(Decoder(decoder, rngs=nnx.Rngs(seed)))[1])
     return MemoryCheckpoint(source, config, arrays, tokenizer)

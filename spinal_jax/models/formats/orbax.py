@@ -9,6 +9,7 @@ https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_format.html
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -21,29 +22,18 @@ import numpy as np
 import tensorstore as ts
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.config import DecoderConfig
-from spinal_jax.models.families import family_of
-from spinal_jax.models.formats.base import Bounds, TensorInfo, read_config, sha256_of
-from spinal_jax.models.formats.folders import read_record
-from spinal_jax.models.hf_config import HFConfig
-from spinal_jax.models.translate import Family, Place, as_it_is, parameter_shapes, places
+from spinal_jax.models.families import read_model
+from spinal_jax.models.formats.base import Bounds, TensorInfo, read_config, read_json, sha256_of
+from spinal_jax.models.formats.folders import RECORD, read_record
+from spinal_jax.models.translate import Place, as_it_is, parameter_shapes, places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = "spinal-checkpoint/1"
+SCHEMA = "spinal-checkpoint/2"
 STATE = "state"  # what Orbax calls the tree
 CHUNK_BYTES = 1 << 24  # at most, of one chunk: a file of its own, and what a device must read to get a part of it
 WRITE_BYTES = CHUNK_BYTES  # about how much is handed to TensorStore at a time, which copies it
-
-
-def read_model(config: Mapping[str, Any], ignore: Iterable[str] = ()) -> tuple[Family, DecoderConfig]:
-    """Family and decoder of a config.json, every key of it accounted for but those to `ignore`. Errors: UserError."""
-    hf = HFConfig(config, ignore)
-    family = family_of(hf.model_type)
-    decoder = family.decoder_config(hf)
-    hf.done()
-    return family, decoder
 
 
 class ParameterFile:
@@ -133,8 +123,47 @@ def state_files(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / STATE).rglob("*") if path.is_file())
 
 
+class Chunks:
+    """One stacked parameter of a finished folder: its chunks are compared with their digests as they are read."""
+
+    def __init__(self, folder: Path, path: str, digests: Mapping[str, str]):
+        self.root, self.folder, self._digests = folder, folder / STATE / path, digests
+        metadata = read_json(self.folder / ".zarray")
+        self.shape, self.chunks = tuple(map(int, metadata["shape"])), tuple(map(int, metadata["chunks"]))
+        self.dtype = np.dtype(ml_dtypes.bfloat16 if metadata["dtype"] == "bfloat16" else metadata["dtype"])
+
+    def read(self, row: tuple[int, ...], start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Entries `start` to `stop` of the first axis behind `row`, the indices of a row that is chunked alone."""
+        inner, rows = self.shape[len(row) :], self.chunks[len(row)]
+        stop = int(inner[0]) if stop is None else stop
+        values = np.empty((stop - start, *inner[1:]), self.dtype)
+        for number in range(start // rows, math.ceil(stop / rows)):
+            chunk = self._chunk((*row, number)).reshape(rows, *inner[1:])
+            begin, end = max(start, number * rows), min(stop, (number + 1) * rows)
+            values[begin - start : end - start] = chunk[begin - number * rows : end - number * rows]
+        return values
+
+    def _chunk(self, index: tuple[int, ...]) -> np.ndarray:
+        padded = (*index, *(0,) * (len(self.shape) - len(index)))
+        file = self.folder / ".".join(map(str, padded))
+        raw = file.read_bytes()
+        check_digest(self.root, file, raw, self._digests)
+        return np.frombuffer(raw, self.dtype)
+
+
+def check_digest(folder: Path, file: Path, raw: bytes, digests: Mapping[str, str]) -> None:
+    """UserError where the content of a file of a finished folder is not what was written."""
+    if hashlib.sha256(raw).hexdigest() != digests.get(file.relative_to(folder).as_posix()):
+        raise UserError(
+            f"{folder} is damaged: {file.relative_to(folder)} is not what spinal convert wrote; convert the model again"
+        )
+
+
 class OrbaxFolder:
-    """A folder that `spinal convert` wrote, as a `Checkpoint`: its parameters under HF names again."""
+    """A folder that `spinal convert` wrote, as a `Checkpoint`: its parameters under HF names again.
+
+    Small files are compared with their digests at once, chunks of weights when they are read.
+    """
 
     kind: str = "orbax"
 
@@ -149,6 +178,7 @@ class OrbaxFolder:
         if record["schema"] != SCHEMA:
             raise UserError(f"{source} has the format {record['schema']!r}, which is not {SCHEMA!r}; convert it again")
         self.record = record
+        self._digests = self._check_files()
         self.revision: str | None = record["source"]["revision"]
         self.config = read_config(folder)
         family, self._decoder = read_model(self.config, record["ignore_keys"])
@@ -157,20 +187,31 @@ class OrbaxFolder:
         self._places = {place.name: place for place in places(family.rules(self._decoder), self._decoder, shapes)}
         self._infos = self._describe()
 
-    def _open(self, path: str, shape: tuple[int, ...]) -> ts.TensorStore:
-        try:
-            array = ts.open(_spec(self.folder / STATE / path), open=True, read=True).result()
-        except ValueError as error:
-            raise UserError(f"{self.source} lacks the parameter {path}, which its config.json needs") from error
-        if array.shape != shape:
-            raise UserError(f"{self.source}: {path} has shape {array.shape}, but its config.json says {shape}")
-        # TensorStore would take a file that is missing for zeros.
-        chunk: Any = array.chunk_layout.read_chunk.shape
-        size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
-        for file in chunk_files(self.folder / STATE / path, shape, chunk):
+    def _check_files(self) -> dict[str, str]:
+        """The digests of the folder's files, all of which are there; all but the chunks of weights are as written."""
+        digests, source = self.record.get("files"), self.record.get("source")
+        known = isinstance(source, dict) and "revision" in source and isinstance(self.record.get("ignore_keys"), list)
+        if not known or not isinstance(digests, dict) or not all(isinstance(text, str) for text in digests.values()):
+            raise UserError(f"{self.source} is damaged: {RECORD} does not say what was written; convert it again")
+        for name in digests:
+            file = self.folder / name
+            if not file.is_file():
+                raise UserError(f"{self.source} is damaged: {file} is missing")
+            if not name.startswith(f"{STATE}/") or file.name in (".zarray", "_METADATA"):
+                check_digest(self.folder, file, file.read_bytes(), digests)
+        return digests
+
+    def _open(self, path: str, shape: tuple[int, ...]) -> Chunks:
+        if f"{STATE}/{path}/.zarray" not in self._digests:
+            raise UserError(f"{self.source} lacks the parameter {path}, which its config.json needs")
+        parameter = Chunks(self.folder, path, self._digests)
+        if parameter.shape != shape:
+            raise UserError(f"{self.source}: {path} has shape {parameter.shape}, but its config.json says {shape}")
+        size = math.prod(parameter.chunks) * parameter.dtype.itemsize
+        for file in chunk_files(parameter.folder, shape, parameter.chunks):
             if not file.exists() or file.stat().st_size != size:
                 raise UserError(f"{self.source} is damaged: {file} is missing or cut short")
-        return array
+        return parameter
 
     def _describe(self) -> dict[str, TensorInfo]:
         """Every HF tensor without reading any: rules join stand-ins of one byte for an element."""
@@ -183,7 +224,7 @@ class OrbaxFolder:
             if key not in joined:
                 parts = [np.broadcast_to(np.int8(0), shape) for shape in shapes]
                 joined[key] = place.rule.join(parts, self._decoder).shape
-            infos[name] = TensorInfo(joined[key], arrays[0].dtype.numpy_dtype)
+            infos[name] = TensorInfo(joined[key], arrays[0].dtype)
         return infos
 
     def names(self) -> Mapping[str, TensorInfo]:
@@ -191,15 +232,14 @@ class OrbaxFolder:
 
     def tensor(self, name: str) -> np.ndarray:
         place: Place = self._places[name]
-        rows = [self._parameters[path][place.row] for path in place.paths]
-        return place.rule.join([row.read().result() for row in rows], self._decoder)
+        return place.rule.join([self._parameters[path].read(place.row) for path in place.paths], self._decoder)
 
     def part(self, name: str, bounds: Bounds) -> np.ndarray:
         place = self._places[name]
-        index = tuple(slice(*each) for each in bounds)
         if place.rule.split is not as_it_is:
-            return self.tensor(name)[index]
-        return self._parameters[place.paths[0]][(*place.row, *index)].read().result()
+            return self.tensor(name)[tuple(slice(*each) for each in bounds)]
+        rows = self._parameters[place.paths[0]].read(place.row, *bounds[0])
+        return rows[(slice(None), *(slice(*each) for each in bounds[1:]))]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from spinal_jax.models.formats.tokenizer import folder_tokenizer

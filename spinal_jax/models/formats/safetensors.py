@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,8 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.formats.base import Bounds, TensorInfo, read_config, read_json, sha256_of
+from spinal_jax.models.formats.base import Bounds, TensorInfo, read_config, read_json, require_regular, sha256_of
 from spinal_jax.models.formats.tokenizer import folder_tokenizer
+from spinal_jax.models.hf_config import shorten_middle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,21 +132,50 @@ def _read_shards(folder: Path, index: Path) -> dict[str, _Stored]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map that says which shard holds which tensor")
+    if wrong := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
+        raise UserError(f"{index} does not say which shard holds {shorten_middle(wrong[0])}")
     shards: dict[str, dict[str, _Stored]] = {}
-    for shard in sorted({str(shard) for shard in weight_map.values()}):
+    for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise UserError(f"{index} names the shard {shard!r}, which is not a file of the folder itself")
         if not (folder / shard).exists():
             raise UserError(f"the shard {shard} is missing from {folder}: {index.name} names it")
         shards[shard] = _read_header(folder / shard)
-    for name, shard in weight_map.items():
-        if name not in shards[shard]:
-            raise UserError(f"{index} says that {name} is in {shard}, but that file does not hold it")
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+    copies: dict[str, list[str]] = defaultdict(list)
+    for shard, stored in shards.items():
+        for name in stored:
+            copies[name].append(shard)
+    for name, holders in copies.items():
+        if name in weight_map and len(holders) > 1:
+            _require_equal(name, [shards[shard][name] for shard in holders])
+    # An index may name what no file holds, such as a tied unembedding or rotary tables that were saved once. A tensor
+    # that the model needs is missed by name when it is loaded.
+    found = {name: shards[shard].get(name) for name, shard in weight_map.items()}
+    for name, stored in found.items():
+        if stored is None and copies[name]:
+            raise UserError(f"{index} says that {name} is in {weight_map[name]}, but it is in {copies[name][0]}")
+    return {name: stored for name, stored in found.items() if stored is not None}
+
+
+def _require_equal(name: str, copies: Sequence[_Stored]) -> None:
+    """UserError where files of one checkpoint hold a tensor with different content."""
+    first, *others = copies
+    for other in others:
+        equal = first.info == other.info
+        size, step = math.prod(first.info.shape) * first.info.dtype.itemsize, 1 << 24
+        with first.path.open("rb") as one, other.path.open("rb") as two:
+            one.seek(first.offset)
+            two.seek(other.offset)
+            for start in range(0, size if equal else 0, step):
+                count = min(step, size - start)
+                equal = equal and one.read(count) == two.read(count)
+        if not equal:
+            raise UserError(f"{name} is in both {first.path} and {other.path}, and the two differ")
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     """The tensors of one safetensors file; the reference parser refuses a header that does not cover the whole file."""
+    require_regular(path)
     try:
         with safe_open(path, framework="numpy"):
             pass

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import PreTokenizer
 
 from spinal_jax.errors import UserError
+from spinal_jax.models.formats.splitters import Splitter, splitter_of
+from spinal_jax.models.hf_config import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +48,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeniz
     given = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
     if "model" not in given or "tokens" not in given:
         raise UserError(f"{path} has no tokenizer in its metadata")
+    _check_types(given, metadata, path)
     if given["model"] not in ("gpt2", "llama"):
         raise UserError(
             f"{path} has a tokenizer of type {given['model']!r}; those that can be built are gpt2 and llama"
@@ -54,13 +58,13 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeniz
         raise UserError(f"{path} lacks {_PREFIX}{lacking}, without which its tokenizer cannot be built")
     if len(set(given["tokens"])) != len(given["tokens"]):
         raise UserError(f"{path} has a vocabulary in which a token occurs twice")
-    splitter = _splitter(given.get("pre"), path) if is_byte_level else None
+    splitter = splitter_of(given.get("pre"), path) if is_byte_level else None
     try:
         if splitter is not None:
             tokenizer = _byte_level(given, splitter)
         else:
             tokenizer = _sentencepiece(given, metadata.get("general.architecture", ""))
-        _add_whole_tokens(tokenizer, given)
+        _add_whole_tokens(tokenizer, given, metadata.get(_TEMPLATE) or "")
     except Exception as error:  # tokenizers raises plain Exception for merges that do not fit the vocabulary
         raise UserError(f"the tokenizer in the metadata of {path} cannot be built: {error}") from error
     return _wrapped(tokenizer, given, metadata, adds_bos=splitter is None or splitter.adds_bos)
@@ -76,7 +80,7 @@ def _wrapped(
     special = {name: tokens[given[key]] for name, key in _SPECIAL.items() if 0 <= given.get(key, -1) < len(tokens)}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=metadata.get(_TEMPLATE),
         clean_up_tokenization_spaces=False,
         add_bos_token=bool(given.get("add_bos_token", adds_bos)) and "bos_token" in special,
         add_eos_token=bool(given.get("add_eos_token", False)) and "eos_token" in special,
@@ -99,7 +103,7 @@ def without_advice() -> Iterator[None]:
             os.environ[name] = before
 
 
-_PREFIX = "tokenizer.ggml."
+_PREFIX, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 _SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -108,71 +112,13 @@ _SPECIAL = {
 }
 
 
-class _Splitter(NamedTuple):
-    """How text is cut before byte-level merges, as the models' own tokenizer.json have it."""
-
-    stages: tuple[PreTokenizer, ...]
-    compose: bool = False  # Unicode NFC first
-    whole_words: bool = False  # a piece that is itself a token is taken without merging
-    adds_bos: bool = False  # where the file does not say
-
-
-def _by(*patterns: str) -> tuple[PreTokenizer, ...]:
-    """One split after the other, then bytes."""
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-    return (*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-
-
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_PUNCTUATION}|{_SPACES}"
-_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_PUNCTUATION}|{_SPACES}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
-_SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-_TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASHED}|{_SPACES}"
-_GPT4O = rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASHED}|{_SPACES}"
-# Cased letters without those that DeepSeek's own list leaves out, Georgian and mathematical ones mostly.
-_DEEPSEEK_LETTERS = (
-    "\\s?[\\p{Lu}\\p{Ll}\\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8f\u2d00-\u2d2f\ua790-\ua7ff\uab30-\uab6f"
-    "\U00010570-\U000105bf\U00016e40-\U00016e7f\U0001d400-\U0001d7ff\U0001df00-\U0001dfff]]+"
-)
-_DEEPSEEK_PUNCTUATION = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
-_DEEPSEEK_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-
-# By tokenizer.ggml.pre. A name that is missing here is refused, since any other splitting gives other tokens.
-_SPLITTERS = {
-    # smollm as transformers reads such files. The model's own tokenizer.json isolates digits first, which gives other
-    # tokens only where two or more blanks stand before a digit: there the last of them is split off.
-    **dict.fromkeys(("default", "gpt-2", "phi-2", "smollm"), _Splitter((_GPT2,))),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe"), _Splitter(_by(_LLAMA3), whole_words=True, adds_bos=True)),
-    "dbrx": _Splitter(_by(_LLAMA3)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Splitter(_by(_QWEN2), compose=True)),
-    "tekken": _Splitter(_by(_TEKKEN), whole_words=True, adds_bos=True),
-    "gpt-4o": _Splitter(_by(_GPT4O)),
-    "deepseek-llm": _Splitter(
-        _by(r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _DEEPSEEK_ASIAN, r"\p{N}")
-    ),
-    "deepseek-coder": _Splitter(_by(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_ASIAN, r"\p{N}")),
-}
-
-
-def _splitter(name: str | None, path: Path) -> _Splitter:
-    if name not in _SPLITTERS:
-        known = ", ".join(_SPLITTERS)
-        raise UserError(f"{path} splits text by tokenizer.ggml.pre = {name!r}; those that are known are {known}")
-    return _SPLITTERS[name]
-
-
-def _byte_level(given: Mapping[str, Any], splitter: _Splitter) -> Tokenizer:
+def _byte_level(given: Mapping[str, Any], splitter: Splitter) -> Tokenizer:
     """Byte-level BPE, as GPT-2 began it."""
     vocabulary = {token: number for number, token in enumerate(given["tokens"])}
     tokenizer = Tokenizer(BPE(vocabulary, _pairs(given["merges"]), ignore_merges=splitter.whole_words))
     if splitter.compose:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(splitter.stages))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitter.stages)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -225,13 +171,61 @@ def _implied_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> l
     return [(left, right) for _, left, right in merges]
 
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
+
+# What a control token looks like, and those that llama.cpp takes for one by their text alone.
+_CONTROL_LOOK = re.compile(
+    "<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\\s]+\uff5c>|<[a-z]+(?:_[a-z]+)+>|</?s>|\\[/?[A-Z_]+\\]|<[/_]?[A-Z]+>"
+)
+_KNOWN = """
+<|eot_id|> <|eom_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <EOT> _<EOT> [EOT]
+<end_of_utterance> <\uff5cend\u2581of\u2581sentence\uff5c>
+"""
+_KNOWN_CONTROL = frozenset(_KNOWN.split())
 
 
-def _add_whole_tokens(tokenizer: Tokenizer, given: Mapping[str, Any]) -> None:
-    """Tokens that are never cut: control tokens, which are special, and user-defined ones."""
-    kinds = given.get("token_type", ())
-    vocabulary = tokenizer.get_vocab()
+def _add_whole_tokens(tokenizer: Tokenizer, given: Mapping[str, Any], template: str) -> None:
+    """Tokens that are never cut: control tokens, which are special, and user-defined ones.
+
+    Files of some converters type control tokens as normal, so that a chat template's marks would be cut into letters.
+    A normal token counts as one of control where a `*_token_id` names it, where it is one of those that llama.cpp
+    takes so by their text, or where it looks like one and stands in the chat template.
+    """
+    tokens, vocabulary = given["tokens"], tokenizer.get_vocab()
+    kinds = dict(zip(tokens, map(int, given.get("token_type", ())), strict=False))
+    named = {tokens[i] for key, i in given.items() if key.endswith("_token_id") and 0 <= i < len(tokens)}
+    written = set(_CONTROL_LOOK.findall(template))
+    for token in tokens:
+        is_named = token in named or token in _KNOWN_CONTROL or token in written
+        if is_named and kinds.get(token, _NORMAL) == _NORMAL:
+            kinds[token] = _CONTROL
     for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
-        chosen = [token for token, its in zip(given["tokens"], kinds, strict=False) if its == kind]
-        add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in chosen if token in vocabulary])
+        chosen = [token for token in tokens if kinds.get(token) == kind and token in vocabulary]
+        add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in chosen])
+
+
+def _check_types(given: Mapping[str, Any], metadata: Mapping[str, Any], path: Path) -> None:
+    """Refuses a tokenizer's metadata of another type than GGUF gives it, and lists of unequal length."""
+
+    def require(name: str, value: Any, is_right: bool, what: str) -> None:
+        if not is_right:
+            raise UserError(f"{path}: {name} is {shown(value)}, which is not {what}")
+
+    count = len(given["tokens"]) if isinstance(given["tokens"], list) else 0
+    for key, value in given.items():
+        name = _PREFIX + key
+        if key in ("model", "pre"):
+            require(name, value, isinstance(value, str), "a name")
+        elif key in ("tokens", "merges"):
+            texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+            require(name, value, texts, "a list of texts")
+        elif key in ("scores", "token_type"):
+            kinds = "fiu" if key == "scores" else "iu"
+            numbers = isinstance(value, np.ndarray) and value.dtype.kind in kinds and len(value) == count
+            require(name, value, numbers, f"a list of {count} numbers, one for each token")
+        elif key.endswith("_token_id"):
+            require(name, value, type(value) is int, "the number of a token")
+        elif key.startswith("add_"):
+            require(name, value, isinstance(value, bool), "true or false")
+    template = metadata.get(_TEMPLATE)
+    require(_TEMPLATE, template, template is None or isinstance(template, str), "a text")
