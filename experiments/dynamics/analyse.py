@@ -24,8 +24,6 @@ NOTHING_LEARNT = math.log(2)  # the preference loss of a policy that is its refe
 RANKED, PER_TOKEN, SHORTER = "rewards/accuracies", "rewards/accuracies_per_token", "chosen_shorter"
 EVALUATED = ("loss", "rewards/margins", "rewards/chosen", RANKED, PER_TOKEN, SHORTER)
 RECORDED = ("delta_align", "delta_align_se", "transport", "transport_se", "distance", "distance_se", "kl")
-# How the evidence of a destabilisation begins, and the series that it is about.
-SERIES = {"Delta_align": "delta_align", "terminal transport": "transport", "the output's distance": "distance"}
 Row = dict[str, Any]
 
 
@@ -68,7 +66,7 @@ def row_of(run: TrainingRun, records: Sequence[Row]) -> Row:
         "seed": last["seed"],
         "steps": last["step"],
         **found,
-        "destabilised_by": broke and next(s for words, s in SERIES.items() if broke["evidence"].startswith(words)),
+        "destabilised_by": broke and broke["series"],
         "collapse": collapsed,
         **{f"{name}_ahead": _difference(collapsed, found[name]) for name in ("onset", "destabilisation")},
         **{name: summary[name] for name in ("delta_align", "delta_align_low", "delta_align_high", "p_value")},

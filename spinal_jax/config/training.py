@@ -89,6 +89,16 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
+class OnsetConfig:
+    """How onset and destabilisation are detected (docs/method.md)."""
+
+    control: str | None = field(
+        default=None,
+        metadata=about("folder of a matched control run, whose wobble is the optimiser's noise; null: this run's own"),
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """`spinal train`."""
 
@@ -100,6 +110,7 @@ class TrainConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    onset: OnsetConfig = field(default_factory=OnsetConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int | None = field(default=None, metadata=about("optimiser steps; null: as many as epochs have", "steps"))
     epochs: float = field(default=1.0, metadata=about("passes over the examples"))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from spinal_jax.comparison.onset import save_verdict
+from spinal_jax.comparison.onset import no_onset_sentence, save_onset
 from spinal_jax.files import write_whole
 from spinal_jax.report import charts
 from spinal_jax.report.cells import by_row, code, column, digest, environment, name_boundaries, tile
@@ -61,7 +61,7 @@ def write_training_report(folder: str | os.PathLike[str]) -> Path:
       UserError: no training run there, or a file of it that cannot be read.
     """
     run = load_training_run(folder)
-    save_verdict(run.onset, Path(folder) / ONSET)
+    save_onset(run.onset, Path(folder) / ONSET)
     target = Path(folder) / "figures"
     target.mkdir(parents=True, exist_ok=True)
     for name, figure in training_figures(run).items():
@@ -192,18 +192,13 @@ def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Block]:
 def headline(run: TrainingRun) -> str:
     """What happened, in one sentence of plain words."""
     began, broke, last = run.onset["onset"], run.onset["destabilisation"], run.steps[-1]
-    count = len(run.traces)
     if began is None and broke is not None:
         return (
-            f"No footprint that lasts was found, but the run destabilised at step {broke['step']}; the last healthy "
+            f"{no_onset_sentence(run.onset)}. The run destabilised at step {broke['step']}; the last healthy "
             f"trace is that of step {run.onset['healthy']}."
         )
     if began is None:
-        least = run.onset["lasting"] + 1
-        if count < least:
-            traces = "a single trace" if count == 1 else f"{count} traces"
-            return f"Nothing can be said yet: {traces} up to step {last}, and an onset takes {least}."
-        return f"Nothing happened that lasts: in {count} traces up to step {last}, no onset of a footprint was found."
+        return f"{no_onset_sentence(run.onset)}."
     way = "contraction" if began["change"] > 0 else "expansion"
     text = f"A footprint of {way} began at step {began['step']}"
     if broke is None:
@@ -227,16 +222,17 @@ def evidence(run: TrainingRun) -> list[tuple[str, str]]:
 def caveats(run: TrainingRun) -> list[str]:
     """What a reader must know before trusting the verdict: the run's own conditions, then warnings of the first
     and the last trace."""
-    band, lasting = run.onset["band"], run.onset["lasting"]
+    noise, least, control = run.onset["noise_se"], run.onset["min_records"], run.onset["control"]
     said = [
-        f"A change counts when {lasting} traces in a row are more than {band:g} standard errors out and one of them "
-        f"more than {run.onset['sure']:g}. This run has {len(run.traces)} traces, so a change shorter than {lasting} "
-        "of them, or one in the last two, cannot be seen.",
-        "Destabilisation means that the footprint falls back from a level it had held, or that the output has moved "
-        "more than pi/2 from step 0, half of the way to having nothing in common with it. A fall may be surely there "
-        "and yet small: its size is in the evidence.",
-        "Standard errors say how much the numbers would change with other prompts of the same kind, and nothing about "
-        "another seed. With many prompts a small wobble of the optimisation can be well beyond them.",
+        f"A change counts when {least} traces in a row are more than {noise:g} standard errors out and one of them "
+        f"more than {run.onset['strong_se']:g}. This run has {len(run.traces)} traces, so a change shorter than "
+        f"{least} of them, or one in the last two, cannot be seen.",
+        "Destabilisation means that the footprint falls back from a level it had held"
+        + (", or that the output has moved more than pi/2 from step 0" if run.onset["max_distance"] else "")
+        + ". A fall may be significant and yet small: its size is in the evidence.",
+        "Standard errors cover other prompts of the same kind, not another seed. The optimiser's wobble is added in "
+        "quadrature: the robust standard deviation of differences between traces of "
+        f"{'this run' if control is None else 'the control run'}.",
     ]
     ends = ((run.steps[0], run.traces[0]), (run.steps[-1], run.traces[-1]))
     warnings = dict.fromkeys((step, warning) for step, trace in ends for warning in trace.warnings)

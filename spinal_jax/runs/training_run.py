@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.audit.trace import DepthTrace, load_trace
-from spinal_jax.comparison.onset import recall, verdict
+from spinal_jax.comparison.onset import detect, recall
 from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.errors import UserError
 
@@ -107,7 +107,7 @@ def load_training_run(folder: str | os.PathLike[str]) -> TrainingRun:
             replace(load_trace(path), arrays={}) for path in at.values()
         ),  # spectra of many steps are large, and not drawn
         tuple(load_comparison(path) for path in at.values()),
-        verdict(*recall(onset, at)),
+        detect(*recall(onset, at)),
     )
 
 

@@ -10,7 +10,7 @@ from spinal_jax.audit import pipeline
 from spinal_jax.audit.measure import Measurement, Reference, keep, measure
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.compare import BothModels, compare
-from spinal_jax.comparison.onset import Record, recall, record_of, save_verdict, verdict
+from spinal_jax.comparison.onset import Rules, StepRecord, detect, recall, record_of, save_onset
 from spinal_jax.comparison.record import Comparison, save_comparison
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
@@ -29,6 +29,7 @@ class History:
         records: tuple[dict[str, Any], dict[str, Any]],
         out: TrainingFolder,
         bar: pipeline.Bar,
+        rules: Rules,
     ):
         """Measures the model of step 0.
 
@@ -39,17 +40,19 @@ class History:
             records: what traces say of the model and of the prompts.
             out: the run's folder.
             bar: opens progress bars.
+            rules: by which onset and destabilisation are detected.
         """
         self.pool, self.settings, self.out, self.bar = pool, settings, out, bar
+        self.rules = rules
         self.model_record, self.prompts_record = records
         self.config = model.config
         self.reference: Reference = keep(model, pool, settings, bar, alone=True)
         assert self.reference.measurement is not None
         self.first = self._trace(self.reference.measurement, 0)
         self.last = self.first
-        self.records: list[Record] = []
+        self.records: list[StepRecord] = []
         self.beside: list[dict[str, float]] = []
-        self.told = verdict([], [])
+        self.detected = detect([], [], rules)
 
     def close(self) -> None:
         """Frees what is kept of the model of step 0."""
@@ -61,8 +64,8 @@ class History:
         if not file.exists():
             return
         folder_of = {int(path.name.rpartition("_")[2]): path for path in traces.iterdir()}
-        self.records, self.beside = recall(json.loads(file.read_text(encoding="utf-8")), folder_of)
-        self.told = verdict(self.records, self.beside)
+        self.records, self.beside, _ = recall(json.loads(file.read_text(encoding="utf-8")), folder_of)
+        self.detected = detect(self.records, self.beside, self.rules)
 
     def add(self, step: int, model: Decoder, beside: dict[str, float]) -> dict[str, Any]:
         """Traces the policy after `step` updates, writes what is found, and returns what onset.json now holds.
@@ -83,9 +86,9 @@ class History:
         self.last = trace
         self.records.append(record_of(step, comparison))
         self.beside.append({**beside, "kl": policy.divergence})
-        self.told = verdict(self.records, self.beside)
-        save_verdict(self.told, self.out.folder / ONSET)
-        return self.told
+        self.detected = detect(self.records, self.beside, self.rules)
+        save_onset(self.detected, self.out.folder / ONSET)
+        return self.detected
 
     def _trace(self, found: Measurement, step: int) -> DepthTrace:
         model = {**self.model_record, "name": f"{self.model_record['name']}, step {step}"}

@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.onset import MAX_DISTANCE, Rules, Series, control_wobble, load_control, no_onset_sentence
 from spinal_jax.config import to_mapping
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.data.packing import Plan
+from spinal_jax.errors import UserError
 from spinal_jax.models import lora
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.formats.base import Checkpoint
@@ -61,9 +63,9 @@ class Trained:
         shown = ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "eval_rewards/accuracies")
         numbers = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in shown if name in self.metrics)
         lines = [str(self.trace), f"  trained   {self.step} steps: {numbers}"]
-        for name, label in (("onset", "onset"), ("destabilisation", "breaks")):
-            found = self.onset[name]
-            lines.append(f"  {label:<9} {found['evidence'] if found else 'not found'}")
+        began, broke = self.onset["onset"], self.onset["destabilisation"]
+        lines.append(f"  onset     {began['evidence'] if began else no_onset_sentence(self.onset)}")
+        lines.append(f"  breaks    {broke['evidence'] if broke else 'No destabilisation'}")
         return "\n".join(lines)
 
 
@@ -95,12 +97,15 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
             pipeline.model_record(name, config.model.source, checkpoint.revision, config.model.dtype, weights),
             pipeline.prompts_record(prompts, config.prompts),
         )
+        traces = due(config.trace_every or trace_interval(pool, examples, config.batch_size), stop)
+        rules = onset_rules(config, traces)
         say(_start_line(name, config, decoder, examples, shape, stop, mesh))
         started_with = {
             "config": to_mapping(config),
             "weights": weights,
             "examples": references.fingerprint("", "", (*examples.train, *examples.held_out)),
             "prompts": prompts.sha256,
+            "control": rules.control,
         }
         out = stack.enter_context(contextlib.closing(TrainingFolder(folder, started_with, config.overwrite)))
 
@@ -118,7 +123,9 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
         rate = schedule(config.optimizer, stop)
         task = Task(config, steps, fixed, examples, shape, mesh, rate, train, held_out, live)
         first = parts.assemble({**fixed, **parameters})
-        history = stack.enter_context(contextlib.closing(History(first, pool, config.metrics, records, out, bar)))
+        history = stack.enter_context(
+            contextlib.closing(History(first, pool, config.metrics, records, out, bar, rules))
+        )
         del first, parameters
         saved = stack.enter_context(contextlib.closing(Checkpoints(folder / CHECKPOINTS, config.max_to_keep)))
         if saved.steps:
@@ -127,13 +134,13 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
         out.go_on(int(state.step))
         history.recall()
         try:
-            state, metrics = _course(task, state, stop, parts, history, saved, out, bar, say)
+            state, metrics = _course(task, state, stop, traces, parts, history, saved, out, bar, say)
         except Diverged as error:
             saved.save(error.step, error.state)
             raise
         kept, state = _chosen(config, state, history, saved, say)
         _export(checkpoint, parts, {**fixed, **state.parameters}, folder / MODEL, name, bar)
-        return Trained(kept, metrics, history.last, history.told)
+        return Trained(kept, metrics, history.last, history.detected)
 
 
 def split(model: Any, config: TrainConfig, mesh: Mesh) -> tuple[Parts, Arrays, Arrays]:
@@ -165,6 +172,27 @@ def trace_interval(pool: Plan, examples: Examples, batch_size: int) -> int:
     tokens = sum(len(sequence.ids) for example in examples.train for sequence in example)
     step = STEP_PASSES * batch_size * tokens / len(examples.train)
     return math.ceil(TRACE_PASSES * pool.padded_tokens / (TRACE_SHARE * step))
+
+
+def onset_rules(config: TrainConfig, traces: frozenset[int]) -> Rules:
+    """How onset and destabilisation are detected. Distance from step 0 counts only where step 0 is worth staying near:
+    not for language modelling, and not from random weights.
+
+    Raises:
+        UserError: the control run has too few traces, or other distances between them than this run.
+    """
+    near = config.objective.kind != "lm" and not config.model.source.startswith("random:")
+    control: dict[Series, float] | None = None
+    if config.onset.control is not None:
+        records, warmup = load_control(Path(config.onset.control).expanduser())
+        control = control_wobble(records, warmup)
+        theirs, ours = (float(np.median(np.diff(steps))) for steps in ([r.step for r in records], sorted(traces)))
+        if theirs != ours:
+            raise UserError(
+                f"onset.control={config.onset.control} has a trace every {theirs:g} steps and this run every {ours:g}; "
+                f"wobble compares at equal distances only: set trace_every={theirs:g}"
+            )
+    return Rules(config.optimizer.warmup_steps, control, MAX_DISTANCE if near else None)
 
 
 def _start_line(
@@ -226,6 +254,7 @@ def _course(
     task: Task,
     state: TrainState,
     stop: int,
+    traces: frozenset[int],
     parts: Parts,
     history: History,
     saved: Checkpoints,
@@ -235,8 +264,6 @@ def _course(
 ) -> tuple[TrainState, dict[str, float]]:
     """All steps that are left, and between them a checkpoint, an evaluation and a trace where they are due."""
     config, start = task.config, int(state.step)
-    interval = trace_interval(history.pool, task.examples, config.batch_size)
-    traces = due(config.trace_every or interval, stop)
     saves = due(config.save_every or -(-stop // SAVES), stop) - {0}
     if config.keep == "best_before_onset":
         saves |= traces
@@ -304,8 +331,8 @@ def _chosen(
     config: TrainConfig, state: TrainState, history: History, saved: Checkpoints, say: Say
 ) -> tuple[int, TrainState]:
     """The step whose weights are the run's result, and its state."""
-    healthy = int(history.told["healthy"])
-    if config.keep == "last" or history.told["destabilisation"] is None:
+    healthy = int(history.detected["healthy"])
+    if config.keep == "last" or history.detected["destabilisation"] is None:
         return int(state.step), state
     say(f"keeping step {healthy}, the last healthy one")
     return healthy, saved.load(healthy, state)

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.comparison.compare import compare
-from spinal_jax.comparison.onset import record_of, verdict
+from spinal_jax.comparison.onset import Rules, detect, record_of
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, load_training_run, render_training_report, write_training_report
@@ -112,7 +112,7 @@ def write_run(folder: Path, ends: tuple[DepthTrace, DepthTrace], way: list[float
         save_comparison(comparison, target)
         records.append(record_of(at * every, comparison))
         beside.append({name: 0.1 * at + 0.01 * n for n, name in enumerate(TOLD[: 1 if kind == "lm" else 5])})
-    told = verdict(records, beside)
+    told = detect(records, beside, Rules())
     config = {**CONFIG, "objective": {**CONFIG["objective"], "kind": "lm" if kind == "lm" else "dpo"}}
     if kind == "lm":
         config |= {"corpus": CONFIG["preferences"], "preferences": None}
@@ -168,8 +168,10 @@ def test_the_verdict_comes_first_with_its_evidence(made: Mapping[str, Path]) -> 
         "A footprint of contraction began at step 10, and it destabilised at step 50; the last healthy trace is that "
         "of step 40."
     )
-    assert said["quiet"].startswith("Nothing happened that lasts: in 5 traces up to step 40")
-    assert said["one record"] == "Nothing can be said yet: a single trace up to step 0, and an onset takes 4."
+    assert said["quiet"].startswith(
+        "No lasting onset by the 3-record rule in 5 traces up to step 40; Delta_align there is 0"
+    )
+    assert said["one record"] == "No onset can be detected in a single trace."
     run = load_training_run(made["destabilised"])
     page = Page(render_training_report(run))
     lead = page.text.index(said["destabilised"])
