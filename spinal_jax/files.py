@@ -132,13 +132,19 @@ def document(schema: str, sections: Mapping[str, tuple[str, ...]], record: Recor
 
 
 @contextlib.contextmanager
-def read(text: str, what: str, schema: str) -> Iterator[dict[str, Any]]:
-    """The content of a document; what is found to be wrong with it inside the block becomes a UserError too."""
+def read(text: str, what: str, schema: str, superseded: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+    """The content of a document; what is found to be wrong with it inside the block becomes a UserError too.
+
+    Args:
+      superseded: by older schema, why this version does not read it and what to do.
+    """
     try:
         content = json.loads(text)
     except ValueError as error:
         raise UserError(f"the {what} is not valid JSON: {error}") from error
     said = content.get("schema") if isinstance(content, dict) else None
+    if isinstance(said, str) and said in (superseded or {}):
+        raise UserError(f"the {what} says schema {said!r}: {(superseded or {})[said]}")
     if said != schema:
         raise UserError(f"the {what} says schema {said!r}; this version of spinal_jax reads {schema!r}")
     try:

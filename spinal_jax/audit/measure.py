@@ -35,7 +35,7 @@ from spinal_jax.data.packing import GroupRun, Plan, TokenBatch
 from spinal_jax.errors import NotLeader, UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.metrics.depth import summary
-from spinal_jax.metrics.tail import MIN_RANKS
+from spinal_jax.metrics.tail import MIN_RANKS, effective_rank, fitted_ranks, spike, tail_fit, tail_slopes
 from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.formats.folders import Bar
@@ -76,6 +76,8 @@ class Measurement:
     errors: Curve
     singular_values: np.ndarray  # [D + 1, d]
     singular_values_without: np.ndarray  # [G, D + 1, d]
+    contraction_half: np.ndarray  # [D + 1] mean alpha of two halves of the groups, NaN where there is but one group
+    resolution: float  # part of s_1 that a singular value must exceed to be known
     rows: np.ndarray  # [G] contraction rows of each group
     positions: np.ndarray  # [G] transport positions of each group
     variants: Mapping[str, np.ndarray]  # other settings of the same pass, named as in docs/method.md
@@ -256,8 +258,7 @@ def _run(
     then the spectra, in the process that leads, and what was read."""
     config, skips = model.config, settings.variants.skip
     boundaries = config.depth + 1
-    fewest = min(int(plan.rows_by_group(skip).sum()) for skip in (plan.skip, *skips))
-    dtype = contraction.gram_dtype(fewest, config.width)
+    dtype = contraction.gram_dtype()
     wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
     with contextlib.ExitStack() as stack, wide:
         files = [
@@ -308,18 +309,24 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
     used, drops, total = groups.used, groups.drops, groups.rows.sum()
     rows, positions = groups.rows[used], groups.positions[used]
     window = settings.contraction.window
+    resolution = contraction.resolution(contraction.gram_dtype())
     everything = over_groups(sums)
-    whole = curve(spectra.whole, int(total), everything, window)
+    whole = curve(spectra.whole, int(total), everything, window, resolution)
     without = tuple(
-        curve(s, int(total - groups.rows[g]), over_groups(sums, g), window)
+        curve(s, int(total), over_groups(sums, g), window, resolution)
         for s, g in zip(spectra.without, drops, strict=True)
     )
-    if np.isnan(whole.columns["contraction"]).all():
+    low, high = fitted_ranks(int(total), spectra.whole.shape[-1], window)
+    if high - low + 1 < MIN_RANKS:
         raise UserError(
-            f"at every boundary fewer than {MIN_RANKS} singular values lie above the noise floor, "
-            f"max(N, d) eps32 s_1 with N = {int(total)}, and in the window {list(window)}; choose a wider "
-            "metrics.contraction.window"
+            f"the window {list(window)} of {min(int(total), spectra.whole.shape[-1])} singular values has fewer than "
+            f"{MIN_RANKS} ranks; choose a wider metrics.contraction.window, or give more prompts"
         )
+    unresolved = np.isnan([c.columns["contraction"] for c in (whole, *without)]).any(axis=0)
+    for name in ("contraction", "fit_r2", "fit_quadratic"):  # a number has an error, or there is none
+        whole.columns[name][unresolved] = np.nan
+    halves = tail_slopes(spectra.halves, int(total), [window], resolution)[0]
+    half = halves.mean(axis=0) if len(halves) else np.full(len(spectra.whole), np.nan)
 
     def error(name: str, full: np.ndarray | float, replicates: list[Any]) -> np.ndarray:
         sizes = positions if name in LENS_COLUMNS else rows
@@ -338,7 +345,18 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
         variants[f"{name}/groups/transport"] = np.array(
             [_means(step.sum(axis=0) - step[g], count.sum() - count[g]) for g in drops]
         ).reshape(len(drops), step.shape[-1])
-    return Measurement(whole, without, errors, spectra.whole, spectra.without, rows, positions, variants)
+    return Measurement(
+        whole=whole,
+        without=without,
+        errors=errors,
+        singular_values=spectra.whole,
+        singular_values_without=spectra.without,
+        contraction_half=half,
+        resolution=resolution,
+        rows=rows,
+        positions=positions,
+        variants=variants,
+    )
 
 
 def _means(step: np.ndarray | Array, positions: float) -> np.ndarray:
@@ -361,9 +379,16 @@ def _policy(across: PairSums | None, groups: Groups) -> PolicyDistance | None:
     )
 
 
-def curve(spectra: np.ndarray, rows: int, sums: TransportSums, window: tuple[float, float]) -> Curve:
-    """The depth curve of a pool, from the spectra [D + 1, d] of its `rows` hidden states and its sums over groups."""
-    fits = [contraction.tail_fit(s, rows, window) for s in spectra]
+def curve(spectra: np.ndarray, rows: int, sums: TransportSums, window: tuple[float, float], resolution: float) -> Curve:
+    """The depth curve of a pool of prompts, or of some of its groups.
+
+    Args:
+        spectra: [D + 1, d].
+        rows: N of the whole pool, which says what ranks are fitted.
+        sums: of its groups.
+        window, resolution: as `tail_fit` takes them.
+    """
+    fits = [tail_fit(s, rows, window, resolution) for s in spectra]
     with np.errstate(invalid="ignore", divide="ignore"):  # a boundary without a turning angle is NaN
         turning = np.where(sums.turned > 0, sums.turning / sums.turned, np.nan)
     transport = _means(sums.step, float(sums.positions))
@@ -371,8 +396,9 @@ def curve(spectra: np.ndarray, rows: int, sums: TransportSums, window: tuple[flo
         "contraction": np.array([fit.alpha for fit in fits]),
         "fit_r2": np.array([fit.r2 for fit in fits]),
         "fit_quadratic": np.array([fit.quadratic for fit in fits]),
-        "rank": np.array([float(fit.rank) for fit in fits]),
-        "effective_rank": np.array([contraction.effective_rank(s) for s in spectra]),
+        "resolved": np.array([float(fit.resolved) for fit in fits]),
+        "spike": spike(spectra),
+        "effective_rank": np.array([effective_rank(s) for s in spectra]),
         "transport": transport,
         "entropy": np.asarray(sums.entropy / sums.positions),
         "curvature": turning,

@@ -33,8 +33,8 @@ from spinal_jax.config import (
 )
 from spinal_jax.data.packing import SLOTS, Plan, Positions, TokenSequence, plan
 from spinal_jax.errors import UserError
-from spinal_jax.metrics.contraction import MIN_RANKS
 from spinal_jax.metrics.depth import terminal_block
+from spinal_jax.metrics.tail import EPS32, MIN_RANKS, fitted_ranks, resolved_ranks
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_checkpoint
@@ -191,8 +191,14 @@ def depth_trace(
             "top_k": settings.transport.top_k,
             "temperature": settings.transport.temperature,
             "groups": settings.groups,
+            "ranks": list(fitted_ranks(work.rows, decoder.width, settings.contraction.window)),
+            "resolution": found.resolution,
         },
-        columns={**found.whole.columns, **{f"{k}_se": v for k, v in found.errors.columns.items()}},
+        columns={
+            **found.whole.columns,
+            "contraction_half": found.contraction_half,
+            **{f"{k}_se": v for k, v in found.errors.columns.items()},
+        },
         summary={
             "terminal": list(terminal_block(decoder.depth)),
             **found.whole.summary,
@@ -200,7 +206,7 @@ def depth_trace(
             "degrees_of_freedom": len(found.rows) - 1,
         },
         environment=environment(),
-        warnings=tuple(caveats(found, work, decoder.width)),
+        warnings=tuple(caveats(found, work, decoder.width, settings.contraction.window)),
         arrays={
             "singular_values": found.singular_values,
             "groups/singular_values": found.singular_values_without.astype(np.float32),
@@ -345,12 +351,12 @@ def plan_prompts(
         groups,
         {"components": int(component.max()) + 1, "largest_component": int(np.bincount(component).max())},
     )
-    low, high = settings.contraction.window
-    most = min(work.rows, decoder.width)
-    if math.floor(high * most) - max(1, math.ceil(low * most)) + 1 < MIN_RANKS:
+    low, high = fitted_ranks(work.rows, decoder.width, settings.contraction.window)
+    if high - low + 1 < MIN_RANKS:
         raise UserError(
             f"{work.rows} measured tokens of {decoder.width} features leave fewer than {MIN_RANKS} singular values "
-            f"in the window {[low, high]}; give more or longer prompts, or a wider metrics.contraction.window"
+            f"in the window {list(settings.contraction.window)}; give more or longer prompts, or a wider "
+            "metrics.contraction.window"
         )
     if work.positions == 0:
         raise UserError(
@@ -384,19 +390,17 @@ def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice
     )
 
 
-def caveats(found: Measurement, work: Plan, width: int) -> list[str]:
+def caveats(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
     """Sentences that a reader of the numbers must know."""
     lines = []
     if work.rows < 4 * width:
         lines.append(
-            f"Only {work.rows} rows for {width} features (N / d = {work.rows / width:.1f}): below 4 the tail of a "
-            "sampled spectrum is steeper than the true one, so contraction reads high."
+            f"N = {work.rows:,} rows are fewer than 4 d = {4 * width:,} (d = {width:,}): sampling then steepens the "
+            "tail, contraction reads high, and a comparison gives no verdict. More or longer prompts help."
         )
-    lost = [i for i, a in enumerate(found.whole.columns["contraction"]) if math.isnan(a)]
-    if lost:
-        where = f"{'boundary' if len(lost) == 1 else 'boundaries'} {', '.join(map(str, lost))}"
-        lines.append(f"No contraction at {where}: fewer than {MIN_RANKS} singular values lie in the window.")
-    worst = float(np.nanmin(found.whole.columns["fit_r2"]))
+    lines += _unresolved(found, work, width, window)
+    lines += _depends_on_rows(found, work)
+    worst = float(np.nanmin(found.whole.columns["fit_r2"], initial=math.inf))
     if worst < WEAK_FIT:
         at = int(np.nanargmin(found.whole.columns["fit_r2"]))
         lines.append(f"The tail is not a clean power law everywhere: R^2 falls to {worst:.3f} at boundary {at}.")
@@ -414,6 +418,36 @@ def caveats(found: Measurement, work: Plan, width: int) -> list[str]:
     if len(found.rows) < 8:
         lines.append(f"Only {len(found.rows)} groups of prompts: the intervals are rough.")
     return lines
+
+
+def _unresolved(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
+    """Where the window reaches below what is resolved, a sentence a boundary."""
+    lines = []
+    high = fitted_ranks(work.rows, width, window)[1]
+    for at in np.flatnonzero(np.isnan(found.whole.columns["contraction"])):
+        spectra = np.concatenate([found.singular_values[None, at], found.singular_values_without[:, at]])
+        last = int(resolved_ranks(spectra, found.resolution).min())
+        least = f"{found.resolution:.1e} s_1"
+        helps = "a float64 Gram sum" if found.resolution > EPS32 else f"a window that ends at rank {last} or before"
+        lines.append(
+            f"No contraction at boundary {at}: s_1 is {spectra[0, 0]:.4g} and the last rank that is resolved, above "
+            f"{least}, is {last}, but the fit window ends at rank {high}; {helps} helps."
+        )
+    return lines
+
+
+def _depends_on_rows(found: Measurement, work: Plan) -> list[str]:
+    """A sentence where alpha of half of the groups lies further from that of all than 2 standard errors."""
+    change = found.whole.columns["contraction"] - found.contraction_half
+    beyond = np.flatnonzero(np.abs(change) > 2 * found.errors.columns["contraction"])
+    if not len(beyond):
+        return []
+    at = beyond[np.argmax(np.abs(change[beyond]))]
+    return [
+        f"Contraction still depends on N at {len(beyond)} of {len(change)} boundaries: from N / 2 to N = {work.rows:,} "
+        f"it moves by more than 2 standard errors, most at boundary {at}, from {found.contraction_half[at]:.4f} to "
+        f"{found.whole.columns['contraction'][at]:.4f}. Only traces of equal N compare."
+    ]
 
 
 def environment() -> dict[str, Any]:

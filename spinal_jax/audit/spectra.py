@@ -25,6 +25,7 @@ class Spectra:
 
     whole: np.ndarray  # [D + 1, d]
     without: np.ndarray  # [G, D + 1, d] without each group of `plan.groups.drops`
+    halves: np.ndarray  # [2, D + 1, d] of `plan.groups.halves`, or [0, D + 1, d] where there is but one group
     variants: dict[str, np.ndarray]
 
 
@@ -86,22 +87,25 @@ def all_spectra(spools: list[GramStore], plan: Plan, settings: MetricsConfig, ad
     """
     asked, center = settings.variants, settings.contraction.center
     groups = plan.groups
-    whole, without = _spectra(spools[0], groups.drops, groups.rows, center, advance)
+    nobody = groups.drops[:0]
+    one_out = [np.array([group]) for group in groups.drops]
+    # Of two halves, leaving out the one is the spectrum of the other.
+    every = _spectra(spools[0], [nobody, *one_out, *groups.halves[::-1]], groups.rows, center, advance)
+    whole, without, halves = every[0], every[1 : 1 + len(one_out)], every[1 + len(one_out) :]
     variants: dict[str, np.ndarray] = {}
 
     def add(name: str, spool: GramStore, rows: np.ndarray, center: bool) -> None:
-        drops = groups.drops if asked.groups else groups.drops[:0]
-        values, fewer = _spectra(spool, drops, rows, center, advance)
-        variants[f"{name}/singular_values"], variants[f"{name}/rows"] = values, np.array(rows.sum())
+        found = _spectra(spool, [nobody, *(one_out if asked.groups else [])], rows, center, advance)
+        variants[f"{name}/singular_values"], variants[f"{name}/rows"] = found[0], np.array(rows.sum())
         variants[f"{name}/groups/rows"] = rows[groups.used]
         if asked.groups:
-            variants[f"{name}/groups/singular_values"] = fewer
+            variants[f"{name}/groups/singular_values"] = found[1:]
 
     if asked.center and not center:
         add("center", spools[0], groups.rows, True)
     for skip, spool in zip(asked.skip, spools[1:], strict=True):
         add(f"skip={skip}", spool, plan.rows_by_group(skip), center)
-    return Spectra(whole, without, variants)
+    return Spectra(whole, without, halves, variants)
 
 
 def spectra_count(boundaries: int, settings: MetricsConfig) -> int:
@@ -111,25 +115,30 @@ def spectra_count(boundaries: int, settings: MetricsConfig) -> int:
 
 
 def _spectra(
-    spool: GramStore, drops: np.ndarray, rows: np.ndarray, center: bool, advance: Advance
-) -> tuple[np.ndarray, np.ndarray]:
-    """Singular values of all rows [D + 1, d], and without each of the groups `drops` [len(drops), D + 1, d]; `rows` is
-    how many each group has."""
-    whole = np.zeros((spool.boundaries, spool.width))
-    without = np.zeros((len(drops), spool.boundaries, spool.width))
+    spool: GramStore, left_out: Sequence[np.ndarray], rows: np.ndarray, center: bool, advance: Advance
+) -> np.ndarray:
+    """[len(left_out), D + 1, d] singular values of the rows of all groups but those in each of `left_out`.
 
-    def one(boundary: int, grams: dict[int, np.ndarray], total: np.ndarray, drop: int | None) -> np.ndarray:
-        second = total if drop is None else total - grams[drop]
-        count = rows.sum() - (0 if drop is None else rows[drop])
-        first = sum((f[boundary] for g, f in spool.first.items() if g != drop), np.zeros(spool.width))
-        return contraction.singular_values(second, first if center else None, int(count))
+    Args:
+        left_out: sets of groups.
+        rows: [all G] how many each group has.
+        center: of the centred rows.
+    """
+    found = np.zeros((len(left_out), spool.boundaries, spool.width))
+
+    def one(boundary: int, grams: dict[int, np.ndarray], total: np.ndarray, left: np.ndarray) -> np.ndarray:
+        second, first = total, None
+        for group in left:
+            second = second - grams[group]
+        if center:
+            first = sum((f[boundary] for g, f in spool.first.items() if g not in left), np.zeros(spool.width))
+        return contraction.singular_values(second, first, int(rows.sum() - rows[left].sum()))
 
     # LAPACK's symmetric eigensolver gains little from threads of its own: one matrix a core instead.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
         for boundary in range(spool.boundaries):
             grams = spool.read(boundary)
             total = sum(grams.values(), np.zeros((spool.width, spool.width)))
-            spectra = np.stack(list(pool.map(partial(one, boundary, grams, total), [None, *drops])))
-            whole[boundary], without[:, boundary] = spectra[0], spectra[1:]
+            found[:, boundary] = np.stack(list(pool.map(partial(one, boundary, grams, total), left_out)))
             advance(1)
-    return whole, without
+    return found

@@ -18,7 +18,11 @@ from spinal_jax.errors import UserError
 from spinal_jax.files import Record, check_boundaries, document, floats, load_record, read, save_record
 from spinal_jax.wording import number, plus_minus, sparkline
 
-SCHEMA = "spinal-trace/1"
+SCHEMA = "spinal-trace/2"
+SUPERSEDED = {
+    "spinal-trace/1": "its contraction was fitted over ranks that depend on N and on the largest singular value, so it "
+    "compares with no trace of this version; measure again with spinal audit on the same checkpoint and prompts"
+}
 ARRAYS = "spectra.safetensors"
 
 # fmt: off
@@ -27,9 +31,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "model": ("name", "source", "revision", "family", "parameters", "layers", "width", "vocabulary", "dtype", "sha256"),
     "prompts": ("source", "format", "count", "skipped_empty", "groups", "tokens", "rows", "positions", "max_length",
                 "chat_template", "sha256"),
-    "settings": ("window", "skip", "center", "positions", "top_k", "temperature", "groups"),
-    "columns": ("contraction", "contraction_se", "fit_r2", "fit_quadratic", "rank", "effective_rank",
-                "effective_rank_se", "transport", "transport_se", "entropy", "entropy_se", "curvature", "curvature_se"),
+    "settings": ("window", "skip", "center", "positions", "top_k", "temperature", "groups", "ranks", "resolution"),
+    "columns": ("contraction", "contraction_se", "fit_r2", "fit_quadratic", "resolved", "contraction_half", "spike",
+                "spike_se", "effective_rank", "effective_rank_se", "transport", "transport_se", "entropy", "entropy_se",
+                "curvature", "curvature_se"),
     "summary": ("terminal", "contraction", "contraction_se", "transport", "transport_se", "coherence", "coherence_se",
                 "directness", "directness_se", "path_length", "path_length_se", "degrees_of_freedom"),
     "environment": (),
@@ -131,7 +136,7 @@ class DepthTrace(Record):
         Raises:
           UserError: not JSON, another schema version, or a section, key or length that does not fit the schema.
         """
-        with read(text, "trace", SCHEMA) as found:
+        with read(text, "trace", SCHEMA, SUPERSEDED) as found:
             sections = {name: dict(found[name]) for name in SECTIONS}
             sections["columns"] = {name: floats(name, values) for name, values in sections["columns"].items()}
             sections["summary"] = {name: _number(name, value) for name, value in sections["summary"].items()}

@@ -99,12 +99,14 @@ def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, t
         total = np.asarray(trace.arrays.get(f"{prefix}rows", trace.prompts["rows"]))
         rest = [window for window in WINDOWS if window != own]
         windows = [own, *rest] if name else rest
-        alphas = tail_slopes(trace.arrays[f"{prefix}singular_values"], total, windows)
+        count, resolution = int(total), trace.settings["resolution"]
+        alphas = tail_slopes(trace.arrays[f"{prefix}singular_values"], count, windows, resolution)
         without = _replicates(f"{prefix}groups/singular_values", sizes, trace, other)
         if without is None:
             sizes, replicates = np.ones_like(sizes), np.full((len(windows), len(sizes), trace.boundaries), np.nan)
         else:
-            replicates = tail_slopes(without, (total - sizes)[:, None], windows)
+            replicates = tail_slopes(without, count, windows, resolution)
+            alphas[np.isnan(replicates).any(axis=1)] = np.nan
         for window, alpha, each in zip(windows, alphas, replicates, strict=True):
             yield name or MEASURED, window, Curve(alpha, each, sizes)
 

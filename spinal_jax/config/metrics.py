@@ -13,7 +13,8 @@ class ContractionConfig:
     """How fast the tail of a layer's spectrum decays: `metrics.contraction`."""
 
     window: tuple[float, float] = field(
-        default=(0.10, 0.50), metadata=about("fitted ranks, as fractions [lo, hi] of the number of singular values")
+        default=(0.10, 0.50),
+        metadata=about("fitted ranks, as fractions [lo, hi] of min(N, d), the same ranks at every boundary"),
     )
     skip: int = field(
         default=1, metadata=about("first tokens of each sequence that do not count: attention sinks", "tokens")

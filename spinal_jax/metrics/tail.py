@@ -8,33 +8,60 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EPS32 = float(np.finfo(np.float32).eps)
+EPS32 = float(np.finfo(np.float32).eps)  # hidden states are float32: smaller parts of s_1 are their rounding
 MIN_RANKS = 8  # fewer in the window give no number
 
 
 @dataclass(frozen=True)
 class TailFit:
-    """A line through part of a log-log spectrum. NaN where fewer than MIN_RANKS ranks lie in the window."""
+    """A line through part of a log-log spectrum. NaN where the window is too short or not resolved."""
 
     alpha: float  # minus the slope
     r2: float
     quadratic: float  # coefficient of (log k)^2 when a parabola is fitted instead; 0 for a straight line
-    rank: int  # singular values above the numerical noise
+    resolved: int  # singular values above the resolution of the arithmetic
     low: int  # first rank fitted, counted from 1
     high: int  # last rank fitted
     intercept: float  # of log s on log k
 
 
-def tail_fit(s: np.ndarray, rows: int, window: tuple[float, float]) -> TailFit:
-    """Fits the window `(lo, hi)` of the spectrum `s` [d], descending, of `rows` hidden states.
+def fitted_ranks(rows: int, width: int, window: tuple[float, float]) -> tuple[int, int]:
+    """(first, last) rank that is fitted, counted from 1: `max(1, ceil(lo K))` to `floor(hi K)`, `K = min(N, d)`.
 
-    Ranks k from `max(1, ceil(lo r))` to `floor(hi r)`, r the numerical rank: ordinary least squares of log s_k on log
-    k.
+    They depend on the shape alone, so that they are the same at every boundary, in every jackknife replicate and in
+    both models of a pair.
+
+    Args:
+        rows: N of all prompts together.
+        width: d.
+        window: (lo, hi).
     """
-    rank = int(np.sum(s > max(rows, len(s)) * EPS32 * s[0])) if s[0] > 0 else 0
-    low, high = max(1, math.ceil(window[0] * rank)), math.floor(window[1] * rank)
-    if high - low + 1 < MIN_RANKS:
-        return TailFit(math.nan, math.nan, math.nan, rank, low, high, math.nan)
+    most = min(rows, width)
+    return max(1, math.ceil(window[0] * most)), math.floor(window[1] * most)
+
+
+def resolved_ranks(s: np.ndarray, resolution: float = EPS32) -> np.ndarray:
+    """int [...] how many of the singular values [..., d] lie above `resolution * s_1`."""
+    return np.sum(s > resolution * s[..., :1], axis=-1)
+
+
+def tail_fit(s: np.ndarray, rows: int, window: tuple[float, float], resolution: float = EPS32) -> TailFit:
+    """Fits the window `(lo, hi)` of a spectrum: ordinary least squares of `log s_k` on `log k` over `fitted_ranks`.
+
+    Args:
+        s: [d] singular values, descending.
+        rows: N of all prompts together, also where `s` is that of some of them.
+        window: (lo, hi), fractions of `min(N, d)`.
+        resolution: of the arithmetic behind `s`, as a part of s_1 (`contraction.resolution`).
+
+    Returns:
+        The fit; its numbers are NaN where fewer than MIN_RANKS ranks are in the window, or its last one is not
+        resolved. The window never moves.
+    """
+    low, high = fitted_ranks(rows, len(s), window)
+    resolved = int(resolved_ranks(s, resolution))
+    if high - low + 1 < MIN_RANKS or high > resolved:
+        return TailFit(math.nan, math.nan, math.nan, resolved, low, high, math.nan)
     x, y = np.log(np.arange(low, high + 1)), np.log(s[low - 1 : high])
     mean_x, mean_y = x.mean(), y.mean()
     dx, dy = x - mean_x, y - mean_y
@@ -43,31 +70,43 @@ def tail_fit(s: np.ndarray, rows: int, window: tuple[float, float]) -> TailFit:
     bend = dx * dx
     bend = bend - bend.mean() - (bend @ dx) / (dx @ dx) * dx  # what a parabola has that no line has
     r2 = 1 - float(residual @ residual) / spread if spread > 0 else math.nan
-    return TailFit(-slope, r2, float(bend @ residual / (bend @ bend)), rank, low, high, float(mean_y - slope * mean_x))
+    quadratic = float(bend @ residual / (bend @ bend))
+    return TailFit(-slope, r2, quadratic, resolved, low, high, float(mean_y - slope * mean_x))
 
 
-def tail_slopes(s: np.ndarray, rows: np.ndarray, windows: Sequence[tuple[float, float]]) -> np.ndarray:
+def tail_slopes(
+    s: np.ndarray, rows: int, windows: Sequence[tuple[float, float]], resolution: float = EPS32
+) -> np.ndarray:
     """[W, ...] the `alpha` of `tail_fit` for many spectra and windows at once, each logarithm taken once.
 
     Args:
         s: [..., d] spectra, descending.
-        rows: [...] hidden states behind each.
+        rows: N of all prompts together; one number, because all of these spectra share their ranks.
         windows: W of them.
+        resolution: as `tail_fit` takes it.
     """
     width = s.shape[-1]
-    spectra, count = s.reshape(-1, width), np.broadcast_to(rows, s.shape[:-1]).reshape(-1, 1)
-    above = spectra > np.maximum(count, width) * EPS32 * spectra[:, :1]
-    ranks, logs = above.sum(axis=1), np.log(spectra, out=np.zeros(spectra.shape), where=above)
-    found = np.full((len(windows), len(spectra)), np.nan)
-    for rank in np.unique(ranks):  # all but a few are full
-        here = slice(None) if np.all(ranks == rank) else ranks == rank
-        for number, (lo, hi) in enumerate(windows):
-            low, high = max(1, math.ceil(lo * rank)), math.floor(hi * rank)
-            if high - low + 1 >= MIN_RANKS:
-                x = np.log(np.arange(low, high + 1))
-                dx = x - x.mean()
-                found[number, here] = -(logs[here, low - 1 : high] @ (dx / (dx @ dx)))
-    return found.reshape(len(windows), *s.shape[:-1])
+    spectra = s.reshape(-1, width)
+    resolved = resolved_ranks(spectra, resolution)
+    ranks = [fitted_ranks(rows, width, window) for window in windows]
+    first, last = min(low for low, _ in ranks) - 1, max(high for _, high in ranks)
+    part = spectra[:, first:last]
+    logs = np.log(part, out=np.zeros(part.shape), where=part > 0)
+    alphas = np.full((len(windows), len(spectra)), np.nan)
+    for number, (low, high) in enumerate(ranks):
+        if high - low + 1 >= MIN_RANKS:
+            x = np.log(np.arange(low, high + 1))
+            dx = x - x.mean()
+            slopes = logs[:, low - 1 - first : high - first] @ (dx / (dx @ dx))
+            alphas[number] = np.where(resolved >= high, -slopes, np.nan)
+    return alphas.reshape(len(windows), *s.shape[:-1])
+
+
+def spike(s: np.ndarray) -> np.ndarray:
+    """[...] `log(s_1 / s_2)` of spectra [..., d]: how far the largest direction stands out. NaN where s_2 is 0."""
+    first, second = s[..., 0], s[..., 1]
+    ratio = np.divide(first, second, out=np.full(first.shape, np.nan), where=second > 0)
+    return np.log(ratio)
 
 
 def effective_rank(s: np.ndarray) -> float:

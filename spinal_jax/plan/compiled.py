@@ -100,9 +100,10 @@ def _compile(config: PlanConfig) -> Compiled:
     import numpy as np
 
     from spinal_jax.audit.abstract import abstract_arguments, lower_steps
+    from spinal_jax.metrics import contraction
     from spinal_jax.parallel.mesh import make_mesh
     from spinal_jax.parallel.placement import Shards
-    from spinal_jax.plan.estimate import gram_dtype, item_bytes
+    from spinal_jax.plan.estimate import item_bytes
     from spinal_jax.plan.shapes import decoder_of
     from spinal_jax.plan.work import pool, widest
 
@@ -114,7 +115,7 @@ def _compile(config: PlanConfig) -> Compiled:
     shards = None if mesh.size == 1 else on_mesh
     work = pool(config, decoder, on_mesh.rows)
     batch = widest(work)
-    gram = gram_dtype(work, settings, decoder.width)
+    gram = contraction.gram_dtype()
     with jax.enable_x64(True) if gram == np.float64 else contextlib.nullcontext():
         shape = batch.height, batch.length, batch.measured
         some = abstract_arguments(decoder, jnp.dtype(dtype), settings, shape, gram, shards=shards)

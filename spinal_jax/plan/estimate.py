@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 
 from spinal_jax.audit.spectra import spectra_count
 from spinal_jax.config import MetricsConfig
@@ -120,7 +119,7 @@ def stages(
     n = split.devices
     flops = dict.fromkeys(("forward", "gram", "lens"), 0.0)
     traffic = dict.fromkeys(flops, 0.0)
-    gram = gram_dtype(work, settings, width)
+    gram = contraction.gram_dtype()
     weights = sum(math.prod(shape) * item_bytes(path, dtype) for path, shape in _matrices(shapes)) / split.tensor
     ends = sum(sum(shape[-2:]) * _uses(config, shape) for _, shape in _matrices(shapes))  # numbers in and out, a token
     # Where rows of the matrix are split over devices, each makes its own in full.
@@ -151,12 +150,6 @@ def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
     return shape[0] * config.experts.per_token
 
 
-def gram_dtype(work: Plan, settings: MetricsConfig, width: int) -> np.dtype:
-    """Of the Gram sums of a pool of prompts."""
-    fewest = min(int(work.rows_by_group(s).sum()) for s in (work.skip, *settings.variants.skip))
-    return contraction.gram_dtype(fewest, width)
-
-
 @dataclass(frozen=True)
 class Host:
     """What is left to the host that has all Gram sums."""
@@ -172,11 +165,12 @@ def host(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int)
     groups, d, boundaries = work.groups, config.width, config.depth + 1
     drops = len(groups.drops)
     variants = spectra_count(boundaries, settings) // boundaries - 1
-    matrices = boundaries * (1 + drops + variants * (1 + (drops if settings.variants.groups else 0)))
+    each = 1 + (drops if settings.variants.groups else 0)
+    matrices = boundaries * (1 + drops + len(groups.halves) + variants * each)
     square = 8 * d * d
     reread = matrices * (REREAD * d**3 if square > HOST_CACHE else square)
     kept = len({s.group for s in work.sequences})
-    itemsize = gram_dtype(work, settings, d).itemsize
+    itemsize = contraction.gram_dtype().itemsize
     triangle = d * (d + 1) // 2
     # Every group's sum and their total; in each core's hands the difference, a copy, and LAPACK's own; and the places
     # of a triangle, two numbers each.

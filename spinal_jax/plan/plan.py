@@ -14,6 +14,7 @@ from typing import Any
 from spinal_jax.audit.pipeline import model_name
 from spinal_jax.config import ModelConfig
 from spinal_jax.config.plan import PlanConfig
+from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.translate import parameter_shapes
 from spinal_jax.parallel.data_sheets import DEVICES, Device
@@ -264,7 +265,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
     found = compiled(config) if config.compile else None
     cores = os.cpu_count() or 1
     host = estimate.host(decoder, work, config.metrics, cores)
-    gram = estimate.gram_dtype(work, config.metrics, decoder.width)
+    gram = contraction.gram_dtype()
     packed = widest(work)
     return AuditPlan(
         name=config.model.name or model_name(config.model.source),
@@ -309,17 +310,14 @@ def _memory(config: PlanConfig, found: Compiled, host: estimate.Host, shapes: An
 
 
 def _warnings(config: PlanConfig, rows: int, decoder: DecoderConfig, gram: str) -> Iterator[str]:
-    enough = max(estimate.contraction.FLOAT32_ROWS, 4 * decoder.width)
     if rows < 4 * decoder.width:
         yield (
             f"N = {rows:,} rows are fewer than 4 d = {4 * decoder.width:,}: contraction reads high, so give "
             "more prompts."
         )
-    if gram == "float64" and config.device != "cpu":
-        yield (
-            f"N = {rows:,} rows are fewer than {enough:,}, so Gram sums are float64, which accelerators have little of "
-            "and TPUs emulate; give more prompts."
-        )
+    device = DEVICES.get(config.device or "")
+    if gram == "float64" and device is not None and device.float64 is None:
+        yield f"Gram sums are float64, which {device.title} emulates in many passes."
     if config.devices > NODE and config.device in ("a100", "h100", "h200"):
         title = DEVICES[config.device].title
         yield f"Only {NODE} {title} share NVLink: what crosses to other machines takes longer."

@@ -188,14 +188,14 @@ def spectra_figure(trace: DepthTrace, layers: Iterable[int] | None = None) -> Fi
     dashed = {"color": INK, "lw": 1.1, "ls": (0, (4, 2)), "zorder": 3}
     for at, marker in zip(layers, itertools.cycle(MARKERS), strict=False):
         s = trace.singular_values[at]
-        rank = int(np.nan_to_num(trace.columns["rank"][at]))
-        k = np.unique(np.geomspace(1, max(rank, 1), 300).round().astype(int))
+        resolved = int(np.nan_to_num(trace.columns["resolved"][at]))
+        k = np.unique(np.geomspace(1, max(resolved, 1), 300).round().astype(int))
         k = k[s[k - 1] > 0]
         alpha, r2 = trace.columns["contraction"][at], trace.columns["fit_r2"][at]
         label = f"{at}:  α {number(alpha)},  R² {number(r2)}"
         (curve,) = axes.plot(k, s[k - 1], color=cmap(norm(at)), marker=marker, markevery=_marks(k), label=label)
         curve.set(markersize=5, markeredgecolor=SURFACE, markeredgewidth=0.5)
-        line = tail_line(s, rank, trace.settings["window"])
+        line = tail_line(s, trace.settings["ranks"])
         if line is not None and np.isfinite(alpha):
             axes.plot(*line, **dashed)
     axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σ")
@@ -264,9 +264,10 @@ def terminal_name(trace: DepthTrace | Comparison) -> str:
     return f"terminal block {first}–{last}" if first < last else f"terminal block {last}"
 
 
-def tail_line(s: np.ndarray, rank: int, window: tuple[float, float]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ends (k, sigma) of the least-squares line of log s on log k in the fit window, or None for fewer than 2 ranks."""
-    low, high = max(1, math.ceil(window[0] * rank)), math.floor(window[1] * rank)
+def tail_line(s: np.ndarray, ranks: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ends (k, sigma) of the least-squares line of log s on log k over the fitted ranks (first, last), or None for
+    fewer than 2 ranks."""
+    low, high = ranks
     if high <= low:
         return None
     x, y = np.log(np.arange(low, high + 1)), np.log(s[low - 1 : high])

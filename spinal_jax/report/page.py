@@ -37,7 +37,8 @@ COLUMNS = (
     ("contraction", "contraction α"),
     ("fit_r2", "R² of fit"),
     ("fit_quadratic", "quadratic"),
-    ("rank", "rank r"),
+    ("resolved", "resolved ranks"),
+    ("spike", "spike log s₁/s₂"),
     ("effective_rank", "effective rank"),
     ("transport", "transport L"),
     ("entropy", "entropy"),
@@ -270,7 +271,7 @@ def _table(trace: DepthTrace) -> Table:
         if f"{name}_se" in trace.columns:
             low, high = trace.interval(name)
             half = (high - low) / 2
-        columns.append(column(trace.columns[name], half, most=0 if name == "rank" else 4))
+        columns.append(column(trace.columns[name], half, most=0 if name == "resolved" else 4))
     first, last = trace.terminal
     return Table(
         "Every quantity at every boundary",
@@ -352,7 +353,7 @@ def caveats(trace: DepthTrace) -> list[str]:
         ]
     missing = np.flatnonzero(np.isnan(columns["contraction"]))
     if len(missing):
-        said.append(f"Contraction is not defined at {name_boundaries(missing)}: too few ranks in the fit window.")
+        said.append(f"Contraction is not defined at {name_boundaries(missing)}: the warnings below say why.")
     if np.isfinite(columns["fit_r2"]).any():
         worst = int(np.nanargmin(columns["fit_r2"]))
         text = f"The straight line fits worst at boundary {worst}, with R² {number(columns['fit_r2'][worst])}"
@@ -363,12 +364,4 @@ def caveats(trace: DepthTrace) -> list[str]:
                 f"; the spectrum bends most at boundary {bent}, with a quadratic term of {quadratic} (0 is straight)"
             )
         said.append(f"{text}. Where a spectrum bends, α is a mean slope, and another window gives another.")
-    short = np.flatnonzero(columns["rank"] < min(rows, width))
-    if len(short):
-        least = int(short[np.argmin(columns["rank"][short])])
-        said.append(
-            f"At {name_boundaries(short)} the smallest singular values are below the resolution of float32 and were "
-            f"dropped: r is {columns['rank'][least]:,.0f} of {min(rows, width):,} at boundary {least}. The window is "
-            "a share of r, so it covers lower ranks there than elsewhere."
-        )
     return said + [f"Warning from the measurement: {warning}" for warning in trace.warnings]

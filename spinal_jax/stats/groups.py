@@ -40,6 +40,19 @@ class Groups:
         return self.used if len(self.used) > 1 else self.used[:0]
 
     @property
+    def halves(self) -> tuple[np.ndarray, ...]:
+        """Two halves of the groups, with as equal numbers of rows as giving each group in turn, largest first, to the
+        smaller half makes them; none where there is but one group with rows."""
+        halves: tuple[list[int], list[int]] = [], []
+        held = np.zeros(2)
+        for group in np.argsort(-self.rows, kind="stable"):
+            if self.rows[group] > 0:
+                smaller = int(held[1] < held[0])
+                halves[smaller].append(int(group))
+                held[smaller] += self.rows[group]
+        return tuple(np.array(sorted(half)) for half in halves) if halves[1] else ()
+
+    @property
     def largest_share(self) -> float:
         """Share of the rows that the largest group holds; 0 where there are none."""
         return float(self.rows.max() / self.rows.sum()) if self.rows.any() else 0.0

@@ -112,15 +112,17 @@ def turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
 def spectrum(rows: np.ndarray) -> dict[str, float]:
     s = np.linalg.svd(rows, compute_uv=False)
     share = s / s.sum()
-    s = s[s > max(rows.shape) * np.finfo(np.float32).eps * s[0]]
-    low, high = max(1, math.ceil(0.1 * len(s))), math.floor(0.5 * len(s))
+    resolved = int(np.sum(s > np.finfo(np.float32).eps * s[0]))
+    low, high = max(1, math.ceil(0.1 * min(rows.shape))), math.floor(0.5 * min(rows.shape))
+    assert high <= resolved
     x, y = np.log(np.arange(low, high + 1)), np.log(s[low - 1 : high])
     slope, cut = np.polyfit(x, y, 1)
     return {
         "contraction": -slope,
         "fit_r2": 1 - np.sum((y - slope * x - cut) ** 2) / np.sum((y - y.mean()) ** 2),
         "fit_quadratic": np.polyfit(x, y, 2)[0],
-        "rank": len(s),
+        "resolved": resolved,
+        "spike": math.log(s[0] / s[1]),
         "effective_rank": float(np.exp(-np.sum(share * np.log(share)))),
     }
 
@@ -143,7 +145,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[DepthTrace, dict[str
         ("contraction", 1e-5, 0),
         ("fit_r2", 1e-5, 0),
         ("fit_quadratic", 1e-5, 0),
-        ("rank", 0, 0),
+        ("resolved", 0, 0),
+        ("spike", 1e-5, 0),
         ("effective_rank", 0, 1e-5),
         ("transport", 1e-5, 0),
         ("entropy", 2e-5, 0),

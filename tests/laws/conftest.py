@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spinal_jax.audit.trace import SECTIONS, DepthTrace
+from spinal_jax.metrics.tail import EPS32
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def _make_trace(
     singular_values = 100 * np.arange(1, width + 1.0) ** -alpha[:, None]
     first, last = depth - math.ceil(depth / 3) + 1, depth
     columns = {name: 0.5 + rng.random(depth + 1) for name in SECTIONS["columns"]}
-    columns |= {"contraction": alpha, "fit_r2": np.ones(depth + 1), "rank": np.full(depth + 1, float(width))}
+    columns |= {"contraction": alpha, "fit_r2": np.ones(depth + 1), "resolved": np.full(depth + 1, float(width))}
     columns["fit_quadratic"] = 0.1 * rng.normal(size=depth + 1)
     for column in SECTIONS["columns"]:
         if column.endswith("_se"):
@@ -36,6 +37,7 @@ def _make_trace(
     se = 0.01 if groups > 1 else math.nan
     summary = {key: se if key.endswith("_se") else float(rng.random()) for key in SECTIONS["summary"]}
     arrays = {"singular_values": singular_values, "groups/singular_values": np.stack([singular_values] * groups)}
+    settings = ((0.1, 0.5), 1, False, "last:4", None, 1.0, groups, (4, 16), EPS32)
     return DepthTrace(
         model=dict(
             zip(SECTIONS["model"], (name, "a/folder", None, "llama", 9, depth, width, 99, "float32", "ab"), strict=True)
@@ -43,7 +45,7 @@ def _make_trace(
         prompts=dict(
             zip(SECTIONS["prompts"], ("pool.txt", "text", 8, 1, groups, 300, 200, 32, 128, False, "cd"), strict=True)
         ),
-        settings=dict(zip(SECTIONS["settings"], ((0.1, 0.5), 1, False, "last:4", None, 1.0, groups), strict=True)),
+        settings=dict(zip(SECTIONS["settings"], settings, strict=True)),
         columns=columns,
         summary=summary | {"terminal": (first, last), "degrees_of_freedom": groups - 1},
         environment={"numpy": "2", "mesh": {"data": 1}},

@@ -10,7 +10,7 @@ import numpy as np
 
 from spinal_jax.audit.trace import SECTIONS, DepthTrace
 from spinal_jax.metrics.depth import terminal_block
-from spinal_jax.metrics.tail import tail_slopes
+from spinal_jax.metrics.tail import EPS32, fitted_ranks, tail_slopes
 
 WINDOW = (0.10, 0.50)
 WIDTH = 32
@@ -60,13 +60,13 @@ def trace_of(name: str, grams: np.ndarray, steps: np.ndarray) -> DepthTrace:
     total, whole, depth = int(ROWS.sum()), spectra(grams.sum(axis=0)), grams.shape[1] - 1
     without = spectra(grams.sum(axis=0) - grams)
     replicates = {
-        "contraction": tail_slopes(without, (total - ROWS)[:, None], [WINDOW])[0],
+        "contraction": tail_slopes(without, total, [WINDOW])[0],
         "effective_rank": without.sum(axis=-1) / without[..., 0],
         "transport": (steps.sum(axis=0) - steps) / (POSITIONS.sum() - POSITIONS)[:, None],
     }
     # Effective rank, entropy and curvature are stand-ins: any function of the rows, and of the steps, will do.
     columns = {
-        "contraction": tail_slopes(whole, np.asarray(total), [WINDOW])[0],
+        "contraction": tail_slopes(whole, total, [WINDOW])[0],
         "effective_rank": whole.sum(axis=-1) / whole[..., 0],
         "transport": steps.sum(axis=0) / POSITIONS.sum(),
     }
@@ -76,10 +76,12 @@ def trace_of(name: str, grams: np.ndarray, steps: np.ndarray) -> DepthTrace:
     columns = {name: columns.get(name, np.ones(depth + 1)) for name in SECTIONS["columns"]}
     model = (name, "folder", None, "llama", 9, depth, WIDTH, 99, "float32", name)
     prompts = ("pool.txt", "text", int(PROMPTS.sum()), 0, GROUPS, total, total, int(POSITIONS.sum()), 128, False, "cd")
+    ranks = list(fitted_ranks(total, WIDTH, WINDOW))
+    settings = (list(WINDOW), 1, False, "last:4", None, 1.0, GROUPS, ranks, EPS32)
     return DepthTrace(
         model=dict(zip(SECTIONS["model"], model, strict=True)),
         prompts=dict(zip(SECTIONS["prompts"], prompts, strict=True)),
-        settings=dict(zip(SECTIONS["settings"], (list(WINDOW), 1, False, "last:4", None, 1.0, GROUPS), strict=True)),
+        settings=dict(zip(SECTIONS["settings"], settings, strict=True)),
         columns=columns,
         summary=dict.fromkeys(SECTIONS["summary"], 0.0)
         | {"terminal": terminal_block(depth), "degrees_of_freedom": GROUPS - 1},

@@ -82,7 +82,7 @@ def undefined(trace: DepthTrace, *columns: str) -> DepthTrace:
 
 def edge(make_trace: Maker, kind: str) -> DepthTrace:
     if kind == "no contraction":
-        return undefined(make_trace(), "contraction", "fit_r2", "fit_quadratic", "rank")
+        return undefined(make_trace(), "contraction", "fit_r2", "fit_quadratic", "resolved")
     if kind == "nothing":
         trace = make_trace()
         return undefined(
@@ -329,10 +329,6 @@ def test_caveats_follow_the_trace(make_trace: Maker) -> None:
     assert "N = 200 rows are 6.2 per dimension of the residual stream; at least 4 are wanted" in caveats(trace)[0]
     few = replace(trace, prompts={**trace.prompts, "rows": 100})
     assert "Few rows for this width: N = 100 is 3.1 per dimension, and 4 (N = 128) are wanted" in caveats(few)[0]
-    rank = np.array([32.0, 32, 20, 21, 32, 30, 32])
-    short = replace(trace, columns={**trace.columns, "rank": rank})
-    assert "At boundaries 2–3, 5 the smallest singular values" in caveats(short)[2]  # noqa: RUF001
-    assert "r is 20 of 32 at boundary 2." in caveats(short)[2]
     lost = undefined(trace, "contraction")
     assert "Contraction is not defined at boundaries 0–6" in caveats(lost)[1]  # noqa: RUF001
     assert "contraction is not defined" in headline(lost)

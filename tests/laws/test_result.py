@@ -46,7 +46,7 @@ def test_json_is_strict_ordered_and_does_not_depend_on_the_order_of_the_input(ma
     assert list(document) == [
         "schema", "model", "prompts", "settings", "boundaries", "columns", "summary", "environment", "warnings",
     ]  # fmt: skip
-    assert document["schema"] == "spinal-trace/1"
+    assert document["schema"] == "spinal-trace/2"
     assert document["boundaries"] == 7
     assert list(document["columns"]) == list(SECTIONS["columns"])
     assert document["columns"]["transport"][0] is None
@@ -78,8 +78,8 @@ def test_one_group_has_no_interval_and_a_column_without_error_is_refused(make_tr
     trace = make_trace(groups=1)
     assert np.isnan(trace.interval("contraction")).all()
     assert np.isnan(trace.summary_interval("coherence")).all()
-    with pytest.raises(UserError, match=r"'rank' has no standard error.*contraction, effective_rank"):
-        trace.interval("rank")
+    with pytest.raises(UserError, match=r"'resolved' has no standard error.*contraction, spike, effective_rank"):
+        trace.interval("resolved")
     with pytest.raises(UserError, match="'terminal' has no standard error"):
         trace.summary_interval("terminal")
 
@@ -122,7 +122,7 @@ def test_csv_is_long_form_with_one_row_per_metric_and_boundary(tmp_path: Path, m
     assert float(cell["transport", 3]["value"]) == trace.columns["transport"][3]
     assert float(cell["transport", 3]["high"]) == trace.interval("transport")[1][3]
     assert float(cell["transport", 3]["relative_depth"]) == 0.5
-    assert cell["transport", 0]["value"] == cell["transport", 0]["low"] == cell["rank", 3]["high"] == ""
+    assert cell["transport", 0]["value"] == cell["transport", 0]["low"] == cell["resolved", 3]["high"] == ""
 
 
 GONE = object()
@@ -131,8 +131,9 @@ GONE = object()
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [
-        ("schema", "spinal-trace/2", "schema 'spinal-trace/2'; this version of spinal_jax reads 'spinal-trace/1'"),
-        ("schema", GONE, "schema None; this version of spinal_jax reads 'spinal-trace/1'"),
+        ("schema", "spinal-trace/3", "schema 'spinal-trace/3'; this version of spinal_jax reads 'spinal-trace/2'"),
+        ("schema", "spinal-trace/1", "schema 'spinal-trace/1': its contraction .* measure again with spinal audit"),
+        ("schema", GONE, "schema None; this version of spinal_jax reads 'spinal-trace/2'"),
         ("columns", GONE, "it has no columns"),
         ("warnings", GONE, "it has no warnings"),
         ("columns entropy", GONE, "columns has no entropy"),

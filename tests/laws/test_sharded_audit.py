@@ -46,7 +46,7 @@ from .test_trace import pool
 
 # Sums over devices come in another order: roundings of float32, of which fits keep what a ratio of them does.
 CLOSE = 1e-5
-WHOLE = ("rank",)  # counts
+WHOLE = ("resolved",)  # counts
 
 
 def on(*sizes: int, vocabulary: tuple[str, ...] = ("tensor",)) -> Devices:
