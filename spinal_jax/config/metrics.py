@@ -14,7 +14,7 @@ class ContractionConfig:
 
     window: tuple[float, float] = field(
         default=(0.10, 0.50),
-        metadata=about("fitted ranks, as fractions [lo, hi] of min(N, d), the same ranks at every boundary"),
+        metadata=about("fitted ranks, as fractions [lo, hi] of min(N, d)"),
     )
     skip: int = field(
         default=1, metadata=about("first tokens of each sequence that do not count: attention sinks", "tokens")

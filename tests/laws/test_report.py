@@ -129,7 +129,7 @@ def test_the_fit_line_has_the_slope_of_the_spectrum_and_leaves_the_window_as_it_
     trace = make_trace(width=64)
     window = list(trace.settings["window"])
     for at in range(trace.boundaries):
-        line = tail_line(trace.arrays["singular_values"][at], 64, (0.1, 0.5))
+        line = tail_line(trace.arrays["singular_values"][at], (7, 32))
         assert line is not None
         (low, high), (above, below) = line
         assert (low, high) == (7, 32)
@@ -137,7 +137,7 @@ def test_the_fit_line_has_the_slope_of_the_spectrum_and_leaves_the_window_as_it_
         assert slope == pytest.approx(-trace.columns["contraction"][at], rel=1e-10)
     spectra_figure(trace)
     assert list(trace.settings["window"]) == window
-    assert tail_line(np.ones(4), 1, (0.1, 0.5)) is None
+    assert tail_line(np.ones(4), (1, 1)) is None
 
 
 def test_spectra_of_chosen_boundaries(make_trace: Maker) -> None:
@@ -321,7 +321,7 @@ def test_the_page_says_what_was_measured_and_what_to_beware_of(make_trace: Maker
     assert [cell["data-key"] for cell in page.find("th") if "data-key" in cell] == [str(at) for at in range(31)]
     keys = [cell["data-key"] for cell in page.find("td")]
     assert keys[:2] == [repr(float(trace.columns[name][0])) for name in ("contraction", "fit_r2")]
-    assert keys[5] == ""
+    assert keys[6] == ""
 
 
 def test_caveats_follow_the_trace(make_trace: Maker) -> None:
