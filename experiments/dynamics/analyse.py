@@ -16,7 +16,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from spinal_jax.files import table, write_whole
 from spinal_jax.report.figures import BLUE, GREEN, INK, MUTED, PURPLE, VERMILLION, png_bytes, styled
-from spinal_jax.report.figures import svg_text as svg
 from spinal_jax.runs.find import find_runs
 from spinal_jax.runs.training_run import TrainingRun, load_training_run
 
@@ -180,7 +179,6 @@ def analyse(sweep: Path, out: Path) -> None:
     write_whole(out / "records.csv", table([record for _, records in told for record in records]).encode())
     figure = courses(told)
     write_whole(out / "courses.png", png_bytes(figure))
-    write_whole(out / "courses.svg", svg(figure, "courses").encode())
     for row, _ in told:
         detected = ("onset", "destabilisation", "collapse")
         when = ", ".join(f"{name} {'none' if row[name] is None else row[name]}" for name in detected)

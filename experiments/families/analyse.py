@@ -16,7 +16,7 @@ import figure
 
 from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.files import table, write_whole
-from spinal_jax.report.figures import png_bytes, svg_text
+from spinal_jax.report.figures import png_bytes
 from spinal_jax.runs.find import find_runs
 from spinal_jax.stats.signflip import holm
 
@@ -84,7 +84,6 @@ def analyse(sweep: Path, out: Path) -> None:
         write_whole(out / f"{name}.csv", table(lines).encode())
     drawn = figure.draw(rows, [found[pair] for pair in pairs])
     write_whole(out / "families.png", png_bytes(drawn))
-    write_whole(out / "families.svg", svg_text(drawn, "families").encode())
     for row in rows:
         print(
             f"  {row['pair']:<20} {row['delta_align']:+.4f} ({row['delta_align_low']:+.4f} to "

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from spinal_jax.comparison.record import load_comparison
 from spinal_jax.files import write_whole
 from spinal_jax.report.figures import BLUE, GREEN, HEIGHT, INK, MARKERS, MUTED, VERMILLION, WIDTH, png_bytes, styled
-from spinal_jax.report.figures import svg_text as svg
 from spinal_jax.runs.find import Run
 
 LOOKS = {"dpo": (BLUE, "o"), "sft": (GREEN, "s"), "shuffled": (VERMILLION, "^")}
@@ -50,7 +49,6 @@ def draw(
             drawn[name] = scatter(some, name, label, "log")
     for name, figure in drawn.items():
         write_whole(out / f"{name}.png", png_bytes(figure))
-        write_whole(out / f"{name}.svg", svg(figure, name).encode())
 
 
 @styled

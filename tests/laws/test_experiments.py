@@ -169,7 +169,7 @@ def test_the_scaling_study_from_runs_to_tables_and_figures(
         means = {(row["arm"], row["size"]): row for row in csv.DictReader(file)}
     assert [means["dpo", size]["seeds"] for size in "abc"] == ["1", "2", "2"]  # what is not matched is in no mean
     drawn = {"against_size", "delta_align", "against_kl", "against_accuracy", "onset", "where"}
-    assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == drawn
+    assert {path.stem for path in out.glob("*.png")} == drawn
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     scaling.analyse(sweep, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -213,7 +213,7 @@ def test_the_dynamics_study_from_runs_to_table_and_figure(
     assert (hot["onset"], hot["collapse"], hot["onset_ahead"]) == ("10", "20", "10")
     with (tmp_path / "out" / "records.csv").open(newline="") as file:
         assert [row["eval_loss"] for row in csv.DictReader(file) if row["step"] == "30"] == ["0.5", "2.0"]
-    assert {path.name for path in (tmp_path / "out").glob("courses.*")} == {"courses.png", "courses.svg"}
+    assert {path.name for path in (tmp_path / "out").glob("courses.*")} == {"courses.png"}
     (tmp_path / "sweep" / "rate-0.001" / "manifest.json").unlink()
     with pytest.raises(SystemExit, match="nothing is analysed: rate-0"):
         dynamics.analyse(tmp_path / "sweep", tmp_path / "other")
@@ -276,7 +276,7 @@ def test_the_families_from_comparisons_to_table_and_figure(families: ModuleType,
     assert [signs["all"][name] for name in ("pairs", "above_0", "policy_beyond_even")] == ["3", "2", "2"]
     assert [float(signs[among]["p_value"]) for among in ("DPO alone", "all")] == [0.5, 1.0]
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert before.keys() == {"families.csv", "families.png", "families.svg", "signs.csv"}
+    assert before.keys() == {"families.csv", "families.png", "signs.csv"}
     families.analyse(sweep, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (sweep / "gemma-2b" / "manifest.json").unlink()
