@@ -1,0 +1,26 @@
+"""The documentation site: `make docs`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from generate import write_reference
+
+write_reference(Path(__file__).parent / "reference")
+
+project = "spinal_jax"
+author = "the spinal_jax authors"
+release = version("spinal-jax")
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "example"]
+html_theme = "furo"
+html_title = f"spinal_jax {release}"
+html_extra_path = ["example"]  # the example page, as a run writes it
+nb_execution_mode = "off"  # notebooks carry their outputs; tests/docs runs them
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # signatures carry them
+python_use_unqualified_type_names = True
