@@ -5,8 +5,10 @@ DEMO_MODEL := downloads/SmolLM2-135M-Instruct.Q4_1.gguf
 DEMO_RUN := runs/demo
 BASE_RUN := runs/demo-base
 DPO_RUN := runs/demo-dpo
+SHUFFLED_RUN := runs/demo-shuffled
+COMPARED_RUN := runs/demo-compared
 
-.PHONY: demo test test-browser lint bench clean
+.PHONY: demo docs test test-browser lint bench clean
 .DELETE_ON_ERROR:
 
 # Huge pages, where glibc knows of them: a fifth of the time on a CPU is otherwise the system's (experiments/LOG.md).
@@ -15,6 +17,11 @@ demo: .venv/run.stamp $(DEMO_MODEL)
 	$(BIN)/spinal audit model.source=$(DEMO_MODEL) hydra.run.dir=$(DEMO_RUN) overwrite=true
 	$(BIN)/spinal train experiment=world_base hydra.run.dir=$(BASE_RUN) overwrite=true
 	$(BIN)/spinal train experiment=world_dpo model.source=$(BASE_RUN)/model hydra.run.dir=$(DPO_RUN) overwrite=true
+	$(BIN)/spinal train experiment=world_dpo model.source=$(BASE_RUN)/model preferences.shuffle_labels=true \
+	  hydra.run.dir=$(SHUFFLED_RUN) overwrite=true
+	$(BIN)/spinal compare model.source=$(DPO_RUN)/model reference.source=$(BASE_RUN)/model prompts=world preferences=world \
+	  others=[$(SHUFFLED_RUN)/traces/step_000060] names=[DPO,'shuffled labels'] hydra.run.dir=$(COMPARED_RUN) overwrite=true
+	$(BIN)/spinal collect $(DEMO_RUN) $(BASE_RUN) $(DPO_RUN) $(SHUFFLED_RUN) $(COMPARED_RUN) out=runs/demo-together
 
 test: .venv/test.stamp $(DEMO_MODEL)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -27,6 +34,10 @@ lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The documentation, into site/; a warning is an error.
+docs: .venv/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
 
 bench: .venv/test.stamp $(DEMO_MODEL)
 	$(BIN)/python benchmarks/audit.py $(DEMO_MODEL)
@@ -52,5 +63,9 @@ $(DEMO_MODEL): | .venv/run.stamp
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[lint]'
 	touch $@
 
+.venv/docs.stamp: .venv/run.stamp
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs multirun downloads build dist
+	rm -rf .venv runs multirun downloads build dist site

@@ -79,7 +79,8 @@ def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     from spinal_jax.audit.trace import save_trace
     from spinal_jax.report.figures import figures, png_bytes
     from spinal_jax.report.page import write_report
-    from spinal_jax.runs.tensorboard import write_events
+    from spinal_jax.runs.sinks import send_summary
+    from spinal_jax.runs.tensorboard import hyperparameters, write_events
 
     seconds: dict[str, float] = {}
     bar = stages(seconds)
@@ -100,6 +101,7 @@ def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
         run_folder.write_manifest(scratch, "audit", config.to_mapping(asked), run_folder.about_trace(trace), seconds)
     if (folder / run_folder.PROGRESS).exists():
         shutil.rmtree(folder / run_folder.PROGRESS)
+    send_summary(asked.logging, folder, hyperparameters(config.to_mapping(asked)), trace.summary)
     rate = trace.prompts["tokens"] / seconds["audit"]
     print(trace)
     print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())} ({rate:,.0f} tokens/s in the audit)")
@@ -119,7 +121,8 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     from spinal_jax.comparison.ranking import rank, save_ranking
     from spinal_jax.comparison.record import save_comparison
     from spinal_jax.report.comparison import write_comparison_report
-    from spinal_jax.runs.tensorboard import write_comparison_events
+    from spinal_jax.runs.sinks import send_summary
+    from spinal_jax.runs.tensorboard import hyperparameters, write_comparison_events
 
     weights = Weights(asked.score.delta, asked.score.coherence, asked.score.gradient)
     seconds: dict[str, float] = {}
@@ -161,6 +164,7 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
         run_folder.write_manifest(
             scratch, "compare", config.to_mapping(asked), run_folder.about_comparison(first), seconds
         )
+    send_summary(asked.logging, folder, hyperparameters(config.to_mapping(asked)), first.summary)
     print(first)
     if others:
         print(rank(found))

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
+from typing import Literal
 
 from spinal_jax.config.data import PromptsConfig
 from spinal_jax.config.metrics import MetricsConfig
 from spinal_jax.config.model import ModelConfig
 from spinal_jax.config.parallel import AuditParallelConfig
 from spinal_jax.config.record import about, require, require_above
+from spinal_jax.errors import UserError
 
 BATCH_TOKENS = "tokens computed at a time on each device that shares rows; null: by device"
 OVERWRITE = "replace a complete run in the output folder"
+LOGGING = "experiment tracker that gets the numbers beside TensorBoard; null: none"
+Tracker = Literal["wandb", "trackio", "mlflow"]
+PACKAGES = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}
+
+
+def require_tracker(service: Tracker | None) -> None:
+    """UserError, unless the package of the tracker is installed."""
+    if service is not None and importlib.util.find_spec(service) is None:
+        raise UserError(f"logging={service} needs a package: pip install {PACKAGES[service]}")
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,11 @@ class AuditConfig:
             "batches between saves, from which the same command resumes after a kill; null: none", "batches"
         ),
     )
+    logging: Tracker | None = field(default=None, metadata=about(LOGGING))
     overwrite: bool = field(default=False, metadata=about(OVERWRITE))
 
     def __post_init__(self) -> None:
+        require_tracker(self.logging)
         require_above(self, "batch_tokens", "checkpoint_every", or_null=True)
         alone = self.checkpoint_every is None or self.parallel.coordinator is None
         require(alone, "checkpoint_every", self.checkpoint_every, "null where several processes share the run")

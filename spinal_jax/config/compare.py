@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from spinal_jax.config.audit import BATCH_TOKENS, OVERWRITE
+from spinal_jax.config.audit import BATCH_TOKENS, LOGGING, OVERWRITE, Tracker, require_tracker
 from spinal_jax.config.data import PreferencesConfig, PromptsConfig
 from spinal_jax.config.metrics import MetricsConfig
 from spinal_jax.config.model import ComparedConfig
@@ -85,9 +85,11 @@ class CompareConfig:
     assert_: AssertConfig = field(default_factory=AssertConfig)
     parallel: AuditParallelConfig = field(default_factory=AuditParallelConfig)
     batch_tokens: int | None = field(default=None, metadata=about(BATCH_TOKENS, "tokens"))
+    logging: Tracker | None = field(default=None, metadata=about(LOGGING))
     overwrite: bool = field(default=False, metadata=about(OVERWRITE))
 
     def __post_init__(self) -> None:
+        require_tracker(self.logging)
         for name in ("model", "reference"):
             side: ComparedConfig = getattr(self, name)
             if (side.trace is None) == (side.source is None):

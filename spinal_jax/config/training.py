@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from spinal_jax.config.audit import OVERWRITE
+from spinal_jax.config.audit import LOGGING, OVERWRITE, Tracker, require_tracker
 from spinal_jax.config.data import CorpusConfig, PreferencesConfig, PromptsConfig
 from spinal_jax.config.metrics import MetricsConfig
 from spinal_jax.config.model import ModelConfig
@@ -151,9 +151,11 @@ class TrainConfig:
     until_eval_loss: float | None = field(
         default=None, metadata=about("end the run at the first evaluation with a held-out loss of at most this")
     )
+    logging: Tracker | None = field(default=None, metadata=about(LOGGING))
     overwrite: bool = field(default=False, metadata=about(OVERWRITE))
 
     def __post_init__(self) -> None:
+        require_tracker(self.logging)
         require_above(self, "steps", "micro_tokens", "eval_examples", "save_every", "max_to_keep", or_null=True)
         require_above(self, "batch_size", "log_every", "epochs")
         require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 2^32 - 1")

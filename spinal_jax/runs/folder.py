@@ -41,7 +41,7 @@ PARTS = (
 SCRATCH = ".writing-"
 PROGRESS = "progress"  # what an audit has saved on its way
 # Settings that change nothing but where and how fast a run computes: it may go on with others.
-FREE = {"parallel", "overwrite", "cache", "checkpoint_every"}
+FREE = {"parallel", "overwrite", "cache", "checkpoint_every", "logging"}
 REMEDY = "set overwrite=true to replace it, or choose another hydra.run.dir"
 
 

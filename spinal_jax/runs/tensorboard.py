@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.record import Comparison
 from spinal_jax.files import flat
+from spinal_jax.runs.sinks import Sink
 
 EVENTS = "events.out.tfevents.spinal"  # TensorBoard reads files with "tfevents" in their name
 # Parts of the settings by which TensorBoard tells the runs of a sweep apart.
@@ -46,10 +48,11 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
 
 
 class Events:
-    """A TensorBoard event file."""
+    """A TensorBoard event file, and beside it a sink that gets the same scalars."""
 
-    def __init__(self, folder: Path, step: int = 0):
+    def __init__(self, folder: Path, step: int = 0, sink: Sink | None = None):
         """Opens a new file in `folder`; what older ones there hold at `step` and later no longer counts."""
+        self._sink = sink
         count = len(list(folder.glob(f"{EVENTS}*")))
         # TensorBoard reads the files of a folder in order of name.
         self._file = (folder / (EVENTS if not count else f"{EVENTS}.{count:03}")).open("wb")
@@ -72,6 +75,17 @@ class Events:
         """Adds a number, if it is one."""
         if np.isfinite(value):
             self.add(step, Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+            self._send(step, tag, value)
+
+    def _send(self, step: int, tag: str, value: float) -> None:
+        """A tracker that fails costs its own record, not the run."""
+        if self._sink is None:
+            return
+        try:
+            self._sink.scalar(step, tag, float(value))
+        except Exception as error:
+            self._sink = None
+            warnings.warn(f"the tracker of logging= failed at step {step} and gets no more: {error}", stacklevel=3)
 
     def image(self, step: int, tag: str, png: bytes) -> None:
         """Adds a picture."""
@@ -99,6 +113,8 @@ class Events:
         if self._in_session:
             self._session("session_end_info", SessionEndInfo(end_time_secs=time.time()))
         self._writer.close()
+        if self._sink is not None:
+            self._sink.close()
 
 
 def write_events(trace: DepthTrace, folder: Path, config: Mapping[str, Any], images: Mapping[str, bytes]) -> None:

@@ -14,6 +14,7 @@ from spinal_jax.files import flat, write_whole
 from spinal_jax.report.training_figures import trace_figure
 from spinal_jax.runs import folder as run_folder
 from spinal_jax.runs.folder import MANIFEST, check_incomplete, without_free
+from spinal_jax.runs.sinks import open_sink
 from spinal_jax.runs.tensorboard import Events, hyperparameters
 
 SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
@@ -42,6 +43,7 @@ class TrainingFolder:
         Raises:
             UserError: the folder holds a complete run, or one that was started with other settings.
         """
+        self._service = started_with["config"].get("logging")
         self.folder, self.started_with = folder, without_free(json.loads(json.dumps(started_with)))
         settings = folder / SETTINGS
         before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
@@ -94,8 +96,9 @@ class TrainingFolder:
             if later.name >= trace_name(step):
                 shutil.rmtree(later)
         self._log = log.open("a", encoding="utf-8")
-        self._events = Events(self.folder, step)
-        self._events.hparams(hyperparameters(self.started_with["config"]))
+        settings = hyperparameters(self.started_with["config"])
+        self._events = Events(self.folder, step, open_sink(self._service, self.folder, settings))
+        self._events.hparams(settings)
 
     @property
     def events(self) -> Events:

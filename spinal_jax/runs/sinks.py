@@ -1,0 +1,90 @@
+"""Experiment trackers beside TensorBoard: Weights & Biases, Trackio and MLflow. Off unless `logging=` names one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from spinal_jax.errors import UserError
+
+PROJECT = "spinal"
+
+
+class Sink(Protocol):
+    """Takes the numbers of one run."""
+
+    def scalar(self, step: int, tag: str, value: float) -> None:
+        """Adds a number of a step."""
+        ...
+
+    def close(self) -> None:
+        """Ends the run."""
+        ...
+
+
+class _Wandb:
+    """Weights & Biases, and Trackio, which has the same interface."""
+
+    def __init__(self, module: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._module = module
+        module.init(project=PROJECT, name=folder.name, config=dict(settings))
+
+    def scalar(self, step: int, tag: str, value: float) -> None:
+        self._module.log({tag: value}, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+class _MLflow:
+    """MLflow: the experiment is PROJECT, the run the folder's name; where it goes is MLFLOW_TRACKING_URI's."""
+
+    def __init__(self, module: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._module = module
+        module.set_experiment(PROJECT)
+        module.start_run(run_name=folder.name)
+        module.log_params({name: json.dumps(value)[:500] for name, value in settings.items()})
+
+    def scalar(self, step: int, tag: str, value: float) -> None:
+        self._module.log_metric(tag, value, step=step)
+
+    def close(self) -> None:
+        self._module.end_run()
+
+
+def open_sink(service: str | None, folder: Path, settings: Mapping[str, Any]) -> Sink | None:
+    """The sink of `logging=`; None where `service` is None.
+
+    Args:
+        service: wandb, trackio or mlflow.
+        folder: of the run, whose name the run gets there.
+        settings: flat, by dotted name.
+
+    Raises:
+        UserError: the service refuses the run. ImportError: its package is not installed, which the settings check.
+    """
+    if service is None:
+        return None
+    module = importlib.import_module(service)
+    make: Callable[[Any, Path, Mapping[str, Any]], Sink] = _MLflow if service == "mlflow" else _Wandb
+    try:
+        return make(module, folder, settings)
+    except Exception as error:
+        raise UserError(f"logging={service} cannot start a run: {' '.join(str(error).split())[:300]}") from error
+
+
+def send_summary(service: str | None, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Sends the numbers of a summary as a run of its own. Arguments and errors as `open_sink`."""
+    sink = open_sink(service, folder, settings)
+    if sink is None:
+        return
+    try:
+        for name, value in summary.items():
+            if isinstance(value, float) and math.isfinite(value):
+                sink.scalar(0, f"spinal/summary/{name}", value)
+    finally:
+        sink.close()
