@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spinal_jax.metrics.columns import TRACE, Column
 
-from spinal_jax.cli.registry import COMMANDS
+from spinal_jax.cli.commands import COMMANDS
 from spinal_jax.config.record import REQUIRED, settings_of
 
 
