@@ -370,7 +370,12 @@ def model_name(source: str) -> str:
     if source.startswith(RANDOM):
         return RANDOM + model_name(source.removeprefix(RANDOM))
     path = Path(source)
-    return path.stem if path.suffix == ".gguf" else (path.resolve().name if path.exists() else source)
+    if not path.exists():
+        return path.stem if path.suffix == ".gguf" else source
+    path = path.resolve()
+    if path.name == "model" and (path.parent / "settings.json").exists():
+        return path.parent.name  # the weights of a training run go by the run
+    return path.stem if path.suffix == ".gguf" else path.name
 
 
 def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice: Choice) -> str:

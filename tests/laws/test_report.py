@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from spinal_jax.audit.pipeline import model_name
 from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.errors import UserError
 from spinal_jax.report import (
@@ -29,8 +30,10 @@ from spinal_jax.report import (
     write_report,
 )
 from spinal_jax.report.cells import describe_positions, name_boundaries
+from spinal_jax.report.collect_page import overlay_figure
 from spinal_jax.report.figures import figures, hover_bands, png_bytes, save_figures, spread, svg_text, tail_line
 from spinal_jax.report.page import caveats, headline
+from spinal_jax.runs.find import Run
 
 Maker = Callable[..., DepthTrace]
 SCRIPTS = 3  # of each page; each chart has one more, that holds its data
@@ -341,3 +344,19 @@ def test_words_for_positions_and_boundaries() -> None:
     assert describe_positions("stride:8") == "every 8th token of each prompt"
     assert name_boundaries([3]) == "boundary 3"
     assert name_boundaries([12, 3, 13, 14]) == "boundaries 3, 12–14"  # noqa: RUF001
+
+
+def test_the_weights_of_a_training_run_go_by_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "demo-dpo"
+    (run / "model").mkdir(parents=True)
+    assert model_name(str(run / "model")) == "model"
+    (run / "settings.json").write_text("{}")
+    assert model_name(str(run / "model")) == "demo-dpo"
+    assert model_name(str(tmp_path / "some.gguf")) == "some"
+    assert model_name("owner/name") == "owner/name"
+
+
+def test_names_are_text_in_figures(make_trace: Maker) -> None:
+    name, run = r"a$\frac{$b", Path("run")
+    figure = overlay_figure([Run(run, "audit", True, {}, {}, make_trace())], {run: name})
+    assert name in svg_text(figure, "overlay")
