@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -13,7 +13,7 @@ write_reference(Path(__file__).parent / "reference")
 
 project = "spinal_jax"
 author = "the spinal_jax authors"
-release = version("spinal-jax")
+release = version = importlib.metadata.version("spinal-jax")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "example"]
 html_theme = "furo"

@@ -23,7 +23,7 @@ os.dup2(read, 3)
 os.dup2(write, 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-PATIENCE = 60.0  # seconds for one answer
+PATIENCE = 600.0  # seconds for one answer
 
 
 def find() -> str | None:
@@ -98,9 +98,10 @@ class Chromium:
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive("Page.loadEventFired"))
 
-    def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives in the page."""
-        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+    def value(self, expression: str, wait: bool = False) -> Any:
+        """What a JavaScript expression gives in the page; with `wait`, what its promise comes to."""
+        found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=wait)
+        return found["result"].get("value")
 
     def picture(self) -> bytes:
         """The whole page as a PNG."""
