@@ -96,7 +96,7 @@ def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
         UserError: for a source that cannot be opened, or prompts that cannot be read.
     """
     bar = bar or no_bar
-    checkpoint = open_checkpoint(config.model.source, config.model.revision)
+    checkpoint = open_checkpoint(config.model.source, config.model.revision, config.model.base)
     try:
         family, decoder = read_checkpoint(checkpoint, config.model.ignore_keys)
         title = f"{config.model.source}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, float32"
@@ -221,7 +221,7 @@ def _hash(checkpoint: Checkpoint, bar: Bar) -> Check:
         digest = checkpoint.sha256()
         advance(1)
     folder = getattr(checkpoint, "folder", None)
-    if folder is not None and (record := read_record(folder)) is not None:
+    if folder is not None and checkpoint.kind != "adapter" and (record := read_record(folder)) is not None:
         same = digest == record["sha256"]
         return Check("hash", same, f"sha256 {digest} is {'' if same else 'not '}what spinal.json recorded")
     if isinstance(checkpoint, SafetensorsFolder) and (wrong := _wrong_blobs(checkpoint.folder)) is not None:

@@ -248,7 +248,7 @@ def check_alike(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
 def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderConfig]]:
     """The checkpoint a user names, its family, and what its config.json says, read strictly."""
     is_random = config.source.startswith(RANDOM)
-    checkpoint = _random(config) if is_random else open_checkpoint(config.source, config.revision)
+    checkpoint = _random(config) if is_random else open_checkpoint(config.source, config.revision, config.base)
     try:
         yield checkpoint, *read_checkpoint(checkpoint, config.ignore_keys)
     finally:

@@ -28,7 +28,7 @@ def convert(asked: config.ConvertConfig, folder: Path) -> int:
     from spinal_jax.models.formats.open import open_checkpoint
 
     model = asked.model
-    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
+    with contextlib.closing(open_checkpoint(model.source, model.revision, model.base)) as checkpoint:
         out = convert(
             checkpoint,
             asked.out,
@@ -54,7 +54,7 @@ def export(asked: config.ExportConfig, folder: Path) -> int:
     from spinal_jax.models.formats.open import open_checkpoint
 
     model = asked.model
-    with contextlib.closing(open_checkpoint(model.source, model.revision)) as checkpoint:
+    with contextlib.closing(open_checkpoint(model.source, model.revision, model.base)) as checkpoint:
         out = export(
             checkpoint,
             asked.out,

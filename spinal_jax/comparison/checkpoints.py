@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,6 +28,7 @@ from spinal_jax.errors import NotLeader, UserError
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.formats.open import adapter_base
 from spinal_jax.models.translate import Family
 from spinal_jax.objectives.examples import pair_sets
 from spinal_jax.objectives.responses import Example, Shape
@@ -137,6 +138,7 @@ def run_footprint(
     """
     bar = bar or pipeline.bars(False)
     prompts = pipeline.read_prompt_set(config.prompts, texts)
+    config = with_reference(config)
     with _opened(config.model, "aligned", bar) as ours, _opened(config.reference, "reference", bar) as theirs:
         tokenizer = ours.checkpoint.tokenizer()
         _check(config, ours, theirs, prompts, tokenizer)
@@ -210,10 +212,29 @@ def _both(found: Measurement) -> BothModels:
     return BothModels(found.policy.distance, found.policy.distance_without)
 
 
+def with_reference(config: CompareConfig) -> CompareConfig:
+    """The settings with a reference: where none is given, the base that the aligned model is an adapter of.
+
+    Errors: UserError where the aligned model is no adapter.
+    """
+    if config.reference.source is not None or config.model.source is None:
+        return config
+    source, revision = adapter_base(config.model.source, config.model.revision, config.model.base)
+    reference = replace(config.reference, source=source, revision=revision, dtype=config.model.dtype)
+    return replace(config, reference=reference)
+
+
 @contextlib.contextmanager
 def _opened(asked: ComparedConfig, role: str, bar: pipeline.Bar) -> Iterator[_Side]:
     assert asked.source is not None
-    config = ModelConfig(asked.source, asked.revision, asked.dtype, asked.name, asked.ignore_keys)
+    config = ModelConfig(
+        source=asked.source,
+        revision=asked.revision,
+        base=asked.base,
+        dtype=asked.dtype,
+        name=asked.name,
+        ignore_keys=asked.ignore_keys,
+    )
     with pipeline.opened(config) as (checkpoint, family, decoder):
         yield _Side(config, checkpoint, family, decoder, lambda what, total, unit: bar(f"{what} {role}", total, unit))
 

@@ -92,12 +92,14 @@ class CompareConfig:
         require_tracker(self.logging)
         for name in ("model", "reference"):
             side: ComparedConfig = getattr(self, name)
+            if side.trace is None and side.source is None and name == "reference" and self.model.source is not None:
+                continue  # the base of an adapter, which names it
             if (side.trace is None) == (side.source is None):
                 both = f"{name}.trace is {side.trace!r} and {name}.source is {side.source!r}; give one of them"
                 neither = f"{name} is missing; give {name}.trace=RUN of an audit, or {name}.source=CHECKPOINT"
                 raise UserError(neither if side.trace is None else both)
-        sources = self.model.source is not None, self.reference.source is not None
-        if any(sources) and not all(sources):
+        sources = self.model.source is not None, self.model.source is not None and self.reference.trace is None
+        if sources[0] != (self.reference.trace is None):
             kind, other = ("source", "trace") if self.model.source is not None else ("trace", "source")
             one, two = getattr(self.model, kind), getattr(self.reference, other)
             raise UserError(f"model.{kind} is {one!r} but reference.{other} is {two!r}; give both alike")

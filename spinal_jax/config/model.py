@@ -8,7 +8,8 @@ from typing import Literal
 from spinal_jax.config.record import about, require
 
 SOURCE = "hub id, Hugging Face folder, PEFT adapter folder, .gguf file, converted folder, or random:SIZE@SEED"
-REVISION = "branch, tag or commit of a hub id"
+REVISION = "branch, tag or commit of a hub id, or a training step such as step-1000"
+BASE = "of a PEFT adapter: its base model; null: as adapter_config.json names it"
 DTYPE = "dtype of weights and forward pass; statistics are float32 or better"
 NAME = "name in reports; null: from the source"
 IGNORE_KEYS = "keys of config.json that are known to change nothing"
@@ -20,6 +21,7 @@ class ModelConfig:
 
     source: str = field(metadata=about(SOURCE))
     revision: str | None = field(default=None, metadata=about(REVISION))
+    base: str | None = field(default=None, metadata=about(BASE))
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=about(DTYPE))
     name: str | None = field(default=None, metadata=about(NAME))
     ignore_keys: tuple[str, ...] = field(default=(), metadata=about(IGNORE_KEYS))
@@ -37,6 +39,7 @@ class ComparedConfig:
     )
     source: str | None = field(default=None, metadata=about(SOURCE))
     revision: str | None = field(default=None, metadata=about(REVISION))
+    base: str | None = field(default=None, metadata=about(BASE))
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=about(DTYPE))
     name: str | None = field(default=None, metadata=about(NAME))
     ignore_keys: tuple[str, ...] = field(default=(), metadata=about(IGNORE_KEYS))
@@ -48,6 +51,7 @@ class SourceConfig:
 
     source: str = field(metadata=about(SOURCE))
     revision: str | None = field(default=None, metadata=about(REVISION))
+    base: str | None = field(default=None, metadata=about(BASE))
     dtype: Literal["float32", "bfloat16"] | None = field(
         default=None, metadata=about("dtype of what is written; null: as the source has it")
     )

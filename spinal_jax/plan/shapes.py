@@ -13,6 +13,7 @@ from spinal_jax.config import ModelConfig
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families import read_model
+from spinal_jax.models.formats.adapter import base_of, is_adapter
 from spinal_jax.models.formats.base import read_config
 from spinal_jax.models.formats.byte_level import SIZES
 from spinal_jax.models.formats.open import open_checkpoint
@@ -36,15 +37,17 @@ def decoder_of(config: ModelConfig) -> DecoderConfig:
     A folder needs nothing but its config.json; of a .gguf file the header is read. Of a hub id whose shape does not
     come with the package, config.json is downloaded or found in the hub's cache. Errors: UserError.
     """
-    return read_model(_config_of(config.source, config.revision), config.ignore_keys)[1]
+    return read_model(_config_of(config.source, config.revision, config.base), config.ignore_keys)[1]
 
 
-def _config_of(source: str, revision: str | None) -> dict[str, Any]:
+def _config_of(source: str, revision: str | None, base: str | None) -> dict[str, Any]:
     if source.startswith(RANDOM):
         shape, at, seed = source.removeprefix(RANDOM).rpartition("@")
         shape = shape if at and seed.isdecimal() else source.removeprefix(RANDOM)
-        return dict(SIZES[shape]) if shape in SIZES else _config_of(shape, revision)
+        return dict(SIZES[shape]) if shape in SIZES else _config_of(shape, revision, base)
     path = Path(source).expanduser()
+    if path.is_dir() and is_adapter(path):
+        return _config_of(*((base, None) if base is not None else base_of(path)), None)
     if path.is_dir():
         return read_config(path)
     if not path.exists() and source in shipped() and revision is None:
@@ -56,7 +59,7 @@ def _config_of(source: str, revision: str | None) -> dict[str, Any]:
             f"there is no model {source!r}: expected a folder with config.json, a .gguf file, a hub id (owner/name), "
             f"random:SIZE, or one of {', '.join(_short_names())}"
         )
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, base)
     try:
         return checkpoint.config
     finally:

@@ -126,6 +126,4 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if path.exists():
         return read_json(path, MOST_CONFIG_BYTES)
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder} holds an adapter, not a whole model: merge it into its base model and save that")
     raise UserError(f"{folder} has no config.json, so it is not a Hugging Face model folder")

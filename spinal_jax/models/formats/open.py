@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from spinal_jax.errors import UserError
+from spinal_jax.models.formats.adapter import AdapterFolder, base_of, is_adapter
 from spinal_jax.models.formats.base import Checkpoint
 from spinal_jax.models.formats.folders import COMPANIONS, read_record
+from spinal_jax.models.formats.quantised import dequantised
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
 
 
-def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
-    """Open what `source` names: a folder with config.json and safetensors, a .gguf file, a folder that
-    `spinal convert` wrote, or a hub id `owner/name`.
+def open_checkpoint(source: str, revision: str | None = None, base: str | None = None) -> Checkpoint:
+    """Open what `source` names: a folder with config.json and safetensors, a PEFT adapter folder, a .gguf file, a
+    folder that `spinal convert` wrote, or a hub id `owner/name` of a model or an adapter.
 
     Files are checked here as far as that needs no reading of weights: formats, shards and lengths, so that a damaged
-    download is refused before any work. Only a hub id has a `revision`. Errors: UserError.
+    download is refused before any work.
+
+    Args:
+        source: as above.
+        revision: of a hub id: a branch, tag or commit, or a training step such as `step-1000`, which stands for the
+            one branch of that step; of a local folder with one folder for each step: which of them.
+        base: of an adapter: the model that it was trained on, in place of the one that its adapter_config.json names.
+
+    Errors: UserError.
     """
+    checkpoint = _open(source, revision, base)
+    if base is not None and checkpoint.kind != "adapter":
+        checkpoint.close()
+        raise UserError(f"base {base!r} was given for {source!r}, which is a whole model and not an adapter")
+    return checkpoint
+
+
+def _open(source: str, revision: str | None, base: str | None) -> Checkpoint:
     path = Path(source).expanduser()
     is_gguf = path.suffix.lower() == ".gguf"
     if not path.exists() and not is_gguf and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return _hub_snapshot(source, revision)
-    if revision is not None:
+        return _hub_snapshot(source, revision, base)
+    if revision is not None and path.is_dir() and (step := _step_folder(path, revision)) is not None:
+        path = step
+    elif revision is not None:
         raise UserError(f"revision {revision!r} was given for {source!r}, but only a hub id (owner/name) has any")
     if path.is_dir():
         record = read_record(path)
@@ -32,7 +54,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
             from spinal_jax.models.formats.orbax import OrbaxFolder
 
             return OrbaxFolder(path, source)
-        return SafetensorsFolder(path, source)
+        return _folder(path, source, base)
     if is_gguf and path.is_file():
         from spinal_jax.models.formats.gguf import GgufFile
 
@@ -42,10 +64,58 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     raise UserError(f"there is no {source!r}: expected an existing folder, a .gguf file, or a hub id (owner/name)")
 
 
-_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+def adapter_base(source: str, revision: str | None = None, base: str | None = None) -> tuple[str, str | None]:
+    """The base model of the adapter that `source` names, and its revision. Errors: UserError where it is no adapter."""
+    checkpoint = open_checkpoint(source, revision, base)
+    with contextlib.closing(checkpoint):
+        if not isinstance(checkpoint, AdapterFolder):
+            raise UserError(
+                f"reference is missing; give reference.source=CHECKPOINT, since {source} is no adapter, which names one"
+            )
+        return checkpoint.base.source, checkpoint.base.revision
 
 
-def _hub_snapshot(repo: str, revision: str | None) -> SafetensorsFolder:
+def _folder(path: Path, source: str, base: str | None, revision: str | None = None) -> Checkpoint:
+    """A Hugging Face folder: a whole model, or an adapter on its base."""
+    if not is_adapter(path):
+        return dequantised(SafetensorsFolder(path, source, revision))
+    name, base_revision = (base, None) if base is not None else base_of(path)
+    if (relative := path / name).is_dir() and not Path(name).expanduser().exists():
+        name = str(relative)
+    try:
+        model = _open(name, base_revision, None)
+    except UserError as error:
+        raise UserError(f"the base model of the adapter {source}: {error}; another is named by model.base=") from error
+    if model.kind == "adapter":
+        raise UserError(f"the base model of the adapter {source} is an adapter itself, {name}; merge that one first")
+    return AdapterFolder(path, source, model)
+
+
+_STEP = re.compile(r"(?:step|checkpoint)[-_]?(\d{1,12})", re.IGNORECASE)
+_STEPS = re.compile(r"(?:^|[^a-z0-9])(?:global_?)?(?:step|checkpoint)[-_]?(\d{1,12})(?!\d)")
+
+
+def _of_step(names: Iterable[str], revision: str) -> list[str]:
+    """The names that speak of the training step that a revision such as `step-1000` names."""
+    if not (match := _STEP.fullmatch(revision)):
+        return []
+    return sorted(name for name in names if int(match[1]) in map(int, _STEPS.findall(name.lower())))
+
+
+def _step_folder(path: Path, revision: str) -> Path | None:
+    """The folder within `path` that a revision names, itself or by its training step."""
+    if Path(revision).name == revision and (path / revision).is_dir():
+        return path / revision
+    found = _of_step((each.name for each in path.iterdir() if each.is_dir()), revision)
+    if len(found) > 1:
+        raise UserError(f"{path} has several folders for {revision}: {', '.join(found)}; name one of them")
+    return path / found[0] if found else None
+
+
+_HUB_FILES = ["adapter_config.json", "config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
+
+
+def _hub_snapshot(repo: str, revision: str | None, base: str | None) -> Checkpoint:
     """The repository's config, safetensors and tokenizer, downloaded into the hub's cache or found there."""
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -56,13 +126,36 @@ def _hub_snapshot(repo: str, revision: str | None) -> SafetensorsFolder:
     except errors.GatedRepoError as error:
         raise UserError(f"{named} is gated: accept its terms on the hub, then log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"the hub has {repo}, but no revision {revision!r} of it") from error
+        return _hub_snapshot(repo, _step_revision(repo, revision, error), base)
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"{repo} is neither a local folder nor a repository that the hub shows you") from error
     except errors.LocalEntryNotFoundError as error:
+        if revision is not None and len(found := _of_step(_cached_revisions(repo), revision)) == 1:
+            return _hub_snapshot(repo, found[0], base)
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise UserError(f"{named} is neither a local folder nor in the hub's cache, and {why}") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{named} could not be downloaded: {reason[0] if reason else type(error).__name__}") from error
-    return SafetensorsFolder(folder, repo, revision=folder.name)
+    return _folder(folder, repo, base, revision=folder.name)
+
+
+def _step_revision(repo: str, revision: str | None, error: Exception) -> str:
+    """The one branch or tag of a repository that belongs to a training step. Errors: UserError."""
+    import huggingface_hub
+
+    refs = huggingface_hub.list_repo_refs(repo)
+    found = _of_step((ref.name for ref in (*refs.branches, *refs.tags)), revision or "")
+    if len(found) > 1:
+        raise UserError(f"{repo} has several revisions for {revision}: {', '.join(found)}; name one of them") from error
+    if not found or found == [revision]:
+        raise UserError(f"the hub has {repo}, but no revision {revision!r} of it") from error
+    return found[0]
+
+
+def _cached_revisions(repo: str) -> list[str]:
+    """The branches and tags of a repository that were downloaded before."""
+    from huggingface_hub import constants
+
+    refs = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs"
+    return [path.relative_to(refs).as_posix() for path in refs.rglob("*") if path.is_file()] if refs.is_dir() else []

@@ -31,6 +31,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
         "BF16": ml_dtypes.bfloat16,
         "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
         "I64": "<i8",
         "I32": "<i4",
         "I16": "<i2",
@@ -41,7 +42,9 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 }
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
     path: Path
     offset: int
     info: TensorInfo
@@ -67,8 +70,7 @@ class SafetensorsFolder:
         return self._infos
 
     def tensor(self, name: str) -> np.ndarray:
-        shape = self._stored[name].info.shape
-        return self._rows(name, 0, shape[0] if shape else 1).reshape(shape)
+        return read_stored(self._stored[name], name)
 
     def part(self, name: str, bounds: Bounds) -> np.ndarray:
         shape = self._stored[name].info.shape
@@ -89,7 +91,6 @@ class SafetensorsFolder:
         return values
 
     def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        # Read, not mapped: mapped pages count as resident memory, and a streaming conversion would seem to hold it all.
         path, offset, info = self._stored[name]
         wide = math.prod(info.shape[1:])
         count = (stop - start) * wide
@@ -108,15 +109,25 @@ class SafetensorsFolder:
         """Nothing is held open between reads."""
 
 
+def read_stored(stored: Stored, name: str) -> np.ndarray:
+    """A whole tensor, read into an array of its own."""
+    path, offset, info = stored
+    # Read, not mapped: mapped pages count as resident memory, and a streaming conversion would seem to hold it all.
+    values = np.fromfile(path, info.dtype, math.prod(info.shape), offset=offset)
+    if values.size != math.prod(info.shape):
+        raise _shorter(path, name)
+    return values.reshape(info.shape)
+
+
 def _shorter(path: Path, name: str) -> UserError:
     return UserError(f"{path} has become shorter since it was opened: {name} cannot be read")
 
 
-def _find_tensors(folder: Path) -> dict[str, _Stored]:
+def _find_tensors(folder: Path) -> dict[str, Stored]:
     """Where every tensor of the folder lies, from the shards' headers alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return _read_header(single)
+        return read_header(single)
     if index.exists():
         return _read_shards(folder, index)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
@@ -128,19 +139,19 @@ def _find_tensors(folder: Path) -> dict[str, _Stored]:
     raise UserError(f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, _Stored]:
+def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map that says which shard holds which tensor")
     if wrong := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
         raise UserError(f"{index} does not say which shard holds {shorten_middle(wrong[0])}")
-    shards: dict[str, dict[str, _Stored]] = {}
+    shards: dict[str, dict[str, Stored]] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise UserError(f"{index} names the shard {shard!r}, which is not a file of the folder itself")
         if not (folder / shard).exists():
             raise UserError(f"the shard {shard} is missing from {folder}: {index.name} names it")
-        shards[shard] = _read_header(folder / shard)
+        shards[shard] = read_header(folder / shard)
     copies: dict[str, list[str]] = defaultdict(list)
     for shard, stored in shards.items():
         for name in stored:
@@ -157,7 +168,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, _Stored]:
     return {name: stored for name, stored in found.items() if stored is not None}
 
 
-def _require_equal(name: str, copies: Sequence[_Stored]) -> None:
+def _require_equal(name: str, copies: Sequence[Stored]) -> None:
     """UserError where files of one checkpoint hold a tensor with different content."""
     first, *others = copies
     for other in others:
@@ -173,7 +184,7 @@ def _require_equal(name: str, copies: Sequence[_Stored]) -> None:
             raise UserError(f"{name} is in both {first.path} and {other.path}, and the two differ")
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file; the reference parser refuses a header that does not cover the whole file."""
     require_regular(path)
     try:
@@ -194,5 +205,5 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         if dtype is None:
             known = ", ".join(SAFETENSORS_DTYPES)
             raise UserError(f"{name} in {path} has the dtype {entry['dtype']}; those that can be read are {known}")
-        stored[name] = _Stored(path, 8 + length + entry["data_offsets"][0], TensorInfo(tuple(entry["shape"]), dtype))
+        stored[name] = Stored(path, 8 + length + entry["data_offsets"][0], TensorInfo(tuple(entry["shape"]), dtype))
     return stored
