@@ -14,7 +14,14 @@ from spinal_jax.config import AuditConfig, MetricsConfig, ModelConfig, build, to
 from spinal_jax.errors import UserError
 
 FULL: dict[str, Any] = {
-    "model": {"source": "a/model", "revision": None, "dtype": "float32", "name": None, "ignore_keys": ["x", "y"]},
+    "model": {
+        "source": "a/model",
+        "revision": None,
+        "base": None,
+        "dtype": "float32",
+        "name": None,
+        "ignore_keys": ["x", "y"],
+    },
     "prompts": {
         "path": "p.jsonl",
         "format": "hh",

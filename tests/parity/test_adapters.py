@@ -94,8 +94,8 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
 
 
 def base_config(model_type: str, tied: bool) -> PretrainedConfig:
-    fields = GPT2 if model_type == "gpt2" else SMALL
-    return CONFIG_MAPPING[model_type](**fields, **{"tie_word_embeddings": tied})
+    fields = (GPT2 if model_type == "gpt2" else SMALL) | {"tie_word_embeddings": tied}
+    return CONFIG_MAPPING[model_type](**fields)
 
 
 def adapted(folder: Path, model_type: str, tied: bool, settings: dict[str, Any], seed: int = 0) -> Path:
