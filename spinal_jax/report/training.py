@@ -19,7 +19,6 @@ from spinal_jax.report.figures import png_bytes, svg_text
 from spinal_jax.report.inline import inline
 from spinal_jax.report.method import method
 from spinal_jax.report.sections import (
-    Block,
     Chart,
     Facts,
     Page,
@@ -97,8 +96,7 @@ def render_training_report(run: TrainingRun) -> str:
             ],
             glance=[_first_and_last(run, drawn["over_training"])],
             sections=[
-                Section("The course of the run", _course(run, drawn)),
-                Section("Losses and gradients", _losses(run, drawn)),
+                Section("The course of the run", [Pictures([_course(run, drawn["course"]), *_losses(run, drawn)])]),
                 Section(
                     "All traces",
                     [
@@ -161,7 +159,7 @@ def _first_and_last(run: TrainingRun, still: Markup) -> Chart:
     return Chart("over_training", charts.stacked("boundary", panels, height=190), still, words)
 
 
-def _course(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Block]:
+def _course(run: TrainingRun, svg: Markup) -> Picture:
     marks = "onset and destabilisation where there are any: here, none"
     if run.onset["onset"]:
         marks = "the onset" + (" and the destabilisation" if run.onset["destabilisation"] else "")
@@ -171,10 +169,10 @@ def _course(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Block]:
         "the terminal block and what else was known. Lines mark {}."
     )
     hint = "Point at a trace to read its values."
-    return [Pictures([Picture("course", drawn["course"], Markup(words).format(marks), hint, tall=True)])]
+    return Picture("course", svg, Markup(words).format(marks), hint, tall=True)
 
 
-def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Block]:
+def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Picture]:
     below = "Below, the share of tokens that the model held to be the likeliest."
     if run.config["objective"]["kind"] == "dpo":
         below = "Below, the rewards: β times how much likelier a response has become than under the reference."
@@ -185,8 +183,7 @@ def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Block]:
         ),
         "loss": Markup("<b>Loss.</b> In training and, where examples were held out, on those. {}").format(below),
     }
-    pictures = [Picture(name, drawn[name], words[name]) for name in words if name in drawn]
-    return [Pictures(pictures)] if pictures else [Text("No loss and no gradient was logged.", "note")]
+    return [Picture(name, drawn[name], words[name]) for name in words if name in drawn]
 
 
 def headline(run: TrainingRun) -> str:
