@@ -104,6 +104,7 @@ def lower_steps(
         top_k=settings.transport.top_k,
         groups=settings.groups,
         lasts=settings.lasts,
+        terminal=settings.terminal,
         shards=shards,
         backend=backend,
     )

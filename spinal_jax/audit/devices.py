@@ -37,7 +37,7 @@ Grams = tuple[contraction.Grams, ...]  # of the rows that count, and of each of 
 # Compiled once for the shapes of a model and a batch, however often `measure` is called; what is summed is donated.
 jit_forward_step = jax.jit(forward_step, static_argnames=("skips", "shards"), donate_argnames="grams")
 jit_lens_step = jax.jit(
-    lens_step, static_argnames=("top_k", "groups", "lasts", "shards", "backend"), donate_argnames="sums"
+    lens_step, static_argnames=("top_k", "groups", "lasts", "terminal", "shards", "backend"), donate_argnames="sums"
 )
 
 
@@ -369,7 +369,12 @@ def devices_of(choice: Choice) -> Devices:
 
 
 def _static(settings: MetricsConfig) -> dict[str, Any]:
-    return {"top_k": settings.transport.top_k, "groups": settings.groups, "lasts": settings.lasts}
+    return {
+        "top_k": settings.transport.top_k,
+        "groups": settings.groups,
+        "lasts": settings.lasts,
+        "terminal": settings.terminal,
+    }
 
 
 def _no_error() -> Array:

@@ -13,7 +13,7 @@ from jax import Array
 from spinal_jax.audit.forward_step import pick
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
-from spinal_jax.metrics.depth import terminal_block
+from spinal_jax.metrics.depth import Terminal, terminal_block
 from spinal_jax.metrics.transport import Lens, LensStats, Pair, lens_stats, turning_angle
 from spinal_jax.parallel.placement import Shards
 
@@ -46,10 +46,10 @@ class LensSums(NamedTuple):
     lens_error: Array  # largest difference seen between two ways to the output's probabilities
 
 
-def pairs_of(boundaries: int, model: int = 0) -> tuple[Pair, Pair, Pair]:
+def pairs_of(boundaries: int, model: int = 0, terminal: Terminal = "third") -> tuple[Pair, Pair, Pair]:
     """Steps, two-block chords (for the turning angle) and the terminal chord (for directness) within one model."""
     depth, begin = boundaries - 1, model * boundaries
-    before = begin + terminal_block(depth)[0] - 1
+    before = begin + terminal_block(depth, terminal)[0] - 1
     return (
         Pair(begin, begin + depth, 1),
         Pair(begin, begin + max(depth - 1, 0), 2),
@@ -97,6 +97,7 @@ def lens_step(
     top_k: int | None,
     groups: int,
     lasts: tuple[int, ...],
+    terminal: Terminal = "third",
     shards: Shards | None = None,
     backend: str | None = None,
 ) -> LensSums:
@@ -110,11 +111,12 @@ def lens_step(
         top_k: as `lens_stats` takes it.
         groups: how many groups of prompts there are.
         lasts: also sum the steps at the last so many tokens of each sequence alone.
+        terminal: which blocks the terminal block is, as `terminal_block` takes it.
         shards: how devices share the work, where there are several.
         backend: as `lens_stats` takes it.
     """
     boundaries = x[0].shape[0]
-    within = tuple(pairs_of(boundaries, model) for model in range(len(sums.own)))
+    within = tuple(pairs_of(boundaries, model, terminal) for model in range(len(sums.own)))
     pairs, divergences = sum(within, ()), ()
     if sums.across is not None:
         pairs, divergences = (*pairs, Pair(0, boundaries, boundaries)), ((boundaries - 1, 2 * boundaries - 1),)

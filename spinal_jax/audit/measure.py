@@ -33,19 +33,21 @@ from spinal_jax.audit.spectra import GramStore, Spectra, all_spectra, spectra_co
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import GroupRun, Plan, TokenBatch
 from spinal_jax.errors import NotLeader, UserError
-from spinal_jax.metrics import contraction
-from spinal_jax.metrics.depth import summary
+from spinal_jax.metrics import columns, contraction
+from spinal_jax.metrics.columns import Column
+from spinal_jax.metrics.depth import summary, terminal_block
 from spinal_jax.metrics.tail import MIN_RANKS, effective_rank, fitted_ranks, spike, tail_fit, tail_slopes
 from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.formats.folders import Bar
-from spinal_jax.stats import jackknife
+from spinal_jax.models.parts import take_apart
 from spinal_jax.stats.groups import Groups
+from spinal_jax.stats.jackknife import Estimate
+from spinal_jax.stats.summary import Replicates, coherence
 
 if TYPE_CHECKING:
     from spinal_jax.audit.resume import Progress
 
-LENS_COLUMNS = frozenset({"transport", "entropy", "curvature", "directness", "path_length"})
 LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may differ from the model's output
 
 
@@ -72,6 +74,7 @@ class Measurement:
     """An audit's numbers: of all prompts, without each group, and the jackknife standard errors from the two."""
 
     whole: Curve
+    reasons: Mapping[str, str]  # by name of a summary number that is NaN, why
     without: tuple[Curve, ...]  # G of them; groups without rows are left out
     errors: Curve
     singular_values: np.ndarray  # [D + 1, d]
@@ -160,14 +163,14 @@ def measure(
         progress: goes on where it stands, and saves there; None: nothing is saved.
 
     Raises:
-        UserError: the pool has too few rows for a fit at any boundary.
-        AssertionError: the lens at the last boundary is not the model's own output.
+        UserError: the window has too few ranks, weights or hidden states are not finite, or the lens at the last
+            boundary is not the model's own output.
         NotLeader: several processes share the audit, and this one does not lead.
         ValueError: `reference` was kept on other batches or settings, or has another depth or vocabulary.
     """
     devices = devices or (OneDevice() if reference is None else reference.devices)
     model = devices.model(model)
-    lens = devices.lens(model.head(settings.transport.temperature))
+    lens = devices.lens(_lens(model, plan, settings))
     if reference is None:
         lenses, known = (lens,), True
     else:
@@ -209,7 +212,7 @@ def keep(
     """
     devices = devices or OneDevice()
     model = devices.model(model)
-    lens = devices.lens(model.head(settings.transport.temperature))
+    lens = devices.lens(_lens(model, plan, settings))
     kept = Reference(lens, plan, settings, devices)
     sums = devices.lens_sums(zero_lens_sums(model.config.depth + 1, settings, 1, False))
 
@@ -227,6 +230,12 @@ def keep(
     return kept
 
 
+def _lens(model: Decoder, plan: Plan, settings: MetricsConfig) -> Lens:
+    """What reads distributions over the tokens of the plan's vocabulary."""
+    lens, vocabulary = model.head(settings.transport.temperature), plan.vocabulary
+    return lens if vocabulary is None else lens.over(vocabulary.ids, vocabulary.rows)
+
+
 def _no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
     return contextlib.nullcontext(lambda amount: None)
 
@@ -237,11 +246,22 @@ def _read_out(sums: LensSums, devices: Devices) -> tuple[tuple[TransportSums, ..
     return devices.totals(sums)
 
 
-def _check_lens(error: float) -> None:
-    if not error < LENS_TOLERANCE:
-        raise AssertionError(
-            f"the lens at the last boundary differs from the model's output by a probability of {error:.2g}"
+def _check_lens(error: float, model: Decoder | None = None) -> None:
+    """UserError unless the lens at the last boundary gives the model's own output."""
+    if error < LENS_TOLERANCE:
+        return
+    if model is not None and math.isnan(error):
+        for name, x in sorted(take_apart(model)[1].items()):
+            if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all()):
+                raise UserError(f"the weights are not finite: {name} holds NaN or infinity; the checkpoint is damaged")
+        raise UserError(
+            "the model's output is not finite although its weights are: a hidden state overflows; "
+            "model.dtype=float32 may help"
         )
+    raise UserError(
+        f"the lens at the last boundary differs from the model's output by a probability of {error:.2g}, which must be "
+        f"below {LENS_TOLERANCE:g}: this model is read wrongly; spinal verify compares it with PyTorch"
+    )
 
 
 def _run(
@@ -296,7 +316,7 @@ def _run(
                 if progress is not None:
                     progress.after(number + 1, len(plan.batches), (grams, lens_error, sums), files)
                 advance(plan.batch_tokens(number))
-        _check_lens(devices.largest(lens_error))
+        _check_lens(devices.largest(lens_error), model)
         if not devices.leads:
             return None, sums
         with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
@@ -308,12 +328,18 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
     groups = plan.groups
     used, drops, total = groups.used, groups.drops, groups.rows.sum()
     rows, positions = groups.rows[used], groups.positions[used]
+    terminal = terminal_block(len(spectra.whole) - 1, settings.terminal)
     window = settings.contraction.window
+    lost = np.flatnonzero(~np.isfinite(spectra.whole).all(axis=-1))
+    if len(lost):
+        raise UserError(
+            f"the hidden states at boundary {lost[0]} are not finite: they overflow; model.dtype=float32 may help"
+        )
     resolution = contraction.resolution(contraction.gram_dtype())
     everything = over_groups(sums)
-    whole = curve(spectra.whole, int(total), everything, window, resolution)
+    whole = curve(spectra.whole, int(total), everything, window, resolution, terminal)
     without = tuple(
-        curve(s, int(total), over_groups(sums, g), window, resolution)
+        curve(s, int(total), over_groups(sums, g), window, resolution, terminal)
         for s, g in zip(spectra.without, drops, strict=True)
     )
     low, high = fitted_ranks(int(total), spectra.whole.shape[-1], window)
@@ -325,16 +351,34 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
     unresolved = np.isnan([c.columns["contraction"] for c in (whole, *without)]).any(axis=0)
     for name in ("contraction", "fit_r2", "fit_quadratic"):  # a number has an error, or there is none
         whole.columns[name][unresolved] = np.nan
+    whole.summary["contraction"] = float(np.mean(whole.columns["contraction"][terminal[0] : terminal[1] + 1]))
     halves = tail_slopes(spectra.halves, int(total), [window], resolution)[0]
     half = halves.mean(axis=0) if len(halves) else np.full(len(spectra.whole), np.nan)
 
-    def error(name: str, full: np.ndarray | float, replicates: list[Any]) -> np.ndarray:
-        sizes = positions if name in LENS_COLUMNS else rows
-        return jackknife.standard_error(np.asarray(full), np.array(replicates), sizes)
+    sizes = {"rows": rows, "positions": positions}
 
+    def estimate(column: Column, full: np.ndarray | float, replicates: list[Any]) -> Estimate:
+        full = np.asarray(full)
+        each = np.array(replicates) if replicates else np.full((len(rows), *full.shape), np.nan)
+        return Estimate.of(full, each, sizes[column.counted_by])
+
+    def replicates(name: str) -> Replicates:
+        full = whole.columns[name]
+        each = np.array([c.columns[name] for c in without]) if without else np.full((len(rows), len(full)), np.nan)
+        return Replicates(full, each, sizes[columns.column(name).counted_by])
+
+    smooth = coherence({name: replicates(name) for name in ("contraction", "transport")}, terminal)
+    whole.summary["coherence"] = float(smooth.estimate.value)
     errors = Curve(
-        {k: error(k, v, [c.columns[k] for c in without]) for k, v in whole.columns.items()},
-        {k: float(error(k, v, [c.summary[k] for c in without])) for k, v in whole.summary.items()},
+        {k: estimate(columns.column(k), v, [c.columns[k] for c in without]).error for k, v in whole.columns.items()},
+        {
+            column.name: float(
+                estimate(column, whole.summary[column.name], [c.summary[column.name] for c in without]).error
+            )
+            for column in columns.SUMMARY
+            if column.counted_by in sizes
+        }
+        | {"coherence": float(smooth.estimate.error)},
     )
     variants = dict(spectra.variants)
     for place, last in enumerate(settings.lasts):
@@ -347,6 +391,7 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
         ).reshape(len(drops), step.shape[-1])
     return Measurement(
         whole=whole,
+        reasons={"coherence": smooth.reason} if smooth.reason else {},
         without=without,
         errors=errors,
         singular_values=spectra.whole,
@@ -379,7 +424,14 @@ def _policy(across: PairSums | None, groups: Groups) -> PolicyDistance | None:
     )
 
 
-def curve(spectra: np.ndarray, rows: int, sums: TransportSums, window: tuple[float, float], resolution: float) -> Curve:
+def curve(
+    spectra: np.ndarray,
+    rows: int,
+    sums: TransportSums,
+    window: tuple[float, float],
+    resolution: float,
+    terminal: tuple[int, int],
+) -> Curve:
     """The depth curve of a pool of prompts, or of some of its groups.
 
     Args:
@@ -387,12 +439,13 @@ def curve(spectra: np.ndarray, rows: int, sums: TransportSums, window: tuple[flo
         rows: N of the whole pool, which says what ranks are fitted.
         sums: of its groups.
         window, resolution: as `tail_fit` takes them.
+        terminal: (first, last) block of the terminal block.
     """
     fits = [tail_fit(s, rows, window, resolution) for s in spectra]
     with np.errstate(invalid="ignore", divide="ignore"):  # a boundary without a turning angle is NaN
         turning = np.where(sums.turned > 0, sums.turning / sums.turned, np.nan)
     transport = _means(sums.step, float(sums.positions))
-    columns = {
+    found = {
         "contraction": np.array([fit.alpha for fit in fits]),
         "fit_r2": np.array([fit.r2 for fit in fits]),
         "fit_quadratic": np.array([fit.quadratic for fit in fits]),
@@ -404,4 +457,4 @@ def curve(spectra: np.ndarray, rows: int, sums: TransportSums, window: tuple[flo
         "curvature": turning,
     }
     direct = float(sums.direct / sums.positions)
-    return Curve(columns, summary(columns["contraction"], columns["transport"], direct))
+    return Curve(found, summary(found["contraction"], found["transport"], direct, terminal))

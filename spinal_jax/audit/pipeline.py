@@ -32,6 +32,7 @@ from spinal_jax.config import (
     to_mapping,
 )
 from spinal_jax.data.packing import SLOTS, Plan, Positions, TokenSequence, plan
+from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.metrics.tail import EPS32, MIN_RANKS, fitted_ranks, resolved_ranks
@@ -173,6 +174,8 @@ def depth_trace(
             "layers": decoder.depth,
             "width": decoder.width,
             "vocabulary": decoder.vocab_size,
+            "vocabulary_tokens": decoder.vocab_size if work.vocabulary is None else len(work.vocabulary),
+            "vocabulary_sha256": None if work.vocabulary is None else work.vocabulary.sha256,
         },
         prompts={
             **prompts,
@@ -193,6 +196,7 @@ def depth_trace(
             "groups": settings.groups,
             "ranks": list(fitted_ranks(work.rows, decoder.width, settings.contraction.window)),
             "resolution": found.resolution,
+            "terminal": list(settings.terminal) if isinstance(settings.terminal, tuple) else settings.terminal,
         },
         columns={
             **found.whole.columns,
@@ -200,7 +204,7 @@ def depth_trace(
             **{f"{k}_se": v for k, v in found.errors.columns.items()},
         },
         summary={
-            "terminal": list(terminal_block(decoder.depth)),
+            "terminal": list(terminal_block(decoder.depth, settings.terminal)),
             **found.whole.summary,
             **{f"{k}_se": v for k, v in found.errors.summary.items()},
             "degrees_of_freedom": len(found.rows) - 1,
@@ -324,6 +328,7 @@ def plan_prompts(
     are left for a fit at any layer."""
     devices = devices or OneDevice()
     limit, groups = asked.max_length, settings.groups
+    terminal_block(decoder.depth, settings.terminal)  # refuses what this depth does not have
     if decoder.learned_positions and limit > decoder.max_positions:
         raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
     kept: list[data.Prompt] = []
@@ -351,6 +356,7 @@ def plan_prompts(
         groups,
         {"components": int(component.max()) + 1, "largest_component": int(np.bincount(component).max())},
     )
+    work = replace(work, vocabulary=Vocabulary.of(tokenizer, decoder.vocab_size))
     low, high = fitted_ranks(work.rows, decoder.width, settings.contraction.window)
     if high - low + 1 < MIN_RANKS:
         raise UserError(
@@ -405,6 +411,7 @@ def caveats(found: Measurement, work: Plan, width: int, window: tuple[float, flo
         )
     lines += _unresolved(found, work, width, window)
     lines += _depends_on_rows(found, work)
+    lines += [f"No {name}: {reason}." for name, reason in found.reasons.items()]
     worst = float(np.nanmin(found.whole.columns["fit_r2"], initial=math.inf))
     if worst < WEAK_FIT:
         at = int(np.nanargmin(found.whole.columns["fit_r2"]))

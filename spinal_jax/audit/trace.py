@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 
 from spinal_jax.errors import UserError
 from spinal_jax.files import Record, check_boundaries, document, floats, load_record, read, save_record
+from spinal_jax.metrics import columns
 from spinal_jax.wording import number, plus_minus, sparkline
 
 SCHEMA = "spinal-trace/2"
@@ -28,19 +29,18 @@ ARRAYS = "spectra.safetensors"
 # fmt: off
 # The keys each section must hold, in the order in which they are written; further keys follow, sorted.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "model": ("name", "source", "revision", "family", "parameters", "layers", "width", "vocabulary", "dtype", "sha256"),
+    "model": ("name", "source", "revision", "family", "parameters", "layers", "width", "vocabulary",
+              "vocabulary_tokens", "vocabulary_sha256", "dtype", "sha256"),
     "prompts": ("source", "format", "count", "skipped_empty", "groups", "tokens", "rows", "positions", "max_length",
                 "chat_template", "sha256"),
-    "settings": ("window", "skip", "center", "positions", "top_k", "temperature", "groups", "ranks", "resolution"),
-    "columns": ("contraction", "contraction_se", "fit_r2", "fit_quadratic", "resolved", "contraction_half", "spike",
-                "spike_se", "effective_rank", "effective_rank_se", "transport", "transport_se", "entropy", "entropy_se",
-                "curvature", "curvature_se"),
-    "summary": ("terminal", "contraction", "contraction_se", "transport", "transport_se", "coherence", "coherence_se",
-                "directness", "directness_se", "path_length", "path_length_se", "degrees_of_freedom"),
+    "settings": ("window", "skip", "center", "positions", "top_k", "temperature", "groups", "ranks", "resolution",
+                 "terminal"),
+    "columns": columns.names(columns.TRACE),
+    "summary": ("terminal", *columns.names(columns.SUMMARY), "degrees_of_freedom"),
     "environment": (),
 }
 # fmt: on
-UNITS = {"transport": "rad", "entropy": "nats", "curvature": "rad", "path_length": "rad"}
+UNITS = {column.name: column.unit for column in (*columns.SUMMARY, *columns.TRACE) if column.unit}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,9 +75,9 @@ class DepthTrace(Record):
             missing = [key for key in keys if key not in getattr(self, section)]
             if missing:
                 raise ValueError(f"{section} has no {', '.join(missing)}")
-        columns = {name: _frozen(np.array(values, np.float64)) for name, values in self.columns.items()}
-        shape = columns["contraction"].shape
-        for name, values in columns.items():
+        by_name = {name: _frozen(np.array(values, np.float64)) for name, values in self.columns.items()}
+        shape = by_name["contraction"].shape
+        for name, values in by_name.items():
             if values.ndim != 1 or len(values) < 2 or values.shape != shape:
                 raise ValueError(
                     f"column {name} has shape {values.shape}; every column has one value per boundary, {shape}"
@@ -89,7 +89,7 @@ class DepthTrace(Record):
         first, last = self.summary["terminal"]
         if not 1 <= first <= last < shape[0]:
             raise ValueError(f"the terminal block {first}..{last} does not lie within boundaries 1..{shape[0] - 1}")
-        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "columns", by_name)
         object.__setattr__(self, "arrays", arrays)
         object.__setattr__(self, "warnings", tuple(self.warnings))
 
@@ -174,7 +174,7 @@ class DepthTrace(Record):
     def _repr_html_(self) -> str:
         first, last = self.terminal
         body = []
-        for name in ("contraction", "transport", "entropy", "curvature", "effective_rank"):
+        for name in (column.name for column in columns.compared()):
             values, unit = self.columns[name], UNITS.get(name, "")
             seen = values[np.isfinite(values)]
             span = f"{number(seen.min())} to {number(seen.max())} {unit}".rstrip() if len(seen) else "not defined"

@@ -81,9 +81,14 @@ class MetricsConfig:
     transport: TransportConfig = field(default_factory=TransportConfig)
     groups: int = field(default=16, metadata=about("groups of prompts, for the jackknife"))
     variants: VariantsConfig = field(default_factory=VariantsConfig)
+    terminal: str | tuple[int, int] = field(
+        default="third", metadata=about("terminal block: third (the last ceil(D / 3) blocks), last:K or [first, last]")
+    )
 
     def __post_init__(self) -> None:
         require(2 <= self.groups <= 1024, "metrics.groups", self.groups, "a number from 2 to 1024")
+        right = "third, last:K with K above 0, or [first, last] with 1 <= first <= last"
+        require(self._has_terminal(), "metrics.terminal", self.terminal, right)
         for last in self.lasts:
             right = f"last:K of fewer tokens than metrics.transport.positions={self.transport.positions} measures"
             require(self._has(last), "metrics.variants.positions", list(self.variants.positions or ()), right)
@@ -94,6 +99,13 @@ class MetricsConfig:
         if self.variants.positions is None:
             return tuple(k for k in (1, 2, 4) if self._has(k))
         return tuple(int(text.removeprefix("last:")) for text in self.variants.positions)
+
+    def _has_terminal(self) -> bool:
+        """Whether some depth has this terminal block."""
+        if isinstance(self.terminal, tuple):
+            return 1 <= self.terminal[0] <= self.terminal[1]
+        kind, _, count = self.terminal.partition(":")
+        return self.terminal == "third" or (kind == "last" and count.isascii() and count.isdigit() and int(count) > 0)
 
     def _has(self, last: int) -> bool:
         """Whether the last `last` tokens are some of those that transport measures."""

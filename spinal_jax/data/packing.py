@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.stats.groups import Groups
 
@@ -145,6 +146,7 @@ class Plan:
     slots: int = SLOTS  # most groups in a batch
     group_count: int = 0  # G, groups without a prompt included
     counts: Mapping[str, int] = field(default_factory=dict)  # what a trace says of how its prompts became sequences
+    vocabulary: Vocabulary | None = None  # that distributions are taken over; None: every row of the unembedding
 
     @cached_property
     def groups(self) -> Groups:

@@ -130,4 +130,6 @@ def singular_values(second: np.ndarray, first: np.ndarray | None = None, rows: i
     if first is not None and rows:
         mean = first.astype(np.float64) / rows
         gram = gram - rows * np.outer(mean, mean)
+    if not np.isfinite(gram).all():
+        return np.full(len(gram), np.nan)
     return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0))

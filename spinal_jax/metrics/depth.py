@@ -6,40 +6,72 @@ import math
 
 import numpy as np
 
+from spinal_jax.errors import UserError
 
-def terminal_block(depth: int) -> tuple[int, int]:
-    """(first, last) of the last ceil(D / 3) blocks, counted from 1: 21..30 of 30."""
-    return depth - math.ceil(depth / 3) + 1, depth
+Terminal = str | tuple[int, int]  # "third", "last:K", or (first, last) block
+
+
+def terminal_block(depth: int, asked: Terminal = "third") -> tuple[int, int]:
+    """(first, last) of the terminal block's blocks, counted from 1.
+
+    Args:
+        depth: D.
+        asked: "third" for the last ceil(D / 3) blocks, 21..30 of 30; "last:K" for the last K; or (first, last).
+
+    Raises:
+        UserError: it cannot be read, or does not lie within 1..D.
+    """
+    wrong = UserError(
+        f"metrics.terminal is {list(asked) if isinstance(asked, tuple) else asked!r}; it takes third, last:K or "
+        f"[first, last] with blocks of 1 to {depth}"
+    )
+    if isinstance(asked, str):
+        kind, _, count = asked.partition(":")
+        if asked == "third":
+            return depth - math.ceil(depth / 3) + 1, depth
+        if kind != "last" or not (count.isascii() and count.isdigit() and 1 <= int(count) <= depth):
+            raise wrong
+        return depth - int(count) + 1, depth
+    first, last = asked
+    if not 1 <= first <= last <= depth:
+        raise wrong
+    return first, last
 
 
 def coherence(series: np.ndarray) -> float:
-    """`1 - sum|second differences| / (2 sum|first differences|)`, in [0, 1].
+    """`1 - sum|second differences| / (2 sum|first differences|)`, clipped to [0, 1].
 
-    1 for a straight ramp or a constant, 0 for a zigzag. NaN where a value of `series` [n] is.
+    1 for a straight ramp or a constant, 0 for a zigzag. NaN where a value of `series` [n] is. Whether a series moves
+    beyond its noise at all is for `stats.summary.coherence` to say.
     """
     first = np.diff(series)
     length = float(np.sum(np.abs(first)))
     if math.isnan(length):
         return math.nan
-    return 1.0 - float(np.sum(np.abs(np.diff(first)))) / (2 * length) if length > 0 else 1.0
+    if length == 0:
+        return 1.0
+    return min(1.0, max(0.0, 1.0 - float(np.sum(np.abs(np.diff(first)))) / (2 * length)))
 
 
-def summary(contraction: np.ndarray, transport: np.ndarray, direct: float) -> dict[str, float]:
+def summary(
+    contraction: np.ndarray, transport: np.ndarray, direct: float, terminal: tuple[int, int]
+) -> dict[str, float]:
     """The summary numbers of one curve.
 
     Args:
         contraction: [D + 1] alpha.
         transport: [D + 1] mean step arriving at each boundary, radians, NaN at 0.
         direct: mean distance from the boundary before the terminal block to boundary D, radians.
+        terminal: (first, last) block of the terminal block.
 
     Returns:
         contraction, transport (means over the terminal block), coherence (S_coh, the mean of both curves' there),
-        directness (in [0, 1]: `direct` over the steps between; 1 when there are none), path_length (all steps,
-        radians).
+        directness (in [0, 1]: `direct` over the steps from there to boundary D; 1 when there are none), path_length
+        (all steps, radians).
     """
-    first, last = terminal_block(len(contraction) - 1)
+    first, last = terminal
     alpha, steps = contraction[first : last + 1], transport[first : last + 1]
-    length = float(np.sum(steps))
+    length = float(np.sum(transport[first:]))
     return {
         "contraction": float(np.mean(alpha)),
         "transport": float(np.mean(steps)),

@@ -17,12 +17,13 @@ Devices that share the vocabulary each walk through their own rows of it; the su
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from spinal_jax.parallel.device_defaults import logit_tile_bytes
@@ -64,7 +65,11 @@ class _Running(NamedTuple):
     tokens: tuple[Array, ...]  # [L, M, K] which tokens have them
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["unembed", "bias"], meta_fields=["cap", "temperature", "size"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["unembed", "bias", "known"],
+    meta_fields=["cap", "temperature", "size"],
+)
 @dataclass(frozen=True)
 class Lens:
     """How logits are read from a normed residual: `cap(x @ unembed.T + bias) / temperature`."""
@@ -73,7 +78,8 @@ class Lens:
     bias: Array | None  # [V]
     cap: float | None
     temperature: float
-    size: int | None = None  # how many of the rows are tokens, the rest being there to be split evenly; None: all
+    size: int | None = None  # how many of the rows are tokens, the rest being padding; None: all
+    known: Array | None = None  # bool [V] which rows are tokens, where those that are not lie between others; None: all
 
     @property
     def vocab_size(self) -> int:
@@ -88,7 +94,26 @@ class Lens:
     def read(self, x: Array) -> Array:
         """float32 [..., V] from x [..., d], the whole vocabulary at once."""
         scores = jnp.einsum("...d,vd->...v", x, self.unembed, preferred_element_type=jnp.float32)
-        return self.logits(scores, 0.0 if self.bias is None else self.bias.astype(jnp.float32))[..., : self.vocab_size]
+        z = self.logits(scores, 0.0 if self.bias is None else self.bias.astype(jnp.float32))
+        z = z if self.known is None else jnp.where(self.known, z, LEAST)
+        return z[..., : self.vocab_size]
+
+    def over(self, ids: np.ndarray, rows: int) -> Lens:
+        """The lens over some tokens alone: the distribution over them, renormalised.
+
+        Args:
+            ids: int [n], ascending and below `rows`.
+            rows: how many rows to keep, so that models with more and with fewer are read in one walk; V copies nothing.
+        """
+        cut = self
+        if rows < self.unembed.shape[0]:
+            cut = replace(self, unembed=self.unembed[:rows], bias=None if self.bias is None else self.bias[:rows])
+        size = int(ids[-1]) + 1
+        if len(ids) == size:
+            return replace(cut, size=size)
+        known = np.zeros(rows, bool)
+        known[ids] = True
+        return replace(cut, size=size, known=jnp.asarray(known))
 
 
 def lens_stats(
@@ -177,6 +202,8 @@ def _walk(
             z = lens.logits(jnp.einsum("lmd,vd->lmv", x, rows, preferred_element_type=jnp.float32), bias)
             if vocab % chunk:
                 z = jnp.where(start + jnp.arange(chunk, dtype=jnp.int32) >= begin, z, LEAST)
+            if lens.known is not None:
+                z = jnp.where(jax.lax.dynamic_slice_in_dim(lens.known, start, chunk), z, LEAST)
             if lens.size is not None:
                 z = jnp.where(first + start + jnp.arange(chunk, dtype=jnp.int32) < lens.size, z, LEAST)
             return z

@@ -27,17 +27,6 @@ def pseudo_values(full: np.ndarray, without: np.ndarray, sizes: np.ndarray) -> n
     return h * full - (h - 1) * without
 
 
-def standard_error(full: np.ndarray, without: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """[...] jackknife standard error of `full`; NaN with fewer than two groups. Arguments as in `pseudo_values`."""
-    groups = len(sizes)
-    if groups < 2:
-        return np.full(np.shape(full), np.nan)
-    h = (sizes.sum() / sizes).reshape(-1, *(1,) * np.ndim(full))
-    share = 1 / h
-    estimate = groups * full - np.sum((1 - share) * without, axis=0)
-    return np.sqrt(np.mean((pseudo_values(full, without, sizes) - estimate) ** 2 / (h - 1), axis=0))
-
-
 @dataclass(frozen=True, eq=False)
 class Estimate:
     """A number, or an array of them, with what each group of prompts contributes to it.
@@ -89,7 +78,7 @@ class Estimate:
 
     @property
     def error(self) -> np.ndarray:
-        """[...] jackknife standard error, as `standard_error`; NaN with fewer than two groups."""
+        """[...] delete-m_j jackknife standard error; NaN with fewer than two groups."""
         if self.degrees_of_freedom < 1:
             return np.full(np.shape(self.value), np.nan)
         h = (1 / self.share).reshape(-1, *(1,) * np.ndim(self.value))

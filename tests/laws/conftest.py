@@ -37,11 +37,10 @@ def _make_trace(
     se = 0.01 if groups > 1 else math.nan
     summary = {key: se if key.endswith("_se") else float(rng.random()) for key in SECTIONS["summary"]}
     arrays = {"singular_values": singular_values, "groups/singular_values": np.stack([singular_values] * groups)}
-    settings = ((0.1, 0.5), 1, False, "last:4", None, 1.0, groups, (4, 16), EPS32)
+    described = (name, "a/folder", None, "llama", 9, depth, width, 99, 99, "cd", "float32", "ab")
+    settings = ((0.1, 0.5), 1, False, "last:4", None, 1.0, groups, (4, 16), EPS32, "third")
     return DepthTrace(
-        model=dict(
-            zip(SECTIONS["model"], (name, "a/folder", None, "llama", 9, depth, width, 99, "float32", "ab"), strict=True)
-        ),
+        model=dict(zip(SECTIONS["model"], described, strict=True)),
         prompts=dict(
             zip(SECTIONS["prompts"], ("pool.txt", "text", 8, 1, groups, 300, 200, 32, 128, False, "cd"), strict=True)
         ),

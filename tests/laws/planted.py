@@ -74,10 +74,10 @@ def trace_of(name: str, grams: np.ndarray, steps: np.ndarray) -> DepthTrace:
     for other in ("entropy", "curvature"):
         columns[other], replicates[other] = 2 * columns["transport"], 2 * replicates["transport"]
     columns = {name: columns.get(name, np.ones(depth + 1)) for name in SECTIONS["columns"]}
-    model = (name, "folder", None, "llama", 9, depth, WIDTH, 99, "float32", name)
+    model = (name, "folder", None, "llama", 9, depth, WIDTH, 99, 99, "cd", "float32", name)
     prompts = ("pool.txt", "text", int(PROMPTS.sum()), 0, GROUPS, total, total, int(POSITIONS.sum()), 128, False, "cd")
     ranks = list(fitted_ranks(total, WIDTH, WINDOW))
-    settings = (list(WINDOW), 1, False, "last:4", None, 1.0, GROUPS, ranks, EPS32)
+    settings = (list(WINDOW), 1, False, "last:4", None, 1.0, GROUPS, ranks, EPS32, "third")
     return DepthTrace(
         model=dict(zip(SECTIONS["model"], model, strict=True)),
         prompts=dict(zip(SECTIONS["prompts"], prompts, strict=True)),

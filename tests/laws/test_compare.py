@@ -18,7 +18,7 @@ from spinal_jax.comparison.ranking import rank, save_ranking
 from spinal_jax.comparison.record import BOTH, METRICS, Comparison, load_comparison, save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import coherence
-from spinal_jax.stats.jackknife import standard_error
+from spinal_jax.stats.jackknife import Estimate
 
 from .planted import GROUPS, POSITIONS, Truth, flat, simulated
 
@@ -184,7 +184,7 @@ def test_the_numbers_are_those_of_the_definition(pair: Pair, both: BothModels) -
     without = np.array([m.mean() for m in aligned.arrays["groups/contraction"][:, 5:]])
     without = without - reference.arrays["groups/contraction"][:, 5:].mean(axis=1)
     without = without - (aligned.arrays["groups/transport"] - reference.arrays["groups/transport"])[:, 5:].mean(axis=1)
-    error = standard_error(np.float64(delta), without, POSITIONS)
+    error = Estimate.of(delta, without, POSITIONS).error
     assert found.summary["delta_align_se"] == pytest.approx(float(error), rel=1e-9)
 
 

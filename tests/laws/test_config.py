@@ -36,6 +36,7 @@ FULL: dict[str, Any] = {
         "transport": {"positions": "last:4", "temperature": 1.0, "top_k": None},
         "groups": 16,
         "variants": {"center": True, "skip": [0, 4], "positions": ["last:2"], "groups": False},
+        "terminal": [5, 7],
     },
     "parallel": {
         "data": 2,

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from spinal_jax.metrics.depth import coherence, summary, terminal_block
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.depth import Terminal, coherence, summary, terminal_block
 
+ONE, TWO = (3, 3), (5, 6)
 SERIES = arrays(np.float64, st.integers(1, 20), elements=st.floats(-10, 10, width=32))
 
 
@@ -21,6 +23,20 @@ SERIES = arrays(np.float64, st.integers(1, 20), elements=st.floats(-10, 10, widt
 )
 def test_terminal_block_is_the_last_third_rounded_up(depth: int, block: tuple[int, int]) -> None:
     assert terminal_block(depth) == block
+
+
+@pytest.mark.parametrize(
+    ("asked", "block"),
+    [("third", (21, 30)), ("last:10", (21, 30)), ("last:1", (30, 30)), ((21, 30), (21, 30)), ((3, 7), (3, 7))],
+)
+def test_the_terminal_block_that_was_asked_for(asked: Terminal, block: tuple[int, int]) -> None:
+    assert terminal_block(30, asked) == block
+
+
+@pytest.mark.parametrize("asked", ["last:0", "last:31", "last:x", "half", (0, 3), (5, 4), (21, 31)])
+def test_a_terminal_block_that_does_not_exist_is_refused(asked: Terminal) -> None:
+    with pytest.raises(UserError, match=r"metrics\.terminal is .*; it takes third, last:K or \[first, last\]"):
+        terminal_block(30, asked)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +82,7 @@ def test_coherence_stays_in_range_and_ignores_offset_scale_and_direction(
 def test_summary_by_hand() -> None:
     alpha = np.array([9, 9, 9, 9, 9, 1.0, 3.0])  # D = 6: the terminal block is 5..6
     steps = np.array([math.nan, 0.5, 0.5, 0.5, 0.5, 0.3, 0.5])
-    found = summary(alpha, steps, direct=0.6)
+    found = summary(alpha, steps, direct=0.6, terminal=TWO)
     expected = {"contraction": 2.0, "transport": 0.4, "coherence": 1.0, "directness": 0.75, "path_length": 2.8}
     assert found == pytest.approx(expected, abs=1e-14)  # a few additions in float64
 
@@ -74,23 +90,25 @@ def test_summary_by_hand() -> None:
 def test_summary_takes_the_mean_of_both_coherences() -> None:
     alpha = np.array([*[5.0] * 7, 0.0, 0.0, 1.0])  # D = 9: the terminal block is 7..9; coherence 1/2
     steps = np.array([math.nan, *[0.1] * 6, 0.1, 0.2, 0.3])  # coherence 1
-    assert summary(alpha, steps, direct=0.6)["coherence"] == pytest.approx(0.75, abs=1e-12)
+    assert summary(alpha, steps, direct=0.6, terminal=(7, 9))["coherence"] == pytest.approx(0.75, abs=1e-12)
 
 
 def test_directness_is_one_on_a_straight_path_and_never_more() -> None:
     steps = np.array([math.nan, 0.25, 0.25, 0.25])
     alpha = np.ones(4)
-    assert summary(alpha, steps, direct=0.25)["directness"] == 1
-    assert summary(alpha, steps, direct=0.25 + 1e-7)["directness"] == 1  # rounding of the two distances
-    assert summary(alpha, np.array([math.nan, 0.1, 0.1, 0.0]), direct=0.0)["directness"] == 1  # nothing moved
+    assert summary(alpha, steps, direct=0.25, terminal=ONE)["directness"] == 1
+    assert summary(alpha, steps, direct=0.25 + 1e-7, terminal=ONE)["directness"] == 1  # rounding of the two distances
+    assert (
+        summary(alpha, np.array([math.nan, 0.1, 0.1, 0.0]), direct=0.0, terminal=ONE)["directness"] == 1
+    )  # nothing moved
 
 
 def test_summary_of_an_unknown_boundary_is_unknown_where_it_counts() -> None:
     alpha = np.array([math.nan, 1, 1, 1, 1, 1, 1])
     steps = np.array([math.nan, 0.5, 0.5, 0.5, 0.5, 0.3, 0.5])
-    assert summary(alpha, steps, 0.6)["contraction"] == 1  # boundary 0 is not in the terminal block
+    assert summary(alpha, steps, 0.6, TWO)["contraction"] == 1  # boundary 0 is not in the terminal block
     alpha[6] = math.nan
-    found = summary(alpha, steps, 0.6)
+    found = summary(alpha, steps, 0.6, TWO)
     assert math.isnan(found["contraction"])
     assert math.isnan(found["coherence"])
     assert found["transport"] == pytest.approx(0.4)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spinal_jax.stats.jackknife import Estimate, pseudo_values, standard_error, t_quantile
+from spinal_jax.stats.jackknife import Estimate, pseudo_values, t_quantile
 from spinal_jax.stats.signflip import sign_flip_p
+
+
+def error_of(full: np.ndarray, without: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    return Estimate.of(full, without, sizes).error
 
 
 def leave_one_out(
@@ -25,7 +29,7 @@ def test_equal_groups_give_the_textbook_jackknife() -> None:
     spread = without - without.mean(axis=0)
     textbook = np.sqrt(7 / 8 * np.sum(spread**2, axis=0))
     # The same sums in another order, float64.
-    np.testing.assert_allclose(standard_error(full, without, sizes), textbook, rtol=1e-12)
+    np.testing.assert_allclose(error_of(full, without, sizes), textbook, rtol=1e-12)
 
 
 def test_unequal_groups_follow_busing_meijer_and_van_der_leeden() -> None:
@@ -39,7 +43,7 @@ def test_unequal_groups_follow_busing_meijer_and_van_der_leeden() -> None:
         h = n / m
         pseudo = h * full - (h - 1) * t
         variance += (pseudo - estimate) ** 2 / (h - 1) / 5
-    assert standard_error(np.float64(full), without, sizes) == pytest.approx(np.sqrt(variance), rel=1e-12)
+    assert error_of(np.float64(full), without, sizes) == pytest.approx(np.sqrt(variance), rel=1e-12)
 
 
 def test_pseudo_values_of_a_mean_are_the_means_of_the_groups() -> None:
@@ -52,7 +56,7 @@ def test_pseudo_values_of_a_mean_are_the_means_of_the_groups() -> None:
     # And so the squared error is the mean over groups of m / (n - m) (group mean - mean) ** 2.
     weight = (sizes / (20 - sizes))[:, None, None]
     closed = np.sqrt(np.mean(weight * (means - full) ** 2, axis=0))
-    np.testing.assert_allclose(standard_error(full, without, sizes), closed, rtol=1e-12)
+    np.testing.assert_allclose(error_of(full, without, sizes), closed, rtol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [[10] * 16, [2, 4, 5, 5, 6, 8, 8, 9, 10, 10, 12, 13, 14, 16, 18, 20]])
@@ -60,7 +64,7 @@ def test_squared_error_of_a_mean_is_unbiased(sizes: list[int]) -> None:
     trials, total = 4000, sum(sizes)
     values = np.random.default_rng(3).normal(size=(total, trials))
     full, without, counts = leave_one_out(values, np.repeat(np.arange(16), sizes))
-    found = np.mean(standard_error(full, without, counts) ** 2)
+    found = np.mean(error_of(full, without, counts) ** 2)
     # A mean square of 15 degrees of freedom, 4000 times: standard error sqrt(2 / 15 / 4000) = 0.6 % with equal groups,
     # a little more with unequal ones; 4 % is some five of them.
     assert found == pytest.approx(1 / total, rel=0.04)
@@ -70,28 +74,28 @@ def test_intervals_of_a_mean_cover() -> None:
     trials = 4000
     values = np.random.default_rng(4).normal(size=(160, trials))
     full, without, sizes = leave_one_out(values, np.repeat(np.arange(16), 10))
-    outside = np.abs(full) > 2.1314495 * standard_error(full, without, sizes)  # t, 15 degrees of freedom, 95 %
+    outside = np.abs(full) > 2.1314495 * error_of(full, without, sizes)  # t, 15 degrees of freedom, 95 %
     assert outside.mean() == pytest.approx(0.05, abs=0.014)  # four standard errors of 4000 trials
 
 
 def test_scale_and_offset() -> None:
     rng = np.random.default_rng(5)
     full, without, sizes = rng.normal(), rng.normal(size=6), np.array([1, 2, 3, 4, 5, 6])
-    error = standard_error(np.float64(full), without, sizes)
-    assert standard_error(np.float64(7 - 3 * full), 7 - 3 * without, sizes) == pytest.approx(3 * error, rel=1e-12)
-    assert standard_error(np.float64(full), without, 10 * sizes) == pytest.approx(error, rel=1e-12)
-    assert standard_error(np.float64(full), np.full(6, full), sizes) == pytest.approx(0, abs=1e-15)
+    error = error_of(np.float64(full), without, sizes)
+    assert error_of(np.float64(7 - 3 * full), 7 - 3 * without, sizes) == pytest.approx(3 * error, rel=1e-12)
+    assert error_of(np.float64(full), without, 10 * sizes) == pytest.approx(error, rel=1e-12)
+    assert error_of(np.float64(full), np.full(6, full), sizes) == pytest.approx(0, abs=1e-15)
 
 
 def test_a_lost_replicate_makes_only_its_column_unknown() -> None:
     full, without = np.ones(3), np.array([[1.0, np.nan, 2.0], [1.5, 1.0, 2.0], [2.0, 1.0, 1.0]])
-    found = standard_error(full, without, np.array([4, 5, 6]))
+    found = error_of(full, without, np.array([4, 5, 6]))
     assert np.isnan(found).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("groups", [0, 1])
 def test_fewer_than_two_groups_have_no_error(groups: int) -> None:
-    found = standard_error(np.ones(3), np.ones((groups, 3)), np.full(groups, 5))
+    found = error_of(np.ones(3), np.ones((groups, 3)), np.full(groups, 5))
     assert found.shape == (3,)
     assert np.isnan(found).all()
 
@@ -110,7 +114,7 @@ def test_an_estimate_has_the_error_and_pseudo_values_of_its_replicates() -> None
     rng = np.random.default_rng(6)
     full, without, sizes = rng.normal(size=3), rng.normal(size=(7, 3)), np.array([1, 5, 2, 8, 3, 3, 4])
     found = Estimate.of(full, without, sizes)
-    np.testing.assert_allclose(found.error, standard_error(full, without, sizes), rtol=1e-12)
+    np.testing.assert_allclose(found.error, error_of(full, without, sizes), rtol=1e-12)
     np.testing.assert_allclose(found.pseudo_values, pseudo_values(full, without, sizes), rtol=1e-12)
     np.testing.assert_allclose(found.half, 2.4469119 * found.error, rtol=1e-7)  # t, 6 degrees of freedom, 95 %
     both = (found - Estimate.of(2 * full, without, sizes)).scaled(0.5)

@@ -172,6 +172,8 @@ def compare(found: trace.Curve, columns: dict[str, np.ndarray], summary: dict[st
         np.testing.assert_allclose(found.columns[name], values, atol=times * TOLERANCE[name], err_msg=name)
     assert found.summary.keys() == summary.keys()
     for name, value in summary.items():
+        if name == "coherence" and math.isnan(found.summary[name]):
+            continue  # flat within noise, or too few boundaries: tests/laws/test_summary.py
         np.testing.assert_allclose(found.summary[name], value, atol=times * TOLERANCE[name], err_msg=name)
 
 
@@ -188,7 +190,8 @@ def found(model: Decoder) -> Measurement:
 def test_all_prompts_give_what_the_method_says(model: Decoder, found: Measurement) -> None:
     """One-token prompts, whose only position is skipped, count for transport alone; empty groups for nothing."""
     compare(found.whole, *reference(model, pool()))
-    assert 0 < found.whole.summary["coherence"] < 1
+    assert math.isnan(found.whole.summary["coherence"])
+    assert found.reasons == {"coherence": "the terminal block has 3 boundaries and coherence needs 4"}
     assert found.singular_values.shape == (8, 32)
     assert found.singular_values_without.shape == (4, 8, 32)
     sizes = {g: [len(s.ids) for s in pool() if s.group == g] for g in FULL}
@@ -213,7 +216,7 @@ def test_the_standard_errors_are_the_jackknife_of_what_is_without(found: Measure
     for part in ("columns", "summary"):
         whole, errors = getattr(found.whole, part), getattr(found.errors, part)
         assert errors.keys() == whole.keys()
-        for name in whole:
+        for name in whole.keys() - {"coherence"}:
             sizes = found.positions if name in lens else found.rows
             h = sizes.sum() / sizes
             without = [np.asarray(getattr(c, part)[name]) for c in found.without]
@@ -352,7 +355,7 @@ def test_a_lens_that_is_not_the_models_output_stops_the_audit(
         return self.config.final_softcap * jnp.arctanh(z / self.config.final_softcap)
 
     monkeypatch.setattr(Decoder, "lens", uncapped)
-    with pytest.raises(AssertionError, match="differs from the model's output"):
+    with pytest.raises(UserError, match="differs from the model's output"):
         audit(model, pool())
     assert all(file.closed for file in scratch)
     assert not list(tmp_path.iterdir())
@@ -361,7 +364,7 @@ def test_a_lens_that_is_not_the_models_output_stops_the_audit(
 def test_parameters_that_are_not_numbers_stop_the_audit(make_decoder: Callable[..., Decoder]) -> None:
     model = make_decoder()  # one of its own, to be spoilt
     model.embedding[...] = model.embedding[...].at[:].set(jnp.nan)
-    with pytest.raises(AssertionError, match="differs from the model's output"):
+    with pytest.raises(UserError, match="the weights are not finite: embedding holds NaN"):
         audit(model, pool())
 
 

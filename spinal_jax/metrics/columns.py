@@ -1,0 +1,254 @@
+# ruff: noqa: RUF001 (Greek letters are meant)
+"""What every column of a result is, once: its unit, how it is counted, how it is shown, its equation and its source.
+
+Sections of JSON and CSV, units and titles of tables and figures, the weights of the jackknife and what a comparison
+subtracts all come from here. A new column of the depth trace is an entry of TRACE and its value in
+`audit.measure.curve`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Counted = Literal["rows", "positions", "pairs", "both"]
+Place = Literal["state", "step", "turn", "block"]
+Colour = Literal["blue", "vermillion", "green", "purple"]
+
+SPINAL = "SPINAL, arXiv 2601.06238"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity that has one value per boundary, or one per curve.
+
+    Attributes:
+        name: its key in JSON, CSV and `arrays`.
+        label: as tables and axes call it.
+        unit: "rad", "nats", or "" for a pure number.
+        counted_by: what a group of prompts is weighed by: hidden states behind contraction ("rows"), positions of the
+            lens ("positions"), preference pairs ("pairs"), or "both" of the first two, a mean of one number of each.
+        equation: its definition, in the letters of docs/method.md.
+        source: where it comes from.
+        error: whether it has a jackknife standard error, NAME_se, and replicates, "groups/NAME".
+        compared: whether a comparison subtracts it.
+        place: how it lies over depth. A "state" belongs to a boundary and can be interpolated between two; a "step" is
+            a length that arrives there, so that a path keeps its length when it is cut anew; a "turn" depends on how
+            finely the path is cut; a "block" belongs to the block that ends there.
+        colour: by role, in figures.
+        bounds: the least and the largest value that its definition allows; intervals are cut there.
+        decimals: how many a table shows; None: by the size of the values.
+    """
+
+    name: str
+    label: str
+    unit: str
+    counted_by: Counted
+    equation: str
+    source: str
+    error: bool = True
+    compared: bool = False
+    place: Place = "state"
+    colour: Colour = "blue"
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    decimals: int | None = None
+
+
+# By boundary, of one checkpoint; in this order in files and tables.
+TRACE = (
+    Column(
+        name="contraction",
+        label="contraction α",
+        unit="",
+        counted_by="rows",
+        equation="alpha_l = -slope of log s_k(H_l) on log k, k in the fitted ranks",
+        source=SPINAL,
+        compared=True,
+    ),
+    Column(
+        name="fit_r2",
+        label="R² of fit",
+        unit="",
+        counted_by="rows",
+        equation="1 - residual / total sum of squares of log s_k over the fitted ranks",
+        source="ordinary least squares",
+        error=False,
+    ),
+    Column(
+        name="fit_quadratic",
+        label="quadratic",
+        unit="",
+        counted_by="rows",
+        equation="coefficient of (log k)^2 when a parabola is fitted instead; 0 for a straight line",
+        source="ordinary least squares",
+        error=False,
+    ),
+    Column(
+        name="resolved",
+        label="resolved ranks",
+        unit="",
+        counted_by="rows",
+        equation="number of s_k > max(sqrt(eps), eps32) s_1, eps that of the Gram sum",
+        source="this project",
+        error=False,
+        decimals=0,
+    ),
+    Column(
+        name="contraction_half",
+        label="α of half",
+        unit="",
+        counted_by="rows",
+        equation="mean of alpha_l of two halves of the groups, over the same ranks",
+        source="this project",
+        error=False,
+    ),
+    Column(
+        name="spike",
+        label="spike log s₁/s₂",
+        unit="",
+        counted_by="rows",
+        equation="log(s_1 / s_2)",
+        source="this project",
+        compared=True,
+        colour="vermillion",
+        bounds=(0.0, math.inf),
+    ),
+    Column(
+        name="effective_rank",
+        label="effective rank",
+        unit="",
+        counted_by="rows",
+        equation="exp(entropy of s_k / sum s)",
+        source="Roy and Vetterli 2007; RankMe, arXiv 2210.02885",
+        compared=True,
+        bounds=(1.0, math.inf),
+    ),
+    Column(
+        name="transport",
+        label="transport L",
+        unit="rad",
+        counted_by="positions",
+        equation="L_l = mean of 2 arccos sum_v sqrt(p_{l-1}(v) p_l(v))",
+        source=SPINAL,
+        compared=True,
+        place="step",
+        colour="vermillion",
+        bounds=(0.0, math.pi),
+    ),
+    Column(
+        name="entropy",
+        label="entropy",
+        unit="nats",
+        counted_by="positions",
+        equation="mean of -sum_v p_l(v) log p_l(v)",
+        source="Shannon 1948",
+        compared=True,
+        colour="green",
+        bounds=(0.0, math.inf),
+    ),
+    Column(
+        name="curvature",
+        label="curvature",
+        unit="rad",
+        counted_by="positions",
+        equation="mean turning angle at p_l of the geodesic path p_{l-1}, p_l, p_{l+1}",
+        source="spherical law of cosines",
+        compared=True,
+        place="turn",
+        colour="purple",
+        bounds=(0.0, math.pi),
+    ),
+)
+
+# One number of a whole curve; T is the terminal block.
+SUMMARY = (
+    Column(
+        name="contraction",
+        label="contraction α",
+        unit="",
+        counted_by="rows",
+        equation="mean of alpha_l over T",
+        source=SPINAL,
+    ),
+    Column(
+        name="transport",
+        label="transport L",
+        unit="rad",
+        counted_by="positions",
+        equation="mean of L_l over T",
+        source=SPINAL,
+        bounds=(0.0, math.pi),
+    ),
+    Column(
+        name="coherence",
+        label="coherence",
+        unit="",
+        counted_by="both",
+        equation="mean over z = alpha, L of 1 - sum|second differences| / (2 sum|first differences|) of z over T",
+        source="this project",
+        bounds=(0.0, 1.0),
+    ),
+    Column(
+        name="directness",
+        label="directness",
+        unit="",
+        counted_by="positions",
+        equation="distance from the boundary before T to boundary D, over the sum of the steps between",
+        source="this project",
+        bounds=(0.0, 1.0),
+    ),
+    Column(
+        name="path_length",
+        label="path length",
+        unit="rad",
+        counted_by="positions",
+        equation="sum of L_l over all l",
+        source=SPINAL,
+        bounds=(0.0, math.inf),
+    ),
+)
+
+# By boundary, of two checkpoints in memory together.
+PAIR = (
+    Column(
+        name="policy_distance",
+        label="policy distance",
+        unit="rad",
+        counted_by="positions",
+        equation="mean of 2 arccos sum_v sqrt(p_l(v) q_l(v)) between both checkpoints at the same position",
+        source="Fisher-Rao distance",
+        colour="purple",
+        bounds=(0.0, math.pi),
+    ),
+    Column(
+        name="gradient_norm",
+        label="preference gradient",
+        unit="",
+        counted_by="pairs",
+        equation="L2 norm over the parameters of block l of the gradient of the mean DPO loss",
+        source="Rafailov et al. 2023, arXiv 2305.18290",
+        place="block",
+        colour="green",
+        bounds=(0.0, math.inf),
+    ),
+)
+
+
+def names(columns: Iterable[Column], error: bool = True) -> tuple[str, ...]:
+    """The keys of columns in their order, each with its NAME_se behind it where it has a standard error."""
+    return tuple(key for c in columns for key in (c.name, f"{c.name}_se")[: 2 if c.error and error else 1])
+
+
+def compared() -> tuple[Column, ...]:
+    """The columns that a comparison subtracts."""
+    return tuple(column for column in TRACE if column.compared)
+
+
+def column(name: str) -> Column:
+    """The column of a name, by boundary. KeyError where there is none."""
+    return _BY_NAME[name]
+
+
+_BY_NAME = {each.name: each for each in (*TRACE, *PAIR)}

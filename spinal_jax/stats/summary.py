@@ -1,0 +1,73 @@
+"""Coherence of a depth curve with its error, and where a curve does not move enough to have one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from spinal_jax.metrics import depth
+from spinal_jax.stats.jackknife import Estimate
+
+FLAT = 3.0  # standard errors that the path must be longer than noise alone makes it
+NOISE_STEP = math.sqrt(2 / math.pi)  # mean of |z| of a standard normal z: a step of pure noise in its standard errors
+FEWEST = 4  # boundaries of the terminal block that coherence needs
+
+
+class Replicates(NamedTuple):
+    """A column from all groups of prompts and without each."""
+
+    full: np.ndarray  # [D + 1]
+    without: np.ndarray  # [G, D + 1], NaN where there is but one group
+    sizes: np.ndarray  # [G] what was measured of each group
+
+
+class Coherence(NamedTuple):
+    """S_coh with its error; the value is NaN where `reason` says why."""
+
+    estimate: Estimate
+    reason: str
+
+
+def coherence(columns: Mapping[str, Replicates], terminal: tuple[int, int]) -> Coherence:
+    """S_coh: the mean over columns of `1 - sum|second differences| / (2 sum|first differences|)` over the terminal
+    block.
+
+    A curve is flat within noise where its path `sum|first differences|` is not longer than noise alone makes it,
+    `sqrt(2 / pi) sum SE(first differences)`, by more than FLAT of the path's standard errors. Coherence would measure
+    nothing but that noise. (Without the first term a fifth of flat curves of 10 boundaries would have a number.)
+    Errors of the columns add as `Estimate` adds them.
+
+    Args:
+        columns: by name, contraction and transport.
+        terminal: (first, last) block, counted from 1.
+    """
+    first, last = terminal
+    span = slice(first, last + 1)
+    found, reasons = [], []
+    for name, column in columns.items():
+
+        def path(x: np.ndarray) -> np.ndarray:
+            return np.abs(np.diff(x[..., span], axis=-1)).sum(axis=-1)
+
+        def smooth(x: np.ndarray) -> np.ndarray:
+            return np.apply_along_axis(depth.coherence, -1, x[..., span])
+
+        found.append(Estimate.of(smooth(column.full), smooth(column.without), column.sizes))
+        steps = Estimate.of(np.diff(column.full[span]), np.diff(column.without[:, span], axis=-1), column.sizes)
+        moved = Estimate.of(path(column.full), path(column.without), column.sizes)
+        if last - first + 1 < FEWEST:
+            reasons.append(f"the terminal block has {last - first + 1} boundaries and coherence needs {FEWEST}")
+        elif math.isnan(float(moved.value)):
+            reasons.append(f"{name} is undefined in the terminal block")
+        elif float(moved.value) <= NOISE_STEP * float(steps.error.sum()) + FLAT * float(moved.error):
+            reasons.append(f"{name} is flat within noise in the terminal block")
+    mean = found[0]
+    for other in found[1:]:
+        mean = mean + other
+    mean = mean.scaled(1 / len(found))
+    if reasons:
+        mean = Estimate(np.array(math.nan), np.full_like(mean.influence, np.nan), mean.share)
+    return Coherence(mean, "; ".join(dict.fromkeys(reasons)))
