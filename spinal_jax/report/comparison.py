@@ -263,7 +263,7 @@ def _robustness(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
 
 
 def _groups(found: Comparison) -> list[Block]:
-    """What each group of prompts says by itself, largest deviation first."""
+    """The pseudo-value of each group of prompts, largest deviation first."""
     values = found.arrays.get("groups/delta_align")
     if values is None or len(values) < 2 or not np.isfinite(values).any():
         return [Text("The comparison has no pseudo-values of groups, so contributions are not known.", "note")]
@@ -284,18 +284,18 @@ def _groups(found: Comparison) -> list[Block]:
         ]
     )
     columns += [column(numbers[order]) for numbers in parts.values()]
-    head = [("Δ align by itself", ""), ("less the mean", ""), ("share of the variance", "")]
+    head = [("Δ align of the group", ""), ("less the mean", ""), ("share of the variance", "")]
     head += [(f"Δ {name}", UNITS.get(name, "")) for name in parts]
     opposite = int(np.sum(np.sign(values) == -np.sign(mean)))
     table = Table(
         "Contribution of each group of prompts", "group", head, order.tolist(), by_row(columns), in_order=False
     )
     words = (
-        f"The jackknife’s pseudo-values: what each of the {len(values)} groups of prompts says by itself; their mean "
+        f"The jackknife’s pseudo-values: the estimate from each of the {len(values)} groups of prompts alone; their mean "
         f"is {number(mean)}. {opposite} of them have the opposite sign. A group far from the others moved the result, "
         "or widened its interval, more than the rest."
     )
-    bars = charts.Line("Δ align by itself", values, "purple", look=3)
+    bars = charts.Line("Δ align of the group", values, "purple", look=3)
     data = charts.stacked("group", [charts.panel("Δ align", np.arange(len(values)), [bars], zero=True)], height=170)
     return [Text(words), Chart("groups", data, Markup(""), "Each point is a group of prompts."), table]
 

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""Figures of comparisons, in the hand of `figures`. What a colour tells is told by a dash, a filling or a place too."""
+"""Figures of comparisons, in the style of `figures`. Every colour is paired with a dash, a filling or a place."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""Figures of a depth trace, one idea each, as matplotlib figures that nobody else's settings or state can change.
+"""Figures of a depth trace, one idea each, as matplotlib figures that do not depend on the caller's settings.
 
 Every figure is 4.6 inches wide with 9 to 10 pt text, so that it is legible in one column of a paper, on a phone and,
 scaled up, beside another on a wide screen. Colours are Okabe-Ito's; what they tell is also told by marker or dash.

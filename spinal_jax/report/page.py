@@ -320,7 +320,7 @@ def _facts(trace: DepthTrace) -> Facts:
             ("Prompts", said),
             (
                 "Contraction rows",
-                f"N = {prompts['rows']:,} against 4d = {4 * model['width']:,} wanted: "
+                f"N = {prompts['rows']:,} against 4d = {4 * model['width']:,} required: "
                 f"{number(prompts['rows'] / model['width'], 2)} rows per dimension. {skip} of each prompt, "
                 f"{'centred' if settings['center'] else 'not centred'}",
             ),
@@ -344,11 +344,11 @@ def caveats(trace: DepthTrace) -> list[str]:
     if rows < 4 * width:
         said = [
             f"Few rows for this width: N = {rows:,} is {rows / width:.1f} per dimension, and 4 (N = {4 * width:,}) are "
-            f"wanted. The sampled tail is then steeper than the true one, so contraction is biased upwards; {equal_n}"
+            f"required. The sampled tail is then steeper than the true one, so contraction is biased upwards; {equal_n}"
         ]
     else:
         said = [
-            f"N = {rows:,} rows are {rows / width:.1f} per dimension of the residual stream; at least 4 are wanted. "
+            f"N = {rows:,} rows are {rows / width:.1f} per dimension of the residual stream; 4 are required. "
             f"Contraction still depends on N: {equal_n}"
         ]
     missing = np.flatnonzero(np.isnan(columns["contraction"]))

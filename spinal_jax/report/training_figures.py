@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""Figures of a training run, in the hand of `figures`: its depth traces, and what else happened at the same steps."""
+"""Figures of a training run, in the style of `figures`: depth traces, losses and gradients over steps."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def loss_figure(run: TrainingRun) -> Figure | None:
     _train_and_eval(run, axes[0], "loss", "loss", hint, BLUE)
     if tokens:
         name = "mean_token_accuracy"
-        _train_and_eval(run, axes[1], name, "token accuracy", "share of tokens foretold", GREEN)
+        _train_and_eval(run, axes[1], name, "token accuracy", "share of tokens that are most likely", GREEN)
     elif rewards:
         for side, colour, dash, marker in (("chosen", BLUE, "-", "o"), ("rejected", VERMILLION, (0, (4, 2)), "s")):
             steps, values = run.series(f"rewards/{side}")

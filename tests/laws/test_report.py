@@ -329,9 +329,9 @@ def test_the_page_says_what_was_measured_and_what_to_beware_of(make_trace: Maker
 
 def test_caveats_follow_the_trace(make_trace: Maker) -> None:
     trace = make_trace()
-    assert "N = 200 rows are 6.2 per dimension of the residual stream; at least 4 are wanted" in caveats(trace)[0]
+    assert "N = 200 rows are 6.2 per dimension of the residual stream; 4 are required" in caveats(trace)[0]
     few = replace(trace, prompts={**trace.prompts, "rows": 100})
-    assert "Few rows for this width: N = 100 is 3.1 per dimension, and 4 (N = 128) are wanted" in caveats(few)[0]
+    assert "Few rows for this width: N = 100 is 3.1 per dimension, and 4 (N = 128) are required" in caveats(few)[0]
     lost = undefined(trace, "contraction")
     assert "Contraction is not defined at boundaries 0–6" in caveats(lost)[1]  # noqa: RUF001
     assert "contraction is not defined" in headline(lost)
