@@ -291,9 +291,9 @@ def _groups(found: Comparison) -> list[Block]:
         "Contribution of each group of prompts", "group", head, order.tolist(), by_row(columns), in_order=False
     )
     words = (
-        f"The jackknife’s pseudo-values: the estimate from each of the {len(values)} groups of prompts alone; their mean "
-        f"is {number(mean)}. {opposite} of them have the opposite sign. A group far from the others moved the result, "
-        "or widened its interval, more than the rest."
+        f"The jackknife’s pseudo-values: the estimate from each of the {len(values)} groups of prompts alone; their "
+        f"mean is {number(mean)}. {opposite} of them have the opposite sign. A group far from the others moved the "
+        "result, or widened its interval, more than the rest."
     )
     bars = charts.Line("Δ align of the group", values, "purple", look=3)
     data = charts.stacked("group", [charts.panel("Δ align", np.arange(len(values)), [bars], zero=True)], height=170)
