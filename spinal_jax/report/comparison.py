@@ -14,6 +14,7 @@ from markupsafe import Markup
 from spinal_jax.comparison.ranking import rank
 from spinal_jax.comparison.record import METRICS, UNITS, Comparison, load_comparison
 from spinal_jax.files import write_whole
+from spinal_jax.metrics import columns
 from spinal_jax.report import charts
 from spinal_jax.report.cells import (
     by_row,
@@ -35,7 +36,7 @@ from spinal_jax.report.comparison_words import (
     summary_markdown,
     targets,
 )
-from spinal_jax.report.figures import png_bytes, svg_text
+from spinal_jax.report.figures import axis_label, png_bytes, svg_text
 from spinal_jax.report.inline import inline
 from spinal_jax.report.method import method
 from spinal_jax.report.sections import (
@@ -54,8 +55,6 @@ from spinal_jax.report.sections import (
     render,
 )
 from spinal_jax.wording import number
-
-ROLES = {"contraction": "blue", "transport": "vermillion", "entropy": "green", "curvature": "purple"}
 
 
 def is_comparison(folder: str | os.PathLike[str]) -> bool:
@@ -189,12 +188,12 @@ def _traces(found: Comparison, still: Markup) -> Chart:
     """Both depth traces over each other."""
     x, (first, last) = np.arange(found.boundaries), found.terminal
     panels = []
-    for name, label in (("contraction", "contraction α"), ("transport", "transport L (rad)")):
+    for name in ("contraction", "transport"):
         lines = []
-        for side, colour, look in (("aligned", ROLES[name], 0), ("reference", "ink", 1)):
+        for side, colour, look in (("aligned", columns.column(name).colour, 0), ("reference", "ink", 1)):
             values, low, high = (found.columns[f"{side}_{name}{end}"] for end in ("", "_low", "_high"))
             lines.append(charts.Line(side, values, colour, look, low, high))
-        panels.append(charts.panel(label, x, lines, shaded=(first - 0.5, last + 0.5)))
+        panels.append(charts.panel(axis_label(name), x, lines, shaded=(first - 0.5, last + 0.5)))
     data = charts.stacked(f"boundary (0: embeddings, {found.depth}: after the last block)", panels, height=190)
     words = (
         "<b>The two depth traces.</b> Contraction and transport of the aligned model (solid) and the reference "
@@ -208,11 +207,8 @@ def _changes(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
     panels = []
     for name in METRICS:
         values, low, high = (found.columns[f"delta_{name}{end}"] for end in ("", "_low", "_high"))
-        unit = f" ({UNITS[name]})" if name in UNITS else ""
-        line = charts.Line(f"Δ {name.replace('_', ' ')}", values, ROLES.get(name, "blue"), 0, low, high)
-        panels.append(
-            charts.panel(f"Δ {name.replace('_', ' ')}{unit}", x, [line], (first - 0.5, last + 0.5), zero=True)
-        )
+        line = charts.Line(f"Δ {name.replace('_', ' ')}", values, columns.column(name).colour, 0, low, high)
+        panels.append(charts.panel(f"Δ {axis_label(name)}", x, [line], (first - 0.5, last + 0.5), zero=True))
     words = Markup(
         "<b>What changed.</b> The aligned model less the reference at each boundary, with 95 % intervals. In the still "
         "picture (paper, figures/deltas.png) a filled point is significant: p below 0.05 by sign flips, after Holm’s "

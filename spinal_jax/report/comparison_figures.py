@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from spinal_jax.comparison.record import LOCALISED, METRICS, UNITS, Comparison
+from spinal_jax.metrics.columns import PAIR, TRACE
 from spinal_jax.report.figures import (
     BLUE,
     GREEN,
@@ -22,10 +23,12 @@ from spinal_jax.report.figures import (
     MARKERS,
     MUTED,
     PURPLE,
+    ROLES,
     SHADE,
     SURFACE,
     VERMILLION,
     WIDTH,
+    axis_label,
     depth_axis,
     halo,
     padded,
@@ -34,15 +37,7 @@ from spinal_jax.report.figures import (
 )
 
 SURE = 0.05  # p-values below it, after Holm's correction, are marked
-COLOURS = {
-    "contraction": BLUE,
-    "transport": VERMILLION,
-    "entropy": GREEN,
-    "curvature": PURPLE,
-    "effective_rank": BLUE,
-    "policy_distance": PURPLE,
-    "gradient_norm": GREEN,
-}
+COLOURS = {about.name: ROLES[about.colour] for about in (*TRACE, *PAIR)}
 MASSES = {
     "delta_contraction": "|Δ contraction|",
     "delta_transport": "|Δ transport|",
@@ -59,16 +54,14 @@ def traces_figure(found: Comparison) -> Figure:
     """Contraction and transport of both models over depth, with 95 % intervals."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     panels: Any = figure.subplots(2, 1, sharex=True)
-    for axes, name, label in zip(
-        panels, ("contraction", "transport"), ("contraction α", "transport L (rad)"), strict=True
-    ):
+    for axes, name in zip(panels, ("contraction", "transport"), strict=True):
         _ground(found, axes)
         reference = {"color": INK, "ls": DASHED, "lw": 1.2, "marker": "s", "markerfacecolor": SURFACE}
         drawn = [
             *_curve(found, axes, f"aligned_{name}", color=COLOURS[name], marker="o", label="aligned", zorder=2.5),
             *_curve(found, axes, f"reference_{name}", **reference, label="reference"),
         ]
-        axes.set_ylabel(label)
+        axes.set_ylabel(axis_label(name))
         _limits(axes, drawn)
     _legend(panels[0], 2)
     depth_axis(found, figure, *panels)

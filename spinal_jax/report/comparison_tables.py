@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from spinal_jax.comparison.ranking import rank
-from spinal_jax.comparison.record import BOTH, LOCALISED, METRICS, UNITS, Comparison
+from spinal_jax.comparison.record import BOTH, LOCALISED, METRICS, Comparison
+from spinal_jax.metrics.columns import column as column_of
 from spinal_jax.report.cells import by_row, cell, column, ends, measured, word
 from spinal_jax.report.comparison_figures import MASSES, SURE, way
 from spinal_jax.report.sections import Cell, Table
@@ -84,7 +85,8 @@ def boundaries(found: Comparison) -> Table:
     head, columns = [], []
     for name in (*(f"delta_{metric}" for metric in METRICS), *known):
         metric = name.removeprefix("delta_")
-        head.append((f"{'Δ ' if name != metric else ''}{metric.replace('_', ' ')}", UNITS.get(metric, "")))
+        about = column_of(metric)
+        head.append((f"{'Δ ' if name != metric else ''}{about.label}", about.unit))
         values, low, high = (found.columns[f"{name}{end}"] for end in ("", "_low", "_high"))
         p = found.columns.get(f"{name}_p_holm", np.full(found.boundaries, np.nan))
         columns.append(column(values, (high - low) / 2, marked=p < SURE))

@@ -31,12 +31,14 @@ from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.record import Comparison
 from spinal_jax.errors import UserError
 from spinal_jax.files import write_whole
+from spinal_jax.metrics import columns
 from spinal_jax.wording import number
 
 WIDTH, HEIGHT = 4.6, 4.7  # inches
 SURFACE, INK, MUTED, GRID, SHADE = "#ffffff", "#1f2328", "#5a646e", "#dfe3e8", "#eef0f3"
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#aa4499"
 MARKERS = "osD^vPX*"
+ROLES = {"blue": BLUE, "vermillion": VERMILLION, "green": GREEN, "purple": PURPLE}  # of `metrics.columns`
 
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -91,8 +93,8 @@ def depth_figure(trace: DepthTrace) -> Figure:
     """Contraction and transport over depth, two panels that share the boundary axis, with 95 % intervals."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    _over_depth(trace, upper, "contraction", "contraction α", BLUE, "o", "higher: small modes vanish faster")
-    _over_depth(trace, lower, "transport", "transport L (rad)", VERMILLION, "s", "higher: predictions move further")
+    _over_depth(trace, upper, "contraction", "o", "higher: small modes vanish faster")
+    _over_depth(trace, lower, "transport", "s", "higher: predictions move further")
     lower.set_ylim(bottom=0)
     depth_axis(trace, figure, upper, lower)
     return figure
@@ -103,8 +105,8 @@ def entropy_figure(trace: DepthTrace) -> Figure:
     """Entropy of the lens distribution and turning angle of its path over depth, with 95 % intervals."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    _over_depth(trace, upper, "entropy", "entropy (nats)", GREEN, "D", "higher: predictions less certain")
-    _over_depth(trace, lower, "curvature", "curvature (rad)", PURPLE, "^", "0: straight on,  π: turns back")
+    _over_depth(trace, upper, "entropy", "D", "higher: predictions less certain")
+    _over_depth(trace, lower, "curvature", "^", "0: straight on,  π: turns back")
     upper.set_ylim(bottom=0)
     depth_axis(trace, figure, upper, lower)
     return figure
@@ -288,8 +290,15 @@ def hover_bands(figure: Figure, trace: DepthTrace | Comparison) -> list[tuple[in
     return [(at, left + at * step, top, step, bottom - top) for at in range(trace.boundaries)]
 
 
-def _over_depth(trace: DepthTrace, axes: Axes, column: str, label: str, colour: str, marker: str, hint: str) -> None:
+def axis_label(name: str) -> str:
+    """A column's label with its unit."""
+    about = columns.column(name)
+    return f"{about.label} ({about.unit})" if about.unit else about.label
+
+
+def _over_depth(trace: DepthTrace, axes: Axes, column: str, marker: str, hint: str) -> None:
     """One column over the boundaries: interval band, line, terminal block; the hint says what higher means."""
+    label, colour = axis_label(column), ROLES[columns.column(column).colour]
     first, last = trace.terminal
     axes.axvspan(first - 0.5, last + 0.5, color=SHADE, lw=0, zorder=0)
     axes.set_ylabel(label)

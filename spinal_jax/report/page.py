@@ -13,6 +13,8 @@ from markupsafe import Markup
 
 from spinal_jax.audit.trace import UNITS, DepthTrace, load_trace
 from spinal_jax.files import write_whole
+from spinal_jax.metrics import columns
+from spinal_jax.metrics.columns import TRACE
 from spinal_jax.report import charts, figures
 from spinal_jax.report.cells import by_row, code, column, describe_positions, digest, environment, name_boundaries, tile
 from spinal_jax.report.inline import Target, inline
@@ -33,17 +35,6 @@ from spinal_jax.report.sections import (
 )
 from spinal_jax.wording import decimals, number, plus_minus
 
-COLUMNS = (
-    ("contraction", "contraction α"),
-    ("fit_r2", "R² of fit"),
-    ("fit_quadratic", "quadratic"),
-    ("resolved", "resolved ranks"),
-    ("spike", "spike log s₁/s₂"),
-    ("effective_rank", "effective rank"),
-    ("transport", "transport L"),
-    ("entropy", "entropy"),
-    ("curvature", "curvature"),
-)
 MODEST = (
     "One checkpoint’s trace is a description. By itself it is no evidence of alignment, or of its absence: that takes "
     "a comparison with a reference checkpoint on the same tokens (spinal compare)."
@@ -93,8 +84,8 @@ def render_report(trace: DepthTrace) -> str:
                     charts.stacked(
                         f"boundary (0: embeddings, {trace.depth}: after the last block)",
                         [
-                            _panel(trace, "contraction", "contraction α", "blue"),
-                            _panel(trace, "transport", "transport L (rad)", "vermillion"),
+                            _panel(trace, "contraction"),
+                            _panel(trace, "transport"),
                         ],
                     ),
                     drawn["depth"],
@@ -201,11 +192,11 @@ def _how_sure(trace: DepthTrace) -> str:
     return f"{said} The whole path is {number(trace.summary['path_length'])} rad long."
 
 
-def _panel(trace: DepthTrace, name: str, label: str, colour: str) -> dict[str, object]:
+def _panel(trace: DepthTrace, name: str) -> dict[str, object]:
     first, last = trace.terminal
     low, high = trace.interval(name)
-    line = charts.Line(name, trace.columns[name], colour, low=low, high=high)
-    return charts.panel(label, np.arange(trace.boundaries), [line], shaded=(first - 0.5, last + 0.5))
+    line = charts.Line(name, trace.columns[name], columns.column(name).colour, low=low, high=high)
+    return charts.panel(figures.axis_label(name), np.arange(trace.boundaries), [line], shaded=(first - 0.5, last + 0.5))
 
 
 def _curve(trace: DepthTrace, still: Markup) -> Chart:
@@ -265,20 +256,20 @@ def _read_out(trace: DepthTrace, names: tuple[str, ...], at: int) -> str:
 
 def _table(trace: DepthTrace) -> Table:
     """Every column at every boundary."""
-    columns = []
-    for name, _ in COLUMNS:
+    cells = []
+    for about in TRACE:
         half = None
-        if f"{name}_se" in trace.columns:
-            low, high = trace.interval(name)
+        if about.error:
+            low, high = trace.interval(about.name)
             half = (high - low) / 2
-        columns.append(column(trace.columns[name], half, most=0 if name == "resolved" else 4))
+        cells.append(column(trace.columns[about.name], half, most=4 if about.decimals is None else about.decimals))
     first, last = trace.terminal
     return Table(
         "Every quantity at every boundary",
         "boundary",
-        [(title, UNITS.get(name, "")) for name, title in COLUMNS],
+        [(about.label, about.unit) for about in TRACE],
         list(range(trace.boundaries)),
-        by_row(columns),
+        by_row(cells),
         marked=range(first, last + 1),
     )
 

@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison.record": _JSON,
     "comparison": {*_JSON, "metrics", "metrics.columns", "metrics.depth", "stats", "audit.trace", "comparison.record"},
     "runs": {*_JSON, "audit.trace", "comparison.record", "comparison"},
-    "report": {*_RECORDS, "comparison"},
+    "report": {*_RECORDS, "comparison", "metrics.columns"},
     "objectives": {"errors", "data", "config", "metrics", "models"},
     "comparison.preference_gradient": {"config", "metrics", "models", "objectives"},
     "comparison.checkpoints": {

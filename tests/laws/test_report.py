@@ -20,6 +20,7 @@ from matplotlib.image import imread
 from spinal_jax.audit.pipeline import model_name
 from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.errors import UserError
+from spinal_jax.metrics.columns import TRACE
 from spinal_jax.report import (
     curve_figure,
     depth_figure,
@@ -324,7 +325,7 @@ def test_the_page_says_what_was_measured_and_what_to_beware_of(make_trace: Maker
     assert [cell["data-key"] for cell in page.find("th") if "data-key" in cell] == [str(at) for at in range(31)]
     keys = [cell["data-key"] for cell in page.find("td")]
     assert keys[:2] == [repr(float(trace.columns[name][0])) for name in ("contraction", "fit_r2")]
-    assert keys[6] == ""
+    assert keys[[about.name for about in TRACE].index("transport")] == ""
 
 
 def test_caveats_follow_the_trace(make_trace: Maker) -> None:
