@@ -18,6 +18,7 @@ from scipy.special import log_softmax
 
 from spinal_jax import data
 from spinal_jax.audit.measure import LENS_TOLERANCE
+from spinal_jax.audit.pipeline import read_prompt_set
 from spinal_jax.config import PromptsConfig, VerifyConfig
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.transport import Lens, lens_stats
@@ -203,13 +204,10 @@ def _forward(
 
 def _tokens(config: PromptsConfig, checkpoint: Checkpoint, decoder: DecoderConfig) -> list[np.ndarray]:
     """The prompts' token ids, shortest first."""
-    prompts = data.read_prompts(config.path, config.format, config.field, config.limit, config.offset)
+    prompts = read_prompt_set(config)
     limit = min(config.max_length, decoder.max_positions) if decoder.learned_positions else config.max_length
     tokenizer = checkpoint.tokenizer()
-    ids = [data.token_ids(prompt, tokenizer, limit, config.chat_template) for prompt in prompts.prompts]
-    ids = sorted((i for i in ids if len(i)), key=len)
-    if not ids:
-        raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
+    ids = sorted(data.tokenise_prompts(prompts, tokenizer, limit, config.chat_template).ids, key=len)
     if (top := max(int(i.max()) for i in ids)) >= decoder.vocab_size:
         raise UserError(f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not fit")
     return ids

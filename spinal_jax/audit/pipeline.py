@@ -140,7 +140,7 @@ def model_record(name: str, source: str, revision: str | None, dtype: str, sha25
 def prompts_record(prompts: data.PromptSet, config: PromptsConfig) -> dict[str, Any]:
     """What a trace says of its prompts beside how many tokens they have."""
     return {
-        "source": Path(prompts.source).name,
+        "source": data.stem(prompts.source),
         "format": prompts.format,
         "count": len(prompts.prompts),
         "skipped_empty": prompts.skipped_empty,
@@ -303,15 +303,13 @@ def read_prompt_set(config: PromptsConfig, texts: Sequence[str] | None = None) -
     """The prompts that `config` names, or `texts` in their place. Errors: UserError."""
     if config.format == "world" and texts is None:
         return data.World().prompts(config.limit or WORLD_PROMPTS)
-    if texts is None:
-        if config.path is None and config.format != "jsonl":
-            raise UserError("prompts.path is missing; give prompts.path=FILE")
-        return data.read_prompts(config.path, config.format, config.field, config.limit, config.offset)
-    kept = tuple(data.Prompt(text, (("user", text),)) for text in texts if text.strip())
-    if not kept:
-        raise UserError("prompts is an empty list; give at least one text that is not blank")
-    digest = hashlib.sha256("\0".join(p.text for p in kept).encode("utf-8", "replace")).hexdigest()
-    return data.PromptSet(kept, "a list of texts", "text", len(texts) - len(kept), digest)
+    if texts is not None:
+        return data.prompts_of(texts)
+    source = data.source_of(config.path, config.dataset, config.split, config.name, config.revision)
+    if config.path is None and config.dataset is None and config.format != "jsonl":
+        raise UserError("prompts.path is missing; give prompts.path=FILE")
+    path = None if config.path is None and config.dataset is None else source
+    return data.read_prompts(path, config.format, config.field, config.limit, config.offset)
 
 
 def plan_prompts(
@@ -331,15 +329,8 @@ def plan_prompts(
     terminal_block(decoder.depth, settings.terminal)  # refuses what this depth does not have
     if decoder.learned_positions and limit > decoder.max_positions:
         raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
-    kept: list[data.Prompt] = []
-    found: list[np.ndarray] = []
-    for prompt in prompts.prompts:
-        ids = data.token_ids(prompt, tokenizer, limit, asked.chat_template)
-        if len(ids):
-            kept.append(prompt)
-            found.append(ids)
-    if not kept:
-        raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
+    tokens = data.tokenise_prompts(prompts, tokenizer, limit, asked.chat_template)
+    kept, found = tokens.prompts, tokens.ids
     if (top := max(int(ids.max()) for ids in found)) >= decoder.vocab_size:
         raise UserError(
             f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
@@ -354,7 +345,15 @@ def plan_prompts(
         devices.rows,
         slots or devices.slots(decoder, settings),
         groups,
-        {"components": int(component.max()) + 1, "largest_component": int(np.bincount(component).max())},
+        {
+            "count": len(kept),
+            "components": int(component.max()) + 1,
+            "largest_component": int(np.bincount(component).max()),
+            "shortened": tokens.shortened,
+            "refused_by_template": tokens.refused,
+            "undecodable_bytes": prompts.undecodable,
+        },
+        notes_on(prompts, tokens),
     )
     work = replace(work, vocabulary=Vocabulary.of(tokenizer, decoder.vocab_size))
     low, high = fitted_ranks(work.rows, decoder.width, settings.contraction.window)
@@ -369,6 +368,19 @@ def plan_prompts(
             f"metrics.transport.positions is {settings.transport.positions!r}, but no prompt is long enough to have one"
         )
     return work
+
+
+def notes_on(prompts: data.PromptSet, tokens: data.TokenisedPrompts) -> list[str]:
+    """Sentences on how the prompts became tokens that a reader of the numbers must know."""
+    notes = []
+    if tokens.refused:
+        notes.append(
+            f"{tokens.refused} of {len(prompts.prompts)} prompts are left out because the chat template refuses them; "
+            f"the first is {tokens.first_refusal}."
+        )
+    if prompts.undecodable:
+        notes.append(f"{prompts.undecodable} bytes of the prompts' file are no UTF-8 and were read as U+FFFD.")
+    return notes
 
 
 def model_name(source: str) -> str:
@@ -390,12 +402,14 @@ def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice
     kind = getattr(device, "device_kind", device.platform)
     shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     enough = "" if work.rows >= 4 * decoder.width else ", fewer than advised"
+    shortened = work.counts.get("shortened", 0)
+    cut = f" ({shortened:,} of them cut to their last tokens)" if shortened else ""
     kept = (
         "" if work.slots == SLOTS else f", Gram sums of {work.slots} group at a time on the devices, others in a file"
     )
     return (
         f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {dtype} | "
-        f"{kind} x {count}{shared}, {choice}{kept} | {len(work.sequences):,} prompts, {work.tokens:,} tokens in "
+        f"{kind} x {count}{shared}, {choice}{kept} | {len(work.sequences):,} prompts{cut}, {work.tokens:,} tokens in "
         f"{len(work.batches)} batches, {work.waste:.0%} padding | N = {work.rows:,} rows, "
         f"4 d = {4 * decoder.width:,}{enough}"
     )
@@ -403,7 +417,7 @@ def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice
 
 def caveats(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
     """Sentences that a reader of the numbers must know."""
-    lines = []
+    lines = list(work.notes)
     if work.rows < 4 * width:
         lines.append(
             f"N = {work.rows:,} rows are fewer than 4 d = {4 * width:,} (d = {width:,}): sampling then steepens the "
@@ -424,8 +438,8 @@ def caveats(found: Measurement, work: Plan, width: int, window: tuple[float, flo
     elif (share := work.groups.largest_share) > HEAVY:
         lines.append(
             f"One group of prompts holds {share:.0%} of the rows: above {HEAVY:.0%} the intervals are far too narrow. "
-            f"The largest component of near-duplicate prompts has {work.counts.get('largest_component', 1)} of "
-            f"{len(work.sequences)} prompts."
+            f"Of {len(work.sequences)} prompts {work.counts.get('largest_component', 1)} are near-duplicates in one "
+            f"component, and metrics.groups is {work.group_count}."
         )
     if len(found.rows) < 8:
         lines.append(f"Only {len(found.rows)} groups of prompts: the intervals are rough.")

@@ -17,6 +17,49 @@ def require_path(part: str, path: str | None, needed: bool, allowed: bool) -> No
     require(path is None or allowed, f"{part}.path", path, "null: the world is generated")
 
 
+def require_source(part: str, record: PromptsConfig | PreferencesConfig, needed: bool) -> None:
+    """UserError unless `path` or `dataset` names one source where one is needed or read, and the rest belongs to it."""
+    generated = record.format == "world"
+    if record.dataset is None:
+        require_path(part, record.path, needed=needed and not generated, allowed=not generated)
+        for name in ("name", "revision"):
+            value = getattr(record, name)
+            require(value is None, f"{part}.{name}", value, f"null without {part}.dataset")
+        alone = record.split is None or record.path is not None
+        require(alone, f"{part}.split", record.split, f"null without {part}.dataset or {part}.path")
+        return
+    require(record.path is None, f"{part}.path", record.path, f"null beside {part}.dataset={record.dataset}")
+    readable = record.format not in ("text", "world")
+    require(readable, f"{part}.format", record.format, f"a format with fields beside {part}.dataset={record.dataset}")
+    good = bool(record.dataset.strip()) and "://" not in record.dataset
+    require(good, f"{part}.dataset", record.dataset, "the id of a data set, such as owner/name")
+
+
+PromptFormat = Literal[
+    "jsonl", "text", "hh", "ultrafeedback", "tulu3", "dolci", "helpsteer3", "shp", "nectar", "orca", "kto", "world"
+]
+PairFormat = Literal[
+    "hh", "jsonl", "ultrafeedback", "tulu3", "dolci", "helpsteer3", "shp", "nectar", "orca", "kto", "world"
+]
+
+
+@dataclass(frozen=True)
+class PairFieldsConfig:
+    """Which columns hold what a format of pairs calls prompt, chosen, rejected and system: `preferences.fields`."""
+
+    prompt: str | None = dataclasses.field(
+        default=None, metadata=about("column of the prompt; null: that of the format")
+    )
+    chosen: str | None = dataclasses.field(default=None, metadata=about("column of the preferred response"))
+    rejected: str | None = dataclasses.field(default=None, metadata=about("column of the other response"))
+    system: str | None = dataclasses.field(default=None, metadata=about("column of the system's message"))
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Those that are not null."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
 @dataclass(frozen=True)
 class PromptsConfig:
     """Which prompts: `prompts`."""
@@ -24,10 +67,21 @@ class PromptsConfig:
     path: str | None = dataclasses.field(
         default=None, metadata=about("file; null: the 256 prompts that ship with the package")
     )
-    format: Literal["jsonl", "hh", "text", "world"] = dataclasses.field(
-        default="jsonl", metadata=about("format of the file, which may be gzipped; world: generated questions")
+    dataset: str | None = dataclasses.field(
+        default=None, metadata=about("id of a hub data set, owner/name, streamed in place of a file")
     )
-    field: str = dataclasses.field(default="prompt", metadata=about("key of a jsonl row"))
+    split: str | None = dataclasses.field(
+        default=None, metadata=about("split of the data set (null: train) or of a folder")
+    )
+    name: str | None = dataclasses.field(default=None, metadata=about("configuration of the data set"))
+    revision: str | None = dataclasses.field(
+        default=None, metadata=about("branch, tag or commit of the data set; null: its main branch")
+    )
+    format: PromptFormat = dataclasses.field(
+        default="jsonl",
+        metadata=about("layout of the rows (docs/data.md); jsonl: a field, text: lines, world: generated questions"),
+    )
+    field: str = dataclasses.field(default="prompt", metadata=about("column of a row of format jsonl"))
     limit: int | None = dataclasses.field(default=None, metadata=about("how many to read; null: all", "rows"))
     offset: int = dataclasses.field(default=0, metadata=about("how many to skip first", "rows"))
     max_length: int = dataclasses.field(default=256, metadata=about("longer prompts keep their last tokens", "tokens"))
@@ -36,7 +90,7 @@ class PromptsConfig:
     )
 
     def __post_init__(self) -> None:
-        require_path("prompts", self.path, needed=False, allowed=self.format != "world")
+        require_source("prompts", self, needed=False)
         require(self.limit is None or self.limit > 0, "prompts.limit", self.limit, "a number above 0, or null for all")
         require(self.offset >= 0, "prompts.offset", self.offset, "0 or more rows to pass over")
         require(self.max_length > 1, "prompts.max_length", self.max_length, "2 or more tokens")
@@ -47,9 +101,20 @@ class PreferencesConfig:
     """Which preference pairs; `sft` trains on the chosen responses: `preferences`."""
 
     path: str | None = dataclasses.field(default=None, metadata=about("file; of the world null"))
-    format: Literal["hh", "jsonl", "world"] = dataclasses.field(
-        default="hh", metadata=about("format of the file; world: generated pairs")
+    dataset: str | None = dataclasses.field(
+        default=None, metadata=about("id of a hub data set, owner/name, streamed in place of a file")
     )
+    split: str | None = dataclasses.field(
+        default=None, metadata=about("split of the data set (null: train) or of a folder")
+    )
+    name: str | None = dataclasses.field(default=None, metadata=about("configuration of the data set"))
+    revision: str | None = dataclasses.field(
+        default=None, metadata=about("branch, tag or commit of the data set; null: its main branch")
+    )
+    format: PairFormat = dataclasses.field(
+        default="hh", metadata=about("layout of the rows (docs/data.md); world: generated pairs")
+    )
+    fields: PairFieldsConfig = dataclasses.field(default_factory=PairFieldsConfig)
     limit: int | None = dataclasses.field(
         default=None, metadata=about("how many to read; null: all", "rows or generated pairs")
     )
@@ -76,8 +141,7 @@ class PreferencesConfig:
     seed: int = dataclasses.field(default=0, metadata=about("seed of the generated pairs and of the labels"))
 
     def __post_init__(self) -> None:
-        from_file = self.format != "world"
-        require_path("preferences", self.path, needed=from_file, allowed=from_file)
+        require_source("preferences", self, needed=True)
         require(self.limit is None or self.limit > 0, "preferences.limit", self.limit, "a number above 0, or null")
         require(self.offset >= 0, "preferences.offset", self.offset, "0 or more rows to pass over")
         require(self.held_out >= 0, "preferences.held_out", self.held_out, "0 or more rows")

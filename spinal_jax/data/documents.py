@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spinal_jax.data.pairs import Completion
-from spinal_jax.data.sources import asked, digest, field_of, json_object, rows, text_of
+from spinal_jax.data.pair_tokens import Completion, required_eos
+from spinal_jax.data.sources import Source, asked, digest, field_of, json_object, rows, text_of
 from spinal_jax.data.spans import encode
 from spinal_jax.errors import UserError
 
@@ -36,9 +36,9 @@ class DocumentSet:
 def read_documents(
     path: str | Path, format: str = "text", field: str = "text", limit: int | None = None, offset: int = 0
 ) -> DocumentSet:
-    """The documents of rows `offset` to `offset + limit` of a file, gzipped if it ends in `.gz`.
+    """The documents of rows `offset` to `offset + limit` of a file (as for `read_prompts`).
 
-    Formats: `text`, one document a line as it stands; `jsonl`, one JSON object a line of which `field` is the document.
+    Formats: `text`, one document a line as it stands; `jsonl`, rows with named fields of which `field` is the document.
 
     Raises `UserError` if the file cannot be read, a row is not of the format (the line is named), or nothing is left.
     """
@@ -47,9 +47,9 @@ def read_documents(
     source = str(path)
     texts: list[str] = []
     skipped = 0
-    for row in rows(path, source, "corpus", offset, limit):
+    for row in rows(Source(path), "corpus", offset, limit, {}, as_text=format == "text"):
         text = row.text
-        if text and format == "jsonl":
+        if not row.blank and format == "jsonl":
             text = text_of(field_of(json_object(row, " or corpus.format=text"), field, row.where), field, row.where)
         if text.strip():
             texts.append(text)
@@ -72,14 +72,14 @@ def tokenise_documents(
     each begin with the last token of the one before: every token but a document's first is predicted once. A document
     of a single token is left out.
 
-    Raises `UserError` if `max_length` < 2 or no document has two tokens.
+    Raises `UserError` if `max_length` < 2, no document has two tokens, or the tokenizer has no EOS.
     """
     if max_length < 2:
         raise UserError(f"corpus.max_length={max_length} leaves no token to predict; give 2 or more")
-    eos: Any = tokenizer.eos_token_id
+    eos = required_eos(tokenizer, "a document", "choose another tokenizer")
     pieces: list[Completion] = []
     for ids, _ in encode(documents.texts, tokenizer, special=True):
-        if eos is not None and ids[-1:] != [eos]:
+        if ids[-1:] != [eos]:
             ids = [*ids, eos]
         for first in range(0, len(ids) - 1, max_length - 1):
             pieces.append(Completion(np.asarray(ids[first : first + max_length], dtype=np.int32), 1))

@@ -146,6 +146,7 @@ class Plan:
     slots: int = SLOTS  # most groups in a batch
     group_count: int = 0  # G, groups without a prompt included
     counts: Mapping[str, int] = field(default_factory=dict)  # what a trace says of how its prompts became sequences
+    notes: tuple[str, ...] = ()  # sentences on that which a reader must know
     vocabulary: Vocabulary | None = None  # that distributions are taken over; None: every row of the unembedding
 
     @cached_property
@@ -246,6 +247,7 @@ def plan(
     slots: int = SLOTS,
     groups: int | None = None,
     counts: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """Packs sequences into batches of about `batch_tokens` tokens, few shapes and little padding.
 
@@ -257,7 +259,7 @@ def plan(
         shards: how many share the rows of a batch; it divides every batch's height and number of measured positions.
         slots: most groups in a batch.
         groups: how many there are, those without a prompt included; None: up to the last that a sequence names.
-        counts: `Plan.counts`.
+        counts, notes: as of `Plan`.
 
     Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen
     by trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
@@ -307,6 +309,7 @@ def plan(
         slots=slots,
         group_count=1 + max((s.group for s in sequences), default=-1) if groups is None else groups,
         counts=dict(counts or {}),
+        notes=tuple(notes),
     )
 
 

@@ -1,45 +1,149 @@
-"""Streams the rows of a text file, and reads the fields of a JSON row; whatever is wrong is one `UserError`.
+"""Rows of whatever holds them: text, JSON lines, JSON arrays, parquet, Arrow, folders of these, and hub data sets.
 
-`key` is the part of the configuration that names the file (`prompts`, `preferences`, `corpus`), as errors say it.
+`key` is the part of the configuration that names the source (`prompts`, `preferences`, `corpus`), as errors say it.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from spinal_jax.data.tables import HubDataset, files_of, hub_rows, table_rows
+from spinal_jax.data.textfiles import File, items, kind_of, lines, starts_array
 from spinal_jax.errors import UserError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTAINER = re.compile(r"\.(jsonl?|ndjson|txt|parquet|arrow|feather|gz|bz2|xz|zst)$", re.IGNORECASE)
 
 
 class Row(NamedTuple):
-    """One line: its text without the newline ("" if blank), which row it is (0-based), and how errors name it."""
+    """One row: which it is (0-based), how errors name it, and its text or its fields.
 
-    text: str
+    `text` is a line without its end, "" if it is blank; rows of tables and of JSON arrays have none, and their fields
+    in `record`.
+    """
+
     number: int
     where: str
+    text: str = ""
+    record: Any = None
+
+    @property
+    def blank(self) -> bool:
+        return self.record is None and not self.text
 
 
-def rows(file: str | Path | Traversable, source: str, key: str, offset: int, limit: int | None) -> Iterator[Row]:
-    """Rows `offset` to `offset + limit`; a row is a line that is not blank, and blank lines among them come as "".
+class Source(NamedTuple):
+    """Where rows come from: a file or folder, of whose splits one may be chosen, or a data set on a hub."""
 
-    A name that ends in `.gz` is gzipped text. Lines after the last row asked for are not read. Invalid UTF-8 becomes
-    U+FFFD; a byte order mark is passed over. Raises `UserError` if `offset` or `limit` is out of range or the file
-    cannot be read.
+    path: File | None = None
+    split: str | None = None  # of a folder
+    hub: HubDataset | None = None
+    label: str | None = None  # how errors name it; None: by its path or id
+
+    @property
+    def shown(self) -> str:
+        return self.label or (str(self.path) if self.hub is None else self.hub.shown)
+
+
+def source_of(
+    path: str | Path | None,
+    dataset: str | None = None,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+) -> Source:
+    """The source that the settings `path`, `dataset`, `split`, `name` and `revision` name."""
+    if dataset is None:
+        return Source(path, split)
+    return Source(hub=HubDataset(dataset=dataset, split=split or "train", name=name, revision=revision))
+
+
+def stem(source: str) -> str:
+    """What a trace calls a source: the last part of its path without the endings that name a container."""
+    name = Path(source).name
+    while (short := _CONTAINER.sub("", name)) != name and short:
+        name = short
+    return name
+
+
+def rows(
+    source: Source, key: str, offset: int, limit: int | None, counts: dict[str, int], *, as_text: bool = False
+) -> Iterator[Row]:
+    """Rows `offset` to `offset + limit`; a row of a text file is a line that is not blank, and blank ones among them
+    come too.
+
+    What a file is, is told from its content: gzip, bzip2, xz and Zstandard are undone; a text file whose first
+    character is "[" is one JSON array unless `as_text`. What follows the last row asked for is not read.
+    `counts["undecodable"]` grows by the bytes of text that are no UTF-8 and became U+FFFD.
+
+    Raises `UserError` if `offset` or `limit` is out of range or the source cannot be read.
     """
     if offset < 0:
         raise UserError(f"{key}.offset={offset} is negative; give the number of rows to pass over, 0 or more")
     if limit is not None and limit < 1:
         raise UserError(f"{key}.limit={limit} leaves nothing; give 1 or more, or null for all")
-    return _rows(file, source, key, offset, limit)
+    return _some(_all(source, key, counts, as_text), offset, limit)
+
+
+def _some(every: Iterator[Row], offset: int, limit: int | None) -> Iterator[Row]:
+    for row in every:
+        if row.number >= offset:
+            yield row
+        if limit is not None and row.number + (not row.blank) >= offset + limit:
+            return
+
+
+def _all(source: Source, key: str, counts: dict[str, int], as_text: bool) -> Iterator[Row]:
+    """Every row; a blank line has the number of the row after it."""
+    if source.hub is not None:
+        if as_text:
+            raise UserError(f"{key}.format=text reads lines of a file, but {key}.dataset names a data set")
+        for number, record in enumerate(hub_rows(source.hub, key)):
+            yield Row(number, f"{source.shown!r}, row {number + 1}", record=record)
+        return
+    assert source.path is not None
+    number = 0
+    files, names = _files(source, key)
+    for file, name in zip(files, names, strict=True):
+        for row in _of_file(file, name, key, counts, as_text):
+            yield row._replace(number=number)
+            number += not row.blank
+
+
+def _files(source: Source, key: str) -> tuple[list[File], list[str]]:
+    """The files of a source, and how errors name them."""
+    file = source.path
+    assert file is not None
+    if not isinstance(file, str | Path):
+        return [file], [source.shown]
+    path = Path(file).expanduser()
+    if not path.is_dir():
+        if source.split is not None:
+            raise UserError(f"{key}.split is {source.split!r}, but {source.shown!r} is one file, which has no splits")
+        return [path], [source.shown]
+    found = files_of(path, source.split, source.shown, key)
+    return list(found), [f"{source.shown}/{p.relative_to(path).as_posix()}" for p in found]
+
+
+def _of_file(file: File, name: str, key: str, counts: dict[str, int], as_text: bool) -> Iterator[Row]:
+    kind = kind_of(file, name, key)
+    if kind != "text":
+        if as_text:
+            raise UserError(f"{key}.path: {name!r} is a {kind} file, not text; name the column with {key}.field")
+        assert isinstance(file, Path)
+        for number, record in enumerate(table_rows(file, kind, name, key), 1):
+            yield Row(0, f"{name!r}, row {number}", record=record)
+    elif not as_text and starts_array(file, name, key):
+        for number, record in enumerate(items(file, name, key, counts), 1):
+            yield Row(0, f"{name!r}, item {number}", record=record)
+    else:
+        for number, line in enumerate(lines(file, name, key, counts), 1):
+            yield Row(0, f"{name!r}, line {number}", "" if not line.strip() else line)
 
 
 def asked(offset: int, limit: int | None) -> str:
@@ -66,10 +170,12 @@ def valid(text: str) -> str:
 
 def json_object(row: Row, otherwise: str = "") -> dict[str, Any]:
     """The JSON object of a row; `otherwise` is what else the user may do if it is none."""
-    try:
-        value = json.loads(row.text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{row.where} is not JSON: {row.text[:60]!r}; give one object a line{otherwise}") from error
+    value = row.record
+    if value is None:
+        try:
+            value = json.loads(row.text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{row.where} is not JSON: {row.text[:60]!r}; give one object a line{otherwise}") from error
     if not isinstance(value, dict):
         raise UserError(f"{row.where} must hold a JSON object, not {shown(value)}")
     return value
@@ -78,7 +184,7 @@ def json_object(row: Row, otherwise: str = "") -> dict[str, Any]:
 def field_of(record: dict[str, Any], field: str, where: str) -> Any:
     """The value of a field that must be there."""
     if field not in record:
-        raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
+        raise UserError(f"{where} has no field {field!r}; it has {_names(record)}")
     return record[field]
 
 
@@ -89,55 +195,14 @@ def text_of(value: object, field: str, where: str) -> str:
     return valid(value)
 
 
-def turns_of(
-    messages: list[Any], field: str, where: str, roles: tuple[str, ...] = ("user", "assistant")
-) -> list[tuple[str, str]]:
-    """Chat messages {"role", "content"} as (role, content)."""
-    turns: list[tuple[str, str]] = []
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where}: a message of {field!r} must be {{"role", "content"}}, not {shown(message)}')
-        role = message["role"]
-        if role not in roles:
-            raise UserError(f"{where}: a role in {field!r} must be {' or '.join(roles)}, not {shown(role)}")
-        turns.append((role, text_of(message["content"], "content", where)))
-    return turns
-
-
 def shown(value: object) -> str:
     """The beginning of a value, as JSON."""
-    return json.dumps(value)[:60]
-
-
-def _rows(file: str | Path | Traversable, source: str, key: str, offset: int, limit: int | None) -> Iterator[Row]:
-    number = 0
-    for line_number, line in enumerate(_lines(file, source, key), 1):
-        blank = not line.strip()
-        if number >= offset:
-            yield Row("" if blank else line.removesuffix("\n"), number, f"{source!r}, line {line_number}")
-        number += not blank
-        if limit is not None and number >= offset + limit:
-            return
-
-
-def _lines(file: str | Path | Traversable, source: str, key: str) -> Iterator[str]:
     try:
-        with _open(file) as stream:
-            yield from stream
-    except FileNotFoundError as error:
-        raise UserError(f"{key}.path: there is no file {source!r}") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{key}.path: {source!r} is a folder; give one file") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{key}.path: {source!r} is not a whole gzip file ({error})") from error
-    except OSError as error:
-        raise UserError(f"{key}.path: {source!r} cannot be read ({error.strerror or error})") from error
+        return json.dumps(value, default=lambda item: f"<{type(item).__name__}>")[:60]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
 
 
-def _open(file: str | Path | Traversable) -> IO[str]:
-    # utf-8-sig passes over a byte order mark
-    if isinstance(file, str | Path):
-        file = Path(file).expanduser()
-        if file.suffix == ".gz":
-            return gzip.open(file, "rt", encoding="utf-8-sig", errors="replace")
-    return file.open("r", encoding="utf-8-sig", errors="replace")
+def _names(record: dict[str, Any]) -> str:
+    names = [repr(name[:40]) for name in record]
+    return ", ".join(names[:12] + ["..."] * (len(names) > 12)) or "none"

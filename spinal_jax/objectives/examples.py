@@ -99,8 +99,8 @@ def _pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
 def pair_sets(asked: PreferencesConfig) -> list[data.PairSet]:
     """The pairs, or the world's training pairs and its test pairs, which ask other questions."""
     if asked.format != "world":
-        assert asked.path is not None
-        return [data.read_pairs(asked.path, asked.format, asked.limit, asked.offset)]
+        source = data.source_of(asked.path, asked.dataset, asked.split, asked.name, asked.revision)
+        return [data.read_pairs(source, asked.format, asked.limit, asked.offset, asked.fields.given)]
     world = data.World(asked.seed, asked.separability)
     count = (asked.limit or WORLD_PAIRS) - asked.held_out
     if count < 1:

@@ -24,6 +24,10 @@ FULL: dict[str, Any] = {
     },
     "prompts": {
         "path": "p.jsonl",
+        "dataset": None,
+        "split": None,
+        "name": None,
+        "revision": None,
         "format": "hh",
         "field": "prompt",
         "limit": 48,

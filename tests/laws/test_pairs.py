@@ -248,7 +248,7 @@ def test_jsonl_rows_that_are_dropped(tmp_path, row, reason):
         ("jsonl", '{"prompt": "q", "chosen": null, "rejected": "y"}', "'chosen' must be a string, not null"),
         ("jsonl", '{"prompt": "q", "chosen": "x", "rejected": [1]}', "'rejected' holds messages"),
         ("jsonl", '{"prompt": "q", "chosen": [1], "rejected": [2]}', "a message of 'chosen' must be"),
-        ("jsonl", json.dumps({"chosen": [said("tool", "x")], "rejected": [said(REPLY, "x")]}), '"tool"'),
+        ("jsonl", json.dumps({"chosen": [said("nobody", "x")], "rejected": [said(REPLY, "x")]}), '"nobody"'),
         ("jsonl", json.dumps({"chosen": [said(USER, "x")], "rejected": [said(REPLY, "x")]}), "no message of the"),
         ("jsonl", json.dumps({"chosen": [said(REPLY, "x")], "rejected": [said(REPLY, "y")]}), "no field 'prompt'"),
         (
@@ -356,7 +356,7 @@ def test_a_token_that_straddles_the_boundary_is_the_response_s(merged):
 
 
 def test_eos_ends_each_side_once(bytewise):
-    """Appended by the tokenizer, by the text itself, or here; a tokenizer without EOS ends with the text."""
+    """Appended by the tokenizer, by the text itself, or here; a tokenizer without EOS is refused."""
     pairs = pair_set(("p", "a<|eos|>", "b"))
     own = byte_tokenizer()
     own.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -364,7 +364,8 @@ def test_eos_ends_each_side_once(bytewise):
     )
     without = byte_tokenizer()
     without.eos_token = None
-    for tokenizer, rejected in ((bytewise, [98, 257]), (own, [98, 257]), (without, [98])):
+    assert "has no EOS token, which a response ends with" in message(lambda: tokenise_pairs(pairs, without, 99, False))
+    for tokenizer, rejected in ((bytewise, [98, 257]), (own, [98, 257])):
         ((pair,), _) = tokenise_pairs(pairs, tokenizer, 99, False)
         assert pair.rejected.ids[pair.rejected.start :].tolist() == rejected
         assert pair.chosen.ids[pair.chosen.start :].tolist() == ([97, 257] if tokenizer is not own else [97, 257, 257])
@@ -376,7 +377,7 @@ def test_sides_that_become_one_in_tokens_and_responses_without_any(bytewise):
     pairs = pair_set(("p", "YES", "yes"), ("p", "x", "y"), ("p", "a", "b"))
     kept, dropped = tokenise_pairs(pairs, lower, 99, False)
     assert [pair.id for pair in kept] == [2]
-    assert dropped == {"overlong": 0, "identical": 1, "empty": 1, "no_prompt": 0}
+    assert dropped == {"overlong": 0, "identical": 1, "empty": 1, "no_prompt": 0, "refused": 0}
 
 
 @given(st.lists(st.tuples(SAID, SAID, SAID), min_size=1, max_size=6), st.integers(2, 40), st.booleans())
@@ -483,8 +484,10 @@ def test_document_files(tmp_path, bytewise):
     assert "(offset=2, limit=1; 1 empty" in message(lambda: read_documents(path, "jsonl", limit=1, offset=2))
     assert "corpus.max_length=1 " in message(lambda: tokenise_documents(documents("a"), bytewise, 1))
     bare = byte_tokenizer()
-    bare.eos_token, bare.backend_tokenizer.post_processor = None, processors.TemplateProcessing(single="$A")
-    assert "has two tokens" in message(lambda: tokenise_documents(documents("a"), bare, 9))
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    assert "has two tokens" in message(lambda: tokenise_documents(documents("<|eos|>"), bare, 9))
+    bare.eos_token = None
+    assert "no EOS token, which a document ends with" in message(lambda: tokenise_documents(documents("a"), bare, 9))
 
 
 # Order

@@ -1,0 +1,97 @@
+"""Chat messages as turns: the roles, the forms of content, and what is refused because it would be lost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from spinal_jax.data.sources import shown, text_of
+from spinal_jax.errors import UserError
+
+Turn = tuple[str, str]  # (role, content)
+
+ROLES = ("system", "user", "assistant", "tool")
+_SAME = {
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "ipython": "tool",
+    "environment": "tool",
+    "observation": "tool",
+}
+_CALLS = ("functions", "tool_calls", "function_calls", "function_call")  # text of a message beside its content
+
+
+def turns_of(messages: Any, field: str, where: str) -> list[Turn]:
+    """Chat messages {"role", "content"}, or {"from", "value"} as ShareGPT has them, as (role, content).
+
+    Other names of roles become system, user, assistant or tool. Content may be a list of text parts, which are joined;
+    images and other parts are refused by name. Calls of tools beside the content follow it on a line of their own.
+    """
+    if isinstance(messages, dict) and all(isinstance(column, list) for column in messages.values()):
+        messages = _transposed(messages, field, where)
+    if not isinstance(messages, list):
+        raise UserError(f"{where}: {field!r} must be a list of messages, not {shown(messages)}")
+    turns: list[Turn] = []
+    for message in messages:
+        if isinstance(message, dict) and {"from", "value"} <= message.keys():
+            message = {"role": message["from"], "content": message["value"]}
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f'{where}: a message of {field!r} must be {{"role", "content"}}, not {shown(message)}')
+        role = message["role"]
+        role = _SAME.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES:
+            right = ", ".join(ROLES[:-1]) + f" or {ROLES[-1]}"
+            raise UserError(f"{where}: a role in {field!r} must be {right}, not {shown(role)}")
+        calls = [_call(message[name]) for name in _CALLS if message.get(name)]
+        content = message["content"]
+        content = "" if content is None and calls else content_of(content, where)
+        turns.append((role, "\n".join([content, *calls] if content else calls)))
+    return turns
+
+
+def content_of(content: Any, where: str) -> str:
+    """The text of a message's content: a string, or a list of text parts."""
+    if not isinstance(content, list):
+        return text_of(content, "content", where)
+    texts = []
+    for part in content:
+        kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
+        if isinstance(part, str):
+            texts.append(text_of(part, "content", where))
+        elif kind in ("text", "input_text", "output_text"):
+            texts.append(text_of(part.get("text"), "text", where))
+        elif isinstance(kind, str):
+            raise UserError(f"{where}: a message has a part of type {shown(kind)}; only text parts can be read")
+        else:
+            raise UserError(f"{where}: 'content' must be a string or a list of text parts, not {shown(content)}")
+    return "".join(texts)
+
+
+def ending_before_reply(turns: list[Turn], field: str, where: str) -> tuple[Turn, ...]:
+    """The turns that a reply answers: without the assistant's at the end, where a user's or a tool's comes before."""
+    end = len(turns)
+    while end and turns[end - 1][0] == "assistant":
+        end -= 1
+    if turns and (not end or turns[end - 1][0] == "system"):
+        last = turns[-1][0]
+        raise UserError(f"{where}: {field!r} must have a user's message to answer, but it ends with the {last}'s alone")
+    return tuple(turns[:end])
+
+
+def _transposed(columns: dict[str, list[Any]], field: str, where: str) -> list[dict[str, Any]]:
+    """Messages from one list for each of their fields, as older data sets keep them."""
+    if len({len(column) for column in columns.values()}) > 1:
+        raise UserError(f"{where}: the lists of {field!r} differ in length")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _call(value: Any) -> str:
+    if isinstance(value, str):
+        return text_of(value, "tool_calls", "")
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,147 @@
+"""Rows of parquet and Arrow files, of folders of data files, and of data sets on a hub: streamed, nothing executed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinal_jax.data.textfiles import FileErrors
+from spinal_jax.errors import UserError
+
+ROWS_AT_ONCE = 256
+_DATA = re.compile(r"\.(parquet|arrow|feather|jsonl?|ndjson)(\.(gz|bz2|xz|zst))?$")
+_STATE, _SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` of the datasets library writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset:
+    """A data set by its id on a hub, or by a folder laid out like one."""
+
+    dataset: str  # owner/name
+    split: str = "train"
+    name: str | None = None  # of the configuration
+    revision: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """How errors and traces name it."""
+        parts = [self.dataset, self.name or "", self.split]
+        return " ".join(part for part in parts if part) + (f"@{self.revision}" if self.revision else "")
+
+
+def table_rows(file: Path, kind: str, source: str, key: str) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, or of an Arrow file or stream, a few hundred in memory at a time.
+
+    Raises `UserError` if pyarrow is missing or the file is damaged.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError(
+            f"{key}.path: {source!r} is a {kind} file, which needs pyarrow; pip install 'spinal-jax[parquet]'"
+        )
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if kind == "parquet":
+            with pyarrow.parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(ROWS_AT_ONCE):
+                    yield from batch.to_pylist()
+            return
+        with pyarrow.OSFile(str(file)) as stream:
+            batches = pyarrow.ipc.open_file(stream) if kind == "Arrow" else pyarrow.ipc.open_stream(stream)
+            for batch in _batches(batches):
+                for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+                    yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}.path: {source!r} is not a whole {kind} file ({reason})") from error
+
+
+def _batches(reader: Any) -> Iterator[Any]:
+    count = getattr(reader, "num_record_batches", None)
+    if count is None:
+        yield from reader
+    else:
+        for number in range(count):
+            yield reader.get_batch(number)
+
+
+def files_of(folder: Path, split: str | None, source: str, key: str) -> list[Path]:
+    """The data files of a folder, in the order of their rows.
+
+    A folder is what `save_to_disk` of the datasets library writes, for one split or several, or holds parquet, Arrow or
+    JSON files at any depth, which are read in the order of their names; with `split`, those whose name or folder begins
+    with it.
+
+    Raises `UserError` if there are none, or several splits and none is chosen.
+    """
+    if (folder / _SPLITS).is_file():
+        splits = _listed(folder / _SPLITS, "splits", source, key)
+        if split is None and len(splits) == 1:
+            split = splits[0]
+        if split is None or split not in splits:
+            raise UserError(
+                f"{key}.split is {split!r}, but {source!r} has the splits {', '.join(splits)}; choose one of them"
+            )
+        folder = folder / split
+    if (folder / _STATE).is_file():
+        names = [entry.get("filename") for entry in _listed(folder / _STATE, "_data_files", source, key)]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise UserError(f"{key}.path: {source!r} has a {_STATE} that names files outside of its folder")
+        return [folder / name for name in names]
+    found = sorted(path for path in folder.rglob("*") if _DATA.search(path.name) and path.is_file())
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    found = [p for p in found if p.name not in ("dataset_info.json", "dataset_infos.json")]
+    if split is not None and found:
+        begins = re.compile(rf"{re.escape(split)}([-_.]|$)")
+        chosen = [p for p in found if any(begins.match(part) for part in p.relative_to(folder).parts)]
+        if not chosen:
+            names = ", ".join(str(p.relative_to(folder)) for p in found[:5])
+            raise UserError(f"{key}.split is {split!r}, but no file of {source!r} is named for it; it has {names}")
+        return chosen
+    if not found:
+        raise UserError(f"{key}.path: {source!r} is a folder without parquet, Arrow or JSON files; give one file")
+    begins = {re.split(r"[-_.]", p.relative_to(folder).parts[-1])[0] for p in found}
+    splits = sorted(begins & {"train", "test", "validation", "valid", "dev"})
+    if len(splits) > 1:
+        raise UserError(f"{key}.path: {source!r} has the splits {', '.join(splits)}; choose one with {key}.split")
+    return found
+
+
+def _listed(file: Path, name: str, source: str, key: str) -> list[Any]:
+    with FileErrors(source, key):
+        try:
+            value = json.loads(file.read_bytes())[name]
+        except (KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{key}.path: {source!r} has a {file.name} that lists no {name}") from error
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{key}.path: {source!r} has a {file.name} that lists no {name}")
+    return value
+
+
+def hub_rows(asked: HubDataset, key: str) -> Iterator[dict[str, Any]]:
+    """The rows of a split, streamed by the datasets library, which executes nothing of the data set's.
+
+    Raises `UserError` if the library is missing, or the data set cannot be read.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"{key}.dataset needs the datasets library; pip install 'spinal-jax[datasets]'")
+    import datasets
+
+    try:
+        found: Any = datasets.load_dataset(
+            asked.dataset, asked.name, split=asked.split, revision=asked.revision, streaming=True
+        )
+        # As Arrow tables: nothing is decoded, and rows are those of the files.
+        for table in found.with_format("arrow").iter(ROWS_AT_ONCE):
+            yield from table.to_pylist()
+    except UserError:
+        raise
+    except Exception as error:  # the library raises what its file systems and its hub raise
+        reason = " ".join(str(error).split())[:300].removesuffix(".") or type(error).__name__
+        raise UserError(f"{key}.dataset: {asked.shown!r} cannot be read ({reason})") from error

@@ -1,0 +1,139 @@
+"""Turns prompts into the token ids that a model sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spinal_jax.data.prompts import Prompt, PromptSet
+from spinal_jax.data.templates import ChatTemplate, Refusals, TemplateRefusal
+from spinal_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WIDEST = 64  # characters of a token, beyond which a text is taken to have more tokens than it has characters / WIDEST
+SHORT = 1 << 16  # characters that are always tokenised whole
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenisedPrompts:
+    """A prompt set as token ids.
+
+    Attributes:
+        prompts: those that have a token, in their order.
+        ids: of each, int32 [T], T <= max_length.
+        shortened: how many were longer than `max_length` and kept their last tokens.
+        refused: how many the chat template refused, which are left out.
+        first_refusal: the first of them, with the reason.
+    """
+
+    prompts: tuple[Prompt, ...]
+    ids: tuple[np.ndarray, ...]
+    shortened: int
+    refused: int
+    first_refusal: str
+
+
+def tokenise_prompts(
+    prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool
+) -> TokenisedPrompts:
+    """Every prompt as token ids, by the rules of `token_ids`. Prompts without a token are left out.
+
+    Raises `UserError` if no prompt has a token, if the tokenizer has no chat template, or if its template refuses more
+    than 1 in 20 prompts; fewer are left out and counted.
+    """
+    template = ChatTemplate(tokenizer, "prompts") if chat_template else None
+    refusals = Refusals(len(prompts.prompts))
+    kept: list[Prompt] = []
+    found: list[np.ndarray] = []
+    shortened = 0
+    for prompt in prompts.prompts:
+        try:
+            ids, cut = _ids(prompt, tokenizer, max_length, template)
+        except TemplateRefusal as refusal:
+            refusals.add(prompt.where or prompts.source, refusal)
+            continue
+        if len(ids):
+            kept.append(prompt)
+            found.append(ids)
+            shortened += cut
+    if not kept:
+        raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
+    return TokenisedPrompts(
+        prompts=tuple(kept),
+        ids=tuple(found),
+        shortened=shortened,
+        refused=refusals.count,
+        first_refusal=refusals.first,
+    )
+
+
+def token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool) -> np.ndarray:
+    """The token ids of a prompt, int32 [T], T <= max_length: of a longer one the last, behind its BOS if it has one.
+
+    Without `chat_template`, `prompt.text` with the tokenizer's default special tokens; with it, `prompt.turns` through
+    the tokenizer's own template and its opening of the assistant's reply. A BOS that the text and the tokenizer both
+    put in front is there once. Of a text of more than `SHORT` characters and `WIDEST` for each token that is kept, only
+    the end is tokenised, from a white space onwards. T is 0 only if the tokenizer maps the text to nothing.
+
+    Raises `UserError` if `max_length` < 1, or the tokenizer has no chat template, or its template refuses these turns.
+    """
+    template = ChatTemplate(tokenizer, "prompts") if chat_template else None
+    return _ids(prompt, tokenizer, max_length, template)[0]
+
+
+def _ids(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int, template: ChatTemplate | None
+) -> tuple[np.ndarray, bool]:
+    """The ids, and whether there were more."""
+    if max_length < 1:
+        raise UserError(f"prompts.max_length={max_length} leaves no token; give 1 or more")
+    text = prompt.text if template is None else template.render(prompt.turns, opening=True)
+    bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
+    room = max(SHORT, WIDEST * max_length)
+    while True:
+        tail = end_of(text, room)
+        # verbose=False: the warning about the model's maximum length is moot, since the cut comes after.
+        ids = tokenizer(tail, add_special_tokens=template is None, verbose=False)["input_ids"]
+        if len(tail) == len(text) or len(ids) > max_length:
+            break
+        room *= 4
+    begins = begins_with_bos(text, ids, tokenizer) if len(tail) < len(text) else ids[:1] == [bos]
+    ids = ids[repeated_bos(ids, bos) :]
+    if len(tail) < len(text) and begins and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    cut = len(ids) > max_length
+    if cut:
+        ids = [bos, *ids[len(ids) - max_length + 1 :]] if begins else ids[-max_length:]
+    return np.asarray(ids, dtype=np.int32), cut
+
+
+def end_of(text: str, room: int) -> str:
+    """The text, or of a longer one at most its last `room` characters, from a white space onwards where there is one.
+
+    Most tokenizers cut a text before white space, so that what follows has the tokens that it has in the whole.
+    """
+    if len(text) <= room:
+        return text
+    start = len(text) - room
+    for place in range(start, min(start + room // 2, len(text))):
+        if text[place].isspace() and not text[place - 1].isspace():
+            return text[place:]
+    return text[start:]
+
+
+def begins_with_bos(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokens of a text, of whose end these ids are, begin with BOS: put by the tokenizer or by the text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and (ids[:1] == [bos] or text.startswith(str(tokenizer.bos_token)))
+
+
+def repeated_bos(ids: list[int], bos: int | None) -> int:
+    """How many of the first ids are a BOS before another."""
+    count = 0
+    while bos is not None and ids[count : count + 2] == [bos, bos]:
+        count += 1
+    return count
