@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spinal_jax.metrics.columns import TRACE, Column
-
 from spinal_jax.cli.commands import COMMANDS
 from spinal_jax.config.record import REQUIRED, settings_of
+from spinal_jax.metrics.columns import TRACE, Column
 
 
 def write_reference(folder: Path) -> None:

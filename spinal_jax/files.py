@@ -9,7 +9,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,6 +46,35 @@ class Record:
         first, last = self.summary["terminal"]
         return int(first), int(last)
 
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A column by name, [D + 1]. UserError names the columns where there is none of that name."""
+        if name not in self.columns:
+            raise UserError(f"there is no column {name!r}; there are {', '.join(self.columns)}")
+        return self.columns[name]
+
+    def table(self) -> dict[str, np.ndarray]:
+        """One row per boundary: boundary, relative_depth (l / D) and every column. What `to_pandas` and `to_polars` are
+        made from, and any library that takes a mapping of arrays."""
+        boundary = np.arange(self.boundaries)
+        return {"boundary": boundary, "relative_depth": boundary / self.depth, **self.columns}
+
+    def to_pandas(self) -> Any:
+        """`table` as a pandas.DataFrame. UserError without pandas."""
+        return _library("pandas").DataFrame(self.table())
+
+    def to_polars(self) -> Any:
+        """`table` as a polars.DataFrame; NaN stays NaN. UserError without polars."""
+        return _library("polars").DataFrame(self.table())
+
+    def plot(self, kind: str | None = None) -> Any:
+        """One of the figures of this record's page, as a matplotlib figure.
+
+        Args:
+          kind: its name; None: the first. UserError names all of them where there is none of that name.
+        """
+        # Pages stand above records and import them, so they are found by name when one is asked for.
+        return import_module("spinal_jax.report.notebook").plot(self, kind)
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes the file under a temporary name, then renames it, so that nobody ever sees half of it."""
@@ -53,6 +84,13 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"to_{name} needs {name}: pip install {name}") from error
 
 
 def difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:

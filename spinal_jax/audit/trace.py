@@ -93,6 +93,10 @@ class DepthTrace(Record):
         object.__setattr__(self, "arrays", arrays)
         object.__setattr__(self, "warnings", tuple(self.warnings))
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes trace.json, trace.csv and spectra.safetensors into a folder, which `load_trace` reads."""
+        save_trace(self, folder)
+
     @property
     def singular_values(self) -> np.ndarray | None:
         """[D+1, d], descending and zero padded, or None for a trace without its arrays."""
