@@ -71,3 +71,9 @@ def test_relative_links_lead_to_files(document: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_every_page_is_in_the_contents() -> None:
+    contents = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").splitlines()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.stem == "index" or page.stem in contents, f"name {page.name} in a toctree of docs/index.md"
