@@ -55,7 +55,8 @@ def record_of(name: str, settings: dict[str, Any]) -> Any:
     assert record is not None
     given = {**settings}
     for part in ("prompts", "preferences", "corpus"):
-        if given.get(part) and given[part]["path"] is None and given[part]["format"] != "world":
+        unnamed = given.get(part) and given[part]["path"] is None and given[part].get("dataset") is None
+        if unnamed and given[part]["format"] != "world":
             given[part] = {**given[part], "path": "given"}
     for side in ("model", "reference") if record is CompareConfig else ():
         given[side] = {**given[side], "source": given[side]["source"] or "given"}

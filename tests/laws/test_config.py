@@ -55,6 +55,7 @@ FULL: dict[str, Any] = {
     "batch_tokens": 512,
     "checkpoint_every": 8,
     "overwrite": False,
+    "logging": None,
 }
 
 
