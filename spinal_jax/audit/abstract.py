@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from spinal_jax.audit.devices import jit_forward_step, jit_lens_step
+from spinal_jax.audit.forward_step import gram_shardings
 from spinal_jax.audit.lens_step import LensSums, zero_lens_sums
 from spinal_jax.config import MetricsConfig
-from spinal_jax.data.packing import SLOTS, TokenBatch
-from spinal_jax.metrics.contraction import Grams
+from spinal_jax.data.packing import TokenBatch
+from spinal_jax.metrics import contraction
 from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
@@ -25,7 +26,7 @@ class Abstract(NamedTuple):
     """What the steps take, as `jax.ShapeDtypeStruct`s that know their shardings."""
 
     model: Decoder
-    grams: tuple[Grams, ...]
+    grams: tuple[contraction.Grams, ...]
     lens_error: Any
     batch: TokenBatch
     lens: Lens
@@ -41,7 +42,7 @@ def abstract_arguments(
     gram_dtype: np.dtype,
     *,
     shards: Shards | None = None,
-    slots: int = SLOTS,
+    slots: int,
 ) -> Abstract:
     """Everything on the devices while one checkpoint is audited by itself.
 
@@ -52,7 +53,7 @@ def abstract_arguments(
         batch_shape: B, T and M of a batch; `shards.rows` divides B and M.
         gram_dtype: `contraction.gram_dtype` of the pool; float64 is lost without `jax.enable_x64(True)`.
         shards: where things lie on a mesh; None: on one device.
-        slots: groups whose Gram sums are on the devices at once.
+        slots: groups whose Gram sums are on the devices.
     """
 
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
@@ -68,9 +69,9 @@ def abstract_arguments(
     boundaries, width = config.depth + 1, config.width
     height, length, measured = batch_shape
     model = assemble(config, {path: parameter(path, x.shape) for path, x in parameter_shapes(config).items()})
-    second, first = (None, None) if shards is None else shards.grams(width)
-    squares, sums = (slots, boundaries, width, width), (slots, boundaries, width)
-    grams = Grams(array(squares, gram_dtype, second), array(sums, gram_dtype, first))
+    sums = jax.eval_shape(lambda: contraction.init(slots, boundaries, width, gram_dtype))
+    where = jax.tree.map(lambda _: None, sums) if shards is None else gram_shardings(width, shards)
+    grams = jax.tree.map(lambda x, at: array(x.shape, gram_dtype, at), sums, where, is_leaf=lambda x: x is None)
     batch = jax.tree.map(lambda x: array(x.shape, x.dtype, by_rows), TokenBatch.empty(height, length, measured))
     lens = jax.eval_shape(lambda model: model.head(settings.transport.temperature), model)
     if shards is not None:
@@ -90,11 +91,23 @@ def abstract_arguments(
 
 
 def lower_steps(
-    some: Abstract, settings: MetricsConfig, shards: Shards | None = None, backend: str | None = None
+    some: Abstract,
+    settings: MetricsConfig,
+    groups: int,
+    shards: Shards | None = None,
+    backend: str | None = None,
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """(`forward_step`, `lens_step`) as an audit jits them for a kind of device, to be compiled."""
+    """(`forward_step`, `lens_step`) as an audit jits them for a kind of device, to be compiled; `groups` is the most
+    in a batch."""
     first = jit_forward_step.lower(
-        some.model, some.grams, some.lens_error, some.batch, skips=settings.variants.skip, shards=shards
+        some.model,
+        some.grams,
+        some.lens_error,
+        some.batch,
+        skips=settings.variants.skip,
+        groups=groups,
+        shards=shards,
+        backend=backend,
     )
     second = jit_lens_step.lower(
         (some.lens,),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar, final
@@ -18,24 +19,25 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from spinal_jax.audit.forward_step import forward_step
+from spinal_jax.audit.forward_step import forward_step, gram_shardings
 from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, lens_step
+from spinal_jax.audit.spectra import BoundarySums, Worker
 from spinal_jax.config import MetricsConfig
-from spinal_jax.data.packing import SLOTS, TokenBatch
+from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics import contraction
 from spinal_jax.metrics.transport import Lens
-from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import Placing
-from spinal_jax.parallel.device_defaults import GRAM_SHARE
-from spinal_jax.parallel.placement import Choice, Replicas, Shards, device_memory, placed
+from spinal_jax.parallel.placement import Choice, Replicas, Shards, placed
 
 T = TypeVar("T")
 Grams = tuple[contraction.Grams, ...]  # of the rows that count, and of each of `metrics.variants.skip`
 
 # Compiled once for the shapes of a model and a batch, however often `measure` is called; what is summed is donated.
-jit_forward_step = jax.jit(forward_step, static_argnames=("skips", "shards"), donate_argnames="grams")
+jit_forward_step = jax.jit(
+    forward_step, static_argnames=("skips", "groups", "shards", "backend"), donate_argnames="grams"
+)
 jit_lens_step = jax.jit(
     lens_step, static_argnames=("top_k", "groups", "lasts", "terminal", "shards", "backend"), donate_argnames="sums"
 )
@@ -69,15 +71,12 @@ class Devices(ABC):
     placing: Placing | None
     shards: Shards | None
 
-    def slots(self, config: DecoderConfig, settings: MetricsConfig) -> int:
-        """How many groups have their Gram sums here at once, all others being in a scratch file: two, or one where two
-        would take more than GRAM_SHARE of a device in float64."""
-        memory, share = device_memory(), 1
-        if self.shards is not None:
-            made, kept = self.shards.features(config.width)
-            share = math.prod(self.shards.mesh.shape[axis] for axis in (*made, *kept))
-        size = (1 + len(settings.variants.skip)) * (config.depth + 1) * config.width**2 * 8 / share
-        return 1 if memory and SLOTS * size > GRAM_SHARE * memory else SLOTS
+    def gram_share(self, width: int) -> int:
+        """Among how many devices the Gram sums are split."""
+        if self.shards is None:
+            return 1
+        made, kept = self.shards.features(width // contraction.stripe_count(width))
+        return math.prod(self.shards.mesh.shape[axis] for axis in (*made, *kept))
 
     @abstractmethod
     def model(self, model: Decoder) -> Decoder:
@@ -105,7 +104,13 @@ class Devices(ABC):
 
     @abstractmethod
     def forward_step(
-        self, model: Decoder, grams: Grams, lens_error: Array, batch: TokenBatch, skips: tuple[int, ...]
+        self,
+        model: Decoder,
+        grams: Grams,
+        lens_error: Array,
+        batch: TokenBatch,
+        skips: tuple[int, ...],
+        groups: int,
     ) -> tuple[Grams, Array, Array]:
         """`forward_step`, compiled; `grams` is donated."""
 
@@ -125,12 +130,18 @@ class Devices(ABC):
         """The sums with nothing in one slot; `grams` is donated."""
 
     @abstractmethod
-    def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
-        """[d, d] Gram sum of a slot and boundary, on the host. Processes that share the sums must all ask for it."""
+    def of_slot(self, grams: contraction.Grams, slot: int, boundary: int) -> BoundarySums:
+        """The sums of a slot at a boundary, on the host. Processes that share the sums must all ask for them."""
 
     @abstractmethod
-    def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
-        """[D + 1, d] the sums beside it."""
+    def of_boundaries(self, grams: contraction.Grams, boundaries: Sequence[int]) -> dict[int, BoundarySums]:
+        """The sums of all slots at one boundary for each device (`workers` of them): by the number of the device, of
+        those that belong to this process, which have them. Processes that share the sums must all ask for them."""
+
+    @property
+    @abstractmethod
+    def workers(self) -> Sequence[Worker]:
+        """All devices, which share the work of the spectra."""
 
     @abstractmethod
     def to_host(self, x: Array) -> np.ndarray:
@@ -176,9 +187,15 @@ class OneDevice(Devices):
         return sums
 
     def forward_step(
-        self, model: Decoder, grams: Grams, lens_error: Array, batch: TokenBatch, skips: tuple[int, ...]
+        self,
+        model: Decoder,
+        grams: Grams,
+        lens_error: Array,
+        batch: TokenBatch,
+        skips: tuple[int, ...],
+        groups: int,
     ) -> tuple[Grams, Array, Array]:
-        return jit_forward_step(model, grams, lens_error, batch, skips=skips)
+        return jit_forward_step(model, grams, lens_error, batch, skips=skips, groups=groups)
 
     def lens_step(
         self,
@@ -193,11 +210,15 @@ class OneDevice(Devices):
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         return _clear(grams, slot)
 
-    def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
-        return np.asarray(grams.second[slot, boundary])
+    def of_slot(self, grams: contraction.Grams, slot: int, boundary: int) -> BoundarySums:
+        return _on_host(_of_slot(grams, slot, boundary))
 
-    def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
-        return np.asarray(grams.first[slot])
+    def of_boundaries(self, grams: contraction.Grams, boundaries: Sequence[int]) -> dict[int, BoundarySums]:
+        return {0: _of_boundary(grams, boundaries[0])}
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        return jax.devices()[:1]
 
     def to_host(self, x: Array) -> np.ndarray:
         return np.asarray(x)
@@ -236,8 +257,7 @@ class OnMesh(Devices):
         return jax.tree.map(lambda x: self.places.of_parts(x, self.places.batch), batch)
 
     def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
-        second, first = self.places.grams(width)
-        shardings = contraction.Grams(second=second, first=first)
+        shardings = gram_shardings(width, self.places)
         init = jax.jit(contraction.init, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
         return tuple(init(slots, boundaries, width, dtype) for _ in range(number))
 
@@ -248,9 +268,15 @@ class OnMesh(Devices):
         return jax.tree.map(lambda x: placed(x, self.places.whole), sums)
 
     def forward_step(
-        self, model: Decoder, grams: Grams, lens_error: Array, batch: TokenBatch, skips: tuple[int, ...]
+        self,
+        model: Decoder,
+        grams: Grams,
+        lens_error: Array,
+        batch: TokenBatch,
+        skips: tuple[int, ...],
+        groups: int,
     ) -> tuple[Grams, Array, Array]:
-        return jit_forward_step(model, grams, lens_error, batch, skips=skips, shards=self.shards)
+        return jit_forward_step(model, grams, lens_error, batch, skips=skips, groups=groups, shards=self.shards)
 
     def lens_step(
         self,
@@ -265,11 +291,15 @@ class OnMesh(Devices):
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         return _clear(grams, slot)
 
-    def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
-        return np.asarray(_gathered(self.places.whole)(grams.second, slot, boundary))
+    def of_slot(self, grams: contraction.Grams, slot: int, boundary: int) -> BoundarySums:
+        return _on_host(_gathered(self.places.whole)(grams, slot, boundary))
 
-    def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
-        return np.asarray(grams.first)[slot]
+    def of_boundaries(self, grams: contraction.Grams, boundaries: Sequence[int]) -> dict[int, BoundarySums]:
+        return _by_device(_dealt_out(self.places.each)(grams, np.array(boundaries, np.int32)), self.workers)
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        return list(self.places.mesh.devices.flat)
 
     def to_host(self, x: Array) -> np.ndarray:
         return self.places.parts(x, axis=1)
@@ -325,9 +355,15 @@ class OnReplicas(Devices):
         return self._each(sums)
 
     def forward_step(
-        self, model: Decoder, grams: Grams, lens_error: Array, batch: TokenBatch, skips: tuple[int, ...]
+        self,
+        model: Decoder,
+        grams: Grams,
+        lens_error: Array,
+        batch: TokenBatch,
+        skips: tuple[int, ...],
+        groups: int,
     ) -> tuple[Grams, Array, Array]:
-        return _forward_each(skips)(model, grams, lens_error, batch)
+        return _forward_each(skips, groups)(model, grams, lens_error, batch)
 
     def lens_step(
         self,
@@ -342,11 +378,16 @@ class OnReplicas(Devices):
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         return _clear_each(grams, slot)
 
-    def second(self, grams: contraction.Grams, slot: int, boundary: int) -> np.ndarray:
-        return np.asarray(_over_replicas(grams.second, slot, boundary))
+    def of_slot(self, grams: contraction.Grams, slot: int, boundary: int) -> BoundarySums:
+        return _on_host(_over_replicas(grams, slot, boundary))
 
-    def first(self, grams: contraction.Grams, slot: int) -> np.ndarray:
-        return np.asarray(grams.first)[:, slot].astype(np.float64).sum(axis=0)
+    def of_boundaries(self, grams: contraction.Grams, boundaries: Sequence[int]) -> dict[int, BoundarySums]:
+        dealt = _dealt_out_by_replicas(self.replicas.each)(grams, np.array(boundaries, np.int32))
+        return _by_device(dealt, self.workers)
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        return list(self.replicas.mesh.devices.flat)
 
     def to_host(self, x: Array) -> np.ndarray:
         return np.concatenate(list(np.asarray(x)), axis=1)
@@ -386,14 +427,61 @@ def _as_float64(sums: LensSums) -> tuple[tuple[TransportSums, ...], PairSums | N
     return host.own, host.across
 
 
+def _slot(grams: contraction.Grams, slot: int, boundary: int) -> BoundarySums:
+    return BoundarySums(second=tuple(x[slot, boundary] for x in grams.second), first=grams.first[slot, boundary])
+
+
+_of_slot = jax.jit(_slot)
+
+
+@jax.jit
+def _of_boundary(grams: contraction.Grams, boundary: int) -> BoundarySums:
+    return BoundarySums(second=tuple(x[:, boundary] for x in grams.second), first=grams.first[:, boundary])
+
+
+def _on_host(sums: BoundarySums) -> BoundarySums:
+    return jax.tree.map(np.asarray, sums)
+
+
 @cache
 def _gathered(whole: NamedSharding) -> Any:
-    return jax.jit(lambda second, slot, boundary: second[slot, boundary], out_shardings=whole)
+    return jax.jit(_slot, out_shardings=whole)
 
 
 @cache
-def _forward_each(skips: tuple[int, ...]) -> Any:
-    return jax.pmap(partial(forward_step, skips=skips), in_axes=(None, 0, 0, 0), donate_argnums=1)
+def _dealt_out(each: NamedSharding) -> Any:
+    """Sums of all slots at one boundary for each device, [n, G, ..], one on each."""
+
+    def deal(grams: contraction.Grams, boundaries: Array) -> BoundarySums:
+        second, first = jax.tree.map(lambda x: jnp.moveaxis(x[:, boundaries], 1, 0), tuple(grams))
+        return BoundarySums(second=second, first=first)
+
+    return jax.jit(deal, out_shardings=each)
+
+
+@cache
+def _dealt_out_by_replicas(each: NamedSharding) -> Any:
+    """The same, of sums [n, G, D + 1, ..] that each device has its part of."""
+
+    def deal(grams: contraction.Grams, boundaries: Array) -> BoundarySums:
+        second, first = jax.tree.map(lambda x: jnp.moveaxis(jnp.sum(x[:, :, boundaries], axis=0), 1, 0), tuple(grams))
+        return BoundarySums(second=second, first=first)
+
+    return jax.jit(deal, out_shardings=each)
+
+
+def _by_device(dealt: BoundarySums, workers: Sequence[Worker]) -> dict[int, BoundarySums]:
+    number = {device: place for place, device in enumerate(workers)}
+    parts = [{number[shard.device]: shard.data[0] for shard in x.addressable_shards} for x in jax.tree.leaves(dealt)]
+    return {
+        place: BoundarySums(second=tuple(part[place] for part in parts[:-1]), first=parts[-1][place])
+        for place in parts[-1]
+    }
+
+
+@cache
+def _forward_each(skips: tuple[int, ...], groups: int) -> Any:
+    return jax.pmap(partial(forward_step, skips=skips, groups=groups), in_axes=(None, 0, 0, 0), donate_argnums=1)
 
 
 @cache
@@ -407,5 +495,8 @@ def _clear_each(grams: contraction.Grams, slot: int) -> contraction.Grams:
 
 
 @jax.jit
-def _over_replicas(second: Array, slot: int, boundary: int) -> Array:
-    return jnp.sum(second[:, slot, boundary], axis=0)
+def _over_replicas(grams: contraction.Grams, slot: int, boundary: int) -> BoundarySums:
+    return BoundarySums(
+        second=tuple(jnp.sum(x[:, slot, boundary], axis=0) for x in grams.second),
+        first=jnp.sum(grams.first[:, slot, boundary], axis=0),
+    )

@@ -23,7 +23,9 @@ def forward_step(
     batch: TokenBatch,
     *,
     skips: tuple[int, ...],
+    groups: int,
     shards: Shards | None = None,
+    backend: str | None = None,
 ) -> tuple[tuple[contraction.Grams, ...], Array, Array]:
     """Runs the forward of one batch. Pure.
 
@@ -34,7 +36,9 @@ def forward_step(
             reads at boundary D.
         batch: rows of tokens.
         skips: first positions, one for each of the sums behind the first.
+        groups: most groups of prompts in a batch.
         shards: how devices share the work, where there are several.
+        backend: the kind of device that this is for; None: JAX's default.
 
     Returns:
         (grams, x [D + 1, M, d] at the measured positions after the final norm, lens_error)
@@ -52,7 +56,8 @@ def forward_step(
         grams, kept = carry
         rows = pick(h, batch.measured, shards)
         grams = tuple(
-            _add(sums, h, which, batch.slots, index, shards) for sums, which in zip(grams, counted, strict=True)
+            _add(sums, h, which, batch.slots, index, groups, shards, backend)
+            for sums, which in zip(grams, counted, strict=True)
         )
         return grams, kept.at[index].set(rows)
 
@@ -62,6 +67,7 @@ def forward_step(
         positions=batch.positions,
         segments=batch.segments,
         lengths=batch.lengths,
+        backend=backend,
     )
     x = model.final_norm(kept)
     # The model's own way to its output, at one position a batch: the last block's result.
@@ -73,7 +79,7 @@ def forward_step(
         seen = jax.nn.softmax(model.head().read(kept))
     off = jnp.where(batch.measured_weight[0] > 0, jnp.max(jnp.abs(output - seen)), 0.0)
     if shards is not None:
-        like = contraction.Grams(*shards.grams(config.width))
+        like = gram_shardings(config.width, shards)
         grams = jax.lax.with_sharding_constraint(grams, tuple(like for _ in grams))
         x, off = jax.lax.with_sharding_constraint((x, off), (shards.kept, shards.whole))
     return grams, x, jnp.maximum(lens_error, off)
@@ -88,13 +94,47 @@ def pick(values: Array, measured: Array, shards: Shards | None) -> Array:
     return (own if shards is None else shards.by_rows(own))(values, measured)
 
 
+def gram_shardings(width: int, shards: Shards) -> contraction.Grams:
+    """Where Gram sums lie on a mesh: in the place of each array its `NamedSharding`."""
+    stripes = contraction.stripe_count(width)
+    second, first = shards.grams(width // stripes)
+    return contraction.Grams(second=(second,) * stripes, first=first)
+
+
 def _add(
-    sums: contraction.Grams, h: Array, counted: Array, slots: Array, boundary: Array, shards: Shards | None
+    sums: contraction.Grams,
+    h: Array,
+    counted: Array,
+    slots: Array,
+    boundary: Array,
+    groups: int,
+    shards: Shards | None,
+    backend: str | None,
 ) -> contraction.Grams:
-    """`contraction.update`, on however many devices."""
+    """`contraction.update`, on however many devices: of these, each sums the groups of its own rows, and what all of
+    them have of the groups of the batch is added."""
     if shards is None:
-        return contraction.update(sums, h, counted, slots, boundary)
-    width, split = h.shape[-1], contraction.Split(ROWS, *shards.features(h.shape[-1]))
-    add = partial(contraction.shard_sums, count=sums.second.shape[0], dtype=sums.second.dtype, split=split)
-    second, first = shards.by_features(lambda *rows: tuple(add(*rows)), width)(h, counted, slots)
-    return contraction.Grams(sums.second.at[:, boundary].add(second[:, 0]), sums.first.at[:, boundary].add(first[:, 0]))
+        return contraction.update(sums, h, counted, slots, boundary, backend)
+    width = h.shape[-1]
+    stripes = contraction.stripe_count(width)
+    height = width // stripes
+    there = jnp.unique(slots, size=groups)  # which has the last one again where there are fewer
+    place = jnp.searchsorted(there, slots).astype(jnp.int32)
+    add = partial(
+        contraction.shard_sums,
+        count=groups,
+        dtype=sums.first.dtype,
+        split=contraction.Split(ROWS, *shards.features(height)),
+        backend=backend,
+    )
+    second, first = shards.by_features(lambda *rows: tuple(add(*rows)), height, stripes)(h, counted, place)
+
+    def one(number: Array, sums: contraction.Grams) -> contraction.Grams:
+        def into(total: Array, part: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(part, number, 1)
+            at = (there[number], boundary, *(jnp.int32(0) for _ in part.shape[2:]))
+            return jax.lax.dynamic_update_slice(total, part + jax.lax.dynamic_slice(total, at, part.shape), at)
+
+        return jax.tree.map(into, sums, contraction.Grams(second=second, first=first))
+
+    return jax.lax.fori_loop(0, groups, one, sums)

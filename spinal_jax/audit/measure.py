@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,9 @@ import numpy as np
 from jax import Array
 
 from spinal_jax.audit.devices import Devices, OneDevice
+from spinal_jax.audit.gram_store import FileStore, HostStore, OnDevices, fits_host
 from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, over_groups, zero_lens_sums
-from spinal_jax.audit.spectra import GramStore, Spectra, all_spectra, spectra_count
+from spinal_jax.audit.spectra import Spectra, all_spectra, boundaries_of, replicate_counts, spectra_count
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import GroupRun, Plan, TokenBatch
 from spinal_jax.errors import NotLeader, UserError
@@ -281,12 +282,19 @@ def _run(
     dtype = contraction.gram_dtype()
     wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
     with contextlib.ExitStack() as stack, wide:
-        files = [
-            stack.enter_context(tempfile.TemporaryFile() if progress is None else progress.file(number))  # noqa: SIM115 (closed by the stack)
-            for number in range(1 + len(skips))
-        ]
-        spools = [GramStore(file, boundaries, config.width, dtype) for file in files]
-        grams = devices.grams(len(spools), plan.slots, boundaries, config.width, dtype)
+        workers = devices.workers
+        stores: list[HostStore | FileStore] = []
+        files: list[IO[bytes]] = []
+        if plan.leaves:
+            work = boundaries_of(boundaries, replicate_counts(plan, settings), len(workers))
+            for number in range(1 + len(skips)):
+                if progress is None and fits_host(config, settings):
+                    stores.append(HostStore(plan.group_count, work, workers, config.width))
+                else:
+                    file = tempfile.TemporaryFile() if progress is None else progress.file(number)  # noqa: SIM115
+                    files.append(stack.enter_context(file))
+                    stores.append(FileStore(file, plan.group_count, work, workers, config.width))
+        grams = devices.grams(1 + len(skips), plan.slots, boundaries, config.width, dtype)
         lens_error = devices.lens_error()
         complete: dict[int, list[GroupRun]] = defaultdict(list)
         for each in plan.visits:
@@ -295,32 +303,29 @@ def _run(
         if progress is not None:
             begin = progress.begun
             grams, lens_error, sums = progress.load((grams, lens_error, sums))
-            for spool in spools:
-                spool.go_on([visited.group for number in range(begin) for visited in complete[number]])
+            for store in stores:
+                assert isinstance(store, FileStore)
+                store.go_on([visited.group for number in range(begin) for visited in complete[number]])
         with progress or contextlib.nullcontext(), bar("audit", plan.tokens, "tok") as advance:
             for number, host in enumerate(plan.filled(devices.own)):
                 if number < begin:
                     continue
                 batch = devices.batch(host)
-                grams, x, lens_error = devices.forward_step(model, grams, lens_error, batch, skips)
+                grams, x, lens_error = devices.forward_step(model, grams, lens_error, batch, skips, plan.groups_at_once)
                 sums = read(sums, number, host, batch, x)
-                for done in complete[number]:
-                    for spool, each in zip(spools, grams, strict=True):
-                        second = partial(devices.second, each, done.slot)
-                        if devices.leads:
-                            spool.append(done.group, second, devices.first(each, done.slot))
-                        else:
-                            for boundary in range(boundaries):
-                                second(boundary)
+                for done in complete[number] if plan.leaves else ():
+                    for store, each in zip(stores, grams, strict=True):
+                        store.add(done.group, partial(devices.of_slot, each, done.slot), config.depth)
                     grams = tuple(devices.clear(each, done.slot) for each in grams)
                 if progress is not None:
                     progress.after(number + 1, len(plan.batches), (grams, lens_error, sums), files)
                 advance(plan.batch_tokens(number))
         _check_lens(devices.largest(lens_error), model)
-        if not devices.leads:
-            return None, sums
+        sources = stores if plan.leaves else [OnDevices(devices, each) for each in grams]
         with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
-            return all_spectra(spools, plan, settings, advance), sums
+            resolution = contraction.resolution(contraction.product_dtype(model.dtype, dtype, jax.default_backend()))
+            spectra = all_spectra(sources, plan, settings, boundaries, config.width, workers, advance, resolution)
+        return spectra if devices.leads else None, sums
 
 
 def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: MetricsConfig) -> Measurement:
@@ -335,7 +340,7 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
         raise UserError(
             f"the hidden states at boundary {lost[0]} are not finite: they overflow; model.dtype=float32 may help"
         )
-    resolution = contraction.resolution(contraction.gram_dtype())
+    resolution = spectra.resolution
     everything = over_groups(sums)
     whole = curve(spectra.whole, int(total), everything, window, resolution, terminal)
     without = tuple(

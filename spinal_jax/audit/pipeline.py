@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from spinal_jax import data
 from spinal_jax.audit.devices import Devices, OneDevice, devices_of
+from spinal_jax.audit.gram_store import GramHome, gram_bytes, gram_home
 from spinal_jax.audit.measure import Measurement, measure
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.config import (
@@ -31,11 +32,12 @@ from spinal_jax.config import (
     PromptsConfig,
     to_mapping,
 )
-from spinal_jax.data.packing import SLOTS, Plan, Positions, TokenSequence, plan
+from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.metrics.tail import EPS32, MIN_RANKS, fitted_ranks, resolved_ranks
+from spinal_jax.models.attention import why_not_fused
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_checkpoint
@@ -88,13 +90,21 @@ def run_audit(
     with opened(config.model) as (checkpoint, family, decoder):
         choice = choose_devices(config.parallel, decoder, config.model.dtype, config.metrics)
         devices = devices_of(choice)
+        home = home_of(decoder, config.model.dtype, config.metrics, devices)
         work = plan_prompts(
-            prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics, config.batch_tokens, devices
+            prompts,
+            checkpoint.tokenizer(),
+            decoder,
+            config.prompts,
+            config.metrics,
+            config.batch_tokens,
+            devices,
+            home.slots,
         )
         check_alike(checkpoint, work, choice)
         name = config.model.name or model_name(config.model.source)
         if say:
-            say(start_line(name, config.model.dtype, decoder, work, choice))
+            say(start_line(name, config.model.dtype, decoder, work, choice, home))
         model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
         # It takes every byte of the weights, and only the process that leads says it.
         digest, revision = checkpoint.sha256() if devices.leads else "", checkpoint.revision
@@ -278,10 +288,18 @@ def _random(config: ModelConfig) -> Checkpoint:
 
 def choose_devices(asked: AuditParallelConfig, decoder: DecoderConfig, dtype: str, settings: MetricsConfig) -> Choice:
     """The devices for an audit of a model with this shape. Errors: UserError."""
-    size = jnp.dtype(dtype).itemsize
-    parameters = sum(math.prod(shape.shape) for shape in parameter_shapes(decoder).values()) * size
-    sums = SLOTS * (1 + len(settings.variants.skip)) * (decoder.depth + 1) * decoder.width**2 * 4
-    return choose(asked, parameters + sums, decoder.vocab_size * decoder.width * size)
+    table = decoder.vocab_size * decoder.width * jnp.dtype(dtype).itemsize
+    return choose(asked, weight_bytes(decoder, dtype) + gram_bytes(decoder, settings), table)
+
+
+def home_of(decoder: DecoderConfig, dtype: str, settings: MetricsConfig, devices: Devices) -> GramHome:
+    """Where the Gram sums of an audit of this model are kept."""
+    return gram_home(decoder, settings, weight_bytes(decoder, dtype), devices)
+
+
+def weight_bytes(decoder: DecoderConfig, dtype: str) -> int:
+    """Of the parameters in a dtype."""
+    return sum(math.prod(shape.shape) for shape in parameter_shapes(decoder).values()) * jnp.dtype(dtype).itemsize
 
 
 def load(
@@ -343,7 +361,7 @@ def plan_prompts(
         settings.contraction.skip,
         batch_tokens or device_defaults.batch_tokens(jax.default_backend()) * devices.rows,
         devices.rows,
-        slots or devices.slots(decoder, settings),
+        slots,
         groups,
         {
             "count": len(kept),
@@ -396,20 +414,21 @@ def model_name(source: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.name
 
 
-def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice: Choice) -> str:
+def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice: Choice, home: GramHome) -> str:
     """What will run on what, in one line."""
     device, count = jax.devices()[0], jax.device_count()
     kind = getattr(device, "device_kind", device.platform)
     shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    backend = jax.default_backend()
+    why_not = why_not_fused(decoder, jnp.dtype(dtype), backend)
+    attention = "" if backend != "gpu" else f", attention by {'cuDNN' if why_not is None else f'XLA ({why_not})'}"
     enough = "" if work.rows >= 4 * decoder.width else ", fewer than advised"
     shortened = work.counts.get("shortened", 0)
     cut = f" ({shortened:,} of them cut to their last tokens)" if shortened else ""
-    kept = (
-        "" if work.slots == SLOTS else f", Gram sums of {work.slots} group at a time on the devices, others in a file"
-    )
     return (
         f"{name}: {decoder.family}, {decoder.depth} blocks of {decoder.width}, {dtype} | "
-        f"{kind} x {count}{shared}, {choice}{kept} | {len(work.sequences):,} prompts{cut}, {work.tokens:,} tokens in "
+        f"{kind} x {count}{shared}, {choice}, {home}{attention} | "
+        f"{len(work.sequences):,} prompts{cut}, {work.tokens:,} tokens in "
         f"{len(work.batches)} batches, {work.waste:.0%} padding | N = {work.rows:,} rows, "
         f"4 d = {4 * decoder.width:,}{enough}"
     )
@@ -454,7 +473,11 @@ def _unresolved(found: Measurement, work: Plan, width: int, window: tuple[float,
         spectra = np.concatenate([found.singular_values[None, at], found.singular_values_without[:, at]])
         last = int(resolved_ranks(spectra, found.resolution).min())
         least = f"{found.resolution:.1e} s_1"
-        helps = "a float64 Gram sum" if found.resolution > EPS32 else f"a window that ends at rank {last} or before"
+        helps = (
+            "model.dtype=float32, whose Gram sums are multiplied in float64,"
+            if found.resolution > EPS32
+            else f"a window that ends at rank {last} or before"
+        )
         lines.append(
             f"No contraction at boundary {at}: s_1 is {spectra[0, 0]:.4g} and the last rank that is resolved, above "
             f"{least}, is {last}, but the fit window ends at rank {high}; {helps} helps."

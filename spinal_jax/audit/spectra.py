@@ -1,22 +1,56 @@
-"""Singular spectra of a pool of prompts from its Gram sums, in float64 on the host: whole and without each group."""
+"""Singular spectra of a pool of prompts from its Gram sums, in float64: whole, without each group, and of halves.
+
+The work is a list of (boundary, replicate), dealt out evenly to all devices of all processes. Each reads the sums of
+its own boundaries alone; what is exchanged in the end are spectra.
+"""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import IO
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from threadpoolctl import threadpool_limits
 
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
+from spinal_jax.parallel.device_defaults import eigenvalues_on_device
 
 Advance = Callable[[int], None]
+Items = list[tuple[int, list[int]]]  # a boundary, and which replicates of it
+
+
+class Worker(Protocol):
+    """A device, which may be that of another process."""
+
+    @property
+    def process_index(self) -> int: ...
+
+
+class BoundarySums(NamedTuple):
+    """Gram sums at one boundary, of all groups or (without the first axis) of one."""
+
+    second: tuple[Any, ...]  # of each stripe [G, d / S, end]
+    first: Any  # [G, d]
+
+
+class GramSource(ABC):
+    """Gram sums of all groups, wherever they are."""
+
+    @abstractmethod
+    def at(self, boundaries: Sequence[int]) -> dict[int, BoundarySums]:
+        """The sums at one boundary for each device: by its number, of those that belong to this process. Processes
+        that share the sums must all ask for them."""
 
 
 @dataclass(frozen=True)
@@ -27,95 +61,101 @@ class Spectra:
     without: np.ndarray  # [G, D + 1, d] without each group of `plan.groups.drops`
     halves: np.ndarray  # [2, D + 1, d] of `plan.groups.halves`, or [0, D + 1, d] where there is but one group
     variants: dict[str, np.ndarray]
+    resolution: float  # part of s_1 that a singular value must exceed to be known
 
 
-class GramStore:
-    """Gram sums that have left the device: a scratch file of records, each the lower triangles of all boundaries and
-    the sums beside them, read back boundary by boundary."""
-
-    def __init__(self, file: IO[bytes], boundaries: int, width: int, dtype: np.dtype):
-        self.file, self.boundaries, self.width, self.dtype = file, boundaries, width, dtype
-        self.triangle = np.tril_indices(width)
-        self.size = len(self.triangle[0]) * dtype.itemsize  # bytes of a triangle
-        self.record = boundaries * (self.size + width * 8)  # bytes
-        self.groups: list[int] = []  # of each record
-        self.first: dict[int, np.ndarray] = {}  # group -> [D + 1, d]
-
-    def append(self, group: int, second: Callable[[int], np.ndarray], first: np.ndarray) -> None:
-        """Stores the sums of one visit to a group: `second(boundary)` [d, d], a boundary at a time, and [D + 1, d]."""
-        for boundary in range(self.boundaries):
-            self.file.write(second(boundary)[self.triangle].data)
-        first = first.astype(np.float64)
-        self.file.write(np.ascontiguousarray(first).data)
-        self._count(group, first)
-
-    def _count(self, group: int, first: np.ndarray) -> None:
-        self.groups.append(group)
-        self.first[group] = self.first.get(group, 0) + first
-
-    def go_on(self, groups: Sequence[int]) -> None:
-        """Takes over what the file holds of these groups, a record each, and forgets what is behind that. ValueError
-        where it holds less."""
-        length = len(groups) * self.record
-        if (there := self.file.seek(0, os.SEEK_END)) < length:
-            raise ValueError(f"the file of Gram sums has {there} bytes of {length}")
-        for record, group in enumerate(groups):
-            self.file.seek(record * self.record + self.boundaries * self.size)
-            first = np.frombuffer(self.file.read(self.boundaries * self.width * 8), np.float64)
-            self._count(group, first.reshape(self.boundaries, self.width))
-        self.file.truncate(length)
-        self.file.seek(length)
-
-    def read(self, boundary: int) -> dict[int, np.ndarray]:
-        """group -> Gram sum of its rows at a boundary, float64 [d, d], lower triangle."""
-        sums: dict[int, np.ndarray] = {}
-        for record, group in enumerate(self.groups):
-            self.file.seek(record * self.record + boundary * self.size)
-            flat = np.frombuffer(self.file.read(self.size), self.dtype)
-            if group not in sums:
-                sums[group] = np.zeros((self.width, self.width))
-            sums[group][self.triangle] += flat
-        return sums
-
-
-def all_spectra(spools: list[GramStore], plan: Plan, settings: MetricsConfig, advance: Advance) -> Spectra:
-    """Spectra as the settings have them, then those of the variants.
+def all_spectra(
+    sources: Sequence[GramSource],
+    plan: Plan,
+    settings: MetricsConfig,
+    boundaries: int,
+    width: int,
+    workers: Sequence[Worker],
+    advance: Advance,
+    resolution: float,
+    on_device: bool | None = None,
+) -> Spectra:
+    """Spectra as the settings have them, then those of the variants; every process has all of them.
 
     Args:
-        spools: the sums of the rows that count and, for each of `metrics.variants.skip`, of those from there on.
-        advance: called with 1 for each boundary of each spectrum (`spectra_count` of them in all).
+        sources: the sums of the rows that count and, for each of `metrics.variants.skip`, of those from there on.
+        boundaries: D + 1.
+        width: d.
+        workers: the devices that share the work.
+        advance: called with the number of spectra of the whole pool that are done: `spectra_count` in all.
+        resolution: of the Gram sums (`contraction.resolution`).
+        on_device: whether devices take the eigenvalues themselves; None: as suits their kind.
     """
     asked, center = settings.variants, settings.contraction.center
     groups = plan.groups
+    solve = partial(
+        _spectra,
+        boundaries=boundaries,
+        width=width,
+        workers=workers,
+        advance=advance,
+        on_device=eigenvalues_on_device(jax.default_backend()) if on_device is None else on_device,
+    )
     nobody = groups.drops[:0]
     one_out = [np.array([group]) for group in groups.drops]
     # Of two halves, leaving out the one is the spectrum of the other.
-    every = _spectra(spools[0], [nobody, *one_out, *groups.halves[::-1]], groups.rows, center, advance)
+    every = solve(sources[0], [nobody, *one_out, *groups.halves[::-1]], groups.rows, center)
     whole, without, halves = every[0], every[1 : 1 + len(one_out)], every[1 + len(one_out) :]
     variants: dict[str, np.ndarray] = {}
 
-    def add(name: str, spool: GramStore, rows: np.ndarray, center: bool) -> None:
-        found = _spectra(spool, [nobody, *(one_out if asked.groups else [])], rows, center, advance)
-        variants[f"{name}/singular_values"], variants[f"{name}/rows"] = found[0], np.array(rows.sum())
+    def add(name: str, source: GramSource, rows: np.ndarray, center: bool) -> None:
+        values = solve(source, [nobody, *(one_out if asked.groups else [])], rows, center)
+        variants[f"{name}/singular_values"], variants[f"{name}/rows"] = values[0], np.array(rows.sum())
         variants[f"{name}/groups/rows"] = rows[groups.used]
         if asked.groups:
-            variants[f"{name}/groups/singular_values"] = found[1:]
+            variants[f"{name}/groups/singular_values"] = values[1:]
 
     if asked.center and not center:
-        add("center", spools[0], groups.rows, True)
-    for skip, spool in zip(asked.skip, spools[1:], strict=True):
-        add(f"skip={skip}", spool, plan.rows_by_group(skip), center)
-    return Spectra(whole, without, halves, variants)
+        add("center", sources[0], groups.rows, True)
+    for skip, source in zip(asked.skip, sources[1:], strict=True):
+        add(f"skip={skip}", source, plan.rows_by_group(skip), center)
+    return Spectra(whole=whole, without=without, halves=halves, variants=variants, resolution=resolution)
 
 
 def spectra_count(boundaries: int, settings: MetricsConfig) -> int:
-    """How many boundaries `all_spectra` goes through."""
+    """How many spectra of the whole pool `all_spectra` takes."""
     asked = settings.variants
     return boundaries * (1 + int(asked.center and not settings.contraction.center) + len(asked.skip))
 
 
+def dealt_out(boundaries: int, replicates: int, workers: int) -> list[Items]:
+    """Which spectra each worker takes: consecutive ones, as many for each as for the others or one less."""
+    every = [(boundary, replicate) for boundary in range(boundaries) for replicate in range(replicates)]
+    ends = [len(every) * number // workers for number in range(workers + 1)]
+    parts = [every[begin:end] for begin, end in pairwise(ends)]
+    by_boundary = [groupby(part, key=lambda item: item[0]) for part in parts]
+    return [[(at, [replicate for _, replicate in items]) for at, items in grouped] for grouped in by_boundary]
+
+
+def boundaries_of(boundaries: int, replicates: Sequence[int], workers: int) -> list[list[int]]:
+    """The boundaries whose sums each worker reads, where so many replicates are asked for, one time after another."""
+    parts = [dealt_out(boundaries, count, workers) for count in replicates]
+    return [sorted({boundary for part in parts for boundary, _ in part[number]}) for number in range(workers)]
+
+
+def replicate_counts(plan: Plan, settings: MetricsConfig) -> list[int]:
+    """How many spectra `all_spectra` takes at each boundary, one time after another."""
+    asked, drops = settings.variants, len(plan.groups.drops)
+    each = 1 + (drops if asked.groups else 0)
+    return [1 + drops + len(plan.groups.halves), *[each] * (spectra_count(1, settings) - 1)]
+
+
 def _spectra(
-    spool: GramStore, left_out: Sequence[np.ndarray], rows: np.ndarray, center: bool, advance: Advance
+    source: GramSource,
+    left_out: Sequence[np.ndarray],
+    rows: np.ndarray,
+    center: bool,
+    *,
+    boundaries: int,
+    width: int,
+    workers: Sequence[Worker],
+    advance: Advance,
+    on_device: bool,
 ) -> np.ndarray:
     """[len(left_out), D + 1, d] singular values of the rows of all groups but those in each of `left_out`.
 
@@ -124,21 +164,71 @@ def _spectra(
         rows: [all G] how many each group has.
         center: of the centred rows.
     """
-    found = np.zeros((len(left_out), spool.boundaries, spool.width))
-
-    def one(boundary: int, grams: dict[int, np.ndarray], total: np.ndarray, left: np.ndarray) -> np.ndarray:
-        second, first = total, None
-        for group in left:
-            second = second - grams[group]
-        if center:
-            first = sum((f[boundary] for g, f in spool.first.items() if g not in left), np.zeros(spool.width))
-        return contraction.singular_values(second, first, int(rows.sum() - rows[left].sum()))
-
+    work = dealt_out(boundaries, len(left_out), len(workers))
+    mine = [number for number, worker in enumerate(workers) if worker.process_index == jax.process_index()]
+    keep = np.ones((len(left_out), len(rows)))
+    for replicate, groups in enumerate(left_out):
+        keep[replicate, groups] = 0
+    found = np.zeros((len(left_out), boundaries, width))
+    threads = len(mine) if on_device else os.cpu_count() or 1
     # LAPACK's symmetric eigensolver gains little from threads of its own: one matrix a core instead.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
-        for boundary in range(spool.boundaries):
-            grams = spool.read(boundary)
-            total = sum(grams.values(), np.zeros((spool.width, spool.width)))
-            found[:, boundary] = np.stack(list(pool.map(partial(one, boundary, grams, total), left_out)))
-            advance(1)
-    return found
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool, jax.enable_x64(True):
+        for turn in range(max(map(len, work))):
+            # Every process asks for as many boundaries, because sums of a mesh cross it; who is done asks again.
+            asked = [items[min(turn, len(items) - 1)][0] if items else 0 for items in work]
+            sums = source.at(asked)
+            tasks = []
+            for number in mine:
+                if turn >= len(work[number]):
+                    continue
+                boundary, replicates = work[number][turn]
+                if on_device:
+                    tasks.append(
+                        (boundary, replicates, pool.submit(_on_device, sums[number], keep[replicates], rows, center))
+                    )
+                else:
+                    host = jax.tree.map(np.asarray, sums[number])
+                    for replicate in replicates:
+                        task = pool.submit(_on_host, host, keep[replicate], rows, center)
+                        tasks.append((boundary, [replicate], task))
+            for boundary, replicates, task in tasks:
+                found[replicates, boundary] = task.result()
+                advance(replicates.count(0))
+        return _of_all_processes(found)
+
+
+def _of_all_processes(found: np.ndarray) -> np.ndarray:
+    """Every process's spectra together; each is zero where another has it."""
+    if jax.process_count() == 1:
+        return found
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(found)).sum(axis=0)
+
+
+def _on_host(sums: BoundarySums, keep: np.ndarray, rows: np.ndarray, center: bool) -> np.ndarray:
+    """[1, d] singular values by LAPACK, of the groups that `keep` [G] is 1 for."""
+    stripes = [np.tensordot(keep, x.astype(np.float64), 1) for x in sums.second]
+    width = stripes[-1].shape[-1]
+    second = np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[-1]))) for x in stripes])
+    first = keep @ sums.first.astype(np.float64) if center else None
+    return contraction.singular_values(second, first, int(keep @ rows))[None]
+
+
+def _on_device(sums: BoundarySums, keep: np.ndarray, rows: np.ndarray, center: bool) -> np.ndarray:
+    """[n, d] singular values by the device that has the sums, of the groups that each row of `keep` [n, G] is 1 for."""
+    with jax.enable_x64(True):  # which is a setting of the thread
+        found = [eigenvalues(sums, each, float(each @ rows), center=center) for each in keep]
+        return np.stack([np.asarray(values) for values in found])
+
+
+@partial(jax.jit, static_argnames="center")
+def eigenvalues(sums: BoundarySums, keep: Array, rows: Array | float, *, center: bool) -> Array:
+    """[d] singular values of the groups that `keep` [G] is 1 for, of so many rows; in a context of 64 bits."""
+    total = [jnp.einsum("g,gij->ij", keep, x, precision=jax.lax.Precision.HIGHEST) for x in sums.second]
+    second = contraction.lower_triangle([x.astype(jnp.float64) for x in total])
+    if center:
+        mean = (keep @ sums.first) / rows
+        second = second - rows * jnp.outer(mean, mean)
+    values = jnp.linalg.eigvalsh(second, UPLO="L", symmetrize_input=False)
+    return jnp.sqrt(jnp.maximum(values[::-1], 0.0))

@@ -145,10 +145,17 @@ def run_footprint(
         larger = max((ours, theirs), key=lambda side: (side.decoder.depth + 1) * side.decoder.width**2)
         choice = pipeline.choose_devices(config.parallel, larger.decoder, larger.config.dtype, config.metrics)
         devices = devices_of(choice)
-        slots = devices.slots(larger.decoder, config.metrics)
+        home = pipeline.home_of(larger.decoder, larger.config.dtype, config.metrics, devices)
         work, theirs_work = (
             pipeline.plan_prompts(
-                prompts, tokenizer, side.decoder, config.prompts, config.metrics, config.batch_tokens, devices, slots
+                prompts,
+                tokenizer,
+                side.decoder,
+                config.prompts,
+                config.metrics,
+                config.batch_tokens,
+                devices,
+                home.slots,
             )
             for side in (ours, theirs)
         )
@@ -157,7 +164,7 @@ def run_footprint(
             pipeline.check_alike(side.checkpoint, plan, choice)
         if say:
             for side in (ours, theirs):
-                say(pipeline.start_line(side.name, side.config.dtype, side.decoder, work, choice))
+                say(pipeline.start_line(side.name, side.config.dtype, side.decoder, work, choice, home))
         about = pipeline.prompts_record(prompts, config.prompts)
 
         def traced(side: _Side, found: Measurement, plan: Plan) -> DepthTrace:

@@ -1,9 +1,9 @@
 """Fixed shapes from ragged prompts: sequences are packed into rows, rows into batches.
 
 Several prompts share a row, told apart by `segments`, so that padding wastes little and one compiled shape serves a
-whole pool. Rows are sorted by jackknife group, a row holds prompts of one group only, and a batch touches at most
-`SLOTS` groups in a row, each with an accumulator of its own (its `slot`): the statistics of a group are complete, and
-can leave the device, before its slot is needed again.
+whole pool. Rows are sorted by jackknife group, a row holds prompts of one group only, and each row names the
+accumulator of its group (its `slot`). Every group has its own. Where the devices have no room for all of them, a batch
+touches at most `SLOTS` groups in a row, whose sums are complete and leave before another group takes their slot.
 
 Where devices share the rows of a batch, each has equally many, one after the other (a shard), and the measured
 positions of its own rows: what a device measures never has to come from another.
@@ -25,7 +25,7 @@ from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.stats.groups import Groups
 
-SLOTS = 2
+SLOTS = 2  # most groups in a batch where the sums of a group leave the devices as soon as they are complete
 LENGTH_CLASSES = (512, 2048, 8192, 32768, 131072)  # sequences up to each of these lengths share a compiled shape
 LONG_MULTIPLE = 512  # rows above the first class are a multiple of this, for attention by blocks of queries
 ROW_LENGTHS = (128, 192, 256, 384, 512)  # tried beside multiples of the longest sequence
@@ -143,11 +143,17 @@ class Plan:
     skip: int
     batches: tuple[Packed, ...]
     visits: tuple[GroupRun, ...]
-    slots: int = SLOTS  # most groups in a batch
+    slots: int  # accumulators that the rows of batches name
+    leaves: bool  # whether sums of a group leave its accumulator, which others then take
     group_count: int = 0  # G, groups without a prompt included
     counts: Mapping[str, int] = field(default_factory=dict)  # what a trace says of how its prompts became sequences
     notes: tuple[str, ...] = ()  # sentences on that which a reader must know
     vocabulary: Vocabulary | None = None  # that distributions are taken over; None: every row of the unembedding
+
+    @cached_property
+    def groups_at_once(self) -> int:
+        """Most groups in a batch."""
+        return max(len({self.visits[visit].slot for visit in packed.visits}) for packed in self.batches)
 
     @cached_property
     def groups(self) -> Groups:
@@ -213,10 +219,11 @@ class Plan:
         filled = 0
         real = range(len(packed.rows))
         for b, number in enumerate(shard * share + k for shard in parts for k in range(share)):
-            if number not in real:  # padding
-                continue
-            row, visit = packed.rows[number], packed.visits[number]
+            visit = packed.visits[min(number, len(packed.visits) - 1)]
             batch.slots[b] = self.visits[visit].slot
+            if number not in real:  # padding, which counts nowhere
+                continue
+            row = packed.rows[number]
             if b % share == 0:
                 filled = b // share * room
             start = 0
@@ -244,7 +251,7 @@ def plan(
     skip: int,
     batch_tokens: int,
     shards: int = 1,
-    slots: int = SLOTS,
+    slots: int | None = None,
     groups: int | None = None,
     counts: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
@@ -257,13 +264,14 @@ def plan(
         skip: how many first tokens of each sequence contraction leaves out.
         batch_tokens: of all shards together; each gets a row at least.
         shards: how many share the rows of a batch; it divides every batch's height and number of measured positions.
-        slots: most groups in a batch.
+        slots: most groups in a batch, which then share as many accumulators; None: every group has its own.
         groups: how many there are, those without a prompt included; None: up to the last that a sequence names.
         counts, notes: as of `Plan`.
 
     Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen
     by trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
     """
+    group_count = 1 + max((s.group for s in sequences), default=-1) if groups is None else groups
     classes: dict[int, list[int]] = defaultdict(list)
     for number, sequence in enumerate(sequences):
         size = len(sequence.ids)
@@ -282,7 +290,7 @@ def plan(
         for length in _row_lengths(longest):
             packed = {g: _pack([(len(sequences[n].ids), n) for n in ns], length) for g, ns in sorted(by_group.items())}
             for height in _heights(batch_tokens, length, shards):
-                cuts = _cut([len(rows) for rows in packed.values()], height, slots)
+                cuts = _cut([len(rows) for rows in packed.values()], height, slots or len(packed))
                 cost = len(cuts) * (height * length * (1 + length / ATTENTION_LENGTH) + BATCH_OVERHEAD * shards)
                 options.append((cost, -length, -height, packed, cuts))
         _, length, height, packed, cuts = min(options, key=lambda option: option[:3])
@@ -299,15 +307,16 @@ def plan(
             batches.append(Packed(chosen, owner, height, length, width * shards, shards))
         for k, group in enumerate(packed):
             last = max(i for i, (a, b) in enumerate(cuts) if any(owner == first + k for _, owner in rows[a:b]))
-            visits.append(GroupRun(group, (first + k) % slots, offset + last))
+            visits.append(GroupRun(group, (first + k) % slots if slots else group, offset + last))
     return Plan(
         sequences=sequences,
         selector=selector,
         skip=skip,
         batches=tuple(batches),
         visits=tuple(visits),
-        slots=slots,
-        group_count=1 + max((s.group for s in sequences), default=-1) if groups is None else groups,
+        slots=slots or group_count,
+        leaves=slots is not None,
+        group_count=group_count,
         counts=dict(counts or {}),
         notes=tuple(notes),
     )

@@ -1,7 +1,11 @@
-"""Causal self-attention over packed rows, with grouped queries, windows, soft-caps and rotary positions."""
+"""Causal self-attention over packed rows, with grouped queries, windows, soft-caps and rotary positions.
+
+On GPUs cuDNN's fused attention computes it where it can (`why_not_fused`); everywhere else scores are made by XLA.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,6 +26,7 @@ class Layout(NamedTuple):
     segments: Array  # [B, T] which sequence of the row a token belongs to
     cos: Array  # [ropes, B, T, dim / 2], ropes is 0 where positions are learned
     sin: Array
+    fused: bool  # whether cuDNN computes attention
 
 
 class PerLayer(NamedTuple):
@@ -32,19 +37,48 @@ class PerLayer(NamedTuple):
     rope: Array  # [D] index into Layout.cos
 
 
-def layout(config: DecoderConfig, positions: Array, segments: Array, lengths: Array) -> Layout:
-    """The shared part of a forward, for `positions`, `segments` and `lengths` of shape [B, T]."""
+def why_not_fused(config: DecoderConfig, dtype: jnp.dtype, backend: str) -> str | None:
+    """Why cuDNN's fused attention does not compute this model's; None: it does.
+
+    It takes bfloat16 and float16, heads of at most 128 features and one scale for all blocks. Segments and windows are
+    a mask to it, which a row of a single sequence without a window does not need.
+    """
+    if backend != "gpu":
+        return f"it is for GPUs, and this is a {backend}"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"it does not compute in {jnp.dtype(dtype).name}"
+    if config.attention_softcap is not None:
+        return "it has no soft-cap"
+    if config.latent is not None:
+        return "it does not take latent attention, whose keys and values differ in size"
+    if config.head_dim > 128 or config.head_dim % 8:
+        return f"it does not take heads of {config.head_dim} features"
+    if config.scale_by_depth:
+        return "the scale of scores differs from block to block"
+    return None
+
+
+def layout(
+    config: DecoderConfig, positions: Array, segments: Array, lengths: Array, dtype: jnp.dtype, backend: str
+) -> Layout:
+    """The shared part of a forward in a dtype, for `positions`, `segments` and `lengths` of shape [B, T]."""
     turns = [rotation(rope, positions, lengths) for rope in config.ropes]
     nothing = jnp.zeros((0, *positions.shape, 0), jnp.float32)
     cos = jnp.stack([c for c, _ in turns]) if turns else nothing
     sin = jnp.stack([s for _, s in turns]) if turns else nothing
-    return Layout(segments, cos, sin)
+    fused = why_not_fused(config, dtype, backend) is None
+    return Layout(segments=segments, cos=cos, sin=sin, fused=fused)
+
+
+def query_scale(config: DecoderConfig) -> float:
+    """What multiplies q.k, before what differs by depth."""
+    return config.query_scale or config.head_dim**-0.5
 
 
 def per_layer(config: DecoderConfig) -> PerLayer:
     """The scanned settings, each [D]."""
     rope = config.layer_rope or (0,) * config.depth
-    scale = config.query_scale or config.head_dim**-0.5
+    scale = query_scale(config)
     scales = [scale / (layer + 1) if config.scale_by_depth else scale for layer in range(config.depth)]
     return PerLayer(
         jnp.asarray(config.windows, jnp.int32), jnp.asarray(scales, jnp.float32), jnp.asarray(rope, jnp.int32)
@@ -98,6 +132,21 @@ def attend(
     return jnp.moveaxis(blocks, 0, 1).reshape(batch, length, heads, -1)
 
 
+def attend_fused(q: Array, k: Array, v: Array, segments: Array, *, window: Array | None, scale: float) -> Array:
+    """`attend` by cuDNN, in bfloat16 or float16."""
+    by_cudnn = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+
+    def masked(q: Array, k: Array, v: Array) -> Array:
+        mask = allowed(segments, jnp.arange(segments.shape[1], dtype=jnp.int32), window)
+        return by_cudnn(q, k, v, mask=mask[:, None])
+
+    if window is not None:
+        return masked(q, k, v)
+    # Padding lies behind the sequence of a row, where it is seen by nothing that counts.
+    single = jnp.all((segments == segments[:, :1]) | (segments == 0))
+    return jax.lax.cond(single, partial(by_cudnn, is_causal=True), masked, q, k, v)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention; with one key head it is multi-query, with as many as queries the ordinary kind."""
 
@@ -134,13 +183,9 @@ class Attention(nnx.Module):
             interleaved = config.ropes[0].interleaved
             cos, sin = shared.cos[layer.rope], shared.sin[layer.rope]
             q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
-        out = attend(
-            q,
-            k,
-            split(self.value(x), None),
-            shared.segments,
-            window=layer.window if any(config.windows) else None,
-            scale=layer.scale,
-            softcap=config.attention_softcap,
-        )
+        v, window = split(self.value(x), None), layer.window if any(config.windows) else None
+        if shared.fused:
+            out = attend_fused(q, k, v, shared.segments, window=window, scale=query_scale(config))
+        else:
+            out = attend(q, k, v, shared.segments, window=window, scale=layer.scale, softcap=config.attention_softcap)
         return self.out(out.reshape(*x.shape[:2], -1))

@@ -133,6 +133,7 @@ class Decoder(nnx.Module):
         segments: Array | None = None,
         lengths: Array | None = None,
         remat: Remat = "none",
+        backend: str | None = None,
     ) -> tuple[Array, Any]:
         """The residual stream, causally.
 
@@ -146,6 +147,7 @@ class Decoder(nnx.Module):
                 scalings ask). Default T.
             remat: what the backward pass computes again instead of keeping it: nothing, all but the results of linear
                 layers, or whole blocks.
+            backend: the kind of device that this is for, by which attention is computed; None: JAX's default.
 
         Returns:
             (h_D [B, T, d] before the final norm, the tap's last state or None)
@@ -167,7 +169,7 @@ class Decoder(nnx.Module):
                 h = h * jnp.asarray(config.embed_scale, h.dtype)  # rounded to the compute dtype first, as Gemma does
             if self.positions is not None:
                 h = h + look_up(self.positions[...], positions)
-            shared = layout(config, positions, segments, lengths)
+            shared = layout(config, positions, segments, lengths, h.dtype, backend or jax.default_backend())
             state = None
             if tap is not None:
                 state = tap.init(jax.ShapeDtypeStruct(h.shape, h.dtype), config.depth + 1)

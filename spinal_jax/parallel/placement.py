@@ -7,6 +7,7 @@ Where XLA's partitioner would gather what is split, the audit says what each dev
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -67,6 +68,11 @@ class Shards:
         return row_multiple(self.mesh)
 
     @property
+    def parameter_split(self) -> int:
+        """Among how many devices large parameters are split."""
+        return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
+
+    @property
     def own(self) -> tuple[int, ...]:
         """Which of the `rows` parts of a batch the devices of this process need, in order."""
         parts = self.batch.addressable_devices_indices_map((self.rows,)).values()
@@ -103,8 +109,13 @@ class Shards:
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     @property
+    def each(self) -> NamedSharding:
+        """One entry of the first axis on each device."""
+        return self._on(self.mesh.axis_names)
+
+    @property
     def whole(self) -> NamedSharding:
-        """On every device: a scalar, and the sums that `read` carries."""
+        """On every device: a scalar, and the sums that `lens_step` carries."""
         return self._on()
 
     def parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -126,25 +137,27 @@ class Shards:
         """Of the unembedding [V, d] and its bias [V] in the walk through the vocabulary."""
         return self._on(self.vocabulary)
 
-    def features(self, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """(axes along which each device makes some rows of a Gram matrix, and of ROWS those that split them further).
+    def features(self, height: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(axes along which each device makes some rows of a stripe of a Gram matrix, which has `height` of them, and
+        of ROWS those that split them further).
 
         The rows of the matrices are split and not the boundaries, because that is how the parts are made: a device
-        makes d / tensor rows from its own hidden states, of which it then keeps what a reduce-scatter along `fsdp` and
-        `data` leaves it. With boundaries split, a boundary's sums would cross the mesh whole to the one that keeps
-        them, and D + 1 is rarely divided by anything.
+        makes 1 / tensor of the rows from its own hidden states, of which it then keeps what a reduce-scatter along
+        `fsdp` and `data` leaves it. With boundaries split, a boundary's sums would cross the mesh whole to the one that
+        keeps them, and D + 1 is rarely divided by anything.
         """
-        made = ("tensor",) if width % self.mesh.shape["tensor"] == 0 else ()
-        left = width // math.prod(self.mesh.shape[axis] for axis in made)
+        made = ("tensor",) if height % self.mesh.shape["tensor"] == 0 else ()
+        left = height // math.prod(self.mesh.shape[axis] for axis in made)
         kept: tuple[str, ...] = ()
         for axis in reversed(ROWS):
             if left % self.mesh.shape[axis] == 0:
                 kept, left = (*kept, axis), left // self.mesh.shape[axis]
         return made, kept
 
-    def grams(self, width: int) -> tuple[Any, Any]:
-        """`NamedSharding`s of the Gram sums [slots, D + 1, d, d] and of the sums [slots, D + 1, d] beside them."""
-        made, kept = self.features(width)
+    def grams(self, height: int) -> tuple[Any, Any]:
+        """`NamedSharding`s of a stripe of Gram sums [slots, D + 1, height, ..] and of the sums [slots, D + 1, d] beside
+        them."""
+        made, kept = self.features(height)
         return self._on(None, None, (*made, *kept)), self.whole
 
     def by_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,14 +165,14 @@ class Shards:
         by = PartitionSpec(ROWS)
         return jax.shard_map(function, mesh=self.mesh, in_specs=by, out_specs=by, check_vma=False)
 
-    def by_features(self, function: Callable[..., Any], width: int) -> Callable[..., Any]:
-        """`function` of arrays split by rows to (Gram sums, sums), split as `grams` says."""
-        second, first = self.grams(width)
+    def by_features(self, function: Callable[..., Any], height: int, stripes: int) -> Callable[..., Any]:
+        """`function` of arrays split by rows to (stripes of Gram sums, sums), split as `grams` says."""
+        second, first = self.grams(height)
         return jax.shard_map(
             function,
             mesh=self.mesh,
             in_specs=PartitionSpec(ROWS),
-            out_specs=(second.spec, first.spec),
+            out_specs=((second.spec,) * stripes, first.spec),
             check_vma=False,
         )
 
@@ -225,6 +238,11 @@ def device_memory() -> int | None:
     """Bytes that a device has for this process; None where that is not said, as on a CPU."""
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get("bytes_limit")
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def choose(config: AuditParallelConfig, whole_bytes: int, table_bytes: int) -> Choice:

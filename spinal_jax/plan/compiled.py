@@ -118,8 +118,10 @@ def _compile(config: PlanConfig) -> Compiled:
     gram = contraction.gram_dtype()
     with jax.enable_x64(True) if gram == np.float64 else contextlib.nullcontext():
         shape = batch.height, batch.length, batch.measured
-        some = abstract_arguments(decoder, jnp.dtype(dtype), settings, shape, gram, shards=shards)
-        forward, lens = (_program(step.compile()) for step in lower_steps(some, settings, shards, backend))
+        some = abstract_arguments(decoder, jnp.dtype(dtype), settings, shape, gram, shards=shards, slots=work.slots)
+        forward, lens = (
+            _program(step.compile()) for step in lower_steps(some, settings, work.groups_at_once, shards, backend)
+        )
     return Compiled(
         parameters=_held(some.model),
         table=0 if shards is None else _held(some.lens),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import jax
 
-from spinal_jax.audit.spectra import spectra_count
+from spinal_jax.audit.spectra import replicate_counts
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
@@ -25,7 +25,6 @@ from spinal_jax.parallel.data_sheets import Device
 # exponential, which is written and read for the mass, and read twice and written for the distances of two blocks.
 LOGIT_PASSES = 8
 SCORE_PASSES = 4  # and an attention score: written, read for the maximum and the sum, its weight written and read
-STRIPE_SHARE = sum(range(1, contraction.STRIPES + 1)) / contraction.STRIPES**2  # of a Gram matrix that is computed
 EIGENVALUES = 4 / 3  # FLOPs of all eigenvalues of a symmetric d x d matrix over d^3: its reduction to a tridiagonal one
 REREAD = 4 / 3  # bytes over d^3 that this reads of a float64 matrix beyond any cache: half of it for every column
 HOST_CACHE = 2**20  # bytes of a float64 matrix above which it does not stay in a core's own cache
@@ -122,8 +121,7 @@ def stages(
     gram = contraction.gram_dtype()
     weights = sum(math.prod(shape) * item_bytes(path, dtype) for path, shape in _matrices(shapes)) / split.tensor
     ends = sum(sum(shape[-2:]) * _uses(config, shape) for _, shape in _matrices(shapes))  # numbers in and out, a token
-    # Where rows of the matrix are split over devices, each makes its own in full.
-    share = STRIPE_SHARE if split.tensor == 1 else 1.0
+    share = contraction.triangle_size(width) / width**2  # of a Gram matrix that is computed
     passes = 1 + len(settings.variants.skip)
     unembed = config.vocab_size * width * item
     for batch in work.batches:
@@ -151,34 +149,20 @@ def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
 
 
 @dataclass(frozen=True)
-class Host:
-    """What is left to the host that has all Gram sums."""
+class Spectra:
+    """Eigenvalues of the Gram sums, all of them together."""
 
-    stage: Stage  # the eigenvalues
+    stage: Stage
     matrices: int
-    memory: float  # bytes, at its most
-    scratch: float  # bytes of the file that Gram sums leave the device for
+    memory: float  # bytes of the host at its most, where LAPACK takes them
 
 
-def host(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> Host:
-    """The spectra at every boundary, whole and without each group, on so many cores; one matrix a core."""
-    groups, d, boundaries = work.groups, config.width, config.depth + 1
-    drops = len(groups.drops)
-    variants = spectra_count(boundaries, settings) // boundaries - 1
-    each = 1 + (drops if settings.variants.groups else 0)
-    matrices = boundaries * (1 + drops + len(groups.halves) + variants * each)
+def spectra(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> Spectra:
+    """The spectra at every boundary, whole, without each group and of halves, on so many cores; one matrix a core."""
+    d, boundaries = config.width, config.depth + 1
+    matrices = boundaries * sum(replicate_counts(work, settings))
     square = 8 * d * d
     reread = matrices * (REREAD * d**3 if square > HOST_CACHE else square)
-    kept = len({s.group for s in work.sequences})
-    itemsize = contraction.gram_dtype().itemsize
-    triangle = d * (d + 1) // 2
-    # Every group's sum and their total; in each core's hands the difference, a copy, and LAPACK's own; and the places
-    # of a triangle, two numbers each.
-    memory = square * (kept + 1 + 3 * min(cores, 1 + drops)) + 16 * triangle
-    return Host(
-        Stage("spectra", "float64", matrices * EIGENVALUES * d**3, reread),
-        matrices,
-        memory,
-        # Of every visit a record: triangles, and sums beside them in float64.
-        (1 + len(settings.variants.skip)) * len(work.visits) * boundaries * (triangle * itemsize + 8 * d),
-    )
+    # The stripes of all groups at a boundary, twice; in each core's hands their sum, whole, centred and LAPACK's own.
+    memory = 16 * work.group_count * contraction.triangle_size(d) + 4 * square * min(cores, matrices)
+    return Spectra(Stage("spectra", "float64", matrices * EIGENVALUES * d**3, reread), matrices, memory)

@@ -74,7 +74,7 @@ class AuditPlan:
     rows: int  # N of contraction
     gram_dtype: str
     stages: tuple[estimate.Stage, ...]  # of one device
-    host: estimate.Host
+    host: estimate.Spectra
     memory: Memory | None  # None: nothing was compiled
     compiled: Compiled | None
     received: float | None  # bytes that each device has from others over the whole audit; None: nothing was compiled
@@ -123,7 +123,7 @@ class AuditPlan:
         yield f"  {'parameters':<40}{m.parameters / GIB:9.3f}"
         if m.table:
             yield f"  {'unembedding, split for the lens':<40}{m.table / GIB:9.3f}"
-        yield f"  {'Gram sums of the groups in work':<40}{m.grams / GIB:9.3f}"
+        yield f"  {'Gram sums of all groups':<40}{m.grams / GIB:9.3f}"
         yield f"  {'batch, measured residuals, sums by group':<40}{m.batch / GIB:9.3f}"
         yield (
             f"  {'activations and logits, temporary':<40}{m.temporaries / GIB:9.3f}  ({larger}; {other} has "
@@ -171,7 +171,6 @@ class AuditPlan:
             f"  {host.matrices:,} spectra of {self.decoder.width:,} features, float64: {host.stage.flops / 1e12:,.3f} "
             f"TFLOP, {host.stage.seconds(cpu):,.2f} s, {host.memory / GIB:.2f} GiB of memory"
         )
-        yield f"  scratch file: {host.scratch / GIB:.2f} GiB"
 
     def _devices(self) -> Iterator[str]:
         if self.device is not None:
@@ -264,7 +263,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
     shapes, dtype = parameter_shapes(decoder), config.model.dtype
     found = compiled(config) if config.compile else None
     cores = os.cpu_count() or 1
-    host = estimate.host(decoder, work, config.metrics, cores)
+    host = estimate.spectra(decoder, work, config.metrics, cores)
     gram = contraction.gram_dtype()
     packed = widest(work)
     return AuditPlan(
@@ -290,7 +289,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
     )
 
 
-def _memory(config: PlanConfig, found: Compiled, host: estimate.Host, shapes: Any) -> Memory:
+def _memory(config: PlanConfig, found: Compiled, host: estimate.Spectra, shapes: Any) -> Memory:
     on_cpu = config.device == "cpu"
     count = config.devices if on_cpu else 1  # what one memory holds
     temporaries = max(found.forward.temporaries, found.lens.temporaries)

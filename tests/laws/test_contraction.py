@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,19 @@ BATCH = 512  # rows streamed at a time
 STEP = jax.jit(update)
 
 
-def gram(rows: np.ndarray, dtype: np.dtype | None = None) -> contraction.Grams:
+class Matrices(NamedTuple):
+    """`contraction.Grams` with whole matrices in place of stripes."""
+
+    second: np.ndarray  # [slots, D + 1, d, d], of which the lower triangle is filled
+    first: np.ndarray  # [slots, D + 1, d]
+
+
+def matrices(grams: contraction.Grams) -> Matrices:
+    with jax.enable_x64(True):
+        return Matrices(np.asarray(contraction.lower_triangle(grams.second)), np.asarray(grams.first))
+
+
+def gram(rows: np.ndarray, dtype: np.dtype | None = None) -> Matrices:
     """The sums [1, 1, ...] of float32 rows [N, d], streamed in batches padded with rows that must not count."""
     dtype = gram_dtype() if dtype is None else dtype
     missing = -len(rows) % BATCH
@@ -33,8 +46,9 @@ def gram(rows: np.ndarray, dtype: np.dtype | None = None) -> contraction.Grams:
             span = slice(start, start + BATCH)
             h, weight = (jnp.asarray(x.reshape(2, BATCH // 2, *x.shape[1:])) for x in (padded[span], counted[span]))
             grams = STEP(grams, h, weight, jnp.zeros(2, jnp.int32), jnp.int32(0))
-    assert grams.second.dtype == dtype
-    return jax.tree.map(np.asarray, grams)
+    found = matrices(grams)
+    assert found.second.dtype == dtype
+    return found
 
 
 def spectrum(rows: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
@@ -178,20 +192,20 @@ def blocks(seed: int = 0, batch: int = 4, length: int = 16, width: int = 12) -> 
     return h, jnp.asarray(rng.integers(0, 2, size=(batch, length)), jnp.float32), jnp.zeros(batch, jnp.int32)
 
 
-def summed(*parts: tuple[jax.Array, jax.Array, jax.Array], boundary: int = 0, slots: int = 2) -> contraction.Grams:
+def summed(*parts: tuple[jax.Array, jax.Array, jax.Array], boundary: int = 0, slots: int = 2) -> Matrices:
     """float64 sums of the parts, two boundaries."""
     with jax.enable_x64(True):
         grams = init(slots, 2, parts[0][0].shape[-1], np.dtype(np.float64))
         for h, counted, slot in parts:
             grams = STEP(grams, h, counted, slot, jnp.int32(boundary))
-    return jax.tree.map(np.asarray, grams)
+    return matrices(grams)
 
 
-def close(a: contraction.Grams, b: contraction.Grams) -> None:
+def close(a: Matrices, b: Matrices) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), a, b)  # float64 sums of some 60 numbers
 
 
-def equal(a: contraction.Grams, b: contraction.Grams) -> None:
+def equal(a: Matrices, b: Matrices) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -242,10 +256,50 @@ def test_slots_and_boundaries_do_not_see_each_other() -> None:
 def test_bfloat16_hidden_states_are_summed_in_float32() -> None:
     h, counted, slots = blocks()
     narrow = h.astype(jnp.bfloat16)
-    grams = STEP(init(2, 2, 12, np.dtype(np.float32)), narrow, counted, slots, jnp.int32(0))
+    grams = matrices(STEP(init(2, 2, 12, np.dtype(np.float32)), narrow, counted, slots, jnp.int32(0)))
     rows = np.asarray(narrow, np.float64)[np.asarray(counted) > 0]
     # float32 sums of about 30 products of numbers near 1.
     np.testing.assert_allclose(np.tril(grams.second[0, 0]), np.tril(rows.T @ rows), atol=1e-5)
+
+
+def test_stripes_hold_the_lower_triangle_and_rows_of_a_slot_are_multiplied_together() -> None:
+    """Eight stripes, runs of rows longer and shorter than one product takes, float64 and bfloat16 states on a GPU."""
+    width, length, batch = 1024, 128, 13
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.bfloat16)
+    counted = jnp.asarray(rng.integers(0, 2, size=(batch, length)), jnp.float32)
+    slots = jnp.asarray([0] * 9 + [2] + [1] * 3, jnp.int32)
+    assert contraction.stripe_count(width) == 8
+    assert contraction.triangle_size(width) == width**2 * 9 / 16
+    with jax.enable_x64(True):
+        empty = init(3, 1, width, np.dtype(np.float64))
+        found = {kind: matrices(update(empty, h, counted, slots, jnp.int32(0), kind)) for kind in ("cpu", "gpu")}
+    for slot in range(3):
+        rows = np.asarray(h, np.float64)[np.asarray(slots) == slot].reshape(-1, width)
+        rows = rows[np.asarray(counted)[np.asarray(slots) == slot].reshape(-1) > 0]
+        exact = np.tril(rows.T @ rows)
+        np.testing.assert_allclose(np.tril(found["cpu"].second[slot, 0]), exact, atol=1e-10)
+        # Products of bfloat16 are exact, and their float32 sums are of at most 1,024 rows.
+        np.testing.assert_allclose(np.tril(found["gpu"].second[slot, 0]), exact, atol=1e-3)
+        np.testing.assert_allclose(found["gpu"].first[slot, 0], rows.sum(axis=0), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("states", "sums", "backend", "products"),
+    [
+        ("float32", "float64", "cpu", "float64"),
+        ("bfloat16", "float64", "cpu", "float64"),
+        ("float32", "float64", "gpu", "float64"),
+        ("bfloat16", "float64", "gpu", "float32"),
+        ("float32", "float64", "tpu", "float32"),
+    ],
+)
+def test_products_are_float64_but_where_tensor_cores_are_exact(
+    states: str, sums: str, backend: str, products: str
+) -> None:
+    found = contraction.product_dtype(jnp.dtype(states), np.dtype(sums), backend)
+    assert found == np.dtype(products)
+    assert resolution(found) == (EPS32 if products == "float64" else math.sqrt(EPS32))
 
 
 @settings(max_examples=60)

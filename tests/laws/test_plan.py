@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spinal_jax.audit import measure as measuring
-from spinal_jax.audit import spectra
 from spinal_jax.config import MetricsConfig, ModelConfig, ParallelConfig, build
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.data.packing import Positions, TokenSequence, plan
@@ -88,7 +87,7 @@ def test_flops_of_gram_sums_and_lens_are_xlas() -> None:
     sums = contraction.init(2, 1, width, np.dtype(np.float32))
     arguments = jnp.ones((1, length, width)), jnp.ones((1, length)), jnp.zeros(1, jnp.int32)
     counted = flops_of(lambda sums, *rows: contraction.update(sums, *rows, jnp.int32(0)), sums, *arguments)
-    ours = estimate.STRIPE_SHARE * 2 * length * width**2
+    ours = 2 * length * contraction.triangle_size(width)
     assert ours <= counted <= 1.05 * ours  # beside it some passes over [T, d] and [d, d], 2 d and 2 T FLOPs a number
     boundaries, positions, vocabulary = 3, 8, 512  # one tile, one chunk
     lens = Lens(jnp.ones((vocabulary, width)), None, None, 1.0)
@@ -113,19 +112,11 @@ def test_the_hosts_share_is_what_an_audit_leaves_it(
     model, settings = make_decoder(depth=2), MetricsConfig(groups=4)
     sequences = [TokenSequence(np.arange(24, dtype=np.int32) + n, n % 3) for n in range(18)]  # of 4 groups one is empty
     work = plan(sequences, Positions.parse("last:4"), 1, 96)
-    taken, spools = [], []
-    values, whole = contraction.singular_values, spectra.all_spectra
+    taken, values = [], contraction.singular_values
     monkeypatch.setattr(contraction, "singular_values", lambda *a: (taken.append(1), values(*a))[1])
-
-    def watched(spooled: list[spectra.GramStore], *rest: Any) -> spectra.Spectra:
-        spools.extend(spool.file.seek(0, 2) for spool in spooled)
-        return whole(spooled, *rest)
-
-    monkeypatch.setattr(measuring, "all_spectra", watched)
     measuring.measure(model, work, settings)
-    host = estimate.host(model.config, work, settings, cores=2)
+    host = estimate.spectra(model.config, work, settings, cores=2)
     assert host.matrices == len(taken)
-    assert host.scratch == sum(spools)
     assert host.stage.flops == pytest.approx(len(taken) * 4 / 3 * model.config.width**3)
 
 

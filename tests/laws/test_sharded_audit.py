@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spinal_jax.audit import devices as devices_module
-from spinal_jax.audit import pipeline
+from spinal_jax.audit import gram_store, pipeline, spectra
+from spinal_jax.audit import measure as measuring
 from spinal_jax.audit.abstract import abstract_arguments, lower_steps
 from spinal_jax.audit.devices import Devices, OneDevice, OnMesh, OnReplicas
+from spinal_jax.audit.forward_step import gram_shardings
+from spinal_jax.audit.gram_store import OnDevices, gram_bytes, gram_home
 from spinal_jax.audit.measure import Measurement, keep, measure
+from spinal_jax.audit.spectra import dealt_out
 from spinal_jax.config import (
     AuditConfig,
     AuditParallelConfig,
@@ -29,6 +33,7 @@ from spinal_jax.config import (
 )
 from spinal_jax.data.packing import Plan, Positions, plan
 from spinal_jax.errors import UserError
+from spinal_jax.metrics import contraction
 from spinal_jax.models.config import Experts, LatentAttention
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_model
@@ -177,7 +182,7 @@ def test_the_command_takes_a_mesh_and_says_so() -> None:
         for parallel in ({}, {"parallel": {"data": 2, "fsdp": -1, "tensor": 2}})
     )
     assert "cpu x 8, mesh 1 x 1 x 1 (8 CPU devices share one processor)" in lines[0]
-    assert "cpu x 8, mesh 2 x 2 x 2 |" in lines[1]
+    assert "cpu x 8, mesh 2 x 2 x 2, Gram sums on the devices (0.0 of" in lines[1]
     for name, values in one.columns.items():
         np.testing.assert_allclose(many.columns[name], values, rtol=CLOSE, atol=CLOSE, err_msg=name)
 
@@ -188,7 +193,7 @@ def test_what_is_left_to_choose_is_chosen_by_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(placement, "device_memory", lambda: 80 << 30)
     fits, large, huge = (choose(auto, size << 30, table) for size in (30, 100, 10_000))
     assert str(fits) == "pmap x 8 (the model and its sums are 30.0 GiB, which each device has room for)"
-    assert str(large) == "mesh 2 x 4 x 1 (the model and its sums are 100.0 GiB, shared by 4)"
+    assert str(large) == "mesh 4 x 2 x 1 (the model and its sums are 100.0 GiB, shared by 2)"
     assert str(huge).startswith("mesh 1 x 8 x 1 (")
     assert str(choose(AuditParallelConfig(2, 2, 2), 30 << 30, table)) == "mesh 2 x 2 x 2"
     assert str(choose(AuditParallelConfig(backend="mesh"), 30 << 30, table)) == "mesh 8 x 1 x 1"
@@ -201,18 +206,104 @@ def test_what_is_left_to_choose_is_chosen_by_memory(monkeypatch: pytest.MonkeyPa
     assert str(choose(auto, 30 << 30, table)) == "mesh 1 x 1 x 1"
 
 
-def test_gram_sums_that_would_fill_a_device_are_kept_for_one_group_at_a_time(
-    models: tuple[Decoder, Decoder], alone: tuple[Measurement, Measurement], monkeypatch: pytest.MonkeyPatch
+def test_gram_sums_lie_on_the_devices_else_in_host_memory_else_in_a_file(
+    models: tuple[Decoder, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, one = models[0].config, OneDevice()
-    assert one.slots(config, SETTINGS) == 2
-    size = 2 * 2 * 4 * 32**2 * 8  # groups, kinds of sums, boundaries, a matrix in float64
-    monkeypatch.setattr(devices_module, "device_memory", lambda: 4 * size - 1)
-    assert one.slots(config, SETTINGS) == 1
-    assert on(2, 2, 2).slots(config, SETTINGS) == 2
-    work = plan(pool(), Positions.parse("last:4"), 1, 96, slots=1)
-    assert max(len(set(batch.visits)) for batch in work.batches) == 1
-    same(measure(models[1], work, SETTINGS), alone[1])
+    size = gram_bytes(config, SETTINGS)
+    assert size == 8 * 2 * 16 * 4 * (32 * 32 + 32)  # kinds of sums, groups, boundaries
+
+    def home(device: int | None, host: int, devices: Devices = one) -> str:
+        monkeypatch.setattr(gram_store, "device_memory", lambda: device)
+        monkeypatch.setattr(gram_store, "host_memory", lambda: host)
+        found = gram_home(config, SETTINGS, 0, devices)
+        assert (found.slots is None) == (found.where == "devices")
+        return found.where
+
+    assert home(2 * size, 0) == "devices"
+    assert home(size, 4 * size) == "host"
+    assert home(size, 4 * size - 1) == "file"
+    assert home(size, 0, on(2, 2, 2)) == "devices"  # each has an eighth
+    assert home(None, 4 * size) == "devices"  # of a CPU, whose memory that is
+    assert home(None, 4 * size - 1) == "file"
+
+
+@pytest.mark.parametrize("where", ["host", "file"])
+def test_sums_that_leave_the_devices_give_the_same_numbers(
+    where: str, models: tuple[Decoder, Decoder], alone: tuple[Measurement, Measurement], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "fits_host", lambda *_: where == "host")
+    for devices in (OneDevice(), on(2, 2, 2)):
+        work = plan(pool(), Positions.parse("last:4"), 1, 96 * devices.rows, devices.rows, slots=1)
+        assert max(len(set(batch.visits)) for batch in work.batches) == 1
+        same(measure(models[1], work, SETTINGS, devices=devices), alone[1])
+
+
+def test_an_audit_needs_no_scratch_file(models: tuple[Decoder, Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("the folder for temporary files cannot be written to")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    one = OneDevice()
+    assert np.isfinite(measure(models[0], planned(one, SETTINGS), SETTINGS, devices=one).whole.columns["spike"]).all()
+
+
+def test_every_spectrum_is_taken_once_by_one_device_and_the_work_is_even() -> None:
+    for boundaries, replicates, workers in ((4, 19, 8), (33, 19, 8), (2, 1, 8), (5, 3, 1)):
+        work = dealt_out(boundaries, replicates, workers)
+        items = [(at, one) for part in work for at, some in part for one in some]
+        assert sorted(items) == [(at, one) for at in range(boundaries) for one in range(replicates)]
+        counts = [sum(len(some) for _, some in part) for part in work]
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("where", ["2x2x2", "pmap"])
+@pytest.mark.parametrize("on_device", [True, False], ids=["eigvalsh of JAX", "LAPACK"])
+def test_spectra_of_the_same_sums_are_shared_by_all_devices(
+    where: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by device, and equal to those of one device to 1e-9."""
+    settings, work = MetricsConfig(variants=VariantsConfig(groups=True)), planned(OneDevice(), SETTINGS)
+    rng, boundaries, width = np.random.default_rng(0), 3, 32
+    rows = rng.normal(size=(8, work.group_count, boundaries, 64, width)) * np.arange(1, width + 1.0) ** -0.7
+    second = np.einsum("pgbni,pgbnj->pgbij", rows, rows)  # of 8 parts, as replicas have them
+    first = rows.sum(axis=3)
+    devices: Devices = OnReplicas(Replicas.all()) if where == "pmap" else on(2, 2, 2)
+    with jax.enable_x64(True):
+        whole = contraction.Grams(second=(jnp.asarray(second.sum(axis=0)),), first=jnp.asarray(first.sum(axis=0)))
+        if isinstance(devices, OnReplicas):
+            each = devices.replicas.each
+            parts = contraction.Grams(second=(jax.device_put(second, each),), first=jax.device_put(first, each))
+        else:
+            assert isinstance(devices, OnMesh)
+            parts = jax.tree.map(jax.device_put, whole, gram_shardings(width, devices.places))
+        taken: list[int] = []
+        solve = spectra._on_device if on_device else spectra._on_host
+
+        def counted(sums: spectra.BoundarySums, keep: np.ndarray, *rest: Any) -> np.ndarray:
+            taken.append(len(np.atleast_2d(keep)))
+            return solve(sums, keep, *rest)
+
+        monkeypatch.setattr(spectra, solve.__name__, counted)
+
+        def take(devices: Devices, grams: contraction.Grams) -> spectra.Spectra:
+            source = OnDevices(devices, grams)
+            return spectra.all_spectra(
+                [source], work, settings, boundaries, width, devices.workers, lambda n: None, 1e-7, on_device
+            )
+
+        alone = take(OneDevice(), whole)
+        before = len(taken)
+        found = take(devices, parts)
+    replicates = 1 + len(work.groups.drops) + len(work.groups.halves)
+    assert sum(taken) == 2 * sum(taken[:before]) == 2 * boundaries * (replicates + 1 + len(work.groups.drops))
+    if on_device:
+        assert len(taken) - before > 8  # every device some
+    top = alone.whole.max()
+    for one, other in ((found.whole, alone.whole), (found.without, alone.without), (found.halves, alone.halves)):
+        np.testing.assert_allclose(one, other, atol=1e-9 * top)
+    for name, values in alone.variants.items():
+        np.testing.assert_allclose(found.variants[name], values, atol=1e-9 * np.max(values), err_msg=name)
 
 
 @pytest.mark.parametrize("table", [1, 1 << 40])
@@ -259,9 +350,9 @@ def test_nothing_split_is_gathered_by_the_walk_through_the_vocabulary(models: tu
     for sizes in ((1, 1, 8), (2, 4, 1)):
         shards = Shards(make_mesh(ParallelConfig(*sizes)))
         some = abstract_arguments(
-            config, jnp.dtype(jnp.float32), settings, (8, 48, 64), np.dtype(np.float32), shards=shards
+            config, jnp.dtype(jnp.float32), settings, (8, 48, 64), np.dtype(np.float32), shards=shards, slots=2
         )
-        compiled = lower_steps(some, settings, shards)[1].compile()
+        compiled = lower_steps(some, settings, 2, shards)[1].compile()
         text = compiled.as_text() or ""
         assert "all-reduce" in text
         for collective in ("all-gather", "all-to-all", "collective-permute"):
