@@ -30,6 +30,10 @@ test: .venv/test.stamp $(DEMO_MODEL)
 test-browser: .venv/test.stamp
 	$(BIN)/python -m pytest -n 0 -m browser tests/browser
 
+# Hostile inputs of every class, `make fuzz N=5000`; 200 of them are among the tests.
+fuzz: .venv/test.stamp
+	$(BIN)/python -m tests.fuzz.run -n $(N)
+
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -8,14 +8,14 @@ spinal_jax.compare(aligned, reference)             # of two traces, a Comparison
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 import spinal_jax.audit  # noqa: F401 (so that it is a package before it becomes a function too)
 from spinal_jax.errors import UserError
 
+TYPE_CHECKING = False  # as typing's, which would take the command line longer to import than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from spinal_jax.api import audit, load_model
     from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
     from spinal_jax.comparison.checkpoints import compare_models
@@ -55,11 +55,13 @@ _LAZY = {
 }
 
 
-class _CallablePackage(ModuleType):
+class _CallablePackage(type(sys)):
     """The package spinal_jax.audit, which is the function `spinal_jax.api.audit` when it is called."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        return import_module("spinal_jax.api").audit(*arguments, **settings)
+        from spinal_jax.api import audit
+
+        return audit(*arguments, **settings)
 
 
 sys.modules["spinal_jax.audit"].__class__ = _CallablePackage
@@ -71,5 +73,7 @@ def __getattr__(name: str) -> Any:
 
         return version("spinal-jax")
     if name in _LAZY:
+        from importlib import import_module
+
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import fcntl
 import io
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +25,8 @@ from safetensors.numpy import load, save
 from spinal_jax.errors import UserError
 
 T = TypeVar("T")
+SCRATCH = ".writing-"  # begins the name of a folder in which a run's files wait until all are written
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # name of a file that is being written
 
 
 class Record:
@@ -93,6 +99,35 @@ def _library(name: str) -> ModuleType:
         raise UserError(f"to_{name} needs {name}: pip install {name}") from error
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process alone, by a lock of the kernel, which ends with the process however that ends.
+    What killed processes have left half-written in it is removed first.
+
+    Raises:
+      UserError: another process holds the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is in use by another run; wait until it has ended or choose another") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.EINVAL):
+                raise
+            yield  # a file system without locks on folders: nothing is known of other processes, and nothing removed
+            return
+        for path in [*folder.glob(f"{SCRATCH}*"), *folder.rglob(".*.tmp")]:
+            if path.name.startswith(SCRATCH):
+                shutil.rmtree(path)
+            elif TEMPORARY.fullmatch(path.name):
+                path.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """The first place where two documents differ: its dotted name, and what it holds in each. None where they agree."""
     if isinstance(one, dict) and isinstance(other, dict):
@@ -100,6 +135,42 @@ def difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | N
         found = (difference(one.get(key), other.get(key), f"{name}.{key}".removeprefix(".")) for key in keys)
         return next(filter(None, found), None)
     return None if one == other else (name, one, other)
+
+
+@contextlib.contextmanager
+def malformed(what: object) -> Iterator[None]:
+    """What is found to be wrong with the content of a saved file inside the block becomes a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{what} is malformed: it has no {error.args[0]}") from error
+    except MALFORMED as error:
+        raise UserError(f"{what} is malformed: {error or type(error).__name__}") from error
+
+
+# What reading values of another type, size or shape than was written raises.
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, AssertionError)
+
+
+def load_json(text: str | bytes, what: object) -> Any:
+    """The value of a JSON text. UserError, which names `what` it is, where it is none or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not valid JSON: {error or 'nested too deeply'}") from error
+
+
+def load_json_file(file: Path) -> dict[str, Any]:
+    """The JSON object of a file. UserError where it cannot be read or is none."""
+    try:
+        found = load_json(file.read_bytes(), file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return found
 
 
 def load_record(path: Path, name: str, arrays: str, parse: Callable[[str, Mapping[str, np.ndarray]], T]) -> T:
@@ -114,7 +185,8 @@ def load_record(path: Path, name: str, arrays: str, parse: Callable[[str, Mappin
     beside = file.with_name(arrays)
     try:
         text = file.read_text(encoding="utf-8")
-        return parse(text, load(beside.read_bytes()) if beside.is_file() else {})
+        with malformed("its content"):
+            return parse(text, load(beside.read_bytes()) if beside.is_file() else {})
     except SafetensorError as error:
         raise UserError(f"{beside} cannot be read: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -176,21 +248,14 @@ def read(text: str, what: str, schema: str, superseded: Mapping[str, str] | None
     Args:
       superseded: by older schema, why this version does not read it and what to do.
     """
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"the {what} is not valid JSON: {error}") from error
+    content = load_json(text, f"the {what}")
     said = content.get("schema") if isinstance(content, dict) else None
     if isinstance(said, str) and said in (superseded or {}):
         raise UserError(f"the {what} says schema {said!r}: {(superseded or {})[said]}")
     if said != schema:
         raise UserError(f"the {what} says schema {said!r}; this version of spinal_jax reads {schema!r}")
-    try:
+    with malformed(f"the {what}"):
         yield content
-    except KeyError as error:
-        raise UserError(f"the {what} is malformed: it has no {error.args[0]}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the {what} is malformed: {error}") from error
 
 
 def check_boundaries(content: Mapping[str, Any], boundaries: int) -> None:

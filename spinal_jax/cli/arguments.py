@@ -80,14 +80,21 @@ def _group(command: Command, argument: str) -> str:
 def _sources(command: Command, sources: list[str], settings: list[str]) -> list[str]:
     """Settings for arguments without a name."""
     names = set(pages.names_of(command))
-    given = {setting.partition("=")[0] for setting in settings}
+    given = {setting.partition("=")[0].replace(".trace", ".source") for setting in settings}
     free = [name for name in command.positional if name not in given]
     if wrong := next((word for word in sources if word in names and not Path(word).exists()), None):
         raise UserError(f"{wrong!r} is the name of a setting; settings are given as NAME=VALUE")
     if len(sources) > len(free):
         takes = f"it takes {', '.join(free)} in this way" if free else "settings are given as NAME=VALUE"
         raise UserError(f"{command.name} does not know what {sources[len(free)]!r} is; {takes}")
-    return [f"{name}={quoted(source)}" for name, source in zip(free, sources, strict=False)]
+    return [f"{_kind(name, source, names)}={quoted(source)}" for name, source in zip(free, sources, strict=False)]
+
+
+def _kind(name: str, source: str, names: set[str]) -> str:
+    """The setting that a source without a name sets: `model.trace` for a run folder where there is such a setting."""
+    trace = f"{name.removesuffix('.source')}.trace"
+    is_run = any((Path(source) / file).is_file() for file in ("trace.json", "onset.json"))
+    return trace if trace in names and is_run else name
 
 
 def quoted(text: str) -> str:

@@ -13,6 +13,7 @@ from spinal_jax.cli.console import DONE, FAILED, shown, stages
 from spinal_jax.cli.registry import command
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.errors import UserError
+from spinal_jax.files import malformed
 
 
 @command(
@@ -117,7 +118,9 @@ def report(arguments: list[str], usage: str) -> int:
         raise UserError(f"report takes one run folder: {usage}")
     from spinal_jax.report import draw_report
 
-    print(draw_report(arguments[0]))
+    folder = Path(arguments[0])
+    with malformed(folder):
+        print(shown(draw_report(folder)))
     return DONE
 
 
@@ -132,5 +135,6 @@ def collect(arguments: list[str], usage: str) -> int:
         raise UserError(f"collect takes folders that hold runs, and one out=DIR at most: {usage}")
     from spinal_jax.report.collect import collect
 
-    print(collect(folders, *out))
+    with malformed("one of the runs"):
+        print(collect(folders, *out))
     return DONE

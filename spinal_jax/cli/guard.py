@@ -74,11 +74,11 @@ def judged(error: Exception) -> tuple[int, str]:
         return MISTAKE, MEMORY.format(text[:300] or "the host has no more")
     if (fault := _fault(error)) is not None:
         return MISTAKE, fault
-    what = f"{type(error).__name__}: {text[:300]}".rstrip(": ")
+    from spinal_jax.cli.error_report import without_secrets, write_error_report
+
+    what = without_secrets(f"{type(error).__name__}: {text[:300]}".rstrip(": "))
     if debugging():
         return UNFORESEEN, f"unforeseen error ({what})"
-    from spinal_jax.cli.error_report import write_error_report
-
     try:
         where = f"a report for its authors is in {write_error_report(error)}"
     except OSError as trouble:

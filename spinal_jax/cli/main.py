@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 
-from spinal_jax.cli.guard import guarded
+try:
+    from spinal_jax.cli.guard import guarded
+except KeyboardInterrupt:  # before the guard could take it
+    os.write(2, b"spinal: interrupted; nothing was begun\n")
+    os._exit(130)
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+    from typing import Any
 
     from omegaconf import DictConfig
 
@@ -121,6 +126,7 @@ def _task(
     from hydra.core.hydra_config import HydraConfig
 
     from spinal_jax.cli.console import MISTAKE, Outcome
+    from spinal_jax.cli.guard import judged
     from spinal_jax.errors import UserError
 
     started = time.time()
@@ -138,6 +144,8 @@ def _task(
                 ended.append(Outcome(0, _attempt(command, settings, folder)))
         except UserError as error:
             ended.append(Outcome(0, MISTAKE, str(error)))  # kept from Hydra, which would print its own words first
+        except Exception as error:
+            ended.append(Outcome(0, *judged(error)))
         finally:
             with contextlib.suppress(FileNotFoundError):  # another process that shares the run has been here
                 if is_new and not any(folder.iterdir()):
@@ -148,11 +156,14 @@ def _task(
 
 def _attempt(command: Command, settings: DictConfig, folder: Path) -> int:
     """The exit code of the job on these settings."""
+    import contextlib
+
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from spinal_jax.config.record import build
     from spinal_jax.errors import UserError
+    from spinal_jax.files import held
 
     _teach_omegaconf()  # also where a launcher has started another process
     assert command.record is not None
@@ -163,7 +174,11 @@ def _attempt(command: Command, settings: DictConfig, folder: Path) -> int:
     except OmegaConfBaseException as error:
         raise UserError(_hydras_words(error, command)) from error
     assert isinstance(values, dict)
-    return command.job(build(command.record, {str(name): value for name, value in values.items()}), folder)
+    asked = build(command.record, {str(name): value for name, value in values.items()})
+    # Of several processes that share a run and its folder, none can know whether another holds it for the same run.
+    alone = getattr(getattr(asked, "parallel", None), "coordinator", None) is None
+    with held(folder) if command.keeps_run and alone else contextlib.nullcontext():
+        return command.job(asked, folder)
 
 
 def _store(command: Command) -> None:

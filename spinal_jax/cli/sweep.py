@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -14,13 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from spinal_jax.cli.console import DONE, MISTAKE, Outcome, shown
 from spinal_jax.cli.guard import judged
 from spinal_jax.errors import AlreadyDone, UserError
-from spinal_jax.files import write_whole
+from spinal_jax.files import held, write_whole
 
+TOLD = ".sweep-"  # begins the name of the folder in which the processes of a sweep tell how their runs ended
 _HELD: list[IO[str]] = []  # locks of this process
 
 
@@ -36,10 +38,18 @@ class Sweep:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._told = Path(tempfile.mkdtemp(prefix=".sweep-", dir=folder))
+        for left in folder.glob(f"{TOLD}*"):
+            with contextlib.suppress(UserError), held(left):  # nobody's: its sweep was killed
+                shutil.rmtree(left)
+        self._told = Path(tempfile.mkdtemp(prefix=TOLD, dir=folder))
+        self._holding = contextlib.ExitStack()
+        self._holding.enter_context(held(self._told))
         self._total = None if runs is None else len(runs)
         self._started, self._launcher = time.time(), os.getpid()
         self._common = set.intersection(*map(set, runs)) if runs and len(runs) > 1 else set()
+
+    def __getstate__(self) -> dict[str, Any]:  # to worker processes, which hold nothing
+        return {name: value for name, value in vars(self).items() if name != "_holding"}
 
     def run(self, number: int, settings: Sequence[str], folder: Path, job: Callable[[], int]) -> None:
         """Runs a job, which returns its exit code, and tells how it ended. A run that is complete is passed over.
@@ -76,6 +86,7 @@ class Sweep:
     def close(self) -> None:
         """Removes what the processes told each other."""
         shutil.rmtree(self._told)
+        self._holding.close()
 
     def _left(self) -> str:
         """How long the runs that have not ended will take, at the pace of those that were not passed over."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import numpy as np
 from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.record import load_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.files import flat
-from spinal_jax.runs.folder import MANIFEST, SCHEMA, SCRATCH, without_free
+from spinal_jax.files import SCRATCH, flat, load_json, load_json_file, malformed
+from spinal_jax.runs.folder import MANIFEST, SCHEMA, without_free
 from spinal_jax.runs.training_run import METRICS, ONSET, SETTINGS, TRACES
 
 Value = float | str  # of a cell; a number that is not known is NaN
@@ -62,7 +61,8 @@ def find_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Run]:
         for path in _run_folders(folder):
             places.setdefault(path.resolve(), path)
     if not places:
-        raise UserError(f"no run in or below {', '.join(map(str, folders))}: a run folder holds {MANIFEST}")
+        kinds = ", ".join(READERS)
+        raise UserError(f"no run of {kinds} in or below {', '.join(map(str, folders))}: a run folder holds {MANIFEST}")
     return [read_run(path) for _, path in sorted(places.items())]
 
 
@@ -70,28 +70,33 @@ def _run_folders(folder: Path) -> Iterable[Path]:
     """Run folders in or below a folder; inside a run there are no others."""
     for path, below, files in os.walk(folder):
         killed = any(name.startswith(SCRATCH) for name in below)
-        if (MANIFEST in files and _manifest(Path(path))) or SETTINGS in files or killed:
-            yield Path(path)
+        ours = _manifest(Path(path)) if MANIFEST in files else {}
+        if ours or SETTINGS in files or killed:
+            if ours.get("command") not in APART:
+                yield Path(path)
             below.clear()
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run; empty where it is another program's."""
-    found = _json(folder / MANIFEST)
+    found = load_json_file(folder / MANIFEST)
     return found if found.get("schema") == SCHEMA else {}
 
 
 def read_run(folder: Path) -> Run:
     """The run of a folder. UserError for a complete run with a file that cannot be read."""
     if not (folder / MANIFEST).exists():
-        config = _json(folder / SETTINGS).get("config", {}) if (folder / SETTINGS).exists() else {}
+        config = load_json_file(folder / SETTINGS).get("config", {}) if (folder / SETTINGS).exists() else {}
+        if not isinstance(config, dict):
+            raise UserError(f"{folder / SETTINGS} is malformed: its config is no object")
         return Run(folder, "train" if config else "", False, flat(without_free(config)))
     manifest = _manifest(folder)
-    command, settings = manifest["command"], flat(without_free(manifest["config"]))
-    read = {"audit": _audit, "compare": _compare, "train": _train}.get(command)
-    if read is None:
-        raise UserError(f"{folder} is a run of {command!r}; audit, compare and train can be collected")
-    found, trace = read(folder)
+    with malformed(folder / MANIFEST):
+        command, settings = str(manifest["command"]), flat(without_free(dict(manifest["config"])))
+    if command not in READERS:
+        raise UserError(f"{folder} is a run of {command!r}; runs of {', '.join(READERS)} can be collected")
+    with malformed(folder):
+        found, trace = READERS[command](folder)
     return Run(folder, command, True, settings, found, None if trace is None else replace(trace, arrays={}))
 
 
@@ -106,10 +111,10 @@ def _compare(folder: Path) -> tuple[dict[str, Value], DepthTrace | None]:
 
 
 def _train(folder: Path) -> tuple[dict[str, Value], DepthTrace]:
-    onset = _json(folder / ONSET)
+    onset = load_json_file(folder / ONSET)
     last = folder / TRACES / f"step_{onset['records'][-1]['step']:06}"
     trace = load_trace(last)
-    lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    lines = [load_json(line, folder / METRICS) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     logged: dict[str, Value] = {}
     for line in lines:
         logged |= {name: float(value) for name, value in line.items() if isinstance(value, float)}
@@ -145,8 +150,9 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+READERS: dict[str, Callable[[Path], tuple[dict[str, Value], DepthTrace | None]]] = {
+    "audit": _audit,
+    "compare": _compare,
+    "train": _train,
+}
+APART = ("plan",)  # commands whose runs hold nothing to collect

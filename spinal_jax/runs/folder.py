@@ -20,7 +20,7 @@ from typing import Any
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.record import Comparison
 from spinal_jax.errors import AlreadyDone, UserError
-from spinal_jax.files import plain
+from spinal_jax.files import SCRATCH, load_json_file, plain
 from spinal_jax.runs.tensorboard import EVENTS
 
 SCHEMA = "spinal-manifest/1"
@@ -38,7 +38,6 @@ PARTS = (
         "plan.json",
     ),
 )
-SCRATCH = ".writing-"
 PROGRESS = "progress"  # what an audit has saved on its way
 # Settings that change nothing but where and how fast a run computes: it may go on with others.
 FREE = {"parallel", "overwrite", "cache", "checkpoint_every", "logging"}
@@ -85,10 +84,10 @@ def _as_json(values: Mapping[str, Any]) -> Any:
 def _read(folder: Path) -> dict[str, Any]:
     """The manifest in a folder; empty where what lies there is none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = load_json_file(folder / MANIFEST)
+    except UserError:
         return {}
-    return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else {}
+    return manifest if manifest.get("schema") == SCHEMA else {}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.onset import detect, recall
 from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.errors import UserError
+from spinal_jax.files import load_json, load_json_file, malformed
 
 SETTINGS, METRICS, ONSET, TRACES = "settings.json", "metrics.jsonl", "onset.json", "traces"
 
@@ -90,39 +90,31 @@ def load_training_run(folder: str | os.PathLike[str]) -> TrainingRun:
     folder = Path(folder)
     if not is_training_run(folder):
         raise UserError(f"no training run at {folder}: give the folder of a run, which holds {ONSET} and {TRACES}")
-    onset = _read(folder / ONSET)
+    onset = load_json_file(folder / ONSET)
     lines = []
     log = folder / METRICS
-    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if line.endswith("\n"):  # a run that was killed may have left half a line
-            lines.append(_parsed(line, f"{log}, line {number}"))
-    at = {int(record["step"]): folder / TRACES / f"step_{record['step']:06}" for record in onset["records"]}
+            lines.append(_object(line, f"{log}, line {number}"))
+    with malformed(folder / ONSET):
+        at = {int(record["step"]): folder / TRACES / f"step_{record['step']:06}" for record in onset["records"]}
     if not at:
         raise UserError(f"{folder / ONSET} has no records, so there is nothing to draw")
-    return TrainingRun(
-        _read(folder / SETTINGS),
-        tuple(sorted(lines, key=lambda line: line["step"])),
-        tuple(
-            replace(load_trace(path), arrays={}) for path in at.values()
-        ),  # spectra of many steps are large, and not drawn
-        tuple(load_comparison(path) for path in at.values()),
-        detect(*recall(onset, at)),
-    )
+    with malformed(log):
+        lines.sort(key=lambda line: line["step"])
+    traces = tuple(replace(load_trace(path), arrays={}) for path in at.values())  # large spectra, which are not drawn
+    comparisons = tuple(load_comparison(path) for path in at.values())
+    with malformed(folder / ONSET):
+        told = detect(*recall(onset, at))
+    return TrainingRun(load_json_file(folder / SETTINGS), tuple(lines), traces, comparisons, told)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return _parsed(file.read_text(encoding="utf-8"), str(file))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-
-
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where} is not a JSON object: {error}") from error
+def _object(text: str, where: str) -> dict[str, Any]:
+    found = load_json(text, where)
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is not a JSON object")
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -1,0 +1,309 @@
+"""What stands around a command: closed pipes, odd locales, Ctrl-C at once, faults of the disk, unforeseen errors."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spinal_jax.audit.trace import save_trace
+from spinal_jax.cli import main as cli
+from spinal_jax.cli.arguments import hydras_arguments, quoted
+from spinal_jax.cli.commands import COMMANDS
+from spinal_jax.cli.error_report import without_secrets
+from spinal_jax.config import AuditConfig
+from spinal_jax.errors import UserError
+
+from ..laws.conftest import _make_trace
+from .conftest import Outcome, Spinal, Start
+
+
+@pytest.fixture
+def audit_that(monkeypatch: pytest.MonkeyPatch, spinal: Spinal) -> Callable[..., Outcome]:
+    """`audit_that(job)`: `spinal audit` with another job."""
+
+    def run(job: Callable[[AuditConfig, Path], int]) -> Outcome:
+        monkeypatch.setitem(COMMANDS, "audit", replace(COMMANDS["audit"], job=job))
+        return spinal("audit", "m", "hydra.run.dir=run")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prompts=null"], ["prompts is 'null'", "default, hh"]),
+        (["metrics=null"], ["metrics is 'null'"]),
+        (["model=null"], ["model is 'null'"]),
+        (["hydra=null"], ["hydra=null"]),
+        (["hydra.run=null"], ["hydra.run=null"]),
+        (["m", "hydra.run.dir=null"], ["hydra.run.dir"]),
+        (["m", "hydra.run.dir=${nowhere}"], ["nowhere"]),
+        (["--resolve"], ["--resolve", "--cfg"]),
+        (["--cfg", "jib"], ["--cfg is 'jib'", "job, hydra, all"]),
+        (["--info=nothing"], ["--info is 'nothing'", "searchpath"]),
+        (["-p"], ["-p takes"]),
+        (["--multirun=3"], ["--multirun takes no value"]),
+        (["a", "b"], ["does not know what 'b' is"]),
+        (["model.dtype"], ["'model.dtype'", "NAME=VALUE"]),
+        (["model.source=random:0.3m@9999999999999999999999"], ["seed", "2^32"]),
+        (["model.source=random:0.3m@" + "9" * 5000], ["seed", "2^32"]),
+        (["m", "metrics.groups=99999999999999999999999"], ["metrics.groups", "64 bits"]),
+        (["m", "prompts.limit=1e999"], ["prompts.limit", "whole number"]),
+        (["m", "metrics.transport.temperature=1e999"], ["metrics.transport.temperature", "finite"]),
+        (["m", "prompts=hh"], ["m"]),
+        (["~model.source"], ["model.source"]),
+        (["+hydra.callbacks=null"], ["hydra.callbacks"]),
+    ],
+)
+def test_overrides_that_no_run_can_follow(
+    spinal: Spinal, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    spinal("audit", *arguments).refusal(*words)
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_a_huge_seed_of_training(spinal: Spinal) -> None:
+    spinal("train", "m", "preferences=world", "seed=99999999999999999999999").refusal("seed", "64 bits")
+    spinal("train", "m", "preferences=world", "seed=-1").refusal("seed", "2^32")
+
+
+def test_what_hydra_can_tell_is_told(spinal: Spinal) -> None:
+    for arguments in (
+        ["--info"],
+        ["--info", "defaults"],
+        ["-i", "m"],
+        ["--cfg", "all", "--resolve", "m"],
+        ["-c", "job"],
+    ):
+        outcome = spinal("audit", *arguments)
+        assert (outcome.code, outcome.err) == (0, ""), arguments
+        assert outcome.out
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b", "it's", "a\\", "a\\'b", "${x}", "[1]", "x=1", "", " ", "a b", "\\\\", "é{}:(", "$$"]
+)
+def test_a_source_without_a_name_arrives_as_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from spinal_jax.cli.help import conf_folder
+
+    cli._store(COMMANDS["audit"])
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        words = hydras_arguments(COMMANDS["audit"], [f"model.name={quoted(text)}"])
+        assert compose("audit", words).model.name == text
+        if "=" not in text and text.strip():
+            assert compose("audit", hydras_arguments(COMMANDS["audit"], [text])).model.source == text
+
+
+def test_run_folders_given_to_compare_are_its_traces(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trace.json").write_text("{}")
+    run = str(tmp_path / "run")
+    words = hydras_arguments(COMMANDS["compare"], [run, run])
+    assert words == [f"model.trace='{run}'", f"reference.trace='{run}'"]
+    assert hydras_arguments(COMMANDS["compare"], ["a", "b"]) == ["model.source='a'", "reference.source='b'"]
+
+
+def test_help_into_a_pipe_that_closes(start: Start) -> None:
+    read, write = os.pipe()
+    process = start("audit", "--help", stdout=write)
+    os.close(write)
+    os.close(read)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+
+
+def test_standard_output_that_is_full_or_closed(start: Start) -> None:
+    with open("/dev/full", "w") as full:
+        process = start("audit", "--help", stdout=full)
+        _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.startswith("spinal: ")
+    assert len(err.splitlines()) == 1
+    process = start("--help", before="import os, sys; os.close(1); sys.stdout = None")
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+
+
+def test_a_locale_without_utf8(start: Start, tmp_path: Path) -> None:
+    odd = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = start("audit", "mödél", env=odd, cwd=str(tmp_path), encoding="utf-8")
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "there is no 'mödél'" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.2, 0.5])
+def test_ctrl_c_in_the_first_second(start: Start, tmp_path: Path, seconds: float) -> None:
+    """From when Python has begun with the program, whatever is being imported then."""
+    process = start("audit", "random:0.3m", before="print('begun', flush=True)", cwd=str(tmp_path))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    if seconds or "Traceback" not in err:  # at 0 the handlers may not stand yet
+        assert process.returncode == 130, err
+        assert err.splitlines()[-1].startswith("spinal: interrupted; ")
+        assert "Traceback" not in err
+
+
+def test_an_unforeseen_error_is_one_sentence_and_a_report_without_secrets(
+    audit_that: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def job(asked: AuditConfig, folder: Path) -> int:
+        raise ZeroDivisionError("with hf_abcdefghijklmnop and\npassword=hunter2")
+
+    outcome = audit_that(job)
+    assert outcome.code == 70
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("spinal: unforeseen error (ZeroDivisionError: ")
+    (report,) = tmp_path.glob("spinal-error-*.txt")
+    assert str(report) in outcome.err
+    text = report.read_text()
+    assert "ZeroDivisionError" in text
+    assert "in job" in text
+    for secret in ("hf_abcdefghijklmnop", "hunter2", os.path.expanduser("~/")):
+        assert secret not in text
+        assert secret not in outcome.err
+    monkeypatch.setenv("SPINAL_DEBUG", "1")
+    outcome = audit_that(job)
+    assert (outcome.code, "Traceback" in outcome.err) == (70, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["token=abc123", "HF_TOKEN: abc123", "https://user:abc123@host/x", "sk-abc123abc123", "api_key = abc123"]
+)
+def test_what_looks_like_a_secret_is_left_out(text: str) -> None:
+    assert "abc123" not in without_secrets(f"x {text} y")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EFBIG])
+def test_a_fault_of_the_disk_is_one_sentence(audit_that: Callable[..., Outcome], tmp_path: Path, number: int) -> None:
+    def job(asked: AuditConfig, folder: Path) -> int:
+        try:
+            raise OSError(number, os.strerror(number), str(tmp_path / "there"))
+        except OSError as error:
+            raise ValueError("as a library wraps it") from error
+
+    audit_that(job).refusal(os.strerror(number), str(tmp_path / "there"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")])
+def test_too_little_memory_is_one_sentence(audit_that: Callable[..., Outcome], error: Exception) -> None:
+    def job(asked: AuditConfig, folder: Path) -> int:
+        raise error
+
+    audit_that(job).refusal("out of memory", "batch_tokens")
+
+
+def test_files_that_may_not_grow(start: Start, model: Path, prompts: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: what is written of a run vanishes with it."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    process = start(
+        *("audit", model, f"prompts.path={prompts}", "prompts.format=text", "metrics.groups=4", "hydra.run.dir=run"),
+        before=limit,
+        cwd=str(tmp_path),
+        env={"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
+    _, err = process.communicate()
+    assert process.returncode == 2, err
+    assert err.splitlines()[-1].startswith("spinal: ")
+    assert "File too large" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_in_one_folder_and_what_a_killed_one_left(
+    spinal: Spinal, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / ".writing-1").mkdir(parents=True)
+    (run / ".writing-1" / "trace.json").write_text("half")
+    (run / ".trace.json.77.tmp").write_text("half")
+    asked = (
+        "audit",
+        model,
+        f"prompts.path={prompts}",
+        "prompts.format=text",
+        "metrics.groups=4",
+        f"hydra.run.dir={run}",
+    )
+    descriptor = os.open(run, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    spinal(*asked).refusal(str(run), "in use by another run")
+    os.close(descriptor)
+    assert spinal(*asked).code == 0
+    assert not list(run.glob(".*"))
+    assert (run / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "{}", "[]", "3", "null", "[" * 200_000, '{"records": 3}', '{"records": [{}]}']
+)
+def test_saved_files_that_were_edited(spinal: Spinal, tmp_path: Path, content: str) -> None:
+    run = tmp_path / "runs" / "one"
+    save_trace(_make_trace(), run)
+    for name in ("trace.json", "onset.json"):
+        before = (run / name).read_bytes() if (run / name).exists() else None
+        (run / name).write_text(content)
+        spinal("report", run).refusal(str(run))
+        (run / name).unlink()
+        if before is not None:
+            (run / name).write_bytes(before)
+    (run / "manifest.json").write_text(content)
+    spinal("collect", tmp_path / "runs").refusal()
+    manifest = {"schema": "spinal-manifest/1", "command": "train", "config": {}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "onset.json").write_text(content)
+    spinal("collect", tmp_path / "runs").refusal(str(run))
+
+
+def test_python_starts_the_command_line_without_jax() -> None:
+    code = (
+        "import sys, spinal_jax, spinal_jax.cli.main; print([m for m in ('jax', 'numpy', 'hydra') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_held_refuses_nobody_where_folders_have_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spinal_jax.files import held
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    (tmp_path / ".writing-1").mkdir()
+    with held(tmp_path):
+        assert (tmp_path / ".writing-1").exists()
+    monkeypatch.undo()
+    with held(tmp_path), pytest.raises(UserError, match="in use by another run"), held(tmp_path):
+        pass
+    assert not (tmp_path / ".writing-1").exists()
+
+
+def test_the_package_audit_is_the_function_too() -> None:
+    import spinal_jax
+    import spinal_jax.audit.trace
+
+    assert spinal_jax.audit.trace.DepthTrace is spinal_jax.DepthTrace
+    with pytest.raises(UserError, match="there is no 'nowhere'"):
+        spinal_jax.audit("nowhere")
