@@ -138,3 +138,13 @@ def collect(arguments: list[str], usage: str) -> int:
     with malformed("one of the runs"):
         print(collect(folders, *out))
     return DONE
+
+
+@command("bash|zsh|fish", 'A script that completes commands and settings: eval "$(spinal completion bash)".')
+def completion(arguments: list[str], usage: str) -> int:
+    from spinal_jax.cli.completion import SHELLS, script
+
+    if len(arguments) != 1:
+        raise UserError(f"completion takes one of {', '.join(SHELLS)}: {usage}")
+    print(script(arguments[0]))
+    return DONE

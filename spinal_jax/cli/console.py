@@ -69,13 +69,18 @@ def complain(message: str) -> None:
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left"
 
 
+MINUTE = 60.0  # seconds between lines where standard error is no terminal
+
+
 def stages(seconds: dict[str, float]) -> Bar:
-    """Bars on standard error where that is a terminal; how long each stood goes into `seconds` under its name."""
+    """Progress on standard error: bars where that is a terminal, else a line a minute. How long each stage took goes
+    into `seconds` under its name."""
     from tqdm import tqdm
 
     @contextlib.contextmanager
     def stage(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         begin = time.perf_counter()
+        lines = None if sys.stderr.isatty() else Lines(what, total, unit)
         with tqdm(
             total=total,
             desc=what,
@@ -84,16 +89,46 @@ def stages(seconds: dict[str, float]) -> Bar:
             bar_format=BAR,
             ncols=shutil.get_terminal_size().columns - 4,  # room for ^C, so that it starts no new line
             leave=False,
-            disable=None,  # unless a terminal
+            disable=lines is not None,
         ) as bar:
 
             def advance(amount: int) -> None:
                 bar.update(amount)
+                if lines is not None:
+                    lines.advance(amount)
 
             yield advance
         seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - begin, 3)
 
     return stage
+
+
+class Lines:
+    """A stage's progress as lines of a log, the first after a minute: `audit 40 % (80 of 200 batches), 2 min left`."""
+
+    def __init__(self, what: str, total: int, unit: str):
+        self._what, self._total, self._unit = what, total, unit
+        self._done, self._begin = 0, time.monotonic()
+        self._next = self._begin + MINUTE
+
+    def advance(self, amount: int) -> None:
+        """So much more is done."""
+        self._done += amount
+        now = time.monotonic()
+        if now < self._next or not self._done:
+            return
+        self._next = now + MINUTE
+        left = (now - self._begin) * max(0, self._total - self._done) / self._done
+        share = 100 * self._done / max(self._total, 1)
+        amounts = f"{self._done:,} of {self._total:,} {self._unit}"
+        print(f"{self._what} {share:.0f} % ({amounts}), about {duration(left)} left", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def shown(path: Path) -> str:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from spinal_jax.cli.console import DONE, MISTAKE, Outcome, shown
+from spinal_jax.cli.console import DONE, MISTAKE, Outcome, duration, shown
 from spinal_jax.cli.guard import judged
 from spinal_jax.errors import AlreadyDone, UserError
 from spinal_jax.files import held, write_whole
@@ -94,7 +94,7 @@ class Sweep:
         ran = sum(not outcome.passed_over for outcome in ended)
         if self._total is None or not ran:
             return ""
-        return f", about {_duration((time.time() - self._started) / ran * (self._total - len(ended)))} left"
+        return f", about {duration((time.time() - self._started) / ran * (self._total - len(ended)))} left"
 
     def _settle(self) -> None:
         """Makes a worker process ready: Ctrl-C is the launching process's, which then ends its workers, and where
@@ -123,9 +123,3 @@ def free() -> None:
     if (jax := sys.modules.get("jax")) is not None:
         jax.clear_caches()
         gc.collect()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

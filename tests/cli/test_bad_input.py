@@ -214,6 +214,6 @@ def test_an_empty_folder_of_the_users_stays(refused: Refused, tmp_path: Path) ->
 def test_as_a_process_of_its_own(start: Start, model: Path, tmp_path: Path) -> None:
     window = "metrics.contraction.window=[0.5,0.1]"
     process = start("audit", f"model.source={model}", window, f"hydra.run.dir={tmp_path / 'run'}")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     Outcome(process.returncode, out, err).refusal("metrics.contraction.window", "[0.5, 0.1]")
     assert not (tmp_path / "run").exists()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from spinal_jax.audit.trace import save_trace
+from spinal_jax.cli import console
 from spinal_jax.cli import main as cli
 from spinal_jax.cli.arguments import hydras_arguments, quoted
 from spinal_jax.cli.commands import COMMANDS
@@ -56,8 +57,8 @@ def audit_that(monkeypatch: pytest.MonkeyPatch, spinal: Spinal) -> Callable[...,
         (["--multirun=3"], ["--multirun takes no value"]),
         (["a", "b"], ["does not know what 'b' is"]),
         (["model.dtype"], ["'model.dtype'", "NAME=VALUE"]),
-        (["model.source=random:0.3m@9999999999999999999999"], ["seed", "2^32"]),
-        (["model.source=random:0.3m@" + "9" * 5000], ["seed", "2^32"]),
+        (["model.source=random:0.3m@9999999999999999999999"], ["seed", "4294967295"]),
+        (["model.source=random:0.3m@" + "9" * 5000], ["seed", "4294967295"]),
         (["m", "metrics.groups=99999999999999999999999"], ["metrics.groups", "64 bits"]),
         (["m", "prompts.limit=1e999"], ["prompts.limit", "whole number"]),
         (["m", "metrics.transport.temperature=1e999"], ["metrics.transport.temperature", "finite"]),
@@ -307,3 +308,41 @@ def test_the_package_audit_is_the_function_too() -> None:
     assert spinal_jax.audit.trace.DepthTrace is spinal_jax.DepthTrace
     with pytest.raises(UserError, match="there is no 'nowhere'"):
         spinal_jax.audit("nowhere")
+
+
+def test_a_line_a_minute_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with console.stages({})("audit", 8, "batches") as advance:
+        for _ in range(8):
+            now[0] += 25
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "audit 38 % (3 of 8 batches), about 2 min left",
+        "audit 75 % (6 of 8 batches), about 50 s left",
+    ]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_names_commands_settings_and_files(spinal: Spinal, shell: str) -> None:
+    text = spinal("completion", shell).out
+    for word in (*COMMANDS, "model.dtype=bfloat16", "prompts.limit=", "prompts=hh", "objective.loss=cdpo"):
+        assert word in text, word
+    spinal("completion", "csh").refusal("'csh'", "bash, zsh, fish")
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("spinal tr", ["train"]), ("spinal audit model.dt", ["model.dtype=float32", "model.dtype=bfloat16"])],
+)
+def test_bash_completes(spinal: Spinal, tmp_path: Path, typed: str, completed: list[str]) -> None:
+    script = tmp_path / "completion.sh"
+    script.write_text(spinal("completion", "bash").out)
+    count = len(typed.split()) - 1
+    line = f'source {script}; COMP_LINE="{typed}" COMP_POINT={len(typed)} COMP_WORDS=({typed}) COMP_CWORD={count}'
+    found = subprocess.run(
+        ["bash", "-c", f'{line}; _spinal; printf "%s\\n" "${{COMPREPLY[@]}}"'], capture_output=True, text=True
+    )
+    assert found.stdout.split() == completed

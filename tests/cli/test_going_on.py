@@ -27,7 +27,7 @@ def test_a_killed_and_a_terminated_audit_end_in_the_same_trace(start: Start, spi
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(number)
-        said = process.communicate(timeout=120)[1]
+        said = process.communicate()[1]
         return process.returncode, said
 
     assert stop(signal.SIGKILL)[0] == -signal.SIGKILL
@@ -38,7 +38,7 @@ def test_a_killed_and_a_terminated_audit_end_in_the_same_trace(start: Start, spi
     spinal(*WORLD, "checkpoint_every=2", "hydra.run.dir=run").refusal("unfinished audit with", "overwrite=true")
     going_on = start(*command, cwd=tmp_path)
     for process in (going_on, whole):
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate()
         assert process.returncode == 0, said
     for name in ("trace.json", "trace.csv", "spectra.safetensors", "report.html"):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

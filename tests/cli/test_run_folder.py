@@ -47,7 +47,7 @@ def finished(start: Start, model: Path, prompts: Path, tmp_path_factory: pytest.
         start(*common, f"hydra.run.dir={folder}", cwd=work, env={"PYTHONHASHSEED": seed})
         for folder, seed in (("one", "1"), ("two", "2"))
     ]
-    outcomes = [process.communicate(timeout=120) for process in processes]
+    outcomes = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outcomes
     return Finished(work / "one", work / "two", *outcomes[0])
 
@@ -148,7 +148,7 @@ def test_report_draws_the_same_again_without_model_or_jax(finished: Finished, st
     (folder / "report.html").unlink()
     libraries = ("jax", "jaxlib", "flax", "transformers", "safetensors.torch", "tensorboard", "hydra")
     process = start("report", folder, before=f"import sys; sys.modules |= dict.fromkeys({libraries})")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     assert out.strip() == str(folder / "report.html")
     assert contents(folder) == whole

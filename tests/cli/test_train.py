@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Path:
     """A run of SMALL that nothing disturbed. Nobody may change it."""
     folder = tmp_path_factory.mktemp("whole")
     process = start("train", *WORLD, f"hydra.run.dir={folder}/run", cwd=folder)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate()
     assert process.returncode == 0, err
     assert "report" in out
     return folder / "run"
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_end(whole: Path, start: Start, tmp_pat
         process.communicate()
     if not (run / "manifest.json").exists():
         process = start(*command, cwd=tmp_path)
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate()
         assert process.returncode == 0, err
     assert lines(run) == lines(whole)
     assert (run / "onset.json").read_text() == (whole / "onset.json").read_text()
@@ -127,7 +127,7 @@ def test_a_run_killed_between_a_checkpoint_and_its_trace_goes_on_to_the_same_end
     (folder / "manifest.json").unlink()
     shutil.rmtree(folder / "traces" / "step_000004")
     process = start("train", *WORLD, f"hydra.run.dir={folder}", cwd=tmp_path)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate()
     assert process.returncode == 0, err
     assert "going on from step 4 of 4" in err
     for name in ("metrics.jsonl", "onset.json", "traces/step_000004/trace.json"):
