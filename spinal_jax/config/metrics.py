@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spinal_jax.config.record import about, require
-from spinal_jax.data.packing import Positions
+from spinal_jax.data.positions import Positions
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from spinal_jax.data.positions import Positions as Positions
+from spinal_jax.data.positions import TokenSequence as TokenSequence
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.stats.groups import Groups
@@ -65,52 +67,6 @@ class TokenBatch:
             "measured_group": np.zeros(by_position, np.int32),
         }
         return TokenBatch(**arrays)
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """A tokenised prompt, with the response behind it where the data has one."""
-
-    ids: np.ndarray  # int32 [L]
-    group: int
-    response_start: int | None = None  # index of the first response token
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Which positions of a sequence transport is measured at."""
-
-    kind: str
-    count: int = 0
-
-    @staticmethod
-    def parse(text: str) -> Positions:
-        """Reads `last:K`, `response:K`, `stride:K` or `all`; UserError says so for anything else."""
-        kind, _, count = str(text).partition(":")
-        if kind == "all" and not count:
-            return Positions("all")
-        if kind in ("last", "stride", "response") and count.isascii() and count.isdigit() and int(count) > 0:
-            return Positions(kind, int(count))
-        raise UserError(
-            f"metrics.transport.positions is {text!r}; it takes last:K, response:K, stride:K (K a whole number "
-            "above 0) or all"
-        )
-
-    def of(self, sequence: TokenSequence) -> np.ndarray:
-        """int [m] ascending indices into the sequence."""
-        length = len(sequence.ids)
-        if self.kind == "all":
-            return np.arange(length)
-        if self.kind == "last":
-            return np.arange(max(0, length - self.count), length)
-        if self.kind == "stride":
-            return np.arange(self.count - 1, length, self.count)
-        if sequence.response_start is None:
-            raise UserError(
-                f"metrics.transport.positions is 'response:{self.count}', but the prompts have no responses; use last:K"
-            )
-        first = max(sequence.response_start - 1, 0)  # predicts the first response token
-        return np.arange(first, min(first + self.count, length - 1))
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,7 @@ def find_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Run]:
         for path in _run_folders(folder):
             places.setdefault(path.resolve(), path)
     if not places:
-        kinds = ", ".join(READERS)
-        raise UserError(f"no run of {kinds} in or below {', '.join(map(str, folders))}: a run folder holds {MANIFEST}")
+        raise UserError(f"no run in or below {', '.join(map(str, folders))}: a run folder holds {MANIFEST}")
     return [read_run(path) for _, path in sorted(places.items())]
 
 

@@ -54,6 +54,7 @@ FULL: dict[str, Any] = {
     },
     "batch_tokens": 512,
     "checkpoint_every": 8,
+    "logging": None,
     "overwrite": False,
     "logging": None,
 }

@@ -268,7 +268,7 @@ def test_what_cannot_be_drawn_is_said_in_one_sentence(tmp_path: Path, made: Mapp
     shutil.copytree(made["sound"], tmp_path / "run")
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_text(log.read_text().replace('{"step": 3,', '{"step": 3 3,'))
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 4 is not a JSON object"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 4 is not valid JSON"):
         draw_report(tmp_path / "run")
     (tmp_path / "run" / "settings.json").unlink()
     log.unlink()

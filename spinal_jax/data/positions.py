@@ -1,0 +1,61 @@
+"""A prompt as token ids, and which of its positions transport is measured at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spinal_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A tokenised prompt, with the response behind it where the data has one."""
+
+    ids: np.ndarray  # int32 [L]
+    group: int
+    response_start: int | None = None  # index of the first response token
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which positions of a sequence transport is measured at."""
+
+    kind: str
+    count: int = 0
+
+    @staticmethod
+    def parse(text: str) -> Positions:
+        """Reads `last:K`, `response:K`, `stride:K` or `all`; UserError says so for anything else."""
+        kind, _, count = str(text).partition(":")
+        if kind == "all" and not count:
+            return Positions("all")
+        if (
+            kind in ("last", "stride", "response")
+            and count.isascii()
+            and count.isdigit()
+            and 0 < len(count) < 10
+            and int(count) > 0
+        ):
+            return Positions(kind, int(count))
+        raise UserError(
+            f"metrics.transport.positions is {text!r}; it takes last:K, response:K, stride:K (K a whole number "
+            "above 0) or all"
+        )
+
+    def of(self, sequence: TokenSequence) -> np.ndarray:
+        """int [m] ascending indices into the sequence."""
+        length = len(sequence.ids)
+        if self.kind == "all":
+            return np.arange(length)
+        if self.kind == "last":
+            return np.arange(max(0, length - self.count), length)
+        if self.kind == "stride":
+            return np.arange(self.count - 1, length, self.count)
+        if sequence.response_start is None:
+            raise UserError(
+                f"metrics.transport.positions is 'response:{self.count}', but the prompts have no responses; use last:K"
+            )
+        first = max(sequence.response_start - 1, 0)  # predicts the first response token
+        return np.arange(first, min(first + self.count, length - 1))
