@@ -21,7 +21,7 @@ from spinal_jax.audit.measure import LENS_TOLERANCE
 from spinal_jax.audit.pipeline import read_prompt_set
 from spinal_jax.config import PromptsConfig, VerifyConfig
 from spinal_jax.errors import UserError
-from spinal_jax.metrics.transport import Lens, lens_stats
+from spinal_jax.metrics.transport import lens_stats
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder, collect
 from spinal_jax.models.families import read_checkpoint
@@ -193,10 +193,9 @@ def _forward(
     last, residual = model.forward(
         tokens, positions=positions, segments=segments, lengths=lengths, tap=collect(lambda h: h)
     )
-    weight, bias = model.unembed_weights()
     with model.precision():
         normed = model.final_norm(residual[-1:]).reshape(1, -1, model.config.width)
-        stats = lens_stats((Lens(weight, bias, model.config.final_softcap, 1.0),), (normed,), ())
+        stats = lens_stats((model.head(),), (normed,), ())
     logits = model.lens(residual[-1])
     by_lens = jnp.exp(logits - stats.log_normaliser[0].reshape(*tokens.shape, 1))
     return residual, model.lens(last), by_lens

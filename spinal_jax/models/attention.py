@@ -24,9 +24,10 @@ class Layout(NamedTuple):
     """Who may look at whom, and the rotations: what every block of one forward shares."""
 
     segments: Array  # [B, T] which sequence of the row a token belongs to
-    cos: Array  # [ropes, B, T, dim / 2], ropes is 0 where positions are learned
+    cos: Array  # [ropes, B, T, dim / 2], ropes is 0 where positions are learned; the last may turn by no angle
     sin: Array
     fused: bool  # whether cuDNN computes attention
+    growth: Array | None  # [B, T] multiplies the queries of a position
 
 
 class PerLayer(NamedTuple):
@@ -63,11 +64,17 @@ def layout(
 ) -> Layout:
     """The shared part of a forward in a dtype, for `positions`, `segments` and `lengths` of shape [B, T]."""
     turns = [rotation(rope, positions, lengths) for rope in config.ropes]
+    if turns and -1 in config.layer_rope:
+        turns.append((jnp.ones_like(turns[0][0]), jnp.zeros_like(turns[0][1])))
+    growth = None
+    if config.query_growth is not None:
+        slope, period = config.query_growth
+        growth = 1 + slope * jnp.log1p(jnp.floor(positions.astype(jnp.float32) / period))
     nothing = jnp.zeros((0, *positions.shape, 0), jnp.float32)
     cos = jnp.stack([c for c, _ in turns]) if turns else nothing
     sin = jnp.stack([s for _, s in turns]) if turns else nothing
     fused = why_not_fused(config, dtype, backend) is None
-    return Layout(segments=segments, cos=cos, sin=sin, fused=fused)
+    return Layout(segments=segments, cos=cos, sin=sin, fused=fused, growth=growth)
 
 
 def query_scale(config: DecoderConfig) -> float:
@@ -77,7 +84,7 @@ def query_scale(config: DecoderConfig) -> float:
 
 def per_layer(config: DecoderConfig) -> PerLayer:
     """The scanned settings, each [D]."""
-    rope = config.layer_rope or (0,) * config.depth
+    rope = [len(config.ropes) if index < 0 else index for index in config.layer_rope] or [0] * config.depth
     scale = query_scale(config)
     scales = [scale / (layer + 1) if config.scale_by_depth else scale for layer in range(config.depth)]
     return PerLayer(
@@ -174,15 +181,22 @@ class Attention(nnx.Module):
         def split(y: Array, norm: Norm | None) -> Array:
             """[B, T, heads * hd] to [B, T, heads, hd], normed over what the family norms."""
             if norm is not None and config.qk_norm == "full":
-                return norm(y).reshape(*y.shape[:2], -1, config.head_dim)
-            y = y.reshape(*y.shape[:2], -1, config.head_dim)
-            return y if norm is None else norm(y)
+                return clip(norm(y)).reshape(*y.shape[:2], -1, config.head_dim)
+            y = clip(y).reshape(*y.shape[:2], -1, config.head_dim)
+            return y if norm is None or config.qk_norm_last else norm(y)
+
+        def clip(y: Array) -> Array:
+            return y if config.qkv_clip is None else jnp.clip(y, -config.qkv_clip, config.qkv_clip)
 
         q, k = split(self.query(x), self.query_norm), split(self.key(x), self.key_norm)
         if config.ropes:
             interleaved = config.ropes[0].interleaved
             cos, sin = shared.cos[layer.rope], shared.sin[layer.rope]
             q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+        if config.qk_norm_last and self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if shared.growth is not None:
+            q = q * shared.growth[..., None, None].astype(q.dtype)
         v, window = split(self.value(x), None), layer.window if any(config.windows) else None
         if shared.fused:
             out = attend_fused(q, k, v, shared.segments, window=window, scale=query_scale(config))

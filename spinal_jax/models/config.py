@@ -10,7 +10,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.models.rope import Rope
 
 NormKind = Literal["rms", "layer"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
 QueryKeyNorm = Literal["none", "head", "heads", "full"]
 
 MOST_EXPERTS = 1 << 14  # in a block; no model comes near
@@ -68,47 +68,56 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only transformer. Widths are in units of features, `windows` in tokens (0: unlimited)."""
+    """A decoder-only transformer. Widths are in units of features, `windows` in tokens (0: unlimited).
 
-    family: str
-    vocab_size: int
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    max_positions: int
-    tied: bool
-    ropes: tuple[Rope, ...]
-    layer_rope: tuple[int, ...]  # [D] which of `ropes` a block uses; empty when positions are learned
+    A field that only some families set has their name behind it; see `families/` for what each family sets.
+    """
+
+    family: str  # model_type of its config.json
+    vocab_size: int  # V, rows of the embedding; the tokenizer may have fewer
+    width: int  # d, features of the residual stream
+    depth: int  # D, blocks
+    heads: int  # query heads
+    kv_heads: int  # key and value heads, each shared by heads / kv_heads query heads
+    head_dim: int  # features of a query or key head
+    mlp_width: int  # features between the two layers of a dense MLP
+    max_positions: int  # tokens of a sequence that the model was made for; a limit where positions are learned
+    tied: bool  # the embedding serves as unembedding
+    ropes: tuple[Rope, ...]  # the rotary embeddings in use; empty: none
+    layer_rope: tuple[int, ...]  # [D] which of `ropes` a block uses, -1: none; empty when positions are learned
     windows: tuple[int, ...]  # [D] how many tokens back a block attends, itself included; 0: all
-    norm: NormKind = "rms"
-    norm_eps: float = 1e-6
-    norm_bias: bool = False
+    norm: NormKind = "rms"  # root mean square, or mean and variance
+    norm_eps: float = 1e-6  # added to the mean square or variance
+    norm_weight: bool = True  # norms have a scale; OLMo 1 has none
+    norm_bias: bool = False  # and an offset
     norm_unit_offset: bool = False  # the scale is 1 + weight (Gemma)
     norm_float32: bool = False  # RMS norm scales before it rounds to the compute dtype, not after
-    pre_norm: bool = True
+    pre_norm: bool = True  # a norm on what attention and MLP read
     post_norm: bool = False  # a norm on what attention and MLP return, before it is added
     parallel: bool = False  # attention and MLP read the same residual
     shared_norm: bool = False  # and, of those, one norm serves both
+    residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream (Granite)
     qk_norm: QueryKeyNorm = "none"  # per head with shared weights, per head with own weights, over all heads
-    qk_norm_bias: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    unembed_bias: bool = False
-    gated: bool = True
-    activation: Activation = "silu"
-    learned_positions: bool = False
+    qk_norm_bias: bool = False  # these norms have an offset
+    qk_norm_last: bool = False  # they stand behind the rotation, not before it (Hunyuan)
+    qkv_clip: float | None = None  # queries, keys and values are clipped to this magnitude (OLMo 1, OLMoE)
+    qkv_bias: bool = False  # query, key and value layers have a bias
+    out_bias: bool = False  # attention's output layer has one
+    mlp_bias: bool = False  # the MLP's layers have one
+    unembed_bias: bool = False  # the unembedding has one
+    gated: bool = True  # the MLP multiplies its hidden features by an activated gate
+    activation: Activation = "silu"  # of the MLP
+    learned_positions: bool = False  # a position embedding is added to the token embedding
     query_scale: float = 0.0  # multiplies q.k; 0 means head_dim ** -0.5
-    scale_by_depth: bool = False  # divides that by the block's number, 1..D
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    embed_scale: float = 1.0
-    experts: Experts | None = None
+    query_growth: tuple[float, int] | None = None  # (b, p): at position t by 1 + b log(1 + floor(t / p)) (Ministral 3)
+    scale_by_depth: bool = False  # divides q.k by the block's number, 1..D (GPT-2)
+    attention_softcap: float | None = None  # scores are c tanh(score / c) (Gemma 2)
+    final_softcap: float | None = None  # logits are c tanh(logit / c)
+    logit_divisor: float = 1.0  # logits are divided by this (Granite)
+    embed_scale: float = 1.0  # multiplies the embedding where it enters block 1 (Gemma, Granite)
+    experts: Experts | None = None  # the mixture in place of the dense MLP
     expert_layers: tuple[bool, ...] = ()  # [D] which blocks are sparse; empty: none, or all when `experts` is set
-    latent: LatentAttention | None = None
+    latent: LatentAttention | None = None  # multi-head latent attention in place of grouped queries
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -116,6 +125,8 @@ class DecoderConfig:
         for name in ("vocab_size", "width", "heads", "kv_heads", "head_dim", "mlp_width", "max_positions"):
             if not 1 <= getattr(self, name) < 2**31:
                 raise UserError(f"a {self.family} model cannot have a {name} of {getattr(self, name)}")
+        if self.logit_divisor <= 0:
+            raise UserError(f"a {self.family} model cannot divide its logits by {self.logit_divisor}")
         if self.heads % self.kv_heads:
             raise UserError(f"{self.heads} attention heads cannot share {self.kv_heads} key heads equally")
         for name in ("windows", "layer_rope", "expert_layers"):

@@ -65,6 +65,7 @@ class Block(nnx.Module):
             return Norm(config, config.width, lead=lead, rngs=rngs) if present else None
 
         self.parallel = config.parallel
+        self.residual_scale = config.residual_scale
         self.attention_norm = norm(config.pre_norm)
         self.attention = (
             Attention(config, lead=lead, rngs=rngs)
@@ -85,11 +86,14 @@ class Block(nnx.Module):
         attended = self.attention(into_attention, shared, layer)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
-        after = h + attended
+        after = h + self._scaled(attended)
         source = h if self.parallel else after
         unnormed = into_attention if self.parallel else source  # one norm for both, or none at all
         mixed = self.mlp(unnormed if self.mlp_norm is None else self.mlp_norm(source))
-        return after + (mixed if self.mlp_post_norm is None else self.mlp_post_norm(mixed))
+        return after + self._scaled(mixed if self.mlp_post_norm is None else self.mlp_post_norm(mixed))
+
+    def _scaled(self, x: Array) -> Array:
+        return x if self.residual_scale == 1.0 else x * jnp.asarray(self.residual_scale, x.dtype)
 
 
 class Unembedding(nnx.Module):
@@ -198,7 +202,11 @@ class Decoder(nnx.Module):
 
     def head(self, temperature: float = 1.0) -> Lens:
         """How logits are read from a normed residual."""
-        return Lens(*self.unembed_weights(), self.config.final_softcap, temperature)
+        cap, divisor = self.config.final_softcap, self.config.logit_divisor
+        weight, bias = self.unembed_weights()
+        if cap is not None and divisor != 1.0:
+            raise AssertionError("a soft-cap and a divisor of the logits do not go together in any family")
+        return Lens(weight, bias, cap, temperature * divisor)
 
     def lens(self, h: Array) -> Array:
         """Logits that the model's own final norm and unembedding read from any boundary, float32 [..., V].

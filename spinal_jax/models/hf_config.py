@@ -16,7 +16,7 @@ _HARMLESS = """
 _name_or_path architectures auto_map bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
 decoder_start_token_id unk_token_id torch_dtype dtype transformers_version model_type name_or_path use_cache
 initializer_range initializer_factor init_std attention_dropout attn_dropout attention_dropout_prob hidden_dropout
-attention_probs_dropout_prob resid_pdrop embd_pdrop attn_pdrop classifier_dropout embedding_dropout
+attention_probs_dropout_prob resid_pdrop embd_pdrop attn_pdrop classifier_dropout embedding_dropout residual_dropout
 hidden_dropout_prob resid_dropout gradient_checkpointing pretraining_tp return_dict output_hidden_states
 output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward cross_attention_hidden_size
 tie_encoder_decoder finetuning_task id2label label2id num_labels tokenizer_class prefix task_specific_params
@@ -50,6 +50,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -108,6 +109,10 @@ class HFConfig:
             raise UserError(f"config.json: {key}.model_type is {shown(given)}; supported is {model_type}")
         self._sections.append(part)
         return part
+
+    def part(self, key: str) -> HFConfig:
+        """A mapping within config.json, empty where it is null or absent, of which whoever reads it knows the keys."""
+        return HFConfig(self._mapping(key) or {}, path=f"{self.path}{key}.", model_type=self.model_type)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, or the default where it is absent or null."""
@@ -238,6 +243,7 @@ class HFConfig:
         default_theta: float = 10000.0,
         partial_key: str = "partial_rotary_factor",
         default_partial: float | None = None,
+        extra: Iterable[str] = (),
     ) -> Rope:
         """The rotary embedding, from `rope_parameters` or, in older files, from `theta_key` with `rope_scaling`.
 
@@ -249,6 +255,7 @@ class HFConfig:
             theta_key, default_theta: where older files keep theta, and what it is when nothing says.
             partial_key, default_partial: the same for the fraction of a head that is rotated; None for families that
                 always rotate whole heads, where any other fraction is refused.
+            extra: keys of the setting that the family reads itself, or that its class never reads.
 
         Errors: UserError, also where two places of config.json disagree.
         """
@@ -263,7 +270,9 @@ class HFConfig:
                 f"config.json contradicts itself: rope_scaling is {shown(old)}, rope_parameters is {shown(new)}"
             )
         name = "rope_scaling" if not new else "rope_parameters" if section is None else f"rope_parameters.{section}"
-        scaling = HFConfig(new or old or {}, self._ignore, path=f"{self.path}{name}.", model_type=self.model_type)
+        scaling = HFConfig(
+            new or old or {}, {*self._ignore, *extra}, path=f"{self.path}{name}.", model_type=self.model_type
+        )
 
         theta = self._agreed("rope_theta", scaling.get("rope_theta"), self.get(theta_key), default_theta)
         theta = HFConfig({theta_key: theta}, path=self.path, model_type=self.model_type).positive(theta_key)

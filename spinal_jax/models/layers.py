@@ -40,7 +40,7 @@ class Norm(nnx.Module):
         self.offset = 1.0 if config.norm_unit_offset else 0.0
         self.round_first = config.norm == "rms" and not config.norm_float32
         # Drawn around their neutral value, so that a random model tests what a trained one relies on.
-        self.weight = nnx.Param(1.0 - self.offset + normal(rngs, (*lead, *shape)))
+        self.weight = nnx.Param(1.0 - self.offset + normal(rngs, (*lead, *shape))) if config.norm_weight else None
         has_bias = config.norm_bias if bias is None else bias
         self.bias = nnx.Param(normal(rngs, (*lead, *shape))) if has_bias else None
 
@@ -49,6 +49,8 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.weight is None:
+            return y.astype(x.dtype)
         if self.round_first:
             return y.astype(x.dtype) * self.weight[...]
         y = y * (self.weight[...].astype(jnp.float32) + self.offset)
@@ -60,8 +62,26 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 0.02) -> Array
     return scale * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
+class XIELU(nnx.Module):
+    """xIELU (arXiv 2411.13010), an activation with two learnt slopes; see `__call__`."""
+
+    def __init__(self, *, lead: tuple[int, ...], rngs: nnx.Rngs):
+        self.positive = nnx.Param(normal(rngs, (*lead, 1), 0.3))
+        self.negative = nnx.Param(normal(rngs, (*lead, 1), 0.3))
+        self.slope = nnx.Variable(jnp.full((*lead, 1), 0.5, jnp.float32))  # saved with the model, and never trained
+        self.limit = nnx.Variable(jnp.full((*lead, 1), -1e-6, jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        """`p x^2 + s x` above 0, else `n (expm1(min(x, limit)) - x) + s x`; p and n are softplus of what is learnt."""
+        slope = self.slope[...]
+        positive = jax.nn.softplus(self.positive[...])
+        negative = slope + jax.nn.softplus(self.negative[...])
+        below = (jnp.expm1(jnp.minimum(x, self.limit[...])) - x) * negative
+        return jnp.where(x > 0, positive * x * x, below) + slope * x
+
+
 def activate(kind: Activation, x: Array) -> Array:
-    """The MLP's nonlinearity."""
+    """The MLP's nonlinearity, where it has nothing to learn."""
     match kind:
         case "silu":
             return jax.nn.silu(x)
@@ -71,6 +91,10 @@ def activate(kind: Activation, x: Array) -> Array:
             return jax.nn.gelu(x, approximate=True)
         case "relu":
             return jax.nn.relu(x)
+        case "relu2":
+            return jnp.square(jax.nn.relu(x))
+        case "xielu":
+            raise AssertionError("xIELU has parameters: it is a layer of an MLP")
 
 
 class MLP(nnx.Module):
@@ -81,11 +105,14 @@ class MLP(nnx.Module):
             return Linear(out, into, bias=config.mlp_bias, lead=lead, rngs=rngs)
 
         self.activation: Activation = config.activation
+        self.learnt = XIELU(lead=lead, rngs=rngs) if config.activation == "xielu" else None
         self.gate = linear(width, config.width) if config.gated else None
         self.up = linear(width, config.width)
         self.down = linear(config.width, width)
 
     def __call__(self, x: Array) -> Array:
         up = self.up(x)
+        if self.learnt is not None:
+            return self.down(self.learnt(up))
         hidden = activate(self.activation, up) if self.gate is None else activate(self.activation, self.gate(x)) * up
         return self.down(hidden)

@@ -55,6 +55,11 @@ def same(hf: str, ours: str) -> Rule:
     return Rule(hf, (ours,))
 
 
+def scalar(hf: str, ours: str) -> Rule:
+    """A single number that is saved without an axis."""
+    return Rule(hf, (ours,), lambda t, c: (t.reshape(1),), lambda p, c: p[0].reshape(()))
+
+
 def linear(hf: str, ours: str, bias: bool) -> list[Rule]:
     """Weight, and bias where the family has one, of a linear layer or a norm."""
     return [same(f"{hf}.weight", f"{ours}.weight")] + ([same(f"{hf}.bias", f"{ours}.bias")] if bias else [])

@@ -241,6 +241,113 @@ def stablelm(draw: Draw) -> dict[str, Any]:
     return fields | {"rope_parameters": rope(draw, int(part * head(fields)), partial_rotary_factor=part)}
 
 
+def olmo3(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw) | {
+        "attention_bias": draw(False, True),
+        "rms_norm_eps": draw(1e-5, 1e-3),
+        "sliding_window": draw(7, 11, 25),
+        "num_hidden_layers": draw(4, 5, 4),
+    }
+    return fields | {
+        "layer_types": layers(draw, 4) if fields["num_hidden_layers"] == 4 else None,
+        "rope_parameters": {
+            "full_attention": rope(draw, head(fields)),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    }
+
+
+def smollm3(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw) | {
+        "attention_bias": draw(False, True),
+        "mlp_bias": draw(True, False),
+        "use_sliding_window": draw(False, True),
+        "sliding_window": 7,
+        "no_rope_layer_interval": draw(2, 3),
+        "no_rope_layers": draw(None, [1, 0, 0, 1], None),
+    }
+    return fields | {"rope_parameters": rope(draw, head(fields))}
+
+
+def olmo(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw, free_head=False) | {"attention_bias": draw(False, True), "clip_qkv": draw(None, 0.8, 1.5)}
+    return fields | {"rope_parameters": rope(draw, head(fields))}
+
+
+def olmoe(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw, free_head=False) | {
+        "attention_bias": draw(False, True),
+        "clip_qkv": draw(0.8, None),
+        "num_experts": draw(6, 4),
+        "num_experts_per_tok": draw(2, 3),
+        "norm_topk_prob": draw(False, True),
+    }
+    return fields | {"rope_parameters": rope(draw, head(fields))}
+
+
+def granite(draw: Draw) -> dict[str, Any]:
+    return llama(draw) | {
+        "embedding_multiplier": draw(12.0, 1.0, 0.5),
+        "logits_scaling": draw(8.0, 1.0, 0.5),
+        "residual_multiplier": draw(0.22, 1.0),
+        "attention_multiplier": draw(0.015625, 0.3, 1.0),
+    }
+
+
+def glm4(draw: Draw) -> dict[str, Any]:
+    part = draw(0.5, 1.0, 0.25)
+    fields = grouped(draw) | {"head_dim": draw(16, 8, 24), "attention_bias": draw(True, False)}
+    return fields | {"rope_parameters": rope(draw, int(part * head(fields)), partial_rotary_factor=part)}
+
+
+def seed_oss(draw: Draw) -> dict[str, Any]:
+    return llama(draw) | {"attention_out_bias": draw(False, True)}
+
+
+def ernie4_5(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw) | {"use_bias": draw(False, True), "rms_norm_eps": draw(1e-5, 1e-3)}
+    return fields | {"rope_parameters": rope(draw, head(fields))}
+
+
+def apertus(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw) | {
+        "hidden_act": draw("xielu", "xielu", "silu"),
+        "attention_bias": draw(False, True),
+        "dtype": "float32",
+    }
+    kind = rope(draw, head(fields))
+    if kind["rope_type"] == "default":  # which its class replaces where older files say so
+        kind |= {"rope_type": "linear", "factor": 3.0}
+    return fields | {"rope_parameters": kind}
+
+
+def exaone4(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw) | {"sliding_window": draw(7, 11, None), "sliding_window_pattern": draw(2, 3)}
+    fields["layer_types"] = layers(draw, fields["num_hidden_layers"])
+    if fields["sliding_window"] is None:
+        fields["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]
+    return fields | {"rope_parameters": rope(draw, head(fields))}
+
+
+def ministral3(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw) | {"sliding_window": draw(None, 7)}
+    kind = rope(draw, head(fields), longest=draw(9, 20))
+    if kind["rope_type"] == "default":  # as for apertus
+        kind |= {"rope_type": "linear", "factor": 3.0}
+    kind |= {"original_max_position_embeddings": draw(9, 4), "llama_4_scaling_beta": draw(0.1, 0.7, 0.0)}
+    return fields | {"rope_parameters": kind}
+
+
+def arcee(draw: Draw) -> dict[str, Any]:
+    return llama(draw) | {"hidden_act": draw("relu2", "relu2", "silu"), "hidden_size": 64}
+
+
+def hunyuan(draw: Draw) -> dict[str, Any]:
+    fields = grouped(draw) | {"attention_bias": draw(False, True), "rms_norm_eps": draw(1e-5, 1e-3)}
+    kind = rope(draw, head(fields))
+    return fields | {"rope_parameters": kind | ({"alpha": 50.0} if kind["rope_type"] == "dynamic" else {})}
+
+
 CASES: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "llama": llama,
     "mistral": mistral,
@@ -256,6 +363,19 @@ CASES: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "gpt_neox": gpt_neox,
     "olmo2": olmo2,
     "stablelm": stablelm,
+    "olmo3": olmo3,
+    "smollm3": smollm3,
+    "olmo": olmo,
+    "olmoe": olmoe,
+    "granite": granite,
+    "glm4": glm4,
+    "seed_oss": seed_oss,
+    "ernie4_5": ernie4_5,
+    "apertus": apertus,
+    "exaone4": exaone4,
+    "ministral3": ministral3,
+    "arcee": arcee,
+    "hunyuan_v1_dense": hunyuan,
 }
 
 

@@ -68,7 +68,9 @@ def random_model(hf_config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.state_dict().values():  # DeepSeek-V3 saves a buffer too
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
+            if parameter.ndim == 0:
+                parameter.mul_(1.25)  # xIELU's constants, saved with the model
+            elif parameter.ndim == 1:
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
@@ -97,7 +99,8 @@ def old_style(config: Mapping[str, Any]) -> dict[str, Any]:
     if old["model_type"] == "gpt_neox":
         theta_key, partial_key = "rotary_emb_base", "rotary_pct"
     if "full_attention" in rope:
-        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        if old["model_type"] != "olmo3":
+            old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     old[theta_key] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:

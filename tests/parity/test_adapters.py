@@ -94,7 +94,7 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
 
 
 def base_config(model_type: str, tied: bool) -> PretrainedConfig:
-    fields = (GPT2 if model_type == "gpt2" else SMALL) | {"tie_word_embeddings": tied}
+    fields: dict[str, Any] = (GPT2 if model_type == "gpt2" else SMALL) | {"tie_word_embeddings": tied}
     return CONFIG_MAPPING[model_type](**fields)
 
 

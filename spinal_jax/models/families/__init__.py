@@ -8,19 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.families.apertus import APERTUS
+from spinal_jax.models.families.arcee import ARCEE
 from spinal_jax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from spinal_jax.models.families.ernie4_5 import ERNIE4_5
+from spinal_jax.models.families.exaone4 import EXAONE4
 from spinal_jax.models.families.gemma import GEMMA
 from spinal_jax.models.families.gemma2 import GEMMA2
 from spinal_jax.models.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from spinal_jax.models.families.glm4 import GLM4
 from spinal_jax.models.families.gpt2 import GPT2
 from spinal_jax.models.families.gpt_neox import GPT_NEOX
+from spinal_jax.models.families.granite import GRANITE
+from spinal_jax.models.families.hunyuan import HUNYUAN
 from spinal_jax.models.families.llama import LLAMA, MISTRAL
+from spinal_jax.models.families.ministral3 import MINISTRAL3
 from spinal_jax.models.families.mixtral import MIXTRAL
+from spinal_jax.models.families.olmo import OLMO, OLMOE
 from spinal_jax.models.families.olmo2 import OLMO2
+from spinal_jax.models.families.olmo3 import OLMO3
 from spinal_jax.models.families.phi import PHI
 from spinal_jax.models.families.phi3 import PHI3
 from spinal_jax.models.families.qwen import QWEN2, QWEN3
 from spinal_jax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from spinal_jax.models.families.seed_oss import SEED_OSS
+from spinal_jax.models.families.smollm3 import SMOLLM3
 from spinal_jax.models.families.stablelm import STABLELM
 from spinal_jax.models.hf_config import HFConfig, shorten_middle
 from spinal_jax.models.translate import Family
@@ -43,6 +55,19 @@ ALL = (
     GPT_NEOX,
     OLMO2,
     STABLELM,
+    OLMO3,
+    SMOLLM3,
+    OLMO,
+    OLMOE,
+    GRANITE,
+    GLM4,
+    SEED_OSS,
+    ERNIE4_5,
+    APERTUS,
+    EXAONE4,
+    MINISTRAL3,
+    ARCEE,
+    HUNYUAN,
     MIXTRAL,
     QWEN3_MOE,
     QWEN2_MOE,

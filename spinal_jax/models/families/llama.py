@@ -5,7 +5,7 @@ Most families differ from these in a few switches and build on the pieces here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spinal_jax.errors import UserError
@@ -20,6 +20,7 @@ def common(
     *,
     eps: str = "rms_norm_eps",
     activation: str = "hidden_act",
+    activations: Mapping[str, str] = ACTIVATIONS,
 ) -> dict[str, Any]:
     """The fields that Llama-like families share, keyed as in DecoderConfig.
 
@@ -30,6 +31,7 @@ def common(
         kv_heads: how many key heads an absent or null `num_key_value_heads` means; None: one for each query head.
         eps: the key of the norms' epsilon.
         activation: the key of the MLP's activation.
+        activations: those that the family has, by Hugging Face's names.
     """
     hf.defaults(max_position_embeddings=2048, **{eps: 1e-6, activation: "silu"})
     depth = hf.integer("num_hidden_layers", high=MOST_BLOCKS)
@@ -44,7 +46,7 @@ def common(
         "head_dim": equal_share(width, heads) if hf.get("head_dim") is None else hf.size("head_dim"),
         "mlp_width": hf.size("intermediate_size"),
         "max_positions": hf.size("max_position_embeddings"),
-        "activation": hf.choice(activation, ACTIVATIONS),
+        "activation": hf.choice(activation, activations),
         "norm_eps": hf.epsilon(eps),
         "layer_rope": (0,) * depth,
         "windows": (0,) * depth,

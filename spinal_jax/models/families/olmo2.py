@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families import llama
 from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.translate import Family, Rule, linear, without_prefix
 
 
-def decoder_config(hf: HFConfig) -> DecoderConfig:
-    """config.json of an `olmo2` model."""
+def without_rope(hf: HFConfig) -> DecoderConfig:
+    """What OLMo 2 and 3 share."""
     hf.defaults(
         vocab_size=50304,
         hidden_size=4096,
@@ -23,7 +25,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     fields = llama.common(hf)
     return DecoderConfig(
         **fields,
-        ropes=(hf.rope(fields["head_dim"]),),
+        ropes=(),
         tied=hf.flag("tie_word_embeddings"),
         norm_float32=True,
         pre_norm=False,
@@ -32,6 +34,12 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         qkv_bias=hf.flag("attention_bias"),
         out_bias=hf.flag("attention_bias"),
     )
+
+
+def decoder_config(hf: HFConfig) -> DecoderConfig:
+    """config.json of an `olmo2` model."""
+    config = without_rope(hf)
+    return replace(config, ropes=(hf.rope(config.head_dim),))
 
 
 def rules(config: DecoderConfig) -> list[Rule]:

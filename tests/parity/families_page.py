@@ -1,0 +1,84 @@
+"""Writes docs/families.md from the registry and the parity tests: `python -m tests.parity.families_page`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from spinal_jax.models.families import ALL
+from spinal_jax.models.formats.gguf_architectures import ARCHITECTURES
+from spinal_jax.models.formats.splitters import REFUSED, SPLITTERS
+from spinal_jax.models.translate import Family
+
+from .cases import CASES, SEEDS
+from .gguf_names import MODEL_TYPES
+from .reference import LENGTHS
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+HEAD = f"""# Families and formats
+
+Made by `python -m tests.parity.families_page` from the registry of families and the parity tests.
+
+Every family is compared with Hugging Face PyTorch in float32, on random tiny models in which each parameter is moved
+from its initial value: the residual stream at every boundary and the logits, relative to the largest value of each.
+Prompts have {", ".join(map(str, LENGTHS[:-1]))} and {LENGTHS[-1]} tokens (longer than any window), padded on the right
+and packed into rows. The error must be below 1e-5. Every tensor of a checkpoint is read once and comes back bit for
+bit. A key of config.json that a family does not know is an error that names it. `spinal verify` makes the same
+comparison for a checkpoint of yours.
+
+| model_type | what it is | GGUF | configurations tried |
+| --- | --- | --- | --- |
+"""
+
+SOURCES = {
+    "Hugging Face folder or hub id": ("safetensors, in shards or one", "every family above"),
+    "FP8 in blocks (`quant_method: fp8`)": ("dequantised to float32 as it is loaded", "element by element"),
+    "MXFP4 (`quant_method: mxfp4`)": ("exact in bfloat16", "Hugging Face's own decoding, bit for bit"),
+    "PEFT adapter folder": (
+        "LoRA, rsLoRA, DoRA, `modules_to_save`, biases, trained tokens, merged in float32",
+        "every tensor that PEFT merges, to 1e-6",
+    ),
+    "`.gguf`, in one or several parts": (
+        "every type that the gguf package dequantises",
+        "values and tokens that transformers reads",
+    ),
+    "folder of `spinal convert`": ("Orbax, each file with its digest", "bit for bit"),
+}
+
+TAIL = """
+## Sources
+
+| source | what is read | what was compared |
+| --- | --- | --- |
+{sources}
+
+A step of a repository is named by `model.revision=step-1000`, which stands for the one branch, tag or local folder of
+that step. `router_aux_loss_coef` of a mixture of experts is read and not used: training here adds no balancing loss.
+
+## Tokenizers of GGUF files
+
+`tokenizer.ggml.pre` says how text is cut. Known: {known}. Refused, since no family here uses them: {refused}.
+"""
+
+
+def page() -> str:
+    """The page's text."""
+    sources = "\n".join(f"| {name} | {read} | {tried} |" for name, (read, tried) in SOURCES.items())
+    tail = TAIL.format(sources=sources, known=_names(SPLITTERS), refused=_names(REFUSED))
+    return HEAD + "\n".join(_row(family, name) for family in ALL for name in family.model_types) + "\n" + tail
+
+
+def _names(table: dict) -> str:
+    return ", ".join(f"`{name}`" for name in table)
+
+
+def _row(family: Family, model_type: str) -> str:
+    about = " ".join((sys.modules[family.decoder_config.__module__].__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+    files = ", ".join(f"`{name}`" for name in ARCHITECTURES if model_type in MODEL_TYPES[name])
+    tried = f"{len(SEEDS)}, each with other switches" if model_type in CASES else "in `tests/parity/test_sparse.py`"
+    return f"| `{model_type}` | {about} | {files} | {tried} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
