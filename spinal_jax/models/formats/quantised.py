@@ -134,8 +134,8 @@ def _mxfp4(inner: SafetensorsFolder) -> tuple[dict[str, TensorInfo], set[str], D
                     f"{inner.source}: {name} of shape {info.shape} and {plain}_scales of "
                     f"{None if scales is None else scales.shape} are not MXFP4"
                 )
-            lead, rows, groups = info.shape[:-3], info.shape[-3], info.shape[-2]
-            infos[plain] = TensorInfo((*lead, groups * 32, rows), _BFLOAT16)
+            shape: tuple[int, ...] = tuple(info.shape)
+            infos[plain] = TensorInfo((*shape[:-3], shape[-2] * 32, shape[-3]), _BFLOAT16)
         elif name.removesuffix("_scales") not in packed:
             infos[name] = info
 
