@@ -79,14 +79,16 @@ def test_every_file_of_every_group_builds_the_record(command: str) -> None:
                 if folder == "model" and file != "any":
                     assert re.fullmatch(HUB_ID, getattr(record, group).source)
                     # A model says which checkpoint it is; how it is read stays the command's own.
-                    assert {**chosen[group], "source": None} == {**plain[group], "source": None}, file
+                    free = {"source": None, "revision": None}
+                    assert chosen[group] | free == plain[group] | free, file
 
 
 def test_models_name_different_checkpoints_and_models_that_exist() -> None:
     texts = {name: (CONF / "model" / f"{name}.yaml").read_text() for name in MODELS if name != "any"}
     sources = [re.findall(r"^source: (\S+)$", text, re.MULTILINE) for text in texts.values()]
     assert all(len(found) == 1 for found in sources)
-    assert len({found[0] for found in sources}) == len(sources)
+    revisions = [tuple(re.findall(r"^revision: (\S+)$", text, re.MULTILINE)) for text in texts.values()]
+    assert len({(found[0], *revision) for found, revision in zip(sources, revisions, strict=True)}) == len(sources)
     for name, text in texts.items():
         for base in re.findall(r"^# Trained further from (\S+)\.$", text, re.MULTILINE):
             assert base in texts, name
