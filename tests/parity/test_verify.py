@@ -58,7 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(source: Path, prompts: Path, **more: Any) -> VerifyConfig:
-    return VerifyConfig(ModelConfig(str(source)), PromptsConfig(str(prompts), "text", max_length=64), **more)
+    texts = PromptsConfig(path=str(prompts), format="text", max_length=64)
+    return VerifyConfig(ModelConfig(str(source)), texts, **more)
 
 
 def check(result: Verification, what: str) -> bool | None:
