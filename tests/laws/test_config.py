@@ -56,7 +56,6 @@ FULL: dict[str, Any] = {
     "checkpoint_every": 8,
     "logging": None,
     "overwrite": False,
-    "logging": None,
 }
 
 
