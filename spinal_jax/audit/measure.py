@@ -2,7 +2,7 @@
 
 `forward_step` runs the forward with a tap that sums each boundary's Gram matrix and keeps the few positions where
 transport is measured; `lens_step` takes their token distributions in one pass over the vocabulary. Only sums by prompt
-group stay: Gram sums on the device for the groups being visited, all others in a scratch file, so memory does not grow
+group stay: Gram sums of all groups on the devices or wherever else there is room, so memory does not grow
 with the number of prompts.
 
 Every step runs on the `Devices` given.

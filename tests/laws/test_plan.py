@@ -169,7 +169,7 @@ def test_the_compilers_memory_of_one_device_and_of_four() -> None:
     # All but the norms is split over four, the Gram sums altogether.
     norms = sum(4 * math.prod(s.shape) for path, s in shapes.items() if "norm" in path)
     assert four.parameters == (one.parameters - norms) / 4 + norms
-    sums = 8 * 2 * 10 * 96  # [slots, D + 1, d] beside them are whole; float64, of so few rows
+    sums = 8 * 16 * 10 * 96  # [groups, D + 1, d] beside them are whole; float64
     assert four.grams - sums == (one.grams - sums) / 4
     for found in (one, four):
         given_to = found.parameters + found.grams + found.batch + 4  # and one number, the error of the lens
