@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def _sources(command: Command, sources: list[str], settings: list[str]) -> list[
     names = set(pages.names_of(command))
     given = {setting.partition("=")[0].replace(".trace", ".source") for setting in settings}
     free = [name for name in command.positional if name not in given]
-    if wrong := next((word for word in sources if word in names and not Path(word).exists()), None):
+    if wrong := next((word for word in sources if word in names and not os.path.exists(word)), None):
         raise UserError(f"{wrong!r} is the name of a setting; settings are given as NAME=VALUE")
     if len(sources) > len(free):
         takes = f"it takes {', '.join(free)} in this way" if free else "settings are given as NAME=VALUE"
@@ -93,7 +94,7 @@ def _sources(command: Command, sources: list[str], settings: list[str]) -> list[
 def _kind(name: str, source: str, names: set[str]) -> str:
     """The setting that a source without a name sets: `model.trace` for a run folder where there is such a setting."""
     trace = f"{name.removesuffix('.source')}.trace"
-    is_run = any((Path(source) / file).is_file() for file in ("trace.json", "onset.json"))
+    is_run = any(os.path.isfile(Path(source) / file) for file in ("trace.json", "onset.json"))
     return trace if trace in names and is_run else name
 
 
