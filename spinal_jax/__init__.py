@@ -2,7 +2,7 @@
 
 trace = spinal_jax.audit("FOLDER")                 # a DepthTrace
 trace.columns["contraction"], trace.interval("transport")
-spinal_jax.compare(aligned, reference)             # of two traces, a Comparison
+spinal_jax.compare(aligned, reference)             # of two traces or two checkpoints, a Comparison
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from spinal_jax.api import audit, load_model
     from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
-    from spinal_jax.comparison.checkpoints import compare_models
-    from spinal_jax.comparison.compare import BothModels, compare
+    from spinal_jax.comparison.compare import BothModels
+    from spinal_jax.comparison.flow import compare
     from spinal_jax.comparison.record import Comparison, load_comparison, save_comparison
     from spinal_jax.models.decoder import Tap, collect, fold
 
@@ -35,7 +35,6 @@ __all__ = [
     "audit",
     "collect",
     "compare",
-    "compare_models",
     "fold",
     "load_comparison",
     "load_model",
@@ -48,8 +47,8 @@ __all__ = [
 _LAZY = {
     **dict.fromkeys(("audit", "load_model"), "spinal_jax.api"),
     **dict.fromkeys(("DepthTrace", "load_trace", "save_trace"), "spinal_jax.audit.trace"),
-    "compare_models": "spinal_jax.comparison.checkpoints",
-    **dict.fromkeys(("BothModels", "compare"), "spinal_jax.comparison.compare"),
+    "BothModels": "spinal_jax.comparison.compare",
+    "compare": "spinal_jax.comparison.flow",
     **dict.fromkeys(("Comparison", "load_comparison", "save_comparison"), "spinal_jax.comparison.record"),
     **dict.fromkeys(("Tap", "collect", "fold"), "spinal_jax.models.decoder"),
 }

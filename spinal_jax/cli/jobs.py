@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,42 +115,24 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     asked = config.build(config.CompareConfig, settings)
     if leads:
         run_folder.check_free(folder, asked.overwrite, config.to_mapping(asked))
-    from spinal_jax.audit.trace import load_trace, save_trace
-    from spinal_jax.comparison.compare import Weights, compare, shortfalls
+    from spinal_jax.audit.trace import save_trace
+    from spinal_jax.comparison.flow import run_compare
     from spinal_jax.comparison.ranking import rank, save_ranking
     from spinal_jax.comparison.record import save_comparison
+    from spinal_jax.comparison.verdict import shortfalls
     from spinal_jax.report.comparison import write_comparison_report
     from spinal_jax.runs.sinks import send_summary
     from spinal_jax.runs.tensorboard import hyperparameters, write_comparison_events
 
-    weights = Weights(asked.score.delta, asked.score.coherence, asked.score.gradient)
     seconds: dict[str, float] = {}
     bar = stages(seconds)
-    both = None
-    if asked.model.trace is not None and asked.reference.trace is not None:
-        aligned, reference = load_trace(asked.model.trace), load_trace(asked.reference.trace)
-    else:
-        from spinal_jax.comparison.checkpoints import run_footprint
-
-        measured = run_footprint(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
-        aligned, reference, both = measured.aligned, measured.reference, measured.both
-    references = [load_trace(run) for run in asked.other_references] or [reference] * len(asked.others)
-    more = [load_trace(run) for run in asked.others]
-    if asked.names:
-        called = zip((aligned, *more), asked.names, strict=True)
-        aligned, *more = (replace(trace, model={**trace.model, "name": name}) for trace, name in called)
-    pairs = [(aligned, reference), *zip(more, references, strict=True)]
-    found = []
-    with bar("compare", len(pairs), "pair") as advance:
-        for pair in pairs:
-            extras = both if pair[0] is aligned else None
-            found.append(compare(*pair, extras, align=asked.align, same_prompts=asked.same_prompts, weights=weights))
-            advance(1)
-    first, *others = found
+    compared = run_compare(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
+    first, others = compared.comparison, compared.others
+    found = [first, *others]
     with run_folder.writing(folder, asked.overwrite) as scratch:
-        if asked.model.source is not None:
-            save_trace(aligned, scratch / "aligned")
-            save_trace(reference, scratch / "reference")
+        if compared.measured:
+            save_trace(compared.aligned, scratch / "aligned")
+            save_trace(compared.reference, scratch / "reference")
         save_comparison(first, scratch)
         for number, other in enumerate(others, 1):
             save_comparison(other, scratch / "others" / str(number))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -17,11 +16,14 @@ from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import Devices, devices_of
 from spinal_jax.audit.measure import Measurement, keep, measure
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.compare import BothModels, compare
-from spinal_jax.comparison.paired import Align
-from spinal_jax.comparison.preference_gradient import log_probabilities, pull, shape_for
-from spinal_jax.comparison.record import Comparison
-from spinal_jax.config import CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig, build
+from spinal_jax.comparison.compare import BothModels
+from spinal_jax.comparison.preference_gradient import (
+    PreferenceGradient,
+    log_probabilities,
+    preference_gradient,
+    shape_for,
+)
+from spinal_jax.config import CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig
 from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import NotLeader, UserError
@@ -40,57 +42,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Two checkpoints on the same tokens: what `spinal_jax.compare` takes."""
+class MeasuredPair:
+    """Two checkpoints on the same tokens: what `compare_traces` takes."""
 
     aligned: DepthTrace
     reference: DepthTrace
     both: BothModels
-
-
-def compare_models(
-    model: str | os.PathLike[str],
-    reference: str | os.PathLike[str],
-    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
-    *,
-    preferences: str | os.PathLike[str] | None = None,
-    beta: float = 0.1,
-    dtype: str = "float32",
-    align: Align = "equal",
-    settings: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> Comparison:
-    """What alignment changed from `reference` to `model`, both measured on the same tokens.
-
-    Args:
-        model, reference: hub id, folder with config.json and safetensors, or .gguf file, of the aligned checkpoint and
-            of the one it came from.
-        prompts: a file of JSON lines with a `prompt`, a list of texts, or None for the pool that ships here.
-        preferences: a file of Anthropic HH pairs, for the preference gradient and the SPINALScore.
-        beta: of the DPO loss whose gradient that is.
-        dtype: of weights and forward.
-        align: "relative" compares models of different depth by relative depth.
-        settings: more, as `spinal compare` takes them: {"prompts": {"limit": 64}, "metrics": {"groups": 8}}.
-        progress: show progress bars.
-
-    Raises:
-        UserError: for anything the caller can mend, in one sentence.
-    """
-    named = isinstance(prompts, (str, os.PathLike))
-    asked: dict[str, Any] = {name: dict(values) for name, values in (settings or {}).items()}
-    asked |= {
-        "model": {"source": os.fspath(model), "dtype": dtype},
-        "reference": {"source": os.fspath(reference), "dtype": dtype},
-        "beta": beta,
-        "align": align,
-    }
-    if named:
-        asked["prompts"] = {**asked.get("prompts", {}), "path": os.fspath(prompts)}
-    if preferences is not None:
-        asked["preferences"] = {**asked.get("preferences", {}), "path": os.fspath(preferences)}
-    texts = None if named or prompts is None else list(prompts)
-    found = run_footprint(build(CompareConfig, asked), texts, pipeline.bars(progress))
-    return compare(found.aligned, found.reference, found.both, align=align)
+    notes: tuple[str, ...] = ()  # sentences that a reader of the comparison must know
 
 
 @dataclass(frozen=True)
@@ -120,12 +78,12 @@ class _Pairs:
     shape: Shape
 
 
-def run_footprint(
+def measure_checkpoints(
     config: CompareConfig,
     texts: Sequence[str] | None = None,
     bar: pipeline.Bar | None = None,
     say: Callable[[str], None] | None = None,
-) -> Footprint:
+) -> MeasuredPair:
     """Measures both checkpoints that `config` names by their sources, one in memory at a time.
 
     The reference runs first and leaves its unembedding, its spectra and, in a scratch file, its residuals at the
@@ -187,36 +145,61 @@ def run_footprint(
                 kept = reference = None
                 with contextlib.suppress(NotLeader):  # which the other model then raises too
                     reference = measure(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
-            known = None
+            known = at_reference = None
             if pairs is not None:
                 with theirs.bar("log-probabilities", len(pairs.examples), "pair") as advance:
                     known = log_probabilities(weights, pairs.examples, pairs.shape, advance)
+                at_reference = _gradient(config, weights, pairs, known, theirs.bar)
             del weights
             gc.collect()  # the two need not be in memory together
             weights = ours.load(devices)
             aligned = measure(weights, work, config.metrics, ours.bar, kept, devices)
             reference = kept.measurement if kept is not None else reference
             assert reference is not None
-        both = _both(aligned)
+        of_pairs = None
         if pairs is not None and known is not None:
-            with ours.bar("gradient", len(pairs.examples), "pair") as advance:
-                objective = ObjectiveConfig("dpo", beta=config.beta)
-                found = pull(weights, pairs.examples, pairs.groups, known, objective, pairs.shape, advance)
-            both = BothModels(
-                both.policy_distance,
-                both.policy_distance_without,
-                found.blocks,
-                found.blocks_without,
-                found.pairs,
-                found.apart,
-            )
-        return Footprint(traced(ours, aligned, work), traced(theirs, reference, theirs_work), both)
+            of_pairs = _gradient(config, weights, pairs, known, ours.bar)
+        both = _both(aligned, of_pairs, at_reference)
+        return MeasuredPair(traced(ours, aligned, work), traced(theirs, reference, theirs_work), both)
 
 
-def _both(found: Measurement) -> BothModels:
-    if found.policy is None:
-        return BothModels()
-    return BothModels(found.policy.distance, found.policy.distance_without)
+def _gradient(
+    config: CompareConfig, weights: Decoder, pairs: _Pairs, known: np.ndarray, bar: pipeline.Bar
+) -> PreferenceGradient:
+    """The preference gradient with these weights as the policy; `known` are log-probabilities under the reference."""
+    with bar("gradient", len(pairs.examples), "pair") as advance:
+        objective = ObjectiveConfig("dpo", beta=config.beta)
+        return preference_gradient(weights, pairs.examples, pairs.groups, known, objective, pairs.shape, advance)
+
+
+def _both(
+    found: Measurement, gradient: PreferenceGradient | None, at_reference: PreferenceGradient | None
+) -> BothModels:
+    policy = found.policy
+    both = BothModels()
+    if policy is not None:
+        both = replace(
+            both,
+            policy_distance=policy.distance,
+            policy_distance_without=policy.distance_without,
+            kl=policy.divergence,
+            kl_without=policy.divergence_without,
+        )
+    if gradient is not None and at_reference is not None:
+        both = replace(
+            both,
+            gradient_norm=gradient.blocks,
+            gradient_norm_without=gradient.blocks_without,
+            reference_gradient_norm=at_reference.blocks,
+            reference_gradient_norm_without=at_reference.blocks_without,
+            pairs=gradient.pairs,
+            gradient_apart=gradient.apart,
+            reward_accuracy=gradient.accuracy,
+            reward_accuracy_without=gradient.accuracy_without,
+            reward_margin=gradient.margin,
+            reward_margin_without=gradient.margin_without,
+        )
+    return both
 
 
 def with_reference(config: CompareConfig) -> CompareConfig:

@@ -1,28 +1,39 @@
-"""Two checkpoints on the same tokens: what alignment changed, where, how much, and how sure that is.
+"""Two traces of the same tokens: what differs between the checkpoints, where, how much, and how sure that is.
 
-Float64 arithmetic on two saved traces, no model: docs/method.md, sections 4 and 5.
+Float64 arithmetic on two saved traces, no model: docs/method.md, "Two checkpoints" and "How sure".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison import robustness
 from spinal_jax.comparison.paired import Align, Curve, check, curve, difference, resampled
-from spinal_jax.comparison.record import BOTH, LOCALISED, METRICS, Comparison
-from spinal_jax.metrics.depth import coherence
+from spinal_jax.comparison.record import BOTH, METRICS, Comparison
+from spinal_jax.comparison.score import EQUAL, Part, Weights, coherence_of, combined
+from spinal_jax.comparison.verdict import NO_CHANGE, UNDETERMINED, summarised
 from spinal_jax.stats import signflip
-from spinal_jax.stats.jackknife import Estimate, t_quantile
-from spinal_jax.stats.localisation import localise, share
+from spinal_jax.stats.jackknife import Estimate
+from spinal_jax.stats.localisation import localise, localise_difference, share
 from spinal_jax.wording import number
 
 MODEL_KEYS = ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256")
+HEAVY = 0.25  # share of the rows above which one group of prompts decides an interval
+NO_GRADIENT = "it needs both models and preference pairs (preferences=...)"
+NO_REFERENCE_GRADIENT = "it needs the preference gradient of the reference too"
+BOUNDED = {  # by definition
+    **dict.fromkeys(("coherence", "coherence_reference", "reward_accuracy"), (0.0, 1.0)),
+    **dict.fromkeys(("gradient_concentration", "gradient_concentration_reference"), (0.0, 1.0)),
+    **dict.fromkeys(("output_distance", "policy_distance", "transport", "curvature"), (0.0, math.pi)),
+    **dict.fromkeys(("kl", "gradient_norm", "contraction", "entropy", "spike"), (0.0, math.inf)),
+    "effective_rank": (1.0, math.inf),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,32 +43,36 @@ class BothModels:
     Attributes:
       policy_distance: [D+1] mean Fisher-Rao distance between both models' p_l at the same position, radians.
       policy_distance_without: [G, D+1] without each group of prompts, in the order of the traces' "groups/positions".
+      kl: KL(aligned || reference) of the output distributions, nats, mean over positions.
+      kl_without: [G] without each group of prompts.
       gradient_norm: [D] L2 norm, block by block, of the gradient of the mean preference loss.
       gradient_norm_without: [G', D] without each group of preference pairs.
+      reference_gradient_norm, reference_gradient_norm_without: the same with the reference as its own policy.
       pairs: [G'] preference pairs in each of these groups.
       gradient_apart: norms outside the blocks by name: embedding, final_norm, unembedding.
+      reward_accuracy: share of pairs whose chosen response has the larger implicit reward.
+      reward_accuracy_without: [G'] without each group of pairs.
+      reward_margin: mean of chosen less rejected implicit reward, `beta (log p - log p_ref)`.
+      reward_margin_without: [G'] without each group of pairs.
     """
 
     policy_distance: np.ndarray | None = None
     policy_distance_without: np.ndarray | None = None
+    kl: float | None = None
+    kl_without: np.ndarray | None = None
     gradient_norm: np.ndarray | None = None
     gradient_norm_without: np.ndarray | None = None
+    reference_gradient_norm: np.ndarray | None = None
+    reference_gradient_norm_without: np.ndarray | None = None
     pairs: np.ndarray | None = None
     gradient_apart: Mapping[str, float] = field(default_factory=dict)
+    reward_accuracy: float | None = None
+    reward_accuracy_without: np.ndarray | None = None
+    reward_margin: float | None = None
+    reward_margin_without: np.ndarray | None = None
 
 
-class Weights(NamedTuple):
-    """Of the parts of the SPINALScore."""
-
-    delta: float = 1 / 3
-    coherence: float = 1 / 3
-    gradient: float = 1 / 3
-
-
-EQUAL = Weights()
-
-
-def compare(
+def compare_traces(
     aligned: DepthTrace,
     reference: DepthTrace,
     extras: BothModels | None = None,
@@ -65,14 +80,15 @@ def compare(
     align: Align = "equal",
     same_prompts: bool = True,
     weights: Weights = EQUAL,
+    notes: Sequence[str] = (),
 ) -> Comparison:
-    """What the aligned checkpoint's trace has that the reference's has not.
+    """How the aligned checkpoint's trace differs from the reference's.
 
-    `Delta_align = mean over T of delta alpha - mean over T of delta L`, T the last ceil(D / 3) blocks;
-    `SPINALScore = w_delta Delta_align + w_coherence S_coh(aligned) + w_gradient G_term`, G_term the share of T in the
-    preference gradient. Intervals are 95 %, by the delete-one-group jackknife and Student's t; p-values by sign flips
-    of the groups' pseudo-values (Holm over boundaries beside them). The verdict is that of Delta_align's interval:
-    "contraction" above 0, "expansion" below, else "no detectable change"; "undetermined" without an interval.
+    `Delta_align = mean over T of delta alpha - mean over T of delta L`, T the terminal block;
+    `SPINALScore(A, R) = w_delta Delta_align + w_coherence S_coh(A) + w_gradient G_term`, G_term the share of T in the
+    preference gradient; its gain is `SPINALScore(A, R) - SPINALScore(R, R)`. Intervals are 95 %, by the
+    delete-one-group jackknife and Student's t; p-values by sign flips of the groups' pseudo-values (Holm over
+    boundaries beside them). The verdict is that of `spinal_jax.comparison.verdict`.
 
     Args:
         aligned, reference: traces of the same tokens, with their arrays.
@@ -81,6 +97,7 @@ def compare(
         same_prompts: False compares traces of different prompts with equally many groups: a control. Group g of one is
             then set against group g of the other, which is as good as any pairing of independent groups.
         weights: of the score.
+        notes: more sentences that a reader of the numbers must know.
 
     Raises:
         UserError: the traces were not measured alike; it says what differs.
@@ -91,17 +108,21 @@ def compare(
     columns: dict[str, np.ndarray] = {}
     changes: dict[str, Estimate] = {}
     arrays: dict[str, np.ndarray] = {}
-    masses: dict[str, Curve] = {}
+    places: dict[str, dict[str, Any]] = {}
     for name in METRICS:
         ours, theirs = curve(aligned, name), resampled(curve(reference, name), aligned.depth, name)
-        _put(columns, f"aligned_{name}", ours.estimate)
-        _put(columns, f"reference_{name}", theirs.estimate)
+        _put(columns, f"aligned_{name}", ours.estimate, BOUNDED.get(name))
+        _put(columns, f"reference_{name}", theirs.estimate, BOUNDED.get(name))
         changes[name] = delta = ours.estimate - theirs.estimate
         _put(columns, f"delta_{name}", delta)
         columns[f"delta_{name}_p"] = delta.p_value
         columns[f"delta_{name}_p_holm"] = signflip.holm(delta.p_value)
         arrays[f"groups/delta_{name}"] = delta.pseudo_values
-        masses[f"delta_{name}"] = difference(ours, theirs)
+        if name in ("contraction", "transport"):
+            apart = difference(ours, theirs)
+            places[f"delta_{name}"] = localise_difference(
+                apart.full[1:], apart.without[:, 1:], apart.sizes, (first, last)
+            )
     gained, moved = changes["contraction"].mean(first, last), changes["transport"].mean(first, last)
     delta_align = gained - moved
     arrays["groups/delta_align"] = delta_align.pseudo_values
@@ -109,40 +130,47 @@ def compare(
 
     policy, gradient = _policy(extras, aligned), _gradient(extras, aligned.depth)
     for name, found in zip(BOTH, (policy, gradient), strict=True):
-        _put(columns, name, found.estimate)
-        masses[name] = found
-    here = coherence_of(aligned)
-    concentration = gradient.of(lambda norms: share(norms[..., 1:]))
-    score = _score(delta_align, here, concentration, weights)
-
-    value, half, p = float(delta_align.value), float(delta_align.half), float(delta_align.p_value)
-    word = verdict(value - half, value + half)
+        _put(columns, name, found.estimate, BOUNDED[name])
+        places[name] = localise(found.full[1:], found.without[:, 1:], found.sizes, (first, last))
+    parts = _parts(extras, aligned, reference, delta_align, (gained, moved), policy, gradient)
+    concentration, at_reference = parts["gradient_concentration"], parts["gradient_concentration_reference"]
+    level = combined(
+        [(weights.delta, parts["delta_align"]), (weights.coherence, parts["coherence"])],
+        [(weights.gradient, concentration)],
+    )
+    gain = combined(
+        [
+            (weights.delta, parts["delta_align"]),
+            (weights.coherence, _less(parts["coherence"], parts["coherence_reference"])),
+        ],
+        [(weights.gradient, _less(concentration, at_reference))],
+    )
+    counts = robustness.sign_counts(robustness.grid(aligned, reference))
+    words = summarised(aligned, reference, delta_align, (gained, moved), counts)
+    p = float(delta_align.p_value)
     summary: dict[str, Any] = {
-        "verdict": word,
-        "sentence": _sentence(word, aligned, reference, value, half, p, groups),
+        **words,
         "terminal": [first, last],
         "delta_align_se": float(delta_align.error),
         "p_value": p,
         "p_value_by": signflip.method(groups),
         "delta_contraction_p": float(gained.p_value),
         "delta_transport_p": float(moved.p_value),
-        **_interval("spinal_score", *score),
+        **_interval("spinal_gain", gain.value, gain.half),
+        **_interval("spinal_score", level.value, level.half),
         "degrees_of_freedom": groups - 1,
         "gradient_apart": dict(extras.gradient_apart),
-        "localisation": {
-            name: localise(np.abs(masses[name].full[1:]), np.abs(masses[name].without[:, 1:]), masses[name].sizes)
-            for name in LOCALISED
+        "localisation": places,
+        "undefined": {
+            **{name: part.reason for name, part in parts.items() if not part.defined},
+            **({"spinal_gain": gain.reason} if gain.reason else {}),
+            **({"spinal_score": level.reason} if level.reason else {}),
         },
+        "family_wise": family_wise(columns),
     }
-    for name, found in (
-        ("delta_align", delta_align),
-        ("delta_contraction", gained),
-        ("delta_transport", moved),
-        ("coherence", here),
-        ("coherence_reference", coherence_of(reference)),
-        ("gradient_concentration", concentration),
-    ):
-        summary |= _interval(name, float(found.value), float(found.half))
+    for name, part in parts.items():
+        bounds = BOUNDED.get(name)
+        summary |= _interval(name, float(part.estimate.value), float(part.estimate.half), bounds)
     settings = {name: aligned.settings[name] for name in sorted(aligned.settings)}
     return Comparison(
         aligned={name: aligned.model[name] for name in MODEL_KEYS},
@@ -151,84 +179,97 @@ def compare(
         settings={**settings, "align": align, "same_prompts": same_prompts, "weights": weights._asdict()},
         columns=columns,
         summary=summary,
-        robustness=robustness.verdict_of(robustness.grid(aligned, reference)),
-        warnings=(*warnings, *_caveats(extras, groups, word, p)),
+        robustness=counts,
+        warnings=(*notes, *warnings, *_heavy(aligned, reference), *_caveats(extras, groups, words["verdict"], p)),
         arrays=arrays,
     )
 
 
-def shortfalls(
-    found: Comparison,
-    *,
-    verdict: str | None = None,
-    delta_align_low: float | None = None,
-    delta_align_high: float | None = None,
-    p_value: float | None = None,
-    spinal_score_low: float | None = None,
-    holds: float | None = None,
-) -> list[str]:
-    """Where the evidence falls short of what was asked for, a phrase each; a number that is not defined falls short.
+def family_wise(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How often some boundary of some column is marked significant where nothing changed, and a sentence.
 
-    Args:
-        found: the comparison.
-        verdict: which it must be.
-        delta_align_low, spinal_score_low: the 95 % interval of that number must begin here or above.
-        delta_align_high: the 95 % interval must end here or below.
-        p_value: at most this.
-        holds: the sign of Delta_align must hold in at least this share of the settings.
+    Holm's correction keeps each column at 5 %; `1 - 0.95^K` of K independent columns have a mark.
     """
-    lines = []
-    if verdict is not None and found.verdict != verdict:
-        lines.append(f"the verdict is {found.verdict!r}, not {verdict!r}")
-    for name, least in (("delta_align_low", delta_align_low), ("spinal_score_low", spinal_score_low)):
-        if least is not None and not found.summary[name] >= least:
-            label = "Delta_align" if name == "delta_align_low" else "the SPINALScore"
-            lines.append(f"the interval of {label} begins at {number(found.summary[name])}, not at {least} or above")
-    if delta_align_high is not None and not found.summary["delta_align_high"] <= delta_align_high:
-        end = number(found.summary["delta_align_high"])
-        lines.append(f"the interval of Delta_align ends at {end}, not at {delta_align_high} or below")
-    if p_value is not None and not found.summary["p_value"] <= p_value:
-        lines.append(f"the p-value is {number(found.summary['p_value'], 2)}, not at most {p_value}")
-    there, of = found.robustness["holds"], found.robustness["of"]
-    if holds is not None and not there / of >= holds:
-        lines.append(f"the sign of Delta_align holds in {there} of {of} settings, not in at least {holds:.0%}")
-    return lines
+    tested = [name for name in METRICS if np.isfinite(columns[f"delta_{name}_p_holm"]).any()]
+    rate = 1 - 0.95 ** len(tested)
+    names = ", ".join(name.replace("_", " ") for name in tested)
+    sentence = (
+        f"{len(tested)} columns are tested at once ({names}), each at 5 % after Holm's correction over boundaries: "
+        f"where nothing changed, up to {rate:.0%} of comparisons mark some boundary in some column."
+    )
+    return {"columns": len(tested), "rate": rate, "sentence": sentence if tested else "No column is tested."}
 
 
-def coherence_of(trace: DepthTrace) -> Estimate:
-    """S_coh of one checkpoint: the mean of the coherences of alpha and of L over the terminal block."""
-    first, last = trace.terminal
-
-    def of(name: str) -> Estimate:
-        return curve(trace, name).of(lambda x: np.apply_along_axis(coherence, -1, x[..., first : last + 1]))
-
-    return (of("contraction") + of("transport")).scaled(0.5)
-
-
-def verdict(low: float, high: float) -> str:
-    """In words, from the 95 % interval of Delta_align."""
-    if math.isnan(low) or math.isnan(high):
-        return "undetermined"
-    return "contraction" if low > 0 else "expansion" if high < 0 else "no detectable change"
-
-
-def _sentence(
-    word: str, aligned: DepthTrace, reference: DepthTrace, value: float, half: float, p: float, groups: int
-) -> str:
-    first, last = aligned.terminal
-    sure = f"95 % interval {number(value - half)} to {number(value + half)}, p = {number(p, 2)}"
-    return (
-        f"{word.capitalize()} in the terminal block (boundaries {first} to {last}) of {aligned.model['name']} against "
-        f"{reference.model['name']}: Delta_align = {number(value)}, {sure}, {groups} groups of prompts."
+def _parts(
+    extras: BothModels,
+    aligned: DepthTrace,
+    reference: DepthTrace,
+    delta_align: Estimate,
+    parts: tuple[Estimate, Estimate],
+    policy: Curve,
+    gradient: Curve,
+) -> dict[str, Part]:
+    """The numbers of the summary by name, each with its error and the reason why it is undefined where it is."""
+    terminal = aligned.terminal
+    undefined = "contraction or transport is undefined in the terminal block"
+    unmeasured = "it needs both models, not only their traces"
+    no_pairs = "" if extras.gradient_norm is not None else NO_GRADIENT
+    pairs = np.ones(2) if extras.pairs is None else np.asarray(extras.pairs, np.float64)
+    positions = curve(aligned, "transport").sizes
+    reference_norm = _curve(
+        extras.reference_gradient_norm, extras.reference_gradient_norm_without, extras.pairs, aligned.depth
     )
 
+    def of(value: float | None, without: np.ndarray | None, sizes: np.ndarray) -> Estimate:
+        found = _curve(None if value is None else np.array([value]), _column(without), sizes, 1)
+        return found.of(lambda x: x[..., 0])
 
-def _put(columns: dict[str, np.ndarray], name: str, found: Estimate) -> None:
-    columns |= {name: found.value, f"{name}_low": found.value - found.half, f"{name}_high": found.value + found.half}
+    return {
+        "delta_align": Part(delta_align, _unless(delta_align, undefined)),
+        "delta_contraction": Part(parts[0], _unless(parts[0], undefined)),
+        "delta_transport": Part(parts[1], _unless(parts[1], undefined)),
+        "coherence": coherence_of(aligned),
+        "coherence_reference": coherence_of(reference),
+        "gradient_concentration": Part(gradient.of(lambda norms: share(norms[..., 1:], terminal)), no_pairs),
+        "gradient_concentration_reference": Part(
+            reference_norm.of(lambda norms: share(norms, terminal)),
+            no_pairs or ("" if extras.reference_gradient_norm is not None else NO_REFERENCE_GRADIENT),
+        ),
+        "output_distance": Part(
+            policy.of(lambda distance: distance[..., -1]), "" if extras.policy_distance is not None else unmeasured
+        ),
+        "kl": Part(of(extras.kl, extras.kl_without, positions), "" if extras.kl is not None else unmeasured),
+        "reward_accuracy": Part(
+            of(extras.reward_accuracy, extras.reward_accuracy_without, pairs),
+            "" if extras.reward_accuracy is not None else NO_GRADIENT,
+        ),
+        "reward_margin": Part(
+            of(extras.reward_margin, extras.reward_margin_without, pairs),
+            "" if extras.reward_margin is not None else NO_GRADIENT,
+        ),
+    }
 
 
-def _interval(name: str, value: float, half: float) -> dict[str, float]:
-    return {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+def _unless(found: Estimate, reason: str) -> str:
+    return reason if math.isnan(float(found.value)) else ""
+
+
+def _less(one: Part, other: Part) -> Part:
+    return Part(one.estimate - other.estimate, "; ".join(dict.fromkeys(filter(None, (one.reason, other.reason)))))
+
+
+def _put(columns: dict[str, np.ndarray], name: str, found: Estimate, bounds: tuple[float, float] | None = None) -> None:
+    low, high = found.value - found.half, found.value + found.half
+    if bounds is not None:
+        low, high = np.maximum(low, bounds[0]), np.minimum(high, bounds[1])
+    columns |= {name: found.value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _interval(name: str, value: float, half: float, bounds: tuple[float, float] | None = None) -> dict[str, float]:
+    low, high = value - half, value + half
+    if bounds is not None and not math.isnan(half):
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _policy(extras: BothModels, trace: DepthTrace) -> Curve:
@@ -243,6 +284,10 @@ def _gradient(extras: BothModels, depth: int) -> Curve:
     return Curve(full, without, found.sizes)
 
 
+def _column(without: np.ndarray | None) -> np.ndarray | None:
+    return None if without is None else np.asarray(without, np.float64).reshape(-1, 1)
+
+
 def _curve(full: np.ndarray | None, without: np.ndarray | None, sizes: np.ndarray | None, length: int) -> Curve:
     """What was measured, NaN where nothing was; ValueError where it does not fit the traces."""
     sizes = np.ones(2) if sizes is None else np.asarray(sizes, np.float64)
@@ -254,14 +299,18 @@ def _curve(full: np.ndarray | None, without: np.ndarray | None, sizes: np.ndarra
     return Curve(full, np.asarray(without, np.float64), sizes)
 
 
-def _score(delta_align: Estimate, here: Estimate, concentration: Estimate, weights: Weights) -> tuple[float, float]:
-    """SPINALScore and half of its interval. Preference pairs are other texts than the prompts: their error is
-    independent and its square adds; the fewer degrees of freedom of the two count."""
-    prompts = delta_align.scaled(weights.delta) + here.scaled(weights.coherence)
-    pairs = concentration.scaled(weights.gradient)
-    freedom = min(prompts.degrees_of_freedom, pairs.degrees_of_freedom)
-    half = t_quantile(freedom) * math.hypot(float(prompts.error), float(pairs.error))
-    return float(prompts.value + pairs.value), half
+def _heavy(aligned: DepthTrace, reference: DepthTrace) -> list[str]:
+    """A sentence where one group of prompts holds more than HEAVY of the rows of a trace."""
+    lines = []
+    for trace in (aligned, reference):
+        rows = trace.arrays["groups/rows"].astype(np.float64)
+        heaviest = float(rows.max() / rows.sum())
+        if len(rows) > 1 and heaviest > HEAVY:
+            lines.append(
+                f"One of {len(rows)} groups of prompts holds {heaviest:.0%} of the rows, so that the intervals rest on "
+                f"it and are too narrow; give more prompts of similar length."
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _caveats(extras: BothModels, groups: int, word: str, p: float) -> list[str]:
@@ -275,6 +324,11 @@ def _caveats(extras: BothModels, groups: int, word: str, p: float) -> list[str]:
         )
     if groups < 2:
         lines.append("Only one group of prompts: there are no intervals and no p-values.")
-    if groups > 1 and word != "undetermined" and (p < 0.05) == (word == "no detectable change"):
+    elif groups < signflip.FEWEST_GROUPS:
+        lines.append(
+            f"Only {groups} groups of prompts: no p-value could be below {2.0 ** (1 - groups):.2g}, so none is given; "
+            f"{signflip.FEWEST_GROUPS} groups or more have one."
+        )
+    if not math.isnan(p) and word != UNDETERMINED and (p < 0.05) == (word == NO_CHANGE):
         lines.append(f"The interval and the sign-flip test (p = {number(p, 2)}) disagree: this is a borderline case.")
     return lines

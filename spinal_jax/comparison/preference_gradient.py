@@ -35,12 +35,16 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class PreferenceGradient:
-    """L2 norms of the gradient of the mean loss. float64."""
+    """L2 norms of the gradient of the mean loss, and what the policy's rewards say of the pairs. float64."""
 
     blocks: np.ndarray  # [D]
     blocks_without: np.ndarray  # [G, D] without each group of pairs; [0, D] where there is only one
     pairs: np.ndarray  # [G] pairs of each group that has any, in ascending order of groups
     apart: Mapping[str, float]  # embedding, final_norm, unembedding
+    accuracy: float  # share of pairs whose chosen response has the larger implicit reward
+    accuracy_without: np.ndarray  # [G], or [0]
+    margin: float  # mean of chosen less rejected reward, beta (log p - log p_ref)
+    margin_without: np.ndarray  # [G], or [0]
 
 
 def shape_for(examples: Sequence[Example], micro_tokens: int) -> Shape:
@@ -63,7 +67,7 @@ def log_probabilities(model: Decoder, examples: Sequence[Example], shape: Shape,
     return found
 
 
-def pull(
+def preference_gradient(
     model: Decoder,
     examples: Sequence[Example],
     groups: Sequence[int],
@@ -87,7 +91,7 @@ def pull(
     steps, arrays = _steps(model, objective)
     one = jnp.ones((), jnp.float32)
     total: Arrays | None = None
-    squares, sketches, counts = [], [], []
+    squares, sketches, counts, accurate, margins = [], [], [], [], []
     for group in sorted(set(groups)):
         members = [i for i, g in enumerate(groups) if g == group]
         found: Any = None
@@ -99,7 +103,9 @@ def pull(
                     found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
                 found = steps.more(arrays, {}, batch, one, *found)
             advance(len(some))
-        gradient = found[0]
+        gradient, sums = found
+        accurate.append(float(sums.accurate))
+        margins.append(float(sums.chosen) - float(sums.rejected))
         norms, sketch = _described(gradient, depth)
         squares.append(np.asarray(norms, np.float64) ** 2)
         sketches.append(np.asarray(sketch, np.float64))
@@ -110,13 +116,30 @@ def pull(
     pairs = np.array(counts, np.float64)
     count = pairs.sum()
     without = np.zeros((0, depth))
+    accuracy, accuracy_without = _means(np.array(accurate), pairs)
+    margin, margin_without = _means(np.array(margins), pairs)
     if len(pairs) > 1:
         sketch = np.array(sketches)  # [G, D, SKETCH]
         crossing = np.einsum("gdk,gdk->gd", sketch.sum(axis=0) - sketch, sketch)
         rest = np.maximum(norms.blocks**2 - np.array(squares) - 2 * crossing, 0)
         without = np.sqrt(rest) / (count - pairs)[:, None]
     apart = {name: float(getattr(norms, name) / count) for name in norms._fields[1:]}
-    return PreferenceGradient(norms.blocks / count, without, pairs, apart)
+    return PreferenceGradient(
+        blocks=norms.blocks / count,
+        blocks_without=without,
+        pairs=pairs,
+        apart=apart,
+        accuracy=accuracy,
+        accuracy_without=accuracy_without,
+        margin=margin,
+        margin_without=margin_without,
+    )
+
+
+def _means(sums: np.ndarray, pairs: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean over all pairs, and [G] without each group ([0] where there is only one), from sums [G] by group."""
+    without = (sums.sum() - sums) / (pairs.sum() - pairs) if len(pairs) > 1 else np.zeros(0)
+    return float(sums.sum() / pairs.sum()), without
 
 
 def _steps(model: Decoder, objective: ObjectiveConfig) -> tuple[Steps, Arrays]:

@@ -15,7 +15,7 @@ import numpy as np
 from spinal_jax.files import Record, check_boundaries, document, floats, load_record, read, save_record, undefined
 from spinal_jax.wording import number, plus_minus, sparkline
 
-SCHEMA = "spinal-comparison/1"
+SCHEMA = "spinal-comparison/2"
 ARRAYS = "comparison.safetensors"
 METRICS = ("contraction", "transport", "entropy", "curvature", "effective_rank")  # of one checkpoint, compared
 BOTH = ("policy_distance", "gradient_norm")  # that only both models in memory give
@@ -23,8 +23,9 @@ LOCALISED = ("delta_contraction", "delta_transport", *BOTH)  # whose place in de
 UNITS = {"transport": "rad", "entropy": "nats", "curvature": "rad", "policy_distance": "rad"}
 
 # fmt: off
-_WITH_INTERVAL = ("delta_align", "delta_contraction", "delta_transport", "coherence", "coherence_reference",
-                  "gradient_concentration", "spinal_score")
+_WITH_INTERVAL = ("delta_align", "delta_contraction", "delta_transport", "spinal_gain", "spinal_score", "coherence",
+                  "coherence_reference", "gradient_concentration", "gradient_concentration_reference",
+                  "output_distance", "kl", "reward_accuracy", "reward_margin")
 SECTIONS: dict[str, tuple[str, ...]] = {
     "aligned": ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256"),
     "reference": ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256"),
@@ -34,11 +35,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
                 *(f"{name}{end}" for name in BOTH for end in ("", "_low", "_high")),
                 *(f"{side}_{name}{end}" for side in ("aligned", "reference") for name in METRICS
                   for end in ("", "_low", "_high"))),
-    "summary": ("verdict", "sentence", "terminal", "delta_align", "delta_align_se", "delta_align_low",
+    "summary": ("verdict", "sentence", "headline", "because", "driver", "driver_sentence", "limits", "rows_per_width", "terminal",
+                "delta_align", "delta_align_se", "delta_align_low",
                 "delta_align_high", "p_value", "p_value_by",
                 *(f"{name}{end}" for name in _WITH_INTERVAL[1:] for end in ("", "_low", "_high")),
-                "degrees_of_freedom", "gradient_apart", "localisation"),
-    "robustness": ("sentence", "holds", "of", "settings"),
+                "degrees_of_freedom", "undefined", "family_wise", "gradient_apart", "localisation"),
+    "robustness": ("sentence", "holds", "of", "sure", "opposite", "bounded", "settings"),
 }
 # fmt: on
 
@@ -53,8 +55,9 @@ class Comparison(Record):
         reference, `_low` and `_high` its 95 % interval, `_p` its p-value by sign flips, `_p_holm` the same after
         Holm's correction over boundaries. `policy_distance` in radians; `gradient_norm` of block l at boundary l.
         `aligned_X` and `reference_X` are the two depth traces.
-      summary: numbers of the terminal block with their intervals, and the verdict: "contraction", "expansion", "no
-        detectable change", or "undetermined" where there is no interval.
+      summary: numbers of the terminal block with their intervals, and the verdict: "toward contraction", "toward
+        expansion", "differs, direction not robust", "no detectable change" or "undetermined". `undefined` says of each
+        number that is NaN why it is.
       robustness: the same under other settings of the measurement; `settings` is a list of records.
       warnings: sentences that a reader of the numbers must know.
       arrays: "groups/delta_align" [G] and "groups/delta_X" [G, D+1]: pseudo-values, what each group by itself says.
@@ -132,28 +135,37 @@ class Comparison(Record):
         lines = [
             f"Comparison of {self.aligned['name']} with {self.reference['name']}: {self.verdict}",
             f"  {self.summary['sentence']}",
+            f"  size      Delta_align {self.shown('delta_align')} beside a policy distance of "
+            f"{self.shown('output_distance')} rad at the output and a KL of {self.shown('kl')} nats",
             f"  parts     means of boundaries {first}..{last}: contraction {self.shown('delta_contraction')}, "
             f"transport {self.shown('delta_transport')} rad",
-            f"  score     SPINALScore {self.shown('spinal_score')}: Delta_align {self.shown('delta_align')}, coherence "
-            f"{self.shown('coherence')}, gradient share {self.shown('gradient_concentration')}",
+            f"  score     SPINALScore gained {self.shown('spinal_gain')}, level {self.shown('spinal_score')}; "
+            f"coherence {self.shown('coherence')}, gradient share {self.shown('gradient_concentration')}",
+            f"  rewards   accuracy {self.shown('reward_accuracy')}, margin {self.shown('reward_margin')}",
             f"  where     {self._where()}",
-            f"  settings  {self.robustness['sentence']}",
+            f"  tests     {self.summary['family_wise']['sentence']}",
         ]
+        if reason := self.summary["undefined"].get("spinal_gain"):
+            lines.append(f"  undefined the gain of the SPINALScore: {reason}")
         return "\n".join(lines + [f"  warning   {warning}" for warning in self.warnings])
 
     def _where(self) -> str:
         parts = []
         for name in LOCALISED:
-            at = self.summary["localisation"][name]
-            if not math.isnan(at["share"]):
+            at, label = self.summary["localisation"][name], name.replace("_", " ")
+            if at["reason"]:
+                parts.append(f"{label}: {at['reason']}")
+            else:
                 run = f"{at['run'][0]}..{at['run'][1]}"
-                parts.append(f"{name.replace('_', ' ')} {at['share']:.0%} (even {at['share_even']:.0%}), run {run}")
-        return "in the terminal block " + "; ".join(parts) if parts else "nothing changed anywhere"
+                parts.append(
+                    f"{label} {at['share']:.0%} in the terminal block (even {at['share_even']:.0%}), run {run}"
+                )
+        return "; ".join(parts)
 
     def shown(self, name: str) -> str:
-        """A number of the summary with half of its 95 % interval, for people."""
-        value = float(self.summary[name])
-        return plus_minus(value, (self.summary[f"{name}_high"] - self.summary[f"{name}_low"]) / 2)
+        """A number of the summary with half of its 95 % interval, the longer side where a bound cuts it, for people."""
+        value, low, high = (float(self.summary[f"{name}{end}"]) for end in ("", "_low", "_high"))
+        return plus_minus(value, max(value - low, high - value))
 
     def _repr_html_(self) -> str:
         first, last = self.terminal

@@ -48,21 +48,37 @@ def grid(aligned: DepthTrace, reference: DepthTrace) -> list[dict[str, Any]]:
     ]
 
 
-def verdict_of(settings: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many settings agree in sign with the first, in how many the interval leaves out 0 besides, and a sentence."""
+def sign_counts(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far the sign of the first setting holds over the grid.
+
+    Returns:
+        of, holds: how many settings there are, and in how many the sign is that of the first. bounded: how many have an
+        interval; sure: in how many it leaves out 0 with that sign, opposite: with the other sign, just as firmly.
+        sentence: the same in words. settings: as given.
+    """
     headline, of = settings[0]["delta_align"], len(settings)
     sign = 0.0 if np.isnan(headline) else float(np.sign(headline))
+    bounded = [found for found in settings if not np.isnan(found["low"])]
+    holds = sure = opposite = 0
     if sign == 0:
-        holds, sure, sentence = 0, 0, "Delta_align has no sign whose robustness could be told."
+        sentence = "Delta_align has no sign whose robustness could be told."
     else:
         holds = sum(bool(sign * found["delta_align"] > 0) for found in settings)
-        bounded = [found for found in settings if not np.isnan(found["low"])]
         sure = sum(bool(min(sign * found["low"], sign * found["high"]) > 0) for found in bounded)
+        opposite = sum(bool(max(sign * found["low"], sign * found["high"]) < 0) for found in bounded)
         sentence = (
-            f"The sign of Delta_align holds in {holds} of {of} settings; in {sure} of the {len(bounded)} that have an "
-            f"interval, it leaves out 0."
+            f"The sign holds in {holds} of {of} settings of the measurement; of the {len(bounded)} with an interval, "
+            f"{sure} leave out 0 with this sign and {opposite} with the opposite sign."
         )
-    return {"sentence": sentence, "holds": holds, "of": of, "sure": sure, "settings": settings}
+    return {
+        "sentence": sentence,
+        "holds": holds,
+        "of": of,
+        "sure": sure,
+        "opposite": opposite,
+        "bounded": len(bounded),
+        "settings": settings,
+    }
 
 
 def _record(

@@ -33,9 +33,16 @@ class ScoreConfig:
 class AssertConfig:
     """What the evidence must show, or the command ends with exit code 3: `assert`."""
 
-    verdict: Literal["contraction", "expansion", "no detectable change"] | None = field(
-        default=None, metadata=about("the verdict")
-    )
+    verdict: (
+        Literal[
+            "toward contraction",
+            "toward expansion",
+            "differs, direction not robust",
+            "no detectable change",
+            "undetermined",
+        ]
+        | None
+    ) = field(default=None, metadata=about("the verdict"))
     delta_align_low: float | None = field(
         default=None, metadata=about("least lower end of the 95 % interval of Delta_align")
     )
@@ -45,6 +52,9 @@ class AssertConfig:
     p_value: float | None = field(default=None, metadata=about("greatest p-value"))
     spinal_score_low: float | None = field(
         default=None, metadata=about("least lower end of the 95 % interval of the SPINALScore")
+    )
+    spinal_gain_low: float | None = field(
+        default=None, metadata=about("least lower end of the 95 % interval of the gain of the SPINALScore")
     )
     holds: float | None = field(
         default=None, metadata=about("least share of the robustness grid in which the sign of Delta_align holds")
@@ -98,6 +108,8 @@ class CompareConfig:
                 both = f"{name}.trace is {side.trace!r} and {name}.source is {side.source!r}; give one of them"
                 neither = f"{name} is missing; give {name}.trace=RUN of an audit, or {name}.source=CHECKPOINT"
                 raise UserError(neither if side.trace is None else both)
+            right = f"null with {name}.source: only a training run has traces of several steps"
+            require(side.step is None or side.source is None, f"{name}.step", side.step, right)
         sources = self.model.source is not None, self.model.source is not None and self.reference.trace is None
         if sources[0] != (self.reference.trace is None):
             kind, other = ("source", "trace") if self.model.source is not None else ("trace", "source")

@@ -37,6 +37,9 @@ class ComparedConfig:
     trace: str | None = field(
         default=None, metadata=about("run folder of an audit, or of a training run, instead of a source")
     )
+    step: int | None = field(
+        default=None, metadata=about("step of a training run whose trace is taken; null: the last")
+    )
     source: str | None = field(default=None, metadata=about(SOURCE))
     revision: str | None = field(default=None, metadata=about(REVISION))
     base: str | None = field(default=None, metadata=about(BASE))

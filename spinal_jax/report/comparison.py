@@ -130,7 +130,7 @@ def render_comparison_report(found: Comparison, others: Sequence[Comparison] = (
             kicker=f"Comparison · {names}",
             heading=found.verdict[0].upper() + found.verdict[1:],
             answer=[
-                Text(str(found.summary["sentence"]), "lead"),
+                Text(str(found.summary["headline"]), "lead"),
                 Points(_limits(found), "limits"),
                 _tiles(found),
                 Text(_how_sure(found, block), "note"),
@@ -144,16 +144,14 @@ def render_comparison_report(found: Comparison, others: Sequence[Comparison] = (
 
 def _limits(found: Comparison) -> list[str]:
     """What the sentence cannot say, for the first screen."""
-    return [
-        str(found.robustness["sentence"]),
-        "One pair of checkpoints and an interval over prompts: not attributable to alignment without controls.",
-    ]
+    summary = found.summary
+    said = (summary["because"], summary["driver_sentence"], found.robustness["sentence"], summary["limits"])
+    return [str(line) for line in said if line]
 
 
 def _tiles(found: Comparison) -> Tiles:
     summary, robustness = found.summary, found.robustness
-    p, last = float(summary["p_value"]), found.depth
-    distance, low, high = (float(found.columns[f"policy_distance{end}"][last]) for end in ("", "_low", "_high"))
+    p = float(summary["p_value"])
     items = [
         tile(
             "Δ align",
@@ -162,7 +160,13 @@ def _tiles(found: Comparison) -> Tiles:
             "",
             "no p-value" if math.isnan(p) else f"p = {number(p, 2)}",
         ),
-        tile("Policy distance", distance, (high - low) / 2, "rad", "between the outputs, 0 to π"),
+        tile(
+            "Policy distance",
+            summary["output_distance"],
+            half(found, "output_distance"),
+            "rad",
+            "between the outputs, 0 to π",
+        ),
         Tile("Sign holds", f"{robustness['holds']} of {robustness['of']}", note="settings of the measurement"),
         tile("Δ contraction α", summary["delta_contraction"], half(found, "delta_contraction"), "", "terminal block"),
         tile("Δ transport L", summary["delta_transport"], half(found, "delta_transport"), "rad", "terminal block"),
@@ -340,6 +344,7 @@ _TABLE_NOTE = (
     "terminal block. Select a column’s name to sort by it."
 )
 _VERDICT = (
-    "“Contraction” when the 95 % interval of Δ align lies above 0, “expansion” below, else “no detectable change”; "
-    "“undetermined” where there is no interval."
+    "“Toward contraction” (“toward expansion”) when the 95 % interval of Δ align lies above (below) 0 and its sign holds in "
+    "at least 80 % of the settings of the measurement; “differs, direction not robust” when only the first is so; else “no "
+    "detectable change”. “Undetermined” where there is no interval, or fewer rows than four times the width."
 )

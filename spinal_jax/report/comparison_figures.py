@@ -105,7 +105,7 @@ def where_figure(found: Comparison) -> Figure:
         place = found.summary["localisation"][name]
         shares = mass_shares(found, name)
         if shares is None:
-            _nothing(axes, "not measured" if np.isnan(found.columns[name]).all() else "nothing changed")
+            _nothing(axes, place["reason"].removeprefix("it was "))
             axes.set_title(MASSES[name], fontsize=9, pad=4)
             continue
         colour, top = COLOURS[name.removeprefix("delta_")], float(shares.max())
@@ -309,9 +309,9 @@ def comparison_figures(found: Comparison, ranked: Sequence[Comparison] = ()) -> 
 
 
 def mass_shares(found: Comparison, name: str) -> np.ndarray | None:
-    """[D] each block's share of a measure's mass, or None where there is no mass or it is not defined."""
-    mass = np.abs(found.columns[name][1:])
-    return mass / mass.sum() if mass.sum() > 0 else None
+    """[D] each block's share of a measure's mass, or None where it is not told where it lies."""
+    mass = np.array(found.summary["localisation"][name]["mass"])
+    return mass / mass.sum() if len(mass) else None
 
 
 def way(setting: dict[str, Any]) -> str:

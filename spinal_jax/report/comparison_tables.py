@@ -24,7 +24,12 @@ PARTS = (
     ("coherence", "coherence of the aligned", "", "coherence"),
     ("coherence_reference", "coherence of the reference", "", ""),
     ("gradient_concentration", "gradient share", "", "gradient"),
-    ("spinal_score", "SPINALScore", "", ""),
+    ("spinal_gain", "SPINALScore gained", "", ""),
+    ("spinal_score", "SPINALScore, level", "", ""),
+    ("output_distance", "policy distance at the output", "rad", ""),
+    ("kl", "KL(aligned ‖ reference) of the output", "nats", ""),
+    ("reward_accuracy", "implicit-reward accuracy", "", ""),
+    ("reward_margin", "implicit-reward margin", "", ""),
 )
 P_VALUES = {
     "delta_align": "p_value",

@@ -28,7 +28,7 @@ def summary_markdown(found: Comparison, others: Sequence[Comparison] = ()) -> st
     lines = [
         f"## Alignment footprint (SPINAL): {_md(found.verdict)}",
         "",
-        f"{_md(found.summary['sentence'])} {_md(found.robustness['sentence'])}",
+        _md(found.summary["sentence"]),
         "",
         "| quantity | value | 95 % interval | p |",
         "| --- | ---: | ---: | ---: |",
@@ -125,28 +125,29 @@ def caveats(found: Comparison) -> list[str]:
         said.append("The reference was read at the relative depths of the aligned model’s boundaries.")
     return [
         *said,
-        "A change is what the two checkpoints differ by. That preferences caused it takes controls: a run on shuffled "
-        "labels, or on the chosen responses alone, compared with the same reference.",
+        "A change is what the two checkpoints differ by. That preferences caused it takes controls: several runs on "
+        "shuffled labels, or on the chosen responses alone, from the same base. spinal attribute compares them.",
         "Intervals say how much the numbers would change with other prompts of the same kind. They say nothing about "
         "other kinds of prompts, or another seed of the training.",
-        "The verdict is that of Δ align’s interval under one setting of the measurement. The other settings are no "
-        "independent evidence, as they read the same prompts.",
+        "The other settings of the measurement are no independent evidence, as they read the same prompts.",
+        found.summary["family_wise"]["sentence"],
         "At every boundary, predictions are read through the final norm and the unembedding (the “logit lens”), which "
         "were trained for the last boundary alone.",
     ]
 
 
 def half(found: Comparison, name: str) -> float:
-    """Half of the 95 % interval of a number of the summary."""
-    return float(found.summary[f"{name}_high"] - found.summary[f"{name}_low"]) / 2
+    """Half of the 95 % interval of a number of the summary; of one that ends at a bound, the longer side."""
+    value, low, high = (float(found.summary[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return max(value - low, high - value)
 
 
 def score_words(found: Comparison) -> str:
     """How the score is made of its parts, or what it lacks."""
     known = [(title, found.summary[name], found.settings["weights"][w]) for name, title, _, w in PARTS if w]
     if math.isnan(found.summary["spinal_score"]):
-        lost = ", ".join(title for title, value, _ in known if math.isnan(value))
-        return f"The SPINALScore is the weighted sum of its parts; it is not defined here without {lost}."
+        reason = found.summary["undefined"]["spinal_score"]
+        return f"The SPINALScore is the weighted sum of its parts; it is undefined here: {reason}."
     sums = " + ".join(f"{number(weight)} · {number(value)}" for _, value, weight in known)
     named = ", ".join(title for title, *_ in known)
     return f"SPINALScore = {sums} = {number(found.summary['spinal_score'])}: each weight times its part, {named}."

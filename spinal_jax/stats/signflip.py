@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+FEWEST_GROUPS = 6  # with fewer no p-value can be below 0.05, and none is given
 EXACT_GROUPS = 28  # up to here all 2^G choices are counted; beyond, DRAWS of them are drawn
 DRAWS = 2**17
 ROUNDING = 1e-12  # of the sum of magnitudes: sums that differ by less are equal

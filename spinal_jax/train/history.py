@@ -9,7 +9,7 @@ from typing import Any
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.measure import Measurement, Reference, keep, measure
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.compare import BothModels, compare
+from spinal_jax.comparison.compare import BothModels, compare_traces
 from spinal_jax.comparison.onset import Rules, StepRecord, detect, recall, record_of, save_onset
 from spinal_jax.comparison.record import Comparison, save_comparison
 from spinal_jax.config import MetricsConfig
@@ -79,8 +79,13 @@ class History:
         trace = self.first if step == 0 else self._trace(found, step)
         policy = found.policy
         assert policy is not None
-        both = BothModels(policy_distance=policy.distance, policy_distance_without=policy.distance_without)
-        comparison = compare(trace, self.first, both)
+        both = BothModels(
+            policy_distance=policy.distance,
+            policy_distance_without=policy.distance_without,
+            kl=policy.divergence,
+            kl_without=policy.divergence_without,
+        )
+        comparison = compare_traces(trace, self.first, both)
         self.out.trace(step, trace, self.first, _scalars(comparison) | {"kl": policy.divergence})
         save_comparison(comparison, self.out.folder / TRACES / trace_name(step))
         self.last = trace

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from spinal_jax.audit.trace import save_trace
-from spinal_jax.comparison.compare import compare
+from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.report import draw_report
 from spinal_jax.report.collect import collect
-from tests.laws.planted import flat, simulated
+from tests.laws.planted import both_models, flat, simulated
 from tests.laws.test_collect import finish
-from tests.laws.test_comparison_report import both
 from tests.laws.test_training_report import CONFIG, write_run
 
 from .chromium import NAMES, Chromium, find
@@ -49,8 +48,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     save_trace(aligned, folder / "audit")
     (folder / "training").mkdir()
     write_run(folder / "training", (aligned, reference), [0, 0.5, 0.9, 1.0, 1.0], "sound")
-    save_comparison(compare(aligned, reference, both(6)), folder / "comparison")
-    save_comparison(compare(reference, aligned), folder / "comparison" / "others" / "1")
+    save_comparison(compare_traces(aligned, reference, both_models(6)), folder / "comparison")
+    save_comparison(compare_traces(reference, aligned), folder / "comparison" / "others" / "1")
     drawn = {kind: draw_report(folder / kind) for kind in KINDS}
     finish(folder / "audit", "audit", {"model": {"source": "m"}})
     finish(folder / "training", "train", CONFIG)

@@ -47,7 +47,7 @@ def test_two_saved_runs_make_a_run_folder(spinal: Spinal, runs: Path, tmp_path: 
     arguments = ["compare", f"model.trace={runs / 'tuned'}", f"reference.trace={runs / 'base'}", "hydra.run.dir=out"]
     outcome = spinal(*arguments)
     assert (outcome.code, outcome.err) == (0, "")
-    assert "Comparison of tuned with tiny: contraction" in outcome.out
+    assert "Comparison of tuned with tiny: toward contraction" in outcome.out
     assert "out/report.html" in outcome.out
     folder = tmp_path / "out"
     files = {"comparison.csv", "comparison.json", "comparison.safetensors", "figures", "report.html", "summary.md"}
@@ -60,7 +60,7 @@ def test_two_saved_runs_make_a_run_folder(spinal: Spinal, runs: Path, tmp_path: 
     assert sweep_settings(folder)["model.trace"] == str(runs / "tuned")
     assert manifest["config"]["assert"]["verdict"] is None
     found = load_comparison(folder)
-    assert found.verdict == "contraction"
+    assert found.verdict == "toward contraction"
     # The audit keeps what other settings gave, so the grid is wider than the windows alone.
     assert {"center"} < {record["contraction"] for record in found.robustness["settings"]}
     spinal(*arguments).refusal("already holds a complete run", "overwrite=true")
@@ -69,11 +69,13 @@ def test_two_saved_runs_make_a_run_folder(spinal: Spinal, runs: Path, tmp_path: 
 
 def test_evidence_that_falls_short_exits_3_and_is_kept(spinal: Spinal, runs: Path, tmp_path: Path) -> None:
     arguments = ["compare", f"model.trace={runs / 'tuned'}", f"reference.trace={runs / 'base'}"]
-    enough = spinal(*arguments, "assert.verdict=contraction", "assert.delta_align_low=0.05", "hydra.run.dir=enough")
+    enough = spinal(
+        *arguments, "assert.verdict=toward contraction", "assert.delta_align_low=0.05", "hydra.run.dir=enough"
+    )
     assert (enough.code, enough.err) == (0, "")
-    short = spinal(*arguments, "assert.delta_align_low=0.5", "assert.verdict=expansion", "hydra.run.dir=short")
+    short = spinal(*arguments, "assert.delta_align_low=0.5", "assert.verdict=toward expansion", "hydra.run.dir=short")
     assert short.code == 3
-    assert short.err.startswith("spinal: the evidence falls short of assert: the verdict is 'contraction', not")
+    assert short.err.startswith("spinal: the evidence falls short of assert: the verdict is 'toward contraction', not")
     assert "not at 0.5 or above" in short.err
     assert (tmp_path / "short" / "manifest.json").exists()
 

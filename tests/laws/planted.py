@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spinal_jax.audit.trace import SECTIONS, DepthTrace
+from spinal_jax.comparison.compare import BothModels
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.metrics.tail import EPS32, fitted_ranks, tail_slopes
 
@@ -27,6 +28,7 @@ class Truth(NamedTuple):
     alpha: np.ndarray  # of the reference
     delta_alpha: np.ndarray
     delta_transport: np.ndarray
+    transport: np.ndarray | None = None  # of both, on top of a mean of 0.4 rad
 
 
 def spectra(second: np.ndarray) -> np.ndarray:
@@ -45,6 +47,8 @@ def simulated(truth: Truth, pairs: int, seed: int, likeness: float = 0.8) -> Ite
         common, own = rng.normal(size=(2, boundaries, ROWS.sum(), WIDTH))
         rows = common, likeness * common + math.sqrt(1 - likeness**2) * own
         step = rng.gamma(4, 0.1, (boundaries, PROMPTS.sum()))  # radians of each prompt
+        if truth.transport is not None:
+            step = step + truth.transport[:, None]
         change = truth.delta_transport[:, None] + 0.1 * rng.normal(size=step.shape)
         found = []
         aligned = "aligned", rows[0], truth.alpha + truth.delta_alpha, step + change
@@ -99,3 +103,25 @@ def trace_of(name: str, grams: np.ndarray, steps: np.ndarray) -> DepthTrace:
 def flat(depth: int, alpha: float = 1.0) -> Truth:
     """No difference anywhere; a test plants what it wants."""
     return Truth(np.full(depth + 1, alpha), np.zeros(depth + 1), np.zeros(depth + 1))
+
+
+def both_models(depth: int) -> BothModels:
+    """What two models of this depth would give: more of each measure towards the end."""
+    rng = np.random.default_rng(0)
+    mean, norms = 0.1 + np.arange(depth + 1.0) / 100, np.arange(1.0, depth + 1)
+    return BothModels(
+        policy_distance=mean,
+        policy_distance_without=mean * (1 + 0.01 * rng.normal(size=(GROUPS, depth + 1))),
+        kl=0.5,
+        kl_without=0.5 * (1 + 0.01 * rng.normal(size=GROUPS)),
+        gradient_norm=norms,
+        gradient_norm_without=norms * (1 + 0.01 * rng.normal(size=(5, depth))),
+        reference_gradient_norm=np.ones(depth),
+        reference_gradient_norm_without=1 + 0.01 * rng.normal(size=(5, depth)),
+        pairs=np.array([3, 4, 5, 6, 7]),
+        gradient_apart={"embedding": 0.5, "final_norm": 0.1, "unembedding": 0.4},
+        reward_accuracy=0.98,
+        reward_accuracy_without=0.98 + 0.03 * rng.normal(size=5),
+        reward_margin=1.5,
+        reward_margin_without=1.5 + 0.1 * rng.normal(size=5),
+    )

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from spinal_jax.audit.trace import DepthTrace, save_trace
-from spinal_jax.comparison.compare import compare
+from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import collect as write
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, make_trace: Maker, ends: tuple[DepthTrace, DepthTrace
         config = {"metrics": {"contraction": {"window": window}}, "model": {"source": "m"}, "overwrite": bool(number)}
         finish(work / "sweep" / str(number), "audit", config)
         (work / "sweep" / str(number) / "report.html").write_text("page")
-    save_comparison(compare(*ends), work / "compared")
+    save_comparison(compare_traces(*ends), work / "compared")
     finish(work / "compared", "compare", {"model": {"source": "m"}})
     for name, seed in (("trained", 0), ("cut off", 1)):
         (work / name).mkdir()

@@ -13,40 +13,40 @@ import pytest
 
 import spinal_jax
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.compare import BothModels, Weights, compare, shortfalls, verdict
+from spinal_jax.comparison.compare import BothModels, compare_traces
+from spinal_jax.comparison.flow import compare
 from spinal_jax.comparison.ranking import rank, save_ranking
 from spinal_jax.comparison.record import BOTH, METRICS, Comparison, load_comparison, save_comparison
+from spinal_jax.comparison.score import Weights
+from spinal_jax.comparison.verdict import driver, shortfalls, verdict
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import coherence
-from spinal_jax.stats.jackknife import Estimate
+from spinal_jax.stats.jackknife import Estimate, t_quantile
 
-from .planted import GROUPS, POSITIONS, Truth, flat, simulated
+from .planted import GROUPS, POSITIONS, Truth, both_models, flat, simulated
 
 Pair = tuple[DepthTrace, DepthTrace]
 
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    """One pair of depth 6 with an effect in the terminal block, boundaries 5 and 6."""
-    truth = flat(6)
-    truth.delta_alpha[5:], truth.delta_transport[5:] = 0.2, -0.1
+    """One pair of depth 12 with an effect in the terminal block, boundaries 9 to 12, of a curve that moves."""
+    truth = moving(12)
+    truth.delta_alpha[9:], truth.delta_transport[9:] = 0.2, -0.1
     (found,) = simulated(truth, 1, seed=1)
     return found
 
 
 @pytest.fixture(scope="module")
 def both() -> BothModels:
-    """What both models of depth 6 would give: more of each towards the end."""
-    rng = np.random.default_rng(0)
-    mean, norms = np.arange(7.0) / 10, np.arange(1.0, 7)
-    return BothModels(
-        mean,
-        mean * (1 + 0.01 * rng.normal(size=(GROUPS, 7))),
-        norms,
-        norms * (1 + 0.01 * rng.normal(size=(5, 6))),
-        np.array([3, 4, 5, 6, 7]),
-        {"embedding": 0.5, "final_norm": 0.1, "unembedding": 0.4},
-    )
+    """What both models of depth 12 would give: more of each towards the end."""
+    return both_models(12)
+
+
+def moving(depth: int) -> Truth:
+    """No difference, between curves whose coherence is defined."""
+    wave = 0.3 * np.sin(np.arange(depth + 1.0))
+    return flat(depth)._replace(alpha=1 + wave, transport=1 - wave)
 
 
 def same(a: Comparison, b: Comparison) -> None:
@@ -63,19 +63,19 @@ COVERED, NULL = (0.92, 0.98), (0.03, 0.07)
 
 def test_intervals_cover_what_was_planted() -> None:
     truth = Truth(np.array([0.9, 1.1, 1.0]), np.array([0.1, -0.05, 0.15]), np.array([0.0, -0.05, -0.1]))
-    found = [compare(*traces) for traces in simulated(truth, PAIRS, seed=2)]
+    found = [compare_traces(*traces) for traces in simulated(truth, PAIRS, seed=2)]
     low, high = (np.array([c.summary[f"delta_align_{end}"] for c in found]) for end in ("low", "high"))
     planted = truth.delta_alpha[2] - truth.delta_transport[2]  # the terminal block of 2 is the last
     assert COVERED[0] <= np.mean((low <= planted) & (planted <= high)) <= COVERED[1]
     for name, planted in (("contraction", truth.delta_alpha), ("transport", truth.delta_transport)):
         low, high = (np.array([c.columns[f"delta_{name}_{end}"] for c in found])[:, 1:] for end in ("low", "high"))
         assert COVERED[0] <= np.mean((low <= planted[1:]) & (planted[1:] <= high)) <= COVERED[1]
-    assert {c.verdict for c in found} == {"contraction"}
+    assert {c.verdict for c in found} == {"toward contraction"}
     assert all(c.summary["p_value"] < 0.001 for c in found)
 
 
 def test_null_pairs_are_rarely_significant() -> None:
-    found = [compare(*traces) for traces in simulated(flat(2), PAIRS, seed=3)]
+    found = [compare_traces(*traces) for traces in simulated(flat(2), PAIRS, seed=3)]
     p = np.array([c.summary["p_value"] for c in found])
     assert NULL[0] <= np.mean(p < 0.05) <= NULL[1]
     assert NULL[0] <= np.mean([c.verdict != "no detectable change" for c in found]) <= NULL[1]
@@ -93,7 +93,7 @@ def test_differences_in_a_random_half_of_the_layers_are_found(seed: int) -> None
     truth = flat(depth)
     truth.delta_alpha[changed], truth.delta_transport[changed] = 0.2, -0.15
     ((aligned, reference),) = simulated(truth, 1, seed=10 + seed)
-    found = compare(aligned, reference)
+    found = compare_traces(aligned, reference)
     for name in ("contraction", "transport"):
         assert np.flatnonzero(found.columns[f"delta_{name}_p_holm"] < 0.05).tolist() == changed.tolist()
         where = found.summary["localisation"][f"delta_{name}"]
@@ -107,20 +107,21 @@ def test_differences_in_a_random_half_of_the_layers_are_found(seed: int) -> None
 def test_stronger_effects_give_stronger_scores(both: BothModels) -> None:
     scores, changes, shares = [], [], []
     for size in (0.0, 0.1, 0.2, 0.4):
-        truth = flat(6)
-        truth.delta_alpha[5:], truth.delta_transport[5:] = size, -size / 2
+        truth = moving(12)
+        truth.delta_alpha[9:], truth.delta_transport[9:] = size, -size / 2
         ((aligned, reference),) = simulated(truth, 1, seed=4)  # the same rows each time
-        found = compare(aligned, reference, both)
+        found = compare_traces(aligned, reference, both)
         scores.append(found.summary["spinal_score"])
         changes.append(found.summary["delta_align"])
         shares.append(found.summary["localisation"]["delta_contraction"]["share"])
     assert np.all(np.diff(changes) > 0.1)
     assert np.all(np.diff(scores) > 0)
-    assert np.all(np.diff(shares) > 0)
+    assert math.isnan(shares[0])  # nothing changed, so it is not told where
+    assert min(shares[1:]) > 0.8
 
 
 def test_swapping_the_models_flips_every_delta(pair: Pair) -> None:
-    one, other = compare(*pair), compare(*reversed(pair))
+    one, other = compare_traces(*pair), compare_traces(*reversed(pair))
     for name in METRICS:
         np.testing.assert_array_equal(one.columns[f"delta_{name}"], -other.columns[f"delta_{name}"])
         np.testing.assert_array_equal(one.columns[f"delta_{name}_low"], -other.columns[f"delta_{name}_high"])
@@ -133,11 +134,11 @@ def test_swapping_the_models_flips_every_delta(pair: Pair) -> None:
     assert one.summary["localisation"]["delta_contraction"] == other.summary["localisation"]["delta_contraction"]
     for a, b in zip(one.robustness["settings"], other.robustness["settings"], strict=True):
         assert a["delta_align"] == -b["delta_align"]
-    assert (one.verdict, other.verdict) == ("contraction", "expansion")
+    assert (one.verdict, other.verdict) == ("toward contraction", "toward expansion")
 
 
 def test_a_trace_against_itself_has_not_changed(pair: Pair) -> None:
-    found = compare(pair[0], pair[0])
+    found = compare_traces(pair[0], pair[0])
     for name in METRICS:
         for end in ("", "_low", "_high"):
             assert np.all(np.nan_to_num(found.columns[f"delta_{name}{end}"]) == 0)
@@ -155,45 +156,59 @@ def test_a_trace_against_itself_has_not_changed(pair: Pair) -> None:
 def test_the_numbers_are_those_of_the_definition(pair: Pair, both: BothModels) -> None:
     aligned, reference = pair
     weights = Weights(0.5, 0.2, 0.3)
-    found = compare(aligned, reference, both, weights=weights)
+    first, share = 9, 42 / 78  # blocks 9 to 12 of 1..12
+    found = compare_traces(aligned, reference, both, weights=weights)
     a, b = aligned.columns, reference.columns
-    delta = np.mean(a["contraction"][5:] - b["contraction"][5:]) - np.mean(a["transport"][5:] - b["transport"][5:])
+    delta = np.mean(a["contraction"][first:] - b["contraction"][first:])
+    delta -= np.mean(a["transport"][first:] - b["transport"][first:])
     assert found.summary["delta_align"] == pytest.approx(delta, rel=1e-12)
-    smooth = (coherence(a["contraction"][5:]) + coherence(a["transport"][5:])) / 2
+    smooth, before = ((coherence(x["contraction"][first:]) + coherence(x["transport"][first:])) / 2 for x in (a, b))
     assert found.summary["coherence"] == pytest.approx(smooth, rel=1e-12)
-    assert found.summary["gradient_concentration"] == pytest.approx(11 / 21, rel=1e-12)  # blocks 5 and 6 of 1..6
-    score = 0.5 * delta + 0.2 * smooth + 0.3 * 11 / 21
+    assert found.summary["gradient_concentration"] == pytest.approx(share, rel=1e-12)
+    score = 0.5 * delta + 0.2 * smooth + 0.3 * share
     assert found.summary["spinal_score"] == pytest.approx(score, rel=1e-12)
+    gain = 0.5 * delta + 0.2 * (smooth - before) + 0.3 * (share - 1 / 3)
+    assert found.summary["spinal_gain"] == pytest.approx(gain, rel=1e-12)
+    assert found.summary["spinal_gain_low"] < gain < found.summary["spinal_gain_high"]
     # Preference pairs are other texts than the prompts, and in fewer groups: squares add, 4 degrees of freedom.
     alone = [
-        compare(aligned, reference, both, weights=one).summary for one in (Weights(0.5, 0.2, 0), Weights(0, 0, 0.3))
+        compare_traces(aligned, reference, both, weights=one).summary
+        for one in (Weights(0.5, 0.2, 0), Weights(0, 0, 0.3))
     ]
     halves = [part["spinal_score_high"] - part["spinal_score"] for part in alone]
     half = found.summary["spinal_score_high"] - found.summary["spinal_score"]
     assert min(halves) > 0
+    halves[0] *= t_quantile(4) / t_quantile(GROUPS - 1)
     assert half == pytest.approx(math.hypot(*halves), rel=1e-9)
     share_half = found.summary["gradient_concentration_high"] - found.summary["gradient_concentration"]
     assert halves[1] == pytest.approx(0.3 * share_half, rel=1e-9)
-    np.testing.assert_array_equal(found.columns["gradient_norm"], [np.nan, 1, 2, 3, 4, 5, 6])
-    np.testing.assert_array_equal(found.columns["policy_distance"], np.arange(7) / 10)
+    np.testing.assert_array_equal(found.columns["gradient_norm"], [np.nan, *range(1, 13)])
+    np.testing.assert_array_equal(found.columns["policy_distance"], 0.1 + np.arange(13) / 100)
     assert np.all(found.columns["policy_distance_high"][1:] > found.columns["policy_distance"][1:])
-    assert found.summary["localisation"]["policy_distance"]["share"] == pytest.approx(11 / 21)
+    assert found.summary["localisation"]["policy_distance"]["share"] == pytest.approx(0.82 / 1.98)
     assert found.summary["gradient_apart"] == {"embedding": 0.5, "final_norm": 0.1, "unembedding": 0.4}
+    assert (found.summary["kl"], found.summary["reward_margin"]) == (0.5, 1.5)
+    assert found.summary["output_distance"] == 0.1 + 12 / 100
+    assert found.summary["reward_accuracy_high"] == 1.0  # cut off at its bound
     assert not any("needs both" in line or "need both" in line for line in found.warnings)
     # With the groups' rows and positions in proportion, Delta_align is as one number of all of them.
-    without = np.array([m.mean() for m in aligned.arrays["groups/contraction"][:, 5:]])
-    without = without - reference.arrays["groups/contraction"][:, 5:].mean(axis=1)
-    without = without - (aligned.arrays["groups/transport"] - reference.arrays["groups/transport"])[:, 5:].mean(axis=1)
+    moved = aligned.arrays["groups/transport"] - reference.arrays["groups/transport"]
+    gained = aligned.arrays["groups/contraction"] - reference.arrays["groups/contraction"]
+    without = gained[:, first:].mean(axis=1) - moved[:, first:].mean(axis=1)
     error = Estimate.of(delta, without, POSITIONS).error
     assert found.summary["delta_align_se"] == pytest.approx(float(error), rel=1e-9)
 
 
 def test_without_both_models_their_numbers_are_missing_and_it_says_so(pair: Pair) -> None:
-    found = compare(*pair)
+    found = compare_traces(*pair)
     for name in BOTH:
         assert np.isnan(found.columns[name]).all()
-    for name in ("gradient_concentration", "spinal_score"):
+    for name in ("gradient_concentration", "spinal_score", "spinal_gain", "reward_accuracy", "output_distance", "kl"):
         assert math.isnan(found.summary[name])
+        assert "needs both models" in found.summary["undefined"][name]
+    without = compare_traces(*pair, weights=Weights(0.5, 0.5, 0.0)).summary  # a part without weight is not missed
+    assert math.isfinite(without["spinal_gain_low"])
+    assert "spinal_gain" not in without["undefined"]
     assert any("policy distance" in line for line in found.warnings)
     assert any("SPINALScore" in line and "preference pairs" in line for line in found.warnings)
 
@@ -226,7 +241,7 @@ def test_what_was_not_measured_alike_is_refused(
 ) -> None:
     aligned, reference = pair
     with pytest.raises(UserError) as refused:
-        compare(aligned, changed(reference, section, **values))
+        compare_traces(aligned, changed(reference, section, **values))
     assert "\n" not in str(refused.value)
     for word in ("aligned", "reference", *words):
         assert word in str(refused.value)
@@ -235,57 +250,60 @@ def test_what_was_not_measured_alike_is_refused(
 def test_equal_tokens_count_for_more_than_equal_vocabularies(pair: Pair) -> None:
     """Models of a family share a tokenizer and pad their vocabularies differently."""
     aligned, reference = (changed(trace, "prompts", tokens_sha256="aa") for trace in pair)
-    compare(aligned, changed(reference, "model", vocabulary=100))
+    compare_traces(aligned, changed(reference, "model", vocabulary=100))
     with pytest.raises(UserError, match="tokens' sha256 is 'aa' in aligned and 'bb' in reference"):
-        compare(aligned, changed(reference, "prompts", tokens_sha256="bb"))
-    compare(aligned, pair[1])  # a trace of before tokens were hashed
+        compare_traces(aligned, changed(reference, "prompts", tokens_sha256="bb"))
+    compare_traces(aligned, pair[1])  # a trace of before tokens were hashed
 
 
 def test_different_depths_need_relative_alignment(pair: Pair) -> None:
     ((aligned, _),) = simulated(flat(4), 1, seed=6)
-    with pytest.raises(UserError, match=r"blocks is 4 in aligned and 6 in reference; align=relative"):
-        compare(aligned, pair[1])
-    found = compare(aligned, pair[1], align="relative")
+    with pytest.raises(UserError, match=r"blocks is 4 in aligned and 12 in reference; align=relative"):
+        compare_traces(aligned, pair[1])
+    found = compare_traces(aligned, pair[1], align="relative")
     assert found.depth == 4
     assert any("interpolated" in line for line in found.warnings)
     assert np.isnan(found.columns["delta_curvature"]).all()
     # States at the relative depth, steps that add up to the same path.
-    at = np.arange(5) * 6 / 4
-    expected = np.interp(at, np.arange(7), pair[1].columns["contraction"])
+    at = np.arange(5) * 12 / 4
+    expected = np.interp(at, np.arange(13), pair[1].columns["contraction"])
     np.testing.assert_allclose(found.columns["reference_contraction"], expected, rtol=1e-12)
     steps = found.columns["reference_transport"][1:]
     assert steps.sum() == pytest.approx(pair[1].columns["transport"][1:].sum(), rel=1e-12)
     assert np.isfinite([found.summary["delta_align_low"], found.summary["p_value"]]).all()
-    same(compare(*pair, align="relative"), replace(compare(*pair), settings=compare(*pair, align="relative").settings))
+    same(
+        compare_traces(*pair, align="relative"),
+        replace(compare_traces(*pair), settings=compare_traces(*pair, align="relative").settings),
+    )
 
 
 def test_traces_of_different_prompts_serve_as_a_control(pair: Pair) -> None:
-    ((other, _),) = simulated(flat(6), 1, seed=7)
+    ((other, _),) = simulated(flat(12), 1, seed=7)
     other = changed(changed(other, "prompts", sha256="ef"), "model", name="other")
     with pytest.raises(UserError, match="same_prompts=false"):
-        compare(pair[1], other)
-    assert compare(pair[1], other, same_prompts=False).settings["same_prompts"] is False
+        compare_traces(pair[1], other)
+    assert compare_traces(pair[1], other, same_prompts=False).settings["same_prompts"] is False
 
 
 def test_a_trace_without_its_arrays_or_with_one_group(pair: Pair) -> None:
     aligned, reference = pair
     with pytest.raises(UserError, match=r"spectra\.safetensors"):
-        compare(replace(aligned, arrays={}), reference)
+        compare_traces(replace(aligned, arrays={}), reference)
     alone = {
         name: values[:1] if name in ("groups/rows", "groups/positions") else values[:0]
         for name, values in aligned.arrays.items()
         if name.startswith("groups/")
     }
-    found = compare(*(replace(trace, arrays=alone) for trace in pair))
+    found = compare_traces(*(replace(trace, arrays=alone) for trace in pair))
     assert found.verdict == "undetermined"
-    assert found.summary["delta_align"] == compare(*pair).summary["delta_align"]
+    assert found.summary["delta_align"] == compare_traces(*pair).summary["delta_align"]
     assert math.isnan(found.summary["delta_align_low"])
     assert math.isnan(found.summary["p_value"])
     assert any("one group" in line for line in found.warnings)
 
 
 def test_files_round_trip_and_appear_whole(pair: Pair, both: BothModels, tmp_path: Path) -> None:
-    for found in (compare(*pair), compare(*pair, both), compare(pair[0], pair[0])):
+    for found in (compare_traces(*pair), compare_traces(*pair, both), compare_traces(pair[0], pair[0])):
         save_comparison(found, tmp_path / "run")
         again = load_comparison(tmp_path / "run")
         same(found, again)
@@ -294,17 +312,17 @@ def test_files_round_trip_and_appear_whole(pair: Pair, both: BothModels, tmp_pat
     assert "NaN" not in (tmp_path / "run" / "comparison.json").read_text()
     table = (tmp_path / "run" / "comparison.csv").read_text().splitlines()
     metrics = len(METRICS) * 3 + len(BOTH)
-    assert len(table) == 1 + metrics * 7
+    assert len(table) == 1 + metrics * 13
     with pytest.raises(UserError, match="no comparison at"):
         load_comparison(tmp_path)
     with pytest.raises(UserError, match="spinal-comparison/2"):
-        Comparison.from_json(found.to_json().replace("spinal-comparison/1", "spinal-comparison/2"))
+        Comparison.from_json(found.to_json().replace("spinal-comparison/2", "spinal-comparison/1"))
     with pytest.raises(UserError, match="summary has no verdict"):
         Comparison.from_json(found.to_json().replace('"verdict"', '"word"'))
 
 
 def test_what_notebooks_show_is_escaped(pair: Pair) -> None:
-    found = compare(changed(pair[0], "model", name="<b>x</b>"), pair[1])
+    found = compare_traces(changed(pair[0], "model", name="<b>x</b>"), pair[1])
     text = found._repr_html_()
     assert "<b>x</b>" not in text
     assert "&lt;b&gt;x" in text
@@ -312,24 +330,108 @@ def test_what_notebooks_show_is_escaped(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "word"),
+    ("low", "high", "holds", "rows_per_width", "word"),
     [
-        (0.1, 0.2, "contraction"),
-        (-0.2, -0.1, "expansion"),
-        (-0.1, 0.1, "no detectable change"),
-        (0.0, 0.0, "no detectable change"),
-        (math.nan, math.nan, "undetermined"),
+        (0.1, 0.2, 0.8, 4.0, "toward contraction"),
+        (-0.2, -0.1, 1.0, 9.0, "toward expansion"),
+        (-0.2, -0.1, 0.79, 9.0, "differs, direction not robust"),
+        (-0.1, 0.1, 1.0, 9.0, "no detectable change"),
+        (0.0, 0.0, 0.0, 9.0, "no detectable change"),
+        (math.nan, math.nan, 1.0, 9.0, "undetermined"),
+        (0.1, 0.2, 1.0, 3.9, "undetermined"),
     ],
 )
-def test_the_verdict_is_that_of_the_interval(low: float, high: float, word: str) -> None:
-    assert verdict(low, high) == word
+def test_the_verdict_needs_interval_grid_and_rows(
+    low: float, high: float, holds: float, rows_per_width: float, word: str
+) -> None:
+    assert verdict(low, high, holds, rows_per_width) == word
+
+
+@pytest.mark.parametrize(
+    ("gained", "moved", "larger", "words"),
+    [
+        (
+            0.01,
+            0.03,
+            "transport",
+            "transport rose by 0.0300 rad and drives it; contraction rose by 0.0100, against it.",
+        ),
+        (0.2, -0.1, "contraction", "contraction rose by 0.200 and drives it; transport fell by 0.100 rad, in the same"),
+        (0.0, -0.1, "transport", "transport fell by 0.100 rad and drives it; contraction did not change."),
+        (0.0, 0.0, "", "Neither contraction nor transport changed."),
+        (math.nan, 0.1, "", ""),
+    ],
+)
+def test_the_part_that_drives_the_change_is_named(gained: float, moved: float, larger: str, words: str) -> None:
+    name, sentence = driver(gained, moved)
+    assert name == larger
+    assert words in sentence
+
+
+def test_the_sentence_names_its_limits(pair: Pair) -> None:
+    said = compare_traces(*pair).summary["sentence"]
+    for words in (
+        "aligned against reference, boundaries 9 to 12: toward contraction.",
+        "drives it",
+        "The sign holds in 5 of 5 settings",
+        "0 with the opposite sign",
+        "One pair of checkpoints, an interval over 16 groups of prompts: not attributable to alignment",
+    ):
+        assert words in said
+    other = changed(pair[1], "model", family="gpt2")
+    assert "different families (llama and gpt2)" in compare_traces(pair[0], other).summary["sentence"]
+    few = [changed(trace, "prompts", rows=100) for trace in pair]
+    found = compare_traces(few[0], few[1])
+    assert found.verdict == "undetermined"
+    assert "N = 100 rows are 3.1 d, fewer than 4 d = 128" in found.summary["sentence"]
+
+
+def test_a_heavy_group_and_few_groups_are_warned_of(pair: Pair) -> None:
+    rows = np.where(np.arange(GROUPS) == 3, 400, 8)
+    heavy = [changed(trace, "arrays", **{"groups/rows": rows}) for trace in pair]
+    assert any(
+        "One of 16 groups of prompts holds 77% of the rows" in line
+        for line in compare_traces(heavy[0], heavy[1]).warnings
+    )
+    assert not any("groups of prompts holds" in line for line in compare_traces(*pair).warnings)
+    cut = [
+        replace(trace, arrays={k: v[:5] if k.startswith("groups/") else v for k, v in trace.arrays.items()})
+        for trace in pair
+    ]
+    found = compare_traces(cut[0], cut[1])
+    assert math.isnan(found.summary["p_value"])
+    assert np.isnan(found.columns["delta_contraction_p"]).all()
+    assert any("Only 5 groups of prompts: no p-value could be below 0.062" in line for line in found.warnings)
+
+
+def test_a_flat_curve_has_no_coherence(pair: Pair, both: BothModels) -> None:
+    noise = 0.01 * np.random.default_rng(0).normal(size=(GROUPS, 13))
+    level = [
+        replace(
+            trace,
+            columns={**trace.columns, "contraction": np.full(13, 1.0)},
+            arrays={
+                **trace.arrays,
+                "groups/contraction": 1 + noise,
+            },
+        )
+        for trace in pair
+    ]
+    summary = compare_traces(level[0], level[1], both).summary
+    assert math.isnan(summary["coherence"])
+    assert summary["undefined"]["coherence"] == "contraction of aligned is flat within noise in the terminal block"
+    assert "flat within noise" in summary["undefined"]["spinal_score"]
+    assert math.isnan(summary["spinal_gain"])
+    ((short, reference),) = simulated(flat(6), 1, seed=6)
+    few = compare_traces(short, reference).summary["undefined"]["coherence"]
+    assert few == "the terminal block has 2 boundaries and coherence needs 4"
 
 
 def test_evidence_that_falls_short_is_told(pair: Pair) -> None:
-    found = compare(*pair)
+    found = compare_traces(*pair)
     low, high = found.summary["delta_align_low"], found.summary["delta_align_high"]
     enough = {
-        "verdict": "contraction",
+        "verdict": "toward contraction",
         "delta_align_low": low,
         "delta_align_high": high,
         "p_value": 0.001,
@@ -337,13 +439,19 @@ def test_evidence_that_falls_short_is_told(pair: Pair) -> None:
     }
     assert shortfalls(found, **enough) == []
     assert shortfalls(found) == []
-    more = {"verdict": "expansion", "delta_align_low": low + 1e-9, "delta_align_high": high - 1e-9, "p_value": 1e-9}
+    more = {
+        "verdict": "toward expansion",
+        "delta_align_low": low + 1e-9,
+        "delta_align_high": high - 1e-9,
+        "p_value": 1e-9,
+    }
     for name, value in more.items():
         assert len(shortfalls(found, **{**enough, name: value})) == 1, name
     (line,) = shortfalls(found, spinal_score_low=0.0)  # not defined
     assert "SPINALScore" in line
-    assert len(shortfalls(compare(*reversed(pair)), **enough)) == 2
-    assert len(shortfalls(compare(pair[0], pair[0]), holds=0.5)) == 1
+    assert len(shortfalls(found, spinal_gain_low=0.0)) == 1
+    assert len(shortfalls(compare_traces(*reversed(pair)), **enough)) == 2
+    assert len(shortfalls(compare_traces(pair[0], pair[0]), holds=0.5)) == 1
 
 
 def ladder() -> Iterator[Comparison]:
@@ -351,15 +459,15 @@ def ladder() -> Iterator[Comparison]:
         truth = flat(depth)
         truth.delta_alpha[-2:] = size
         ((aligned, reference),) = simulated(truth, 1, seed=8)
-        yield compare(changed(aligned, "model", name=f"+{size}"), reference)
+        yield compare_traces(changed(aligned, "model", name=f"+{size}"), reference)
 
 
 def test_several_are_ranked_by_what_changed(pair: Pair, tmp_path: Path) -> None:
-    undefined = compare(*(changed(trace, "columns", contraction=np.full(7, np.nan)) for trace in pair))
+    undefined = compare_traces(*(changed(trace, "columns", contraction=np.full(13, np.nan)) for trace in pair))
     ranking = rank([undefined, *ladder()])
     rows = ranking.rows()
     assert [row["aligned"] for row in rows] == ["+0.4", "+0.2", "+0.1", "aligned"]
-    assert [row["blocks"] for row in rows] == [6, 4, 3, 6]
+    assert [row["blocks"] for row in rows] == [6, 4, 3, 12]
     assert undefined.verdict == "undetermined"
     save_ranking(ranking, tmp_path)
     table = (tmp_path / "ranking.csv").read_text().splitlines()
@@ -368,6 +476,7 @@ def test_several_are_ranked_by_what_changed(pair: Pair, tmp_path: Path) -> None:
     assert "+0.4 against reference" in repr(ranking)
 
 
-def test_the_package_gives_the_function() -> None:
+def test_the_package_gives_the_function(pair: Pair) -> None:
     assert spinal_jax.compare is compare
+    assert spinal_jax.compare(*pair).to_json() == compare_traces(*pair).to_json()
     assert spinal_jax.load_comparison is load_comparison

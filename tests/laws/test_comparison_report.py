@@ -14,7 +14,7 @@ import pytest
 from matplotlib.image import imread
 
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.compare import BothModels, compare
+from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import Comparison, save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, render_comparison_report, write_comparison_report
@@ -31,7 +31,7 @@ from spinal_jax.report.comparison_figures import (
 from spinal_jax.report.comparison_words import caveats, missing, summary_markdown
 from spinal_jax.report.figures import png_bytes, svg_text
 
-from .planted import GROUPS, flat, simulated
+from .planted import both_models, flat, simulated
 from .test_report import Page, assert_self_contained
 
 KINDS = ("full", "traces only", "itself", "undefined", "one group", "D = 1", "D = 100")
@@ -42,19 +42,6 @@ def pair(depth: int) -> tuple[DepthTrace, DepthTrace]:
     truth.delta_alpha[-1:], truth.delta_transport[-1:] = 0.4, -0.1
     (found,) = simulated(truth, 1, seed=1)
     return found
-
-
-def both(depth: int) -> BothModels:
-    rng = np.random.default_rng(0)
-    mean, norms = 0.1 + np.arange(depth + 1.0) / 10, np.arange(1.0, depth + 1)
-    return BothModels(
-        mean,
-        mean * (1 + 0.01 * rng.normal(size=(GROUPS, depth + 1))),
-        norms,
-        norms * (1 + 0.01 * rng.normal(size=(5, depth))),
-        np.array([3, 4, 5, 6, 7]),
-        {"embedding": 0.5, "final_norm": 0.1},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +63,13 @@ def made() -> Mapping[str, Comparison]:
         for trace in (aligned, reference)
     ]
     return {
-        "full": compare(aligned, reference, both(6)),
-        "traces only": compare(aligned, reference),
-        "itself": compare(aligned, aligned),
-        "undefined": compare(*(replace(trace, columns=nothing) for trace in (aligned, reference))),
-        "one group": compare(*one),
-        "D = 1": compare(*pair(1), both(1)),
-        "D = 100": compare(*pair(100), both(100)),
+        "full": compare_traces(aligned, reference, both_models(6)),
+        "traces only": compare_traces(aligned, reference),
+        "itself": compare_traces(aligned, aligned),
+        "undefined": compare_traces(*(replace(trace, columns=nothing) for trace in (aligned, reference))),
+        "one group": compare_traces(*one),
+        "D = 1": compare_traces(*pair(1), both_models(1)),
+        "D = 100": compare_traces(*pair(100), both_models(100)),
     }
 
 
@@ -114,7 +101,7 @@ def test_every_kind_is_drawn_legibly_and_nothing_is_cut_off(
     page = Page(render_comparison_report(found))
     assert not page.open
     assert "nan" not in page.text.lower().split()
-    said = [found.verdict, found.summary["sentence"], found.robustness["sentence"], "The score and its parts"]
+    said = [found.verdict, found.summary["headline"], found.robustness["sentence"], "The score and its parts"]
     assert sorted(said, key=page.text.index) == said
     assert "nan" not in re.split(r"\W+", summary_markdown(found).lower())
 
@@ -136,7 +123,7 @@ def test_figures_show_what_they_name(made: Mapping[str, Comparison]) -> None:
         assert still.get_markerfacecolor() != marked.get_markerfacecolor()
     shares = mass_shares(found, "delta_contraction")
     assert shares is not None
-    mass = np.abs(found.columns["delta_contraction"][1:])
+    mass = np.array(found.summary["localisation"]["delta_contraction"]["mass"])
     np.testing.assert_allclose(shares, mass / mass.sum())
     bars = where_figure(found).axes[0].patches[-6:]
     np.testing.assert_allclose([bar.get_height() for bar in bars], shares)
@@ -164,7 +151,7 @@ def test_what_was_not_measured_is_said_with_the_command_that_measures_it(made: M
         assert f"{words} {command}" in page.text
         assert f"{words} `{command}`" in summary_markdown(made["traces only"])
     assert len(missing(made["traces only"])) == 2
-    assert "not defined here without gradient share" in page.text
+    assert "it is undefined here: " in page.text
 
 
 def test_caveats_follow_the_comparison(made: Mapping[str, Comparison]) -> None:
@@ -210,7 +197,7 @@ def test_the_page_is_self_contained_and_what_it_is_told_is_only_ever_text(
         found,
         aligned=model,
         prompts={**found.prompts, "source": text, "sha256": text},
-        summary={**found.summary, "sentence": text},
+        summary={**found.summary, "sentence": text, "headline": text},
         warnings=(text,),
     )
     html = render_comparison_report(found, others)

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.cli.help import conf_folder
-from spinal_jax.comparison.compare import BothModels, compare
+from spinal_jax.comparison.compare import BothModels, compare_traces
 from spinal_jax.comparison.record import save_comparison
 
 from .planted import GROUPS, Truth, simulated
@@ -244,7 +244,7 @@ def compared(folder: Path, depth: int, rise: float, last: bool) -> None:
     late = np.where(np.arange(depth + 1) > 2 * depth / 3, rise, 0.0)
     traces = next(simulated(Truth(np.full(depth + 1, 1.0), late, np.zeros(depth + 1)), 1, depth))
     apart = np.array([0.0, *[0.0 if last else 0.2] * (depth - 1), 0.2])
-    save_comparison(compare(*traces, BothModels(apart, np.stack([apart] * GROUPS))), folder)
+    save_comparison(compare_traces(*traces, BothModels(apart, np.stack([apart] * GROUPS))), folder)
     finish(folder, "compare", {"model": {"source": "m"}})
 
 

@@ -76,6 +76,9 @@ ALLOWED: dict[str, set[str]] = {
         "parallel.data_sheets",
         "parallel.device_defaults",
     },
+    "comparison.flow": {
+        *("errors", "config", "audit.trace", "audit", "comparison.record", "comparison", "comparison.checkpoints"),
+    },
     "train": {
         *("errors", "files", "data.packing", "data", "config", "metrics", "parallel", "models", "audit.trace", "audit"),
         *("comparison.record", "comparison", "runs", "report", "objectives"),
@@ -83,12 +86,11 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {"errors", "data", "config", "metrics", "models", "audit"},
     "api": {"config", "models", "audit.trace", "audit"},
     "__init__": {
-        *("errors", "models", "audit", "audit.trace", "comparison.record", "comparison", "comparison.checkpoints"),
-        "api",
+        *("errors", "models", "audit", "audit.trace", "comparison.record", "comparison", "comparison.flow", "api"),
     },
     "cli": {
         *("errors", "files", "config", "parallel", "models", "audit.trace", "audit", "comparison.record", "comparison"),
-        *("runs", "report", "comparison.checkpoints", "plan", "train", "verify"),
+        *("runs", "report", "comparison.flow", "plan", "train", "verify"),
     },
 }
 # Libraries that only these parts may import, and only inside a function.

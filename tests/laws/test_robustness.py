@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.robustness import MEASURED, WINDOWS, grid, verdict_of
+from spinal_jax.comparison.robustness import MEASURED, WINDOWS, grid, sign_counts
 from spinal_jax.metrics.tail import tail_fit
 
 from .planted import POSITIONS, ROWS, flat, simulated
@@ -47,8 +47,9 @@ def test_each_window_is_refitted_from_the_spectra(pair: Pair) -> None:
         assert record["low"] < record["delta_align"] < record["high"]
         assert (record["contraction"], record["transport"]) == (MEASURED, MEASURED)
         assert 0 < record["p_value"] < 0.001
-    assert verdict_of(found)["sentence"] == (
-        "The sign of Delta_align holds in 5 of 5 settings; in 5 of the 5 that have an interval, it leaves out 0."
+    assert sign_counts(found)["sentence"] == (
+        "The sign holds in 5 of 5 settings of the measurement; of the 5 with an interval, 5 leave out 0 with this sign "
+        "and 0 with the opposite sign."
     )
 
 
@@ -85,9 +86,9 @@ def test_variants_multiply_and_only_those_of_both_count(pair: Pair) -> None:
         sign = 1 if record["transport"] == MEASURED else -1
         assert record["delta_transport"] == pytest.approx(sign * plain["delta_transport"], rel=1e-9)
         assert math.isnan(record["low"]) == math.isnan(record["p_value"]) == (record["contraction"] == "center")
-    told = verdict_of(found)
+    told = sign_counts(found)
     assert (told["holds"], told["of"]) == (sum(r["delta_align"] > 0 for r in found), len(found))
-    assert "of the 20 that have an interval" in told["sentence"]
+    assert "of the 20 with an interval" in told["sentence"]
 
 
 def test_a_group_with_nothing_that_counts_leaves_a_variant_without_interval(pair: Pair) -> None:
@@ -113,7 +114,7 @@ def test_traces_without_spectra_have_the_one_setting(pair: Pair) -> None:
     bare = [replace(t, arrays={k: v for k, v in t.arrays.items() if not k.endswith("singular_values")}) for t in pair]
     found = grid(bare[0], bare[1])
     assert len(found) == 1
-    assert "1 of 1 settings" in verdict_of(found)["sentence"]
+    assert "1 of 1 settings" in sign_counts(found)["sentence"]
 
 
 def test_the_sign_is_that_of_the_first_setting() -> None:
@@ -124,7 +125,7 @@ def test_the_sign_is_that_of_the_first_setting() -> None:
         (-0.1, np.nan, np.nan),
         (np.nan, np.nan, np.nan),
     ]
-    told = verdict_of([{"delta_align": value, "low": low, "high": high} for value, low, high in numbers])
-    assert (told["holds"], told["sure"], told["of"]) == (3, 1, 5)
-    assert "3 of 5 settings; in 1 of the 3 that have" in told["sentence"]
-    assert verdict_of([{"delta_align": np.nan, "low": np.nan, "high": np.nan}])["holds"] == 0
+    told = sign_counts([{"delta_align": value, "low": low, "high": high} for value, low, high in numbers])
+    assert (told["holds"], told["sure"], told["opposite"], told["bounded"], told["of"]) == (3, 1, 1, 3, 5)
+    assert "3 of 5 settings of the measurement; of the 3 with an interval, 1 leave out 0" in told["sentence"]
+    assert sign_counts([{"delta_align": np.nan, "low": np.nan, "high": np.nan}])["holds"] == 0

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spinal_jax.audit.trace import DepthTrace, save_trace
-from spinal_jax.comparison.compare import compare
+from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.onset import Rules, detect, record_of
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
@@ -108,7 +108,7 @@ def write_run(folder: Path, ends: tuple[DepthTrace, DepthTrace], way: list[float
         trace = between(ends, share)
         target = folder / "traces" / f"step_{at * every:06}"
         save_trace(trace, target, at * every)
-        comparison = compare(trace, first)
+        comparison = compare_traces(trace, first)
         save_comparison(comparison, target)
         records.append(record_of(at * every, comparison))
         beside.append({name: 0.1 * at + 0.01 * n for n, name in enumerate(TOLD[: 1 if kind == "lm" else 5])})

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from spinal_jax.comparison import preference_gradient as module
-from spinal_jax.comparison.preference_gradient import PreferenceGradient, log_probabilities, pull, shape_for
+from spinal_jax.comparison.preference_gradient import (
+    PreferenceGradient,
+    log_probabilities,
+    preference_gradient,
+    shape_for,
+)
 from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.data import Completion
 from spinal_jax.metrics.gradient import block_norms
@@ -98,7 +103,7 @@ def found_for(
     np.testing.assert_allclose(known, exact, rtol=1e-5)
     assert sum(done) == len(examples)
     done.clear()
-    found = pull(model, examples, groups, known, ObjectiveConfig("dpo", **how), shape, done.append)
+    found = preference_gradient(model, examples, groups, known, ObjectiveConfig("dpo", **how), shape, done.append)
     assert sum(done) == len(examples)
     return found
 

@@ -1,0 +1,91 @@
+"""The SPINALScore of a pair, its gain over the reference against itself, and why a part of it may be undefined."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.paired import curve
+from spinal_jax.metrics.depth import coherence
+from spinal_jax.stats.jackknife import Estimate, t_quantile
+
+
+class Weights(NamedTuple):
+    """Of the parts of the SPINALScore."""
+
+    delta: float = 1 / 3
+    coherence: float = 1 / 3
+    gradient: float = 1 / 3
+
+
+EQUAL = Weights()
+FLAT = 3.0  # standard errors of the path length below which a curve is flat within noise
+FEWEST = 4  # boundaries of the terminal block that coherence needs
+
+
+class Part(NamedTuple):
+    """A number with its error, and why it is undefined where it is NaN."""
+
+    estimate: Estimate
+    reason: str = ""
+
+    @property
+    def defined(self) -> bool:
+        return not math.isnan(float(self.estimate.value))
+
+
+class Scored(NamedTuple):
+    """A sum of parts: the number, half of its 95 % interval, and why it is undefined."""
+
+    value: float
+    half: float
+    reason: str
+
+
+def coherence_of(trace: DepthTrace) -> Part:
+    """S_coh of one checkpoint: the mean of the coherences of alpha and of L over the terminal block."""
+    first, last = trace.terminal
+    both, reasons = [], []
+    for name in ("contraction", "transport"):
+        column = curve(trace, name)
+        found = column.of(lambda x: np.apply_along_axis(coherence, -1, x[..., first : last + 1]))
+        moved = column.of(lambda x: np.abs(np.diff(x[..., first : last + 1], axis=-1)).sum(axis=-1))
+        if last - first + 1 < FEWEST:
+            reasons.append(f"the terminal block has {last - first + 1} boundaries and coherence needs {FEWEST}")
+        elif math.isnan(float(moved.value)):
+            reasons.append(f"{name} is undefined in the terminal block")
+        elif float(moved.value) <= FLAT * float(moved.error):
+            reasons.append(f"{name} of {trace.model['name']} is flat within noise in the terminal block")
+        both.append(found)
+    mean = (both[0] + both[1]).scaled(0.5)
+    if reasons:
+        mean = Estimate(np.array(math.nan), np.full_like(mean.influence, np.nan), mean.share)
+    return Part(mean, "; ".join(dict.fromkeys(reasons)))
+
+
+def combined(prompts: list[tuple[float, Part]], pairs: list[tuple[float, Part]]) -> Scored:
+    """The weighted sum of parts, of which those with weight 0 are left out.
+
+    Preference pairs are other texts than the prompts: their error is independent and its square adds; the fewer degrees
+    of freedom of the two count.
+
+    Args:
+        prompts: (weight, part) of the parts whose error is over groups of prompts.
+        pairs: (weight, part) of those whose error is over groups of preference pairs.
+    """
+    used = [[(weight, part) for weight, part in side if weight] for side in (prompts, pairs)]
+    missing = [part.reason or "a part is undefined" for side in used for _, part in side if not part.defined]
+    if missing or not (used[0] or used[1]):
+        return Scored(math.nan, math.nan, "; ".join(dict.fromkeys(missing)) or "every weight is 0")
+    value, squares, freedom = 0.0, 0.0, math.inf
+    for side in filter(None, used):
+        total = side[0][1].estimate.scaled(side[0][0])
+        for weight, part in side[1:]:
+            total = total + part.estimate.scaled(weight)
+        value += float(total.value)
+        squares += float(total.error) ** 2
+        freedom = min(freedom, total.degrees_of_freedom)
+    return Scored(value, t_quantile(freedom) * math.sqrt(squares), "")

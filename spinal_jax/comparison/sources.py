@@ -1,0 +1,53 @@
+"""What a user names to be compared: saved traces, training runs that hold them, or checkpoints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from spinal_jax.audit.trace import DepthTrace, load_trace
+from spinal_jax.errors import UserError
+
+TRACES = "traces"  # of a training run: a folder step_NNNNNN for each trace
+
+
+def holds_trace(path: str | os.PathLike[str]) -> bool:
+    """Whether a saved trace is there: a run folder of an audit or of a training run, or a trace.json."""
+    path = Path(path)
+    if path.is_file():
+        return path.name.endswith(".json")
+    return (path / "trace.json").is_file() or bool(steps_of(path)) or (path / "comparison.json").is_file()
+
+
+def steps_of(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Step -> folder of each trace of a training run, ascending; empty where the folder is none."""
+    places = {}
+    for place in (Path(folder) / TRACES).glob("step_*"):
+        number = place.name.removeprefix("step_")
+        if number.isascii() and number.isdigit() and (place / "trace.json").is_file():
+            places[int(number)] = place
+    return dict(sorted(places.items()))
+
+
+def saved_trace(path: str | os.PathLike[str], step: int | None = None) -> DepthTrace:
+    """The trace of a run folder or a trace.json; of a training run the last one, or that of `step`.
+
+    Raises:
+        UserError: no trace there, none of that step, or a file that cannot be read.
+    """
+    folder = Path(path)
+    steps = {} if folder.is_file() or (folder / "trace.json").is_file() else steps_of(folder)
+    if steps:
+        if step is None:
+            step = max(steps)
+        if step not in steps:
+            known = ", ".join(map(str, steps))
+            raise UserError(f"{folder} has no trace of step {step}; there are traces of steps {known}")
+        return load_trace(steps[step])
+    if step is not None:
+        raise UserError(f"step is {step}, but {folder} is no training run; only those have traces of several steps")
+    if (folder / "comparison.json").is_file() and not (folder / "trace.json").is_file():
+        sides = [str(folder / side) for side in ("aligned", "reference") if (folder / side / "trace.json").is_file()]
+        give = f"give {' or '.join(sides)}" if sides else "give the traces that it was made from"
+        raise UserError(f"{folder} holds a comparison, not a trace; {give}")
+    return load_trace(folder)
