@@ -35,9 +35,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
                 *(f"{name}{end}" for name in BOTH for end in ("", "_low", "_high")),
                 *(f"{side}_{name}{end}" for side in ("aligned", "reference") for name in METRICS
                   for end in ("", "_low", "_high"))),
-    "summary": ("verdict", "sentence", "headline", "because", "driver", "driver_sentence", "limits", "rows_per_width", "terminal",
-                "delta_align", "delta_align_se", "delta_align_low",
-                "delta_align_high", "p_value", "p_value_by",
+    "summary": ("verdict", "sentence", "headline", "because", "driver", "driver_sentence", "limits", "rows_per_width",
+                "terminal", "delta_align", "delta_align_se", "delta_align_low", "delta_align_high", "p_value",
+                "p_value_by",
                 *(f"{name}{end}" for name in _WITH_INTERVAL[1:] for end in ("", "_low", "_high")),
                 "degrees_of_freedom", "undefined", "family_wise", "gradient_apart", "localisation"),
     "robustness": ("sentence", "holds", "of", "sure", "opposite", "bounded", "settings"),

@@ -98,8 +98,9 @@ def summarised(
     parts: tuple[Estimate, Estimate],
     robustness: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The words of a comparison's summary: verdict, sentence, headline, because, driver, driver_sentence and limits; the
-    sentence is made of headline, because, driver_sentence, the grid's counts and limits.
+    """The words of a comparison's summary: verdict, sentence, headline, because, driver, driver_sentence and limits.
+
+    The sentence is made of headline, because, driver_sentence, the grid's counts and limits.
 
     Args:
         delta_align: of the pair.

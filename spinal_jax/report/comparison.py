@@ -344,7 +344,8 @@ _TABLE_NOTE = (
     "terminal block. Select a column’s name to sort by it."
 )
 _VERDICT = (
-    "“Toward contraction” (“toward expansion”) when the 95 % interval of Δ align lies above (below) 0 and its sign holds in "
-    "at least 80 % of the settings of the measurement; “differs, direction not robust” when only the first is so; else “no "
-    "detectable change”. “Undetermined” where there is no interval, or fewer rows than four times the width."
+    "“Toward contraction” (“toward expansion”) when the 95 % interval of Δ align lies above (below) 0 and its sign "
+    "holds in at least 80 % of the settings of the measurement; “differs, direction not robust” when only the first "
+    "is so; else “no detectable change”. "
+    "“Undetermined” where there is no interval, or fewer rows than four times the width."
 )

@@ -22,7 +22,9 @@ from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
 
 BASE, OTHER = "random:0.3m@0", "random:0.3m@1"
-TEXTS = [f"{'Why and how? ' * (1 + n % 5)}What of {n}" for n in range(48)]
+_RNG = np.random.default_rng(0)
+# Of words that no two texts share in order, so that each is a prompt of its own.
+TEXTS = [" ".join("".join(_RNG.choice(list("aeioulmnrst"), 5)) for _ in range(4 + 3 * (n % 5))) for n in range(48)]
 METRICS = {"groups": 4}
 
 
