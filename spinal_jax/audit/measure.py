@@ -138,9 +138,12 @@ class Reference:
         )
         if not same or settings != self.settings:
             raise ValueError("the reference was kept on other batches or settings")
-        ours = (model.config.depth + 1, model.config.vocab_size)
+        ours = (model.config.depth + 1, _lens(model, plan, settings).vocab_size)
         if ours != (theirs := (self._records[0][2][0], self.lens.vocab_size)):
             raise ValueError(f"the model has {ours} boundaries and tokens, the reference {theirs}")
+        over = [each.vocabulary.sha256 if each.vocabulary else None for each in (plan, self.plan)]
+        if over[0] != over[1]:
+            raise ValueError("the reference was kept over another vocabulary")
 
 
 def measure(

@@ -164,7 +164,8 @@ def attributed(
     """The attribution of runs that match; arguments as `attribute` has them."""
     by_arm = {arm: [run for run in runs if run.arm == arm] for arm in ("aligned", "control", "beside")}
     effects = {
-        name: _effect(name, *(_values(by_arm[arm], name) for arm in ("aligned", "control")), margin) for name in NUMBERS
+        name: _effect(name, _values(by_arm["aligned"], name), _values(by_arm["control"], name), margin)
+        for name in NUMBERS
     }
     main = effects["delta_align"]
     fewest = min(len(by_arm["aligned"]), len(by_arm["control"]))

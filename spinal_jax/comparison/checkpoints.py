@@ -26,6 +26,7 @@ from spinal_jax.comparison.preference_gradient import (
 from spinal_jax.config import CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig
 from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.data.packing import Plan
+from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import NotLeader, UserError
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
@@ -48,7 +49,7 @@ class MeasuredPair:
     aligned: DepthTrace
     reference: DepthTrace
     both: BothModels
-    notes: tuple[str, ...] = ()  # sentences that a reader of the comparison must know
+    left_out: tuple[int, int] = (0, 0)  # tokens of the aligned model's vocabulary, and of the other's, not in both
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,10 @@ def measure_checkpoints(
             )
             for side in (ours, theirs)
         )
+        vocabularies = [Vocabulary.of(side.checkpoint.tokenizer(), side.decoder.vocab_size) for side in (ours, theirs)]
+        shared = vocabularies[0].shared(vocabularies[1])
+        left_out = (len(vocabularies[0]) - len(shared), len(vocabularies[1]) - len(shared))
+        work, theirs_work = replace(work, vocabulary=shared), replace(theirs_work, vocabulary=shared)
         pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs))
         for side, plan in ((ours, work), (theirs, theirs_work)):
             pipeline.check_alike(side.checkpoint, plan, choice)
@@ -160,7 +165,7 @@ def measure_checkpoints(
         if pairs is not None and known is not None:
             of_pairs = _gradient(config, weights, pairs, known, ours.bar)
         both = _both(aligned, of_pairs, at_reference)
-        return MeasuredPair(traced(ours, aligned, work), traced(theirs, reference, theirs_work), both)
+        return MeasuredPair(traced(ours, aligned, work), traced(theirs, reference, theirs_work), both, left_out)
 
 
 def _gradient(
@@ -233,11 +238,6 @@ def _check(
     config: CompareConfig, ours: _Side, theirs: _Side, prompts: data.PromptSet, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """UserError where the two cannot be compared."""
-    if (a := ours.decoder.vocab_size) != (b := theirs.decoder.vocab_size):
-        raise UserError(
-            f"{ours.name} has a vocabulary of {a} tokens and {theirs.name} one of {b}; only checkpoints that share a "
-            "tokenizer can be compared"
-        )
     if (a := ours.decoder.depth) != (b := theirs.decoder.depth) and config.align == "equal":
         raise UserError(
             f"{ours.name} has {a} blocks and {theirs.name} {b}; align=relative compares models of different depth by "

@@ -6,7 +6,7 @@ Float64 arithmetic on two saved traces, no model: docs/method.md, "Two checkpoin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from spinal_jax.comparison.paired import Align, Curve, check, curve, difference,
 from spinal_jax.comparison.record import BOTH, METRICS, Comparison
 from spinal_jax.comparison.score import EQUAL, Part, Weights, coherence_of, combined
 from spinal_jax.comparison.verdict import NO_CHANGE, UNDETERMINED, summarised
+from spinal_jax.metrics.columns import column
 from spinal_jax.stats import signflip
 from spinal_jax.stats.jackknife import Estimate
 from spinal_jax.stats.localisation import localise, localise_difference, share
@@ -27,12 +28,11 @@ MODEL_KEYS = ("name", "source", "revision", "family", "layers", "width", "vocabu
 HEAVY = 0.25  # share of the rows above which one group of prompts decides an interval
 NO_GRADIENT = "it needs both models and preference pairs (preferences=...)"
 NO_REFERENCE_GRADIENT = "it needs the preference gradient of the reference too"
-BOUNDED = {  # by definition
+BOUNDED = {  # numbers of the summary, by definition
     **dict.fromkeys(("coherence", "coherence_reference", "reward_accuracy"), (0.0, 1.0)),
     **dict.fromkeys(("gradient_concentration", "gradient_concentration_reference"), (0.0, 1.0)),
-    **dict.fromkeys(("output_distance", "policy_distance", "transport", "curvature"), (0.0, math.pi)),
-    **dict.fromkeys(("kl", "gradient_norm", "contraction", "entropy", "spike"), (0.0, math.inf)),
-    "effective_rank": (1.0, math.inf),
+    "output_distance": (0.0, math.pi),
+    "kl": (0.0, math.inf),
 }
 
 
@@ -80,7 +80,7 @@ def compare_traces(
     align: Align = "equal",
     same_prompts: bool = True,
     weights: Weights = EQUAL,
-    notes: Sequence[str] = (),
+    left_out: tuple[int, int] = (0, 0),
 ) -> Comparison:
     """How the aligned checkpoint's trace differs from the reference's.
 
@@ -97,7 +97,7 @@ def compare_traces(
         same_prompts: False compares traces of different prompts with equally many groups: a control. Group g of one is
             then set against group g of the other, which is as good as any pairing of independent groups.
         weights: of the score.
-        notes: more sentences that a reader of the numbers must know.
+        left_out: tokens of the aligned model's vocabulary, and of the reference's, that the other has not.
 
     Raises:
         UserError: the traces were not measured alike; it says what differs.
@@ -111,8 +111,8 @@ def compare_traces(
     places: dict[str, dict[str, Any]] = {}
     for name in METRICS:
         ours, theirs = curve(aligned, name), resampled(curve(reference, name), aligned.depth, name)
-        _put(columns, f"aligned_{name}", ours.estimate, BOUNDED.get(name))
-        _put(columns, f"reference_{name}", theirs.estimate, BOUNDED.get(name))
+        _put(columns, f"aligned_{name}", ours.estimate, column(name).bounds)
+        _put(columns, f"reference_{name}", theirs.estimate, column(name).bounds)
         changes[name] = delta = ours.estimate - theirs.estimate
         _put(columns, f"delta_{name}", delta)
         columns[f"delta_{name}_p"] = delta.p_value
@@ -130,7 +130,7 @@ def compare_traces(
 
     policy, gradient = _policy(extras, aligned), _gradient(extras, aligned.depth)
     for name, found in zip(BOTH, (policy, gradient), strict=True):
-        _put(columns, name, found.estimate, BOUNDED[name])
+        _put(columns, name, found.estimate, column(name).bounds)
         places[name] = localise(found.full[1:], found.without[:, 1:], found.sizes, (first, last))
     parts = _parts(extras, aligned, reference, delta_align, (gained, moved), policy, gradient)
     concentration, at_reference = parts["gradient_concentration"], parts["gradient_concentration_reference"]
@@ -167,6 +167,11 @@ def compare_traces(
             **({"spinal_score": level.reason} if level.reason else {}),
         },
         "family_wise": family_wise(columns),
+        "vocabulary": {
+            "tokens": aligned.model["vocabulary_tokens"],
+            "left_out_aligned": left_out[0],
+            "left_out_reference": left_out[1],
+        },
     }
     for name, part in parts.items():
         bounds = BOUNDED.get(name)
@@ -180,7 +185,12 @@ def compare_traces(
         columns=columns,
         summary=summary,
         robustness=counts,
-        warnings=(*notes, *warnings, *_heavy(aligned, reference), *_caveats(extras, groups, words["verdict"], p)),
+        warnings=(
+            *warnings,
+            *_vocabulary_words(aligned, reference, left_out),
+            *_heavy(aligned, reference),
+            *_caveats(extras, groups, words["verdict"], p),
+        ),
         arrays=arrays,
     )
 
@@ -297,6 +307,15 @@ def _curve(full: np.ndarray | None, without: np.ndarray | None, sizes: np.ndarra
     if full.shape != (length,) or without.shape != (len(sizes), length):
         raise ValueError(f"shapes {full.shape} and {without.shape} do not fit {len(sizes)} groups and {length} values")
     return Curve(full, np.asarray(without, np.float64), sizes)
+
+
+def _vocabulary_words(aligned: DepthTrace, reference: DepthTrace, left_out: tuple[int, int]) -> list[str]:
+    if not any(left_out):
+        return []
+    return [
+        f"Token distributions are over the {aligned.model['vocabulary_tokens']:,} tokens that both vocabularies share: "
+        f"{left_out[0]:,} of {aligned.model['name']} and {left_out[1]:,} of {reference.model['name']} are left out."
+    ]
 
 
 def _heavy(aligned: DepthTrace, reference: DepthTrace) -> list[str]:

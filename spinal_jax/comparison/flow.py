@@ -65,13 +65,13 @@ def run_compare(
     """
     bar = bar or _no_bar
     both: BothModels | None = None
-    notes: tuple[str, ...] = ()
+    left_out = (0, 0)
     measured = config.model.source is not None
     if measured:
         from spinal_jax.comparison.checkpoints import measure_checkpoints
 
         found = measure_checkpoints(config, texts, bar, say)
-        aligned, reference, both, notes = found.aligned, found.reference, found.both, found.notes
+        aligned, reference, both, left_out = found.aligned, found.reference, found.both, found.left_out
     else:
         if texts is not None:
             raise UserError("prompts are given, but saved traces were measured on theirs; leave prompts out")
@@ -90,12 +90,9 @@ def run_compare(
     comparisons = []
     with bar("compare", len(pairs), "pair") as advance:
         for number, pair in enumerate(pairs):
-            extras, said = (both, notes) if number == 0 else (None, ())
-            comparisons.append(
-                compare_traces(
-                    *pair, extras, align=config.align, same_prompts=config.same_prompts, weights=weights, notes=said
-                )
-            )
+            extras, missing = (both, left_out) if number == 0 else (None, (0, 0))
+            how = {"align": config.align, "same_prompts": config.same_prompts, "left_out": missing}
+            comparisons.append(compare_traces(*pair, extras, weights=weights, **how))
             advance(1)
     first, *others = comparisons
     return Compared(first, tuple(others), aligned, reference, measured)

@@ -9,10 +9,10 @@ import numpy as np
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.errors import UserError
+from spinal_jax.metrics.columns import column
 from spinal_jax.stats.jackknife import Estimate
 
 Align = Literal["equal", "relative"]
-BY_ROWS = frozenset({"contraction", "effective_rank"})  # the other columns are means over transport positions
 
 
 class Curve(NamedTuple):
@@ -33,7 +33,7 @@ class Curve(NamedTuple):
 
 def curve(trace: DepthTrace, name: str) -> Curve:
     """A column of `trace` with its replicates. UserError where the trace was read without its arrays."""
-    sizes = _array(trace, "groups/rows" if name in BY_ROWS else "groups/positions")
+    sizes = _array(trace, f"groups/{column(name).counted_by}")
     without = _array(trace, f"groups/{name}")
     if len(without) != len(sizes):  # an only group cannot be left out
         without = np.full((len(sizes), trace.boundaries), np.nan)
@@ -59,7 +59,7 @@ def resampled(found: Curve, depth: int, name: str) -> Curve:
     """
     if len(found.full) == depth + 1:
         return found
-    if name == "curvature":
+    if column(name).place == "turn":
         nothing = np.full(depth + 1, np.nan)
         return Curve(nothing, np.full((len(found.sizes), depth + 1), np.nan), found.sizes)
     at = np.arange(depth + 1) * ((len(found.full) - 1) / depth)
@@ -67,12 +67,12 @@ def resampled(found: Curve, depth: int, name: str) -> Curve:
     part = np.clip(at - low, 0.0, 1.0)
 
     def interpolate(values: np.ndarray) -> np.ndarray:  # [..., D' + 1] -> [..., D + 1]
-        if name == "transport":
+        if column(name).place == "step":
             values = np.concatenate([np.zeros_like(values[..., :1]), np.cumsum(values[..., 1:], axis=-1)], axis=-1)
         between = (1 - part) * values[..., low] + part * values[..., low + 1]
         # An undefined neighbour that has no weight must not spoil a boundary that both models have.
         between = np.where(part == 0, values[..., low], np.where(part == 1, values[..., low + 1], between))
-        if name == "transport":
+        if column(name).place == "step":
             return np.concatenate([np.full_like(between[..., :1], np.nan), np.diff(between, axis=-1)], axis=-1)
         return between
 
@@ -100,14 +100,17 @@ def check(aligned: DepthTrace, reference: DepthTrace, align: Align, same_prompts
                 f"{remedy}"
             )
 
-    for name in ("window", "skip", "center", "positions", "top_k", "temperature", "groups"):
+    for name in ("window", "skip", "center", "positions", "top_k", "temperature", "groups", "terminal"):
         same(f"the setting {name}", lambda trace, name=name: _plain(trace.settings[name]), "audit both alike")
     for name in ("max_length", "chat_template"):
         same(f"prompts.{name}", lambda trace, name=name: trace.prompts[name], "audit both alike")
-    remedy = "they have different tokenizers, and only checkpoints that share one can be compared"
     hashed = all("tokens_sha256" in trace.prompts for trace in (aligned, reference))
-    if not (hashed and same_prompts):  # models of one tokenizer may pad their vocabularies differently
-        same("the vocabulary", lambda trace: trace.model["vocabulary"], remedy)
+    remedy = (
+        "distributions over different vocabularies cannot be compared; spinal compare model.source=ALIGNED "
+        "reference.source=BASE measures both over the tokens that they share"
+    )
+    for name in ("tokens", "sha256"):
+        same(f"the vocabulary's {name}", lambda trace, name=name: trace.model[f"vocabulary_{name}"], remedy)
     if same_prompts:
         remedy = "audit both on the same prompts (same_prompts=false compares different ones, as a control)"
         for name in ("sha256", "count"):

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.files import Record, check_boundaries, document, floats, load_record, read, save_record, undefined
+from spinal_jax.metrics.columns import PAIR, TRACE, compared
 from spinal_jax.wording import number, plus_minus, sparkline
 
 SCHEMA = "spinal-comparison/2"
 ARRAYS = "comparison.safetensors"
-METRICS = ("contraction", "transport", "entropy", "curvature", "effective_rank")  # of one checkpoint, compared
-BOTH = ("policy_distance", "gradient_norm")  # that only both models in memory give
+METRICS = tuple(column.name for column in compared())  # of one checkpoint, compared
+BOTH = tuple(column.name for column in PAIR)  # that only both models in memory give
 LOCALISED = ("delta_contraction", "delta_transport", *BOTH)  # whose place in depth is told
-UNITS = {"transport": "rad", "entropy": "nats", "curvature": "rad", "policy_distance": "rad"}
+UNITS = {column.name: column.unit for column in (*TRACE, *PAIR) if column.unit}
 
 # fmt: off
 _WITH_INTERVAL = ("delta_align", "delta_contraction", "delta_transport", "spinal_gain", "spinal_score", "coherence",
@@ -39,7 +40,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
                 "terminal", "delta_align", "delta_align_se", "delta_align_low", "delta_align_high", "p_value",
                 "p_value_by",
                 *(f"{name}{end}" for name in _WITH_INTERVAL[1:] for end in ("", "_low", "_high")),
-                "degrees_of_freedom", "undefined", "family_wise", "gradient_apart", "localisation"),
+                "degrees_of_freedom", "undefined", "family_wise", "vocabulary", "gradient_apart", "localisation"),
     "robustness": ("sentence", "holds", "of", "sure", "opposite", "bounded", "settings"),
 }
 # fmt: on

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
-
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.paired import curve
-from spinal_jax.metrics.depth import coherence
 from spinal_jax.stats.jackknife import Estimate, t_quantile
+from spinal_jax.stats.summary import Replicates, coherence
 
 
 class Weights(NamedTuple):
@@ -22,8 +20,6 @@ class Weights(NamedTuple):
 
 
 EQUAL = Weights()
-FLAT = 3.0  # standard errors of the path length below which a curve is flat within noise
-FEWEST = 4  # boundaries of the terminal block that coherence needs
 
 
 class Part(NamedTuple):
@@ -46,24 +42,10 @@ class Scored(NamedTuple):
 
 
 def coherence_of(trace: DepthTrace) -> Part:
-    """S_coh of one checkpoint: the mean of the coherences of alpha and of L over the terminal block."""
-    first, last = trace.terminal
-    both, reasons = [], []
-    for name in ("contraction", "transport"):
-        column = curve(trace, name)
-        found = column.of(lambda x: np.apply_along_axis(coherence, -1, x[..., first : last + 1]))
-        moved = column.of(lambda x: np.abs(np.diff(x[..., first : last + 1], axis=-1)).sum(axis=-1))
-        if last - first + 1 < FEWEST:
-            reasons.append(f"the terminal block has {last - first + 1} boundaries and coherence needs {FEWEST}")
-        elif math.isnan(float(moved.value)):
-            reasons.append(f"{name} is undefined in the terminal block")
-        elif float(moved.value) <= FLAT * float(moved.error):
-            reasons.append(f"{name} of {trace.model['name']} is flat within noise in the terminal block")
-        both.append(found)
-    mean = (both[0] + both[1]).scaled(0.5)
-    if reasons:
-        mean = Estimate(np.array(math.nan), np.full_like(mean.influence, np.nan), mean.share)
-    return Part(mean, "; ".join(dict.fromkeys(reasons)))
+    """S_coh of one checkpoint, and why it is undefined where it is."""
+    columns = {name: Replicates(*curve(trace, name)) for name in ("contraction", "transport")}
+    found = coherence(columns, trace.terminal)
+    return Part(found.estimate, f"{trace.model['name']}: {found.reason}" if found.reason else "")
 
 
 def combined(prompts: list[tuple[float, Part]], pairs: list[tuple[float, Part]]) -> Scored:

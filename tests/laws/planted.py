@@ -11,7 +11,7 @@ import numpy as np
 from spinal_jax.audit.trace import SECTIONS, DepthTrace
 from spinal_jax.comparison.compare import BothModels
 from spinal_jax.metrics.depth import terminal_block
-from spinal_jax.metrics.tail import EPS32, fitted_ranks, tail_slopes
+from spinal_jax.metrics.tail import EPS32, fitted_ranks, spike, tail_slopes
 
 WINDOW = (0.10, 0.50)
 WIDTH = 32
@@ -66,12 +66,14 @@ def trace_of(name: str, grams: np.ndarray, steps: np.ndarray) -> DepthTrace:
     replicates = {
         "contraction": tail_slopes(without, total, [WINDOW])[0],
         "effective_rank": without.sum(axis=-1) / without[..., 0],
+        "spike": spike(without),
         "transport": (steps.sum(axis=0) - steps) / (POSITIONS.sum() - POSITIONS)[:, None],
     }
     # Effective rank, entropy and curvature are stand-ins: any function of the rows, and of the steps, will do.
     columns = {
         "contraction": tail_slopes(whole, total, [WINDOW])[0],
         "effective_rank": whole.sum(axis=-1) / whole[..., 0],
+        "spike": spike(whole),
         "transport": steps.sum(axis=0) / POSITIONS.sum(),
     }
     columns["transport"][0] = replicates["transport"][:, 0] = np.nan

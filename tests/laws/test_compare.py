@@ -231,7 +231,9 @@ def changed(trace: DepthTrace, section: str, **values: Any) -> DepthTrace:
         ("prompts", {"max_length": 99}, ["max_length", "99", "128"]),
         ("prompts", {"tokens": 5}, ["tokens", "5", "tokenizer"]),
         ("prompts", {"rows": 5}, ["rows", "5", "tokenizer"]),
-        ("model", {"vocabulary": 100}, ["vocabulary", "100", "99", "tokenizer"]),
+        ("model", {"vocabulary_tokens": 98}, ["the vocabulary's tokens", "98", "99", "that they share"]),
+        ("model", {"vocabulary_sha256": "ef"}, ["the vocabulary's sha256", "'cd'", "'ef'"]),
+        ("settings", {"terminal": "last:4"}, ["the setting terminal", "'third'", "'last:4'"]),
         ("arrays", {"groups/rows": np.arange(1.0, 17)}, ["rows by group", "tokenizer"]),
         ("arrays", {"groups/positions": np.arange(1.0, 17)}, ["positions by group", "tokenizer"]),
     ],
@@ -419,12 +421,12 @@ def test_a_flat_curve_has_no_coherence(pair: Pair, both: BothModels) -> None:
     ]
     summary = compare_traces(level[0], level[1], both).summary
     assert math.isnan(summary["coherence"])
-    assert summary["undefined"]["coherence"] == "contraction of aligned is flat within noise in the terminal block"
+    assert summary["undefined"]["coherence"] == "aligned: contraction is flat within noise in the terminal block"
     assert "flat within noise" in summary["undefined"]["spinal_score"]
     assert math.isnan(summary["spinal_gain"])
     ((short, reference),) = simulated(flat(6), 1, seed=6)
     few = compare_traces(short, reference).summary["undefined"]["coherence"]
-    assert few == "the terminal block has 2 boundaries and coherence needs 4"
+    assert few == "aligned: the terminal block has 2 boundaries and coherence needs 4"
 
 
 def test_evidence_that_falls_short_is_told(pair: Pair) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 import spinal_jax
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.trace import save_trace
+from spinal_jax.comparison import checkpoints
 from spinal_jax.comparison.checkpoints import MeasuredPair, measure_checkpoints
 from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.comparison.score import Weights
 from spinal_jax.config import AuditConfig, CompareConfig, build
+from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
 
@@ -176,30 +179,42 @@ def test_tokenizers_that_differ_are_refused_before_weights_are_loaded(monkeypatc
         measure_checkpoints(asked(OTHER, BASE), TEXTS)
 
 
-def test_vocabularies_that_differ_are_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def fewer(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The second vocabulary that is read lacks its last `count` tokens."""
+    really, seen = Vocabulary.of, []
+
+    def of(tokenizer: Any, rows: int) -> Vocabulary:
+        whole = really(tokenizer, rows)
+        seen.append(whole)
+        return whole if len(seen) != 2 else Vocabulary(dict(list(whole.token_of.items())[:-count]), rows)
+
+    monkeypatch.setattr(checkpoints, "Vocabulary", SimpleNamespace(of=of))
+
+
+def test_different_vocabularies_are_compared_over_the_tokens_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure_checkpoints(asked(OTHER, BASE), TEXTS)
+    fewer(monkeypatch, 2)
+    pair = measure_checkpoints(asked(OTHER, BASE), TEXTS)
+    assert pair.left_out == (2, 0)
+    tokens = whole.aligned.model["vocabulary_tokens"] - 2
+    assert [trace.model["vocabulary_tokens"] for trace in (pair.aligned, pair.reference)] == [tokens, tokens]
+    assert pair.aligned.model["vocabulary_sha256"] != whole.aligned.model["vocabulary_sha256"]
+    result = compare_traces(pair.aligned, pair.reference, pair.both, left_out=pair.left_out)
+    assert result.summary["vocabulary"] == {"tokens": tokens, "left_out_aligned": 2, "left_out_reference": 0}
+    assert any(f"over the {tokens} tokens that both vocabularies share: 2 of" in line for line in result.warnings)
+    np.testing.assert_array_equal(pair.aligned.columns["contraction"], whole.aligned.columns["contraction"])
+    assert not np.array_equal(pair.aligned.columns["entropy"], whole.aligned.columns["entropy"])
+    with pytest.raises(UserError, match=r"the vocabulary's tokens is .* measures both over the tokens that they share"):
+        compare_traces(pair.aligned, whole.reference)
+
+
+def test_vocabularies_that_share_too_little_are_refused_before_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pipeline, "load", loaded)
-    really = pipeline.opened
-
-    def opened(config: Any) -> Any:
-        return Padded(really(config)) if config.source == BASE else really(config)
-
-    monkeypatch.setattr(pipeline, "opened", opened)
-    with pytest.raises(UserError, match=r"vocabulary of (\d+) tokens .* one of (?!\1)\d+; only checkpoints that share"):
+    fewer(monkeypatch, 20)
+    with pytest.raises(UserError, match=r"leaves out .* of one; only checkpoints that share 99% of their tokens"):
         measure_checkpoints(asked(OTHER, BASE), TEXTS)
-
-
-class Padded:
-    """An opened checkpoint whose vocabulary is longer by 64."""
-
-    def __init__(self, inner: Any):
-        self.inner = inner
-
-    def __enter__(self) -> Any:
-        checkpoint, family, decoder = self.inner.__enter__()
-        return checkpoint, family, dataclasses.replace(decoder, vocab_size=decoder.vocab_size + 64)
-
-    def __exit__(self, *error: object) -> Any:
-        return self.inner.__exit__(*error)
 
 
 @pytest.mark.parametrize(
