@@ -3,6 +3,7 @@
 trace = spinal_jax.audit("FOLDER")                 # a DepthTrace
 trace.columns["contraction"], trace.interval("transport")
 spinal_jax.compare(aligned, reference)             # of two traces or two checkpoints, a Comparison
+spinal_jax.attribute(["runs/dpo-*"], ["runs/shuffled-*"])   # of several runs against controls, an Attribution
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from spinal_jax.api import audit, load_model
     from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
+    from spinal_jax.comparison.attribution import Attribution, attribute, load_attribution
     from spinal_jax.comparison.compare import BothModels
     from spinal_jax.comparison.flow import compare
     from spinal_jax.comparison.record import Comparison, load_comparison, save_comparison
@@ -26,16 +28,19 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Attribution",
     "BothModels",
     "Comparison",
     "DepthTrace",
     "Tap",
     "UserError",
     "__version__",
+    "attribute",
     "audit",
     "collect",
     "compare",
     "fold",
+    "load_attribution",
     "load_comparison",
     "load_model",
     "load_trace",
@@ -49,6 +54,7 @@ _LAZY = {
     **dict.fromkeys(("DepthTrace", "load_trace", "save_trace"), "spinal_jax.audit.trace"),
     "BothModels": "spinal_jax.comparison.compare",
     "compare": "spinal_jax.comparison.flow",
+    **dict.fromkeys(("Attribution", "attribute", "load_attribution"), "spinal_jax.comparison.attribution"),
     **dict.fromkeys(("Comparison", "load_comparison", "save_comparison"), "spinal_jax.comparison.record"),
     **dict.fromkeys(("Tap", "collect", "fold"), "spinal_jax.models.decoder"),
 }

@@ -1,5 +1,6 @@
 """All commands: importing this module enters them into the registry, in the order in which help lists them."""
 
+from spinal_jax.cli import attribution_job as attribution_job
 from spinal_jax.cli import checkpoint_jobs as checkpoint_jobs
 from spinal_jax.cli import jobs as jobs
 from spinal_jax.cli.registry import COMMANDS as COMMANDS

@@ -115,7 +115,7 @@ def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, t
         total = np.asarray(trace.arrays.get(f"{prefix}rows", trace.prompts["rows"]))
         rest = [window for window in WINDOWS if window != own]
         windows = [own, *rest] if name else rest
-        count, resolution = int(total), trace.settings["resolution"]
+        count, resolution = int(total.item()), trace.settings["resolution"]
         alphas = tail_slopes(trace.arrays[f"{prefix}singular_values"], count, windows, resolution)
         without = _replicates(f"{prefix}groups/singular_values", sizes, trace, other)
         if without is None:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from spinal_jax.report.attribution import render_attribution, write_attribution_report
 from spinal_jax.report.comparison import is_comparison, render_comparison_report, write_comparison_report
 from spinal_jax.report.figures import curve_figure, depth_figure, entropy_figure, save_figures, spectra_figure
 from spinal_jax.report.page import render_report, write_report
@@ -15,11 +16,13 @@ __all__ = [
     "draw_report",
     "entropy_figure",
     "load_training_run",
+    "render_attribution",
     "render_comparison_report",
     "render_report",
     "render_training_report",
     "save_figures",
     "spectra_figure",
+    "write_attribution_report",
     "write_comparison_report",
     "write_report",
     "write_training_report",
@@ -34,4 +37,6 @@ def draw_report(folder: str | os.PathLike[str]) -> Path:
     """
     if is_training_run(folder):
         return write_training_report(folder)
+    if (Path(folder) / "attribution.json").is_file():
+        return write_attribution_report(folder)
     return write_comparison_report(folder) if is_comparison(folder) else write_report(folder)

@@ -36,6 +36,9 @@ PARTS = (
         "others",
         "summary.md",
         "plan.json",
+        "attribution.json",
+        "attribution.csv",
+        "effects.csv",
     ),
 )
 PROGRESS = "progress"  # what an audit has saved on its way

@@ -30,16 +30,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: Path) -
 
 
 def moved(trace: DepthTrace, by: float, name: str) -> DepthTrace:
-    """The trace with a contraction that differs at the last boundary, by a little more or less in each group."""
+    """The trace with steeper spectra at the last boundary, in every setting, by a little more or less in each group."""
     rng = np.random.default_rng(0)
-    alpha, without = trace.columns["contraction"].copy(), trace.arrays["groups/contraction"].copy()
+    arrays = dict(trace.arrays)
+    for key in (key for key in arrays if key.endswith("singular_values")):
+        spectra = np.array(arrays[key], np.float64)
+        spectra[..., -1, :] *= np.arange(1.0, spectra.shape[-1] + 1) ** -by
+        arrays[key] = spectra
+    alpha, without = trace.columns["contraction"].copy(), arrays["groups/contraction"].copy()
     alpha[-1] += by
     without[:, -1] += by * (1 + 0.01 * rng.normal(size=len(without)))
     return replace(
         trace,
         model={**trace.model, "name": name, "sha256": name},
         columns={**trace.columns, "contraction": alpha},
-        arrays={**trace.arrays, "groups/contraction": without},
+        arrays={**arrays, "groups/contraction": without},
     )
 
 

@@ -1,0 +1,210 @@
+# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
+"""The page of an attribution: verdict, figure of all runs, effects, boundaries and correlations, from saved files."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from spinal_jax.comparison.attribution import NUMBERS, Attribution, load_attribution
+from spinal_jax.files import write_whole
+from spinal_jax.report.cells import ends
+from spinal_jax.report.comparison_figures import COLOURS
+from spinal_jax.report.figures import BLUE, HEIGHT, INK, MUTED, SHADE, VERMILLION, WIDTH, png_bytes, styled, svg_text
+from spinal_jax.report.inline import inline
+from spinal_jax.report.sections import (
+    Block,
+    Cell,
+    Page,
+    Picture,
+    Pictures,
+    Points,
+    Section,
+    Table,
+    Text,
+    Tile,
+    Tiles,
+    number_key,
+    render,
+)
+from spinal_jax.stats.jackknife import t_quantile
+from spinal_jax.wording import number, plus_minus
+
+ARMS = (("aligned", BLUE, "o"), ("control", VERMILLION, "s"), ("beside", COLOURS["gradient_norm"], "^"))
+LIMITS = (
+    "It holds for this base, these prompts and this training budget, and for runs that differ by seed alone.",
+    "The margin says how far a single control run moves by itself; another margin may be set with margin=.",
+)
+
+
+def write_attribution_report(folder: str | os.PathLike[str]) -> Path:
+    """Draws figures/runs.png and .svg, summary.md and report.html of an attribution's run folder from its saved files,
+    and returns the page's path. UserError where the folder holds none."""
+    folder = Path(folder)
+    found = load_attribution(folder)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    figure = runs_figure(found)
+    write_whole(folder / "figures" / "runs.png", png_bytes(figure))
+    write_whole(folder / "figures" / "runs.svg", svg_text(figure, "runs").encode())
+    write_whole(folder / "summary.md", attribution_markdown(found).encode("utf-8"))
+    page = folder / "report.html"
+    write_whole(page, render_attribution(found).encode("utf-8", errors="xmlcharrefreplace"))
+    return page
+
+
+@styled
+def runs_figure(found: Attribution) -> Figure:
+    """Delta_align of every run, a row an arm, with each arm's mean and its 95 % interval, and the margin shaded; below,
+    the effect with its interval."""
+    arms = [arm for arm in ARMS if len(found.arm(arm[0], "delta_align"))]
+    figure = Figure(figsize=(WIDTH, 0.55 * HEIGHT + 0.45 * len(arms)), layout="constrained")
+    axes = figure.subplots()
+    main = found.effects["delta_align"]
+    if math.isfinite(main["margin"]):
+        axes.axvspan(-main["margin"], main["margin"], color=SHADE, lw=0, zorder=0)
+    axes.axvline(0, color=INK, lw=0.8)
+    for row, (arm, colour, marker) in enumerate(arms):
+        values = found.arm(arm, "delta_align")
+        at = len(arms) - row
+        spread = 0.12 * np.cos(np.pi * np.arange(len(values)))
+        axes.plot(values, at + spread, color=colour, marker=marker, ls="", markersize=5, alpha=0.75)
+        mean = values.mean()
+        axes.plot([mean], [at - 0.3], color=INK, marker="D", markersize=5)
+        if len(values) > 1:
+            half = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+            axes.plot([mean - half, mean + half], [at - 0.3] * 2, color=INK, lw=1.4)
+    axes.plot([main["low"], main["high"]], [0, 0], color=INK, lw=2.2)
+    axes.plot([main["effect"]], [0], color=INK, marker="D", markersize=7)
+    axes.set_yticks(range(len(arms) + 1), ["effect", *(arm for arm, *_ in reversed(arms))])
+    axes.set_ylim(-0.6, len(arms) + 0.5)
+    axes.set_xlabel("Δ align;  ◆ mean, 95 % interval;  shaded: margin of a control run", color=MUTED, fontsize=9)
+    return figure
+
+
+def render_attribution(found: Attribution) -> str:
+    """The page as text: equal attributions give equal text."""
+    figure = runs_figure(found)
+    main = found.effects["delta_align"]
+    counts = {arm: sum(run["arm"] == arm for run in found.runs) for arm, *_ in ARMS}
+    first = Tiles(
+        [
+            Tile(
+                "Effect on Δ align",
+                *_halved(main["effect"], main["high"] - main["effect"]),
+                note="95 % interval, Welch",
+            ),
+            Tile("Margin", number(main["margin"]), note="of a control run"),
+            Tile("p", number(main["p_value"], 2), note="permutation of runs"),
+            Tile("d of seeds", number(main["d_seed"]), note="mean over sd of aligned runs"),
+            Tile("Runs", f"{counts['aligned']} and {counts['control']}", note="aligned and control"),
+        ]
+    )
+    caption = "Every run: Δ align against the base, with the means of the arms, their difference and the margin."
+    sections = [
+        Section("All effects", [_effects(found)], unfolded=True),
+        Section(
+            "Geometry and behaviour", [Points([c["sentence"] for c in found.correlations.values() if c["runs"] > 4])]
+        ),
+        Section("Boundary by boundary", _boundaries(found)),
+        Section("All runs", [_runs(found)]),
+        Section("Caveats", [Points([*found.warnings, *LIMITS])]),
+    ]
+    return render(
+        Page(
+            title=f"Attribution: {found.verdict}",
+            kicker="Attribution · several runs against controls",
+            heading=found.verdict[0].upper() + found.verdict[1:],
+            answer=[Text(found.sentence, "lead"), first],
+            glance=[Pictures([Picture("runs", inline(figure, "runs", []), caption)])],
+            sections=sections,
+            footer="The same numbers are in attribution.json, attribution.csv and effects.csv beside this file.",
+        )
+    )
+
+
+def _correlations(found: Attribution) -> list[str]:
+    return [str(each["sentence"]) for each in found.correlations.values() if math.isfinite(each["value"])]
+
+
+def _halved(value: float, half: float) -> tuple[str, str]:
+    text, _, rest = plus_minus(value, half).partition(" ± ")
+    return text, rest
+
+
+def _cell(value: float) -> Cell:
+    return Cell(number(value), number_key(value))
+
+
+def _effects(found: Attribution) -> Table:
+    rows, keys = [], []
+    for name, (title, unit) in NUMBERS.items():
+        effect = found.effects[name]
+        if not math.isfinite(effect["effect"]):
+            continue
+        keys.append(f"{title} ({unit})" if unit else title)
+        means = [_cell(effect[f"mean_{arm}"]) for arm in ("aligned", "control")]
+        interval = Cell(ends(effect["low"], effect["high"]), number_key(effect["low"]))
+        rows.append(
+            [*means, _cell(effect["effect"]), interval, Cell(number(effect["p_value"], 2)), _cell(effect["d_seed"])]
+        )
+    head = [
+        ("mean aligned", ""),
+        ("mean control", ""),
+        ("effect", ""),
+        ("95 % interval", ""),
+        ("p", ""),
+        ("d of seeds", ""),
+    ]
+    return Table("Effects on every number", "number", head, keys, rows, in_order=False)
+
+
+def _boundaries(found: Attribution) -> list[Block]:
+    blocks: list[Block] = [Text("p by permutation of runs; p (Holm) after Holm’s correction over boundaries.", "note")]
+    head = [("effect", ""), ("95 % interval", ""), ("p", ""), ("p (Holm)", "")]
+    for name, column in found.boundaries.items():
+        rows = [
+            [
+                _cell(column["effect"][at]),
+                Cell(ends(column["low"][at], column["high"][at]), number_key(column["low"][at])),
+                Cell(number(column["p"][at], 2), number_key(column["p"][at])),
+                Cell(number(column["p_holm"][at], 2), number_key(column["p_holm"][at])),
+            ]
+            for at in range(len(column["effect"]))
+        ]
+        blocks.append(
+            Table(f"Effect on {name.replace('_', ' ')}", name.replace("_", " "), head, range(len(rows)), rows)
+        )
+    return blocks
+
+
+def _runs(found: Attribution) -> Table:
+    shown = [name for name in NUMBERS if any(math.isfinite(run[name]) for run in found.runs)]
+    head = [("arm", ""), *((NUMBERS[name][0], NUMBERS[name][1]) for name in shown)]
+    rows = [[Cell(run["arm"], run["arm"]), *(_cell(run[name]) for name in shown)] for run in found.runs]
+    return Table("All runs", "run", head, [Path(run["folder"]).name for run in found.runs], rows, in_order=False)
+
+
+def attribution_markdown(found: Attribution) -> str:
+    """A Markdown section for a model card: verdict, effects with intervals, correlations, caveats."""
+    lines = [f"## Attribution of the alignment footprint (SPINAL): {found.verdict}", "", found.sentence, ""]
+    lines += [
+        "| number | aligned | control | effect | 95 % interval | p |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, (title, unit) in NUMBERS.items():
+        effect = found.effects[name]
+        if math.isfinite(effect["effect"]):
+            title = f"{title} ({unit})" if unit else title
+            title = title.replace("|", "\\|")
+            numbers = " | ".join(number(effect[key]) for key in ("mean_aligned", "mean_control", "effect"))
+            lines.append(
+                f"| {title} | {numbers} | {ends(effect['low'], effect['high'])} | {number(effect['p_value'], 2)} |"
+            )
+    lines.append("")
+    lines += [f"- {line}" for line in _correlations(found)]
+    lines += [f"- {line}" for line in (*found.warnings, *LIMITS)]
+    return "\n".join(lines) + "\n"
