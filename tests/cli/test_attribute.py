@@ -49,7 +49,7 @@ def test_runs_become_a_run_folder_with_a_page(spinal: Spinal, runs: Path, tmp_pa
     assert "attributable" in (tmp_path / "out" / "summary.md").read_text()
     assert json.loads((tmp_path / "out" / "attribution.json").read_text())["verdict"] == "attributable"
     same = spinal_jax.attribute([str(runs / "dpo-*")], [str(runs / "shuffled-*")])
-    assert same.effects == spinal_jax.load_attribution(tmp_path / "out").effects
+    assert same.sentence == spinal_jax.load_attribution(tmp_path / "out").sentence
     short = spinal("attribute", *arms, "assert.verdict=equivalent", "hydra.run.dir=short")
     assert short.code == 3
     assert "the verdict is 'attributable', not 'equivalent'" in short.err

@@ -91,7 +91,7 @@ def test_more_runs_are_ranked(spinal: Spinal, runs: Path, tmp_path: Path) -> Non
     assert spinal("compare", *both, others, "hydra.run.dir=out").code == 0
     names = [row["aligned"] for row in json.loads((tmp_path / "out" / "ranking.json").read_text())["rows"]]
     assert names == ["tuned", "tiny", "other"]
-    assert load_comparison(tmp_path / "out" / "others" / "1").verdict == "expansion"
+    assert load_comparison(tmp_path / "out" / "others" / "1").verdict == "toward expansion"
     own, called = f"other_references=[{runs / 'other'},{runs / 'tuned'}]", "names=[best,same,least]"
     assert spinal("compare", *both, others, own, called, "hydra.run.dir=own").code == 0
     rows = json.loads((tmp_path / "own" / "ranking.json").read_text())["rows"]
