@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison.record": {*_JSON, "metrics.columns"},
     "comparison": {*_JSON, "metrics", "metrics.columns", "metrics.depth", "stats", "audit.trace", "comparison.record"},
     "runs": {*_JSON, "audit.trace", "comparison.record", "comparison"},
-    "report": {*_RECORDS, "comparison", "metrics.columns"},
+    "report": {*_RECORDS, "comparison", "metrics.columns", "stats"},
     "objectives": {"errors", "data", "config", "metrics", "models"},
     "comparison.preference_gradient": {"config", "metrics", "models", "objectives"},
     "comparison.checkpoints": {
