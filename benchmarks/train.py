@@ -177,7 +177,7 @@ def run_ours(args: argparse.Namespace, settings: dict[str, Any], traced: bool) -
         lora.attach(model, config.lora.rank, config.lora.alpha, config.lora.targets, 0)
     parts, parameters, fixed = split(model, config, mesh)
     del model
-    method, shape = optimizer(config.optimizer, stop), micro_shape(config, examples, stop, mesh)
+    method, shape = optimizer(config.optimizer, stop), micro_shape(config, decoder, examples, stop, mesh)
     steps = make_steps(
         parts, decoder, config.objective, method, dtype="float32", remat=config.remat or "all_but_linear"
     )

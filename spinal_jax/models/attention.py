@@ -24,6 +24,8 @@ class Layout(NamedTuple):
     """Who may look at whom, and the rotations: what every block of one forward shares."""
 
     segments: Array  # [B, T] which sequence of the row a token belongs to
+    positions: Array  # [B, T] its place in its own sequence
+    branches: Array | None  # [B, T] which continuation of a shared prompt it belongs to, 0: to all of its segment
     cos: Array  # [ropes, B, T, dim / 2], ropes is 0 where positions are learned; the last may turn by no angle
     sin: Array
     fused: bool  # whether cuDNN computes attention
@@ -60,9 +62,15 @@ def why_not_fused(config: DecoderConfig, dtype: jnp.dtype, backend: str) -> str 
 
 
 def layout(
-    config: DecoderConfig, positions: Array, segments: Array, lengths: Array, dtype: jnp.dtype, backend: str
+    config: DecoderConfig,
+    positions: Array,
+    segments: Array,
+    lengths: Array,
+    branches: Array | None,
+    dtype: jnp.dtype,
+    backend: str,
 ) -> Layout:
-    """The shared part of a forward in a dtype, for `positions`, `segments` and `lengths` of shape [B, T]."""
+    """The shared part of a forward in a dtype, for `positions`, `segments`, `lengths` and `branches` of shape [B, T]."""
     turns = [rotation(rope, positions, lengths) for rope in config.ropes]
     if turns and -1 in config.layer_rope:
         turns.append((jnp.ones_like(turns[0][0]), jnp.zeros_like(turns[0][1])))
@@ -74,7 +82,9 @@ def layout(
     cos = jnp.stack([c for c, _ in turns]) if turns else nothing
     sin = jnp.stack([s for _, s in turns]) if turns else nothing
     fused = why_not_fused(config, dtype, backend) is None
-    return Layout(segments=segments, cos=cos, sin=sin, fused=fused, growth=growth)
+    return Layout(
+        segments=segments, positions=positions, branches=branches, cos=cos, sin=sin, fused=fused, growth=growth
+    )
 
 
 def query_scale(config: DecoderConfig) -> float:
@@ -92,22 +102,46 @@ def per_layer(config: DecoderConfig) -> PerLayer:
     )
 
 
-def allowed(segments: Array, queries: Array, window: Array | None) -> Array:
+def allowed(
+    segments: Array,
+    queries: Array,
+    window: Array | None,
+    branches: Array | None = None,
+    positions: Array | None = None,
+) -> Array:
     """bool [B, Q, T]: the query at row position `queries` [Q] may attend to a position of the same sequence, not after
-    it, and less than `window` tokens back."""
+    it, and less than `window` tokens back.
+
+    With `branches` [B, T] a segment is a prompt (0) with several continuations (1, 2, ...), each of which sees the
+    prompt and itself; how far back a token lies is then counted in `positions` [B, T], not in the row.
+    """
     back = queries[:, None] - jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
-    near = back >= 0 if window is None else (back >= 0) & ((window == 0) | (back < window))
-    return near & (segments[:, queries, None] == segments[:, None, :])
+    seen = (back >= 0) & (segments[:, queries, None] == segments[:, None, :])
+    if branches is not None:
+        assert positions is not None
+        seen &= (branches[:, None, :] == 0) | (branches[:, queries, None] == branches[:, None, :])
+        back = positions[:, queries, None] - positions[:, None, :]
+    return seen if window is None else seen & ((window == 0) | (back < window))
 
 
 def attend(
-    q: Array, k: Array, v: Array, segments: Array, *, window: Array | None, scale: Array | float, softcap: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    *,
+    window: Array | None,
+    scale: Array | float,
+    softcap: float | None,
+    branches: Array | None = None,
+    positions: Array | None = None,
 ) -> Array:
     """Softmax attention.
 
     Args:
         q: [B, T, H, hd]; k: [B, T, K, hd]; v: [B, T, K, vd], where K divides H and head h reads key head h // (H / K).
         segments: [B, T]; window: scalar or None; scale: of the scores; softcap: of the scores, if any.
+        branches, positions: [B, T] of prompts with several continuations (`allowed`), or None.
 
     Returns:
         [B, T, H, vd]
@@ -125,7 +159,8 @@ def attend(
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         count = part.shape[3]
-        mask = allowed(segments, start + jnp.arange(count, dtype=jnp.int32), window)[:, None, None]
+        queries = start + jnp.arange(count, dtype=jnp.int32)
+        mask = allowed(segments, queries, window, branches, positions)[:, None, None]
         scores = scores.reshape(batch, kv_heads, -1, count, length)
         weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
         out = jnp.einsum("bkqt,bkth->bkqh", weights.reshape(batch, kv_heads, -1, length), v)
@@ -139,15 +174,25 @@ def attend(
     return jnp.moveaxis(blocks, 0, 1).reshape(batch, length, heads, -1)
 
 
-def attend_fused(q: Array, k: Array, v: Array, segments: Array, *, window: Array | None, scale: float) -> Array:
+def attend_fused(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    *,
+    window: Array | None,
+    scale: float,
+    branches: Array | None = None,
+    positions: Array | None = None,
+) -> Array:
     """`attend` by cuDNN, in bfloat16 or float16."""
     by_cudnn = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
 
     def masked(q: Array, k: Array, v: Array) -> Array:
-        mask = allowed(segments, jnp.arange(segments.shape[1], dtype=jnp.int32), window)
+        mask = allowed(segments, jnp.arange(segments.shape[1], dtype=jnp.int32), window, branches, positions)
         return by_cudnn(q, k, v, mask=mask[:, None])
 
-    if window is not None:
+    if window is not None or branches is not None:
         return masked(q, k, v)
     # Padding lies behind the sequence of a row, where it is seen by nothing that counts.
     single = jnp.all((segments == segments[:, :1]) | (segments == 0))
@@ -198,8 +243,28 @@ class Attention(nnx.Module):
         if shared.growth is not None:
             q = q * shared.growth[..., None, None].astype(q.dtype)
         v, window = split(self.value(x), None), layer.window if any(config.windows) else None
+        branches, positions = shared.branches, shared.positions
         if shared.fused:
-            out = attend_fused(q, k, v, shared.segments, window=window, scale=query_scale(config))
+            out = attend_fused(
+                q,
+                k,
+                v,
+                shared.segments,
+                window=window,
+                scale=query_scale(config),
+                branches=branches,
+                positions=positions,
+            )
         else:
-            out = attend(q, k, v, shared.segments, window=window, scale=layer.scale, softcap=config.attention_softcap)
+            out = attend(
+                q,
+                k,
+                v,
+                shared.segments,
+                window=window,
+                scale=layer.scale,
+                softcap=config.attention_softcap,
+                branches=branches,
+                positions=positions,
+            )
         return self.out(out.reshape(*x.shape[:2], -1))

@@ -136,6 +136,7 @@ class Decoder(nnx.Module):
         positions: Array | None = None,
         segments: Array | None = None,
         lengths: Array | None = None,
+        branches: Array | None = None,
         remat: Remat = "none",
         backend: str | None = None,
     ) -> tuple[Array, Any]:
@@ -149,6 +150,8 @@ class Decoder(nnx.Module):
             segments: int [B, T], equal for tokens of one sequence; tokens attend within theirs. Default: one per row.
             lengths: int [B, T], how many tokens the token's sequence has (only the `dynamic` and `longrope` rope
                 scalings ask). Default T.
+            branches: int [B, T], which continuation of its segment's prompt a token belongs to; 0 for the prompt, which
+                all of them share. Default: no segment has more than one.
             remat: what the backward pass computes again instead of keeping it: nothing, all but the results of linear
                 layers, or whole blocks.
             backend: the kind of device that this is for, by which attention is computed; None: JAX's default.
@@ -173,7 +176,8 @@ class Decoder(nnx.Module):
                 h = h * jnp.asarray(config.embed_scale, h.dtype)  # rounded to the compute dtype first, as Gemma does
             if self.positions is not None:
                 h = h + look_up(self.positions[...], positions)
-            shared = layout(config, positions, segments, lengths, h.dtype, backend or jax.default_backend())
+            at = backend or jax.default_backend()
+            shared = layout(config, positions, segments, lengths, branches, h.dtype, at)
             state = None
             if tap is not None:
                 state = tap.init(jax.ShapeDtypeStruct(h.shape, h.dtype), config.depth + 1)

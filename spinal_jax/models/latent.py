@@ -63,5 +63,7 @@ class MultiHeadLatentAttention(nnx.Module):
             window=None,
             scale=layer.scale,
             softcap=None,
+            branches=shared.branches,
+            positions=shared.positions,
         )
         return self.out(out.reshape(*x.shape[:2], -1))

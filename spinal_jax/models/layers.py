@@ -21,12 +21,11 @@ class Linear(nnx.Module):
     def __init__(self, out: int, width: int, *, bias: bool, lead: tuple[int, ...] = (), rngs: nnx.Rngs):
         self.weight = nnx.Param(normal(rngs, (*lead, out, width)))
         self.bias = nnx.Param(jnp.zeros((*lead, out), jnp.float32)) if bias else None
-        self.adapter: Callable[[Array], Array] | None = nnx.data(None)
+        self.adapter: Callable[[Array, Array], Array] | None = nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-        if self.adapter is not None:
-            y = y + self.adapter(x)
+        weight = self.weight[...]
+        y = jnp.einsum("...i,oi->...o", x, weight) if self.adapter is None else self.adapter(x, weight)
         return y if self.bias is None else y + self.bias[...]
 
 

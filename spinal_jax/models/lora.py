@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,51 @@ ALIASES = {
 ALL = "all-linear"
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def adapted(scale: float, x: Array, weight: Array, a: Array, b: Array) -> Array:
+    """`x (W + scale B A)^T` [..., out] for a frozen weight, in float32.
+
+    The sum `W + scale B A` is made once a call, so that the forward pass costs no more than that of the base and a
+    product of two small matrices. No gradient flows to W: the backward pass has the one large product for x, and four
+    with the rank as one side for A and B.
+
+    Args:
+        scale: alpha / rank.
+        x: [..., in]
+        weight: W [out, in], frozen.
+        a: A [rank, in]
+        b: B [out, rank]
+    """
+    return _adapted_forward(scale, x, weight, a, b)[0]
+
+
+def _adapted_forward(
+    scale: float, x: Array, weight: Array, a: Array, b: Array
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    return jnp.einsum("...i,oi->...o", x, _merged(scale, weight, a, b), precision="highest"), (x, weight, a, b)
+
+
+def _adapted_backward(
+    scale: float, saved: tuple[Array, Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, Array, Array]:
+    x, weight, a, b = saved
+    # Said here, not left to `jax.default_matmul_precision`, because a custom backward pass is traced outside of it.
+    product = partial(jnp.einsum, precision="highest")
+    to_x = product("...o,oi->...i", gradient, _merged(scale, weight, a, b))
+    to_a = product("...r,...i->ri", product("...o,or->...r", gradient, b), x) * scale
+    to_b = product("...o,...r->or", gradient, product("...i,ri->...r", x, a)) * scale
+    return to_x, jnp.zeros_like(weight), to_a, to_b
+
+
+def _merged(scale: float, weight: Array, a: Array, b: Array) -> Array:
+    return weight + jnp.einsum("or,ri->oi", b * scale, a, precision="highest")
+
+
+adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
 class Adapter(nnx.Module):
-    """`scale * x A^T B^T` for x [..., in]; A is [..., rank, in], B [..., out, rank]."""
+    """Adds `scale * x A^T B^T` to `x W^T`, x [..., in]; A is [..., rank, in], B [..., out, rank], W [..., out, in]."""
 
     def __init__(self, weight: Array, rank: int, scale: float, rngs: nnx.Rngs):
         *lead, out, width = weight.shape
@@ -42,8 +86,14 @@ class Adapter(nnx.Module):
         self.b = nnx.LoRAParam(jnp.zeros((*lead, out, rank), weight.dtype))
         self.scale = scale
 
-    def __call__(self, x: Array) -> Array:
-        return jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, self.a[...]), self.b[...]) * self.scale
+    def __call__(self, x: Array, weight: Array) -> Array:
+        """`x (W + scale B A)^T`. In less than float32 the sum would be rounded to the weight's precision, which hides
+        small adapters, and the two products stay apart."""
+        a, b = self.a[...], self.b[...]
+        if x.dtype == jnp.float32:
+            return adapted(self.scale, x, weight, a, b)
+        low = jnp.einsum("...i,ri->...r", x, a) * self.scale
+        return jnp.einsum("...i,oi->...o", x, weight) + jnp.einsum("...r,or->...o", low, b)
 
     def delta(self) -> Array:
         """What it adds to the weight, [..., out, in] float32."""

@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from spinal_jax.models.decoder import Decoder
 from spinal_jax.objectives.responses import ResponseBatch
-
-# Logits that exist at a time: about what a CPU's caches hold, enough to fill the machine elsewhere.
-LOGIT_BYTES = {"cpu": 2**25}
-LOGIT_BYTES_ELSEWHERE = 2**29
+from spinal_jax.objectives.token_scores import TokenScores, token_scores
 
 
 class Scores(NamedTuple):
@@ -30,86 +28,69 @@ class Scores(NamedTuple):
     correct: Array  # tokens that were the likeliest
 
 
-def sequence_scores(read: Callable[[Array], Array], h: Array, batch: ResponseBatch, vocab: int) -> Scores:
-    """Log-probabilities of responses, a few positions at a time: no [.., T, V] logits exist, nor are any kept for the
-    backward pass.
+def sequence_scores(model: Decoder, h: Array, batch: ResponseBatch, trains_lens: bool = True) -> Scores:
+    """Sums over the response tokens of each sequence.
 
     Args:
-        read: logits float32 [..., V] from the residual stream [..., d] (`Decoder.lens`).
+        model: whose final norm and unembedding read the logits.
         h: [R, T, d] the residual stream at the last boundary.
         batch: which positions predict which tokens of which sequence.
-        vocab: V, which sets how many positions are read at a time.
+        trains_lens: whether the gradient of the unembedding is wanted.
     """
-    rows, length = batch.targets.shape
-    budget = LOGIT_BYTES.get(jax.default_backend(), LOGIT_BYTES_ELSEWHERE)
-    chunk = max(1, min(length, budget // (4 * vocab * rows)))
-    count = -(-length // chunk)
-    chunk = -(-length // count)  # even chunks
+    with model.precision():
+        x = model.final_norm(jnp.take_along_axis(h, batch.predicting[..., None], axis=1))
+        by_token: TokenScores = token_scores(trains_lens, model.head(), x, batch.targets, batch.weight)
 
-    def chunks(x: Array) -> Array:  # [R, T, ...] -> [count, R, chunk, ...]
-        padded = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(padded.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)
+    def by_sequence(values: Array) -> Array:
+        return jax.ops.segment_sum((values * batch.weight).ravel(), batch.owner.ravel(), batch.sequences)
 
-    @jax.checkpoint
-    def some(x: Array, targets: Array, owner: Array, weight: Array) -> Scores:
-        z = read(x)  # [R, chunk, V]
-        still = jax.lax.stop_gradient(z)
-        top = jnp.max(still, axis=-1, keepdims=True)
-        mass = jnp.sum(jnp.exp(z - top), axis=-1)
-        log_mass = jnp.log(mass)
-        target = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-        logp = target - top[..., 0] - log_mass
-        moment = jnp.sum(jnp.exp(still - top) * (still - top), axis=-1) / jax.lax.stop_gradient(mass)
-        per_token = Scores(
-            logp,
-            jax.lax.stop_gradient(log_mass) - moment,
-            jnp.mean(still, axis=-1),
-            (jax.lax.stop_gradient(target) >= top[..., 0]).astype(jnp.float32),
-        )
-        return jax.tree.map(
-            lambda x: jax.ops.segment_sum((x * weight).ravel(), owner.ravel(), batch.sequences), per_token
-        )
-
-    nothing = Scores(*(jnp.zeros(batch.sequences, jnp.float32) for _ in Scores._fields))
-
-    def step(total: Scores, part: tuple[Array, Array, Array, Array]) -> tuple[Scores, None]:
-        # Positions that predict come first in a row, so whole chunks are empty behind them.
-        found = jax.lax.cond(jnp.any(part[-1] > 0), some, lambda *_: nothing, *part)
-        return jax.tree.map(jnp.add, total, found), None
-
-    x = jnp.take_along_axis(h, batch.predicting[..., None], axis=1)
-    parts = (chunks(x), chunks(batch.targets), chunks(batch.owner), chunks(batch.weight))
-    return jax.lax.scan(step, nothing, parts)[0]
+    return Scores(
+        logp=by_sequence(by_token.logp),
+        entropy=by_sequence(by_token.entropy),
+        logit=by_sequence(by_token.logit),
+        correct=by_sequence(by_token.correct),
+    )
 
 
 def sigmoid(x: Array, chosen: Array, rejected: Array, beta: float, smoothing: float) -> Array:
-    """DPO: `-log sigmoid(beta x)`."""
+    """The DPO loss [P], `-log sigmoid(beta x)`. Rafailov et al. 2023 (arXiv 2305.18290).
+
+    Args, of all losses below:
+        x: [P] log-ratio of the chosen response minus that of the rejected, `log p - log p_ref` each, nats.
+        chosen: [P] log-ratio of the chosen response per token.
+        rejected: [P] log-ratio of the rejected response per token.
+        beta: strength of the pull towards the reference, above 0.
+        smoothing: probability that a label is wrong, in [0, 0.5).
+    """
     return -jax.nn.log_sigmoid(beta * x)
 
 
 def cdpo(x: Array, chosen: Array, rejected: Array, beta: float, smoothing: float) -> Array:
-    """Conservative DPO: the label is wrong with probability `smoothing`. Mitchell 2023, "A note on DPO with noisy
-    preferences"."""
+    """The conservative DPO loss [P]: the label is wrong with probability e = `smoothing`,
+    `-(1 - e) log sigmoid(beta x) - e log sigmoid(-beta x)`. Mitchell 2023, "A note on DPO with noisy preferences".
+    Arguments as in `sigmoid`."""
     return -(1 - smoothing) * jax.nn.log_sigmoid(beta * x) - smoothing * jax.nn.log_sigmoid(-beta * x)
 
 
 def robust(x: Array, chosen: Array, rejected: Array, beta: float, smoothing: float) -> Array:
-    """Robust DPO, unbiased where labels are flipped with probability `smoothing` (arXiv 2403.00409)."""
+    """The robust DPO loss [P], unbiased where labels are flipped with probability e = `smoothing`:
+    `(-(1 - e) log sigmoid(beta x) + e log sigmoid(-beta x)) / (1 - 2 e)` (arXiv 2403.00409). Arguments as in
+    `sigmoid`."""
     kept, flipped = -jax.nn.log_sigmoid(beta * x), -jax.nn.log_sigmoid(-beta * x)
     return ((1 - smoothing) * kept - smoothing * flipped) / (1 - 2 * smoothing)
 
 
 def ipo(x: Array, chosen: Array, rejected: Array, beta: float, smoothing: float) -> Array:
-    """IPO (arXiv 2310.12036), on log-ratios per token: `(chosen - rejected - 1 / (2 beta))^2`."""
+    """The IPO loss [P] (arXiv 2310.12036), on log-ratios per token: `(chosen - rejected - 1 / (2 beta))^2`. Arguments
+    as in `sigmoid`."""
     return jnp.square(chosen - rejected - 1 / (2 * beta))
 
 
 def hinge(x: Array, chosen: Array, rejected: Array, beta: float, smoothing: float) -> Array:
-    """SLiC's hinge (arXiv 2305.10425) on DPO's margin: `max(0, 1 - beta x)`."""
+    """SLiC's hinge loss [P] (arXiv 2305.10425) on DPO's margin: `max(0, 1 - beta x)`. Arguments as in `sigmoid`."""
     return jax.nn.relu(1 - beta * x)
 
 
-# Each takes x [P] and the log-ratios of both responses per token [P] each.
 LOSSES: Mapping[str, Callable[[Array, Array, Array, float, float], Array]] = {
     "sigmoid": sigmoid,
     "cdpo": cdpo,
@@ -144,4 +125,4 @@ def preference_loss(
     chosen, rejected = ratio[0::2], ratio[1::2]
     per_token = ratio / jnp.maximum(tokens, 1)
     loss = LOSSES[kind](chosen - rejected, per_token[0::2], per_token[1::2], beta, smoothing)
-    return Pairs(loss, beta * chosen, beta * rejected)
+    return Pairs(loss=loss, chosen=beta * chosen, rejected=beta * rejected)

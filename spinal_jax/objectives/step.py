@@ -90,9 +90,15 @@ def make_steps(
     def scores(parameters: Arrays, fixed: Arrays, batch: ResponseBatch, remat: Remat) -> Scores:
         model = parts.assemble(cast({**fixed, **parameters}, dtype))
         h, _ = model.forward(
-            batch.tokens, positions=batch.positions, segments=batch.segments, lengths=batch.lengths, remat=remat
+            batch.tokens,
+            positions=batch.positions,
+            segments=batch.segments,
+            lengths=batch.lengths,
+            branches=batch.branches,
+            remat=remat,
         )
-        return sequence_scores(model.lens, h, batch, config.vocab_size)
+        trains_lens = not parameters.keys().isdisjoint({"embedding", "unembedding.weight", "unembedding.bias"})
+        return sequence_scores(model, h, batch, trains_lens)
 
     def loss(
         parameters: Arrays, fixed: Arrays, batch: ResponseBatch, normaliser: Array, remat: Remat
@@ -115,18 +121,19 @@ def make_steps(
             with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
                 changes, moments = method.update(gradients, state.moments, state.parameters)
             parameters: Any = optax.apply_updates(state.parameters, changes)
-            return TrainState(parameters, moments, state.step + 1)
+            return TrainState(parameters=parameters, moments=moments, step=state.step + 1)
 
         fine = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        after: TrainState = jax.lax.cond(fine, step, lambda state: state, state)
-        return Updated(after, norm, norms, fine)
+        # Chosen element by element: a branch would hold the state before and after it at the same time.
+        after: TrainState = jax.tree.map(partial(jnp.where, fine), step(state), state)
+        return Updated(state=after, norm=norm, norms=norms, fine=fine)
 
     return Steps(
-        jax.jit(gradient),
-        jax.jit(more, donate_argnames=("gradients", "sums")),
-        jax.jit(update, donate_argnames="state"),
-        jax.jit(lambda parameters, fixed, batch: loss(parameters, fixed, batch, jnp.float32(1), "none")[1]),
-        jax.jit(lambda parameters, fixed, batch: scores(parameters, fixed, batch, "none").logp),
+        first=jax.jit(gradient),
+        more=jax.jit(more, donate_argnames=("gradients", "sums")),
+        update=jax.jit(update, donate_argnames="state"),
+        evaluate=jax.jit(lambda parameters, fixed, batch: loss(parameters, fixed, batch, jnp.float32(1), "none")[1]),
+        score=jax.jit(lambda parameters, fixed, batch: scores(parameters, fixed, batch, "none").logp),
     )
 
 
@@ -162,19 +169,19 @@ def summed(scores: Scores, batch: ResponseBatch, objective: ObjectiveConfig) -> 
         return jnp.stack([jnp.sum(values * side) for side in sides])
 
     return Sums(
-        total,
-        count,
-        chosen,
-        rejected,
-        accurate,
-        accurate_per_token,
-        shorter,
-        by_side(scores.logp),
-        by_side(scores.logit),
-        by_side(counts),
-        by_side(real),
-        jnp.sum(scores.entropy),
-        jnp.sum(scores.correct),
+        loss=total,
+        pairs=count,
+        chosen=chosen,
+        rejected=rejected,
+        accurate=accurate,
+        accurate_per_token=accurate_per_token,
+        shorter=shorter,
+        logp=by_side(scores.logp),
+        logit=by_side(scores.logit),
+        tokens=by_side(counts),
+        sequences=by_side(real),
+        entropy=jnp.sum(scores.entropy),
+        correct=jnp.sum(scores.correct),
     )
 
 

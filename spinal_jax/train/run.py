@@ -29,7 +29,15 @@ from spinal_jax.models.formats.export import export
 from spinal_jax.models.formats.memory import MemoryCheckpoint
 from spinal_jax.models.parts import Parts, cast, take_apart
 from spinal_jax.objectives.examples import Examples, read_examples
-from spinal_jax.objectives.responses import TRIED_STEPS, Example, ResponseBatch, Shape, choose_shape
+from spinal_jax.objectives.responses import (
+    TRIED_STEPS,
+    Example,
+    ResponseBatch,
+    Shape,
+    choose_shape,
+    longest_unit,
+    shareable,
+)
 from spinal_jax.objectives.step import Arrays, Steps, TrainState, make_steps, zeroed_adapters
 from spinal_jax.parallel.mesh import AXES, make_mesh, row_multiple, shard_parameters, shard_rows
 from spinal_jax.train import reference as references
@@ -89,7 +97,7 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
         tokenizer = checkpoint.tokenizer()
         examples = read_examples(config, tokenizer, decoder)
         stop = config.steps or math.ceil(config.epochs * len(examples.train) / config.batch_size)
-        shape = micro_shape(config, examples, stop, mesh)
+        shape = micro_shape(config, decoder, examples, stop, mesh)
         prompts = pipeline.read_prompt_set(config.prompts)
         pool = pipeline.plan_prompts(prompts, tokenizer, decoder, config.prompts, config.metrics)
         name, weights = config.model.name or pipeline.model_name(config.model.source), checkpoint.sha256()
@@ -152,11 +160,13 @@ def split(model: Any, config: TrainConfig, mesh: Mesh) -> tuple[Parts, Arrays, A
     return parts, shard_parameters(parameters, mesh), shard_parameters(fixed, mesh)
 
 
-def micro_shape(config: TrainConfig, examples: Examples, stop: int, mesh: Mesh) -> Shape:
+def micro_shape(config: TrainConfig, decoder: DecoderConfig, examples: Examples, stop: int, mesh: Mesh) -> Shape:
     """The shape of micro-batches that suits the first steps."""
     micro = config.micro_tokens or (CPU_MICRO_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_MICRO_TOKENS)
     steps = [examples.step(n, config.batch_size, config.seed)[1] for n in range(min(stop, TRIED_STEPS))]
-    return choose_shape(steps, examples.longest, micro, row_multiple(mesh))
+    shares_up_to = shareable(decoder) if config.objective.kind == "dpo" else 0
+    longest = longest_unit((*examples.train, *examples.held_out), shares_up_to)
+    return choose_shape(steps, longest, micro, row_multiple(mesh), shares_up_to)
 
 
 def due(every: int | tuple[int, ...], stop: int) -> frozenset[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from spinal_jax.models.decoder import Remat
 from spinal_jax.models.formats.memory import MemoryCheckpoint
 from spinal_jax.models.parts import cast, take_apart
 from spinal_jax.objectives.losses import LOSSES, Scores, preference_loss
-from spinal_jax.objectives.responses import Example, ResponseBatch, choose_shape, micro_batches
+from spinal_jax.objectives.responses import Example, ResponseBatch, choose_shape, longest_unit, micro_batches, shareable
 from spinal_jax.objectives.step import TrainState, make_steps, metrics, summed
 from spinal_jax.train.optimizer import optimizer
 
@@ -82,14 +82,17 @@ def test_what_is_counted_of_pairs_with_and_without_their_lengths() -> None:
     way round. The third place is empty, for a micro-batch that is not full."""
     counts = jnp.array([2, 10, 10, 2, 0, 0], jnp.float32)
     zeros = jnp.zeros(6, jnp.float32)
-    batch = ResponseBatch(*[zeros] * 8, counts=counts, reference=zeros)
+    unused = dict.fromkeys(
+        ("tokens", "positions", "segments", "lengths", "predicting", "targets", "owner", "weight"), zeros
+    )
+    batch = ResponseBatch(**unused, branches=None, counts=counts, reference=zeros)
     scores = Scores(jnp.array([-4, -10, -10, -4, 0, 0], jnp.float32), zeros, zeros, zeros)
     found = metrics(summed(scores, batch, ObjectiveConfig("dpo", beta=0.1)), "dpo", "eval_")
     assert found["eval_rewards/accuracies"] == 0.5
     assert found["eval_rewards/accuracies_per_token"] == 0.5
     assert found["eval_chosen_shorter"] == 0.5
     assert found["eval_rewards/chosen"] == pytest.approx(-0.7)
-    longer = ResponseBatch(*[zeros] * 8, counts=counts[jnp.array([0, 1, 0, 1, 4, 5])], reference=zeros)
+    longer = replace(batch, counts=counts[jnp.array([0, 1, 0, 1, 4, 5])])
     found = metrics(summed(scores, longer, ObjectiveConfig("dpo", beta=0.1)), "dpo")
     assert (found["rewards/accuracies"], found["rewards/accuracies_per_token"], found["chosen_shorter"]) == (0.5, 0, 1)
 
@@ -139,6 +142,7 @@ def run_ours(
     rank: int = 0,
     micro_tokens: int = 40,
     remat: Remat = "all_but_linear",
+    shares: bool = True,
 ) -> tuple[list[float], dict[str, np.ndarray], Any]:
     """Losses of STEPS steps, and the trained model's HF tensors."""
     model = random_model(CONFIG)
@@ -156,7 +160,8 @@ def run_ours(
     steps = make_steps(parts, decoder.config, objective, method, dtype="float32", remat=remat)
     width = len(data[0])
     batches = [data[PAIRS * n : PAIRS * (n + 1)] for n in range(STEPS)]
-    shape = choose_shape(batches, max(len(s.ids) for e in data for s in e), micro_tokens)
+    shares_up_to = shareable(decoder.config) if shares and width == 2 else 0
+    shape = choose_shape(batches, longest_unit(data, shares_up_to), micro_tokens, shares_up_to=shares_up_to)
     assert any(len(micro_batches(batch, shape)) > 1 for batch in batches) == (micro_tokens < 100)  # accumulated
     known = []
     for batch in batches:
