@@ -9,6 +9,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +49,7 @@ from spinal_jax.models.formats.memory import random_checkpoint
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.parallel import device_defaults
-from spinal_jax.parallel.distributed import check_same
+from spinal_jax.parallel.distributed import all_same, check_same
 from spinal_jax.parallel.placement import Choice, choose
 from spinal_jax.stats.groups import assign_groups
 
@@ -105,9 +106,11 @@ def run_audit(
         name = config.model.name or model_name(config.model.source)
         if say:
             say(start_line(name, config.model.dtype, decoder, work, choice, home))
-        model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
-        # It takes every byte of the weights, and only the process that leads says it.
-        digest, revision = checkpoint.sha256() if devices.leads else "", checkpoint.revision
+        with ThreadPoolExecutor(1) as background:  # the digest takes every byte of the weights, as the load does
+            hashed = background.submit(checkpoint.sha256)
+            model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
+            digest, revision = hashed.result(), checkpoint.revision
+        check_weights(checkpoint, digest)
     models = model_record(name, config.model.source, revision, config.model.dtype, digest)
     pool = prompts_record(prompts, config.prompts)
     progress = None
@@ -246,16 +249,32 @@ def batches_sha256(work: Plan) -> str:
 
 
 def check_alike(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
-    """UserError where processes that share a run were given different things. Weights are compared by their names and
-    shapes: nobody reads all of them."""
+    """UserError where processes that share a run were given different things. Of the weights this compares names and
+    shapes; `check_weights` compares their values."""
     check_same(
         {
             "devices": str(choice),
             "model": json.dumps(checkpoint.config, sort_keys=True) + repr(sorted(checkpoint.names().items())),
+            "revision of the model": str(checkpoint.revision),
+            "tokenizer": json.dumps(checkpoint.tokenizer().get_vocab(), sort_keys=True),
             "prompts": tokens_sha256(work),
             "batches": batches_sha256(work),
         }
     )
+
+
+def check_weights(checkpoint: Checkpoint, sha256: str) -> None:
+    """UserError where processes that share a run read different weights; it names the first tensor that differs.
+
+    Each process reads only the parts of a tensor that its devices hold, so that no comparison of what was loaded could
+    tell two checkpoints apart. All therefore hash their whole files, side by side.
+    """
+    if jax.process_count() == 1 or all_same(sha256):
+        return
+    for name in checkpoint.names():
+        tensor = np.ascontiguousarray(checkpoint.tensor(name))
+        check_same({f"values of {name}": hashlib.sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()})
+    check_same({"weight files, though equal tensors": sha256})
 
 
 @contextlib.contextmanager

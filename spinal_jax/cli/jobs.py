@@ -16,6 +16,8 @@ from spinal_jax.cli.console import DONE, FAILED, SHORT, Stopped, complain, shown
 from spinal_jax.cli.registry import command
 from spinal_jax.config.training import TrainConfig
 
+Job = Callable[[dict[str, Any], Path, bool], int]  # (settings, folder, whether this process leads) -> exit code
+
 
 @command(
     "SOURCE | model.source=FOLDER|FILE.gguf|HUB_ID",
@@ -25,7 +27,7 @@ from spinal_jax.config.training import TrainConfig
     ("model.source",),
 )
 def audit(asked: config.AuditConfig, folder: Path) -> int:
-    return _together("audit", asked, folder)
+    return _together(_audit, asked, folder)
 
 
 @command(
@@ -44,26 +46,24 @@ def audit(asked: config.AuditConfig, folder: Path) -> int:
     ("model.source", "reference.source"),
 )
 def compare(asked: config.CompareConfig, folder: Path) -> int:
-    return _together("compare", asked, folder)
+    return _together(_compare, asked, folder)
 
 
-def _together(job: str, asked: config.AuditConfig | config.CompareConfig, folder: Path) -> int:
-    """Runs a job of `SHARED`, with other processes where the settings say so."""
-    if asked.parallel.coordinator is not None:
-        from spinal_jax.cli import processes
-        from spinal_jax.parallel.distributed import place_of
-
-        place = place_of(asked.parallel)
-        if place.processes > 1:
-            return processes.share(job, config.to_mapping(asked), folder, place, asked.parallel.start_timeout)
-    return SHARED[job](config.to_mapping(asked), folder, True)
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
-def work(descriptor: int) -> None:
-    """What a worker of several processes does: the job that comes over this file descriptor."""
-    from spinal_jax.cli.processes import serve
+def _together(job: Job, asked: config.AuditConfig | config.CompareConfig, folder: Path) -> int:
+    """Runs a job, with other processes where the settings say so."""
+    if asked.parallel.coordinator is None:
+        return job(config.to_mapping(asked), folder, True)
+    from spinal_jax.cli.together import together
+    from spinal_jax.parallel.distributed import place_of
 
-    serve(descriptor, SHARED)
+    place, settings = place_of(asked.parallel), config.to_mapping(asked)
+    if place.processes == 1:
+        return job(settings, folder, True)
+    return together(place, settings, asked.parallel.start_timeout, lambda: job(settings, folder, place.process == 0))
 
 
 def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
@@ -84,7 +84,7 @@ def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     seconds: dict[str, float] = {}
     bar = stages(seconds)
     try:
-        trace = run_audit(asked, bar=bar, say=lambda line: print(line, file=sys.stderr), folder=folder)
+        trace = run_audit(asked, bar=bar, say=_say if leads else None, folder=folder)
     except Stopped as stopped:
         if asked.checkpoint_every is not None and run_folder.unfinished(folder):
             stopped.kept = "the same command goes on from what was saved last"
@@ -126,7 +126,7 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
 
     seconds: dict[str, float] = {}
     bar = stages(seconds)
-    compared = run_compare(asked, bar=bar, say=lambda line: print(line, file=sys.stderr))
+    compared = run_compare(asked, bar=bar, say=_say if leads else None)
     first, others = compared.comparison, compared.others
     found = [first, *others]
     with run_folder.writing(folder, asked.overwrite) as scratch:
@@ -154,10 +154,6 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
         complain(f"the evidence falls short of assert: {'; '.join(short)}")
         return SHORT
     return DONE
-
-
-# Jobs that several processes can share: (settings, folder, whether this is the process that leads) -> exit code.
-SHARED: dict[str, Callable[[dict[str, Any], Path, bool], int]] = {"audit": _audit, "compare": _compare}
 
 
 @command(

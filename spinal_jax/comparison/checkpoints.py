@@ -125,6 +125,7 @@ def measure_checkpoints(
         pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs))
         for side, plan in ((ours, work), (theirs, theirs_work)):
             pipeline.check_alike(side.checkpoint, plan, choice)
+            pipeline.check_weights(side.checkpoint, side.checkpoint.sha256())
         if say:
             for side in (ours, theirs):
                 say(pipeline.start_line(side.name, side.config.dtype, side.decoder, work, choice, home))

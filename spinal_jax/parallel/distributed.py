@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ import numpy as np
 from spinal_jax.config import AuditParallelConfig
 from spinal_jax.errors import UserError
 
-HEARTBEAT = 50  # seconds without one after which JAX ends a process that hangs
+HEARTBEAT = 55  # seconds without one after which JAX aborts all processes of a run
 
 
 @dataclass(frozen=True)
@@ -57,36 +59,68 @@ def place_of(config: AuditParallelConfig) -> Place:
     return Place(coordinator, processes, process, None if devices is None else tuple(devices))
 
 
-def start(place: Place, service: str, timeout: int) -> None:
-    """Makes the devices of all processes visible to this one. Nothing may have asked JAX for devices before.
+def start(place: Place, timeout: int) -> None:
+    """Starts JAX's coordination service in process 0 and connects this process to it, after which JAX sees the devices
+    of all processes. Nothing may have asked JAX for devices before.
 
-    Args:
-        place: of this process.
-        service: HOST:PORT at which JAX of process 0 is to serve the others.
-        timeout: seconds that all of them have.
+    Where not all processes have come after `timeout` seconds this ends the process with a sentence and exit code 2:
+    JAX itself would end it by `abort()`.
     """
+
+    def give_up() -> None:
+        whom = f"the other {place.processes - 1}" if place.process == 0 else "process 0 and the others"
+        said = (
+            f"spinal: process {place.process} of {place.processes} did not meet {whom} at parallel.coordinator="
+            f"{place.coordinator} within parallel.start_timeout={timeout}; is each of them running, with a "
+            "parallel.process of its own?\n"
+        )
+        os.write(2, said.encode())
+        os._exit(2)
+
+    # JAX's own handler of SIGTERM would replace that of the command line.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        service,
-        place.processes,
-        place.process,
-        None if place.devices is None else list(place.devices),
-        cluster_detection_method="deactivate",
-        initialization_timeout=timeout,
-        heartbeat_timeout_seconds=HEARTBEAT,
-        coordinator_bind_address=service if place.local else None,
-    )
+    watch = threading.Timer(timeout, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process,
+            None if place.devices is None else list(place.devices),
+            cluster_detection_method="deactivate",
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            coordinator_bind_address=place.coordinator if place.local else None,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"process {place.process} cannot use parallel.coordinator={place.coordinator}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        watch.cancel()
+
+
+def all_same(value: str) -> bool:
+    """Whether all processes hold the same text; each gets the same answer."""
+    return not len(np.flatnonzero(_differing({"": value})))
 
 
 def check_same(facts: Mapping[str, str]) -> None:
     """UserError, in every process, where something that all must have alike is not. For one process nothing."""
     if jax.process_count() == 1:
         return
+    differing = _differing(facts)
+    for number, name in enumerate(facts):
+        if len(other := np.flatnonzero(differing[:, number])):
+            raise UserError(f"process {other[0]} has other {name} than process 0; all must have the same")
+
+
+def _differing(facts: Mapping[str, str]) -> np.ndarray:
+    """[processes, facts] whether what a process holds differs from what process 0 holds."""
     from jax.experimental.multihost_utils import process_allgather
 
     own = [np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32) for value in facts.values()]
-    everybody = np.asarray(process_allgather(np.stack(own)))  # [processes, facts, words]
-    for number, name in enumerate(facts):
-        other = np.flatnonzero((everybody[:, number] != everybody[0, number]).any(axis=-1))
-        if len(other):
-            raise UserError(f"process {other[0]} has other {name} than process 0; all must have the same")
+    everybody = np.asarray(process_allgather(np.stack(own))).reshape(jax.process_count(), len(own), -1)
+    return (everybody != everybody[0]).any(axis=-1)

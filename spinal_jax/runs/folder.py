@@ -44,6 +44,7 @@ PARTS = (
 PROGRESS = "progress"  # what an audit has saved on its way
 # Settings that change nothing but where and how fast a run computes: it may go on with others.
 FREE = {"parallel", "overwrite", "cache", "checkpoint_every", "logging"}
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REMEDY = "set overwrite=true to replace it, or choose another hydra.run.dir"
 
 
@@ -138,12 +139,12 @@ def _parts_of(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until the block has ended."""
+    """Holds Ctrl-C, SIGTERM and the end of a shared run (SIGUSR1) back until the block has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield  # they only ever interrupt the main thread
         return
     held: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, lambda number, _: held.append(number)) for s in HELD}
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from .conftest import Outcome, Spinal, Start
 
@@ -69,7 +70,7 @@ def several(start: Start, tmp_path: Path) -> Iterator[Several]:
         process.communicate()
 
 
-def ends(processes: list[subprocess.Popen[str]], timeout: float = 200) -> list[Outcome]:
+def ends(processes: list[subprocess.Popen[str]], timeout: float = 1200) -> list[Outcome]:
     deadline = time.monotonic() + timeout
     found = []
     for process in processes:
@@ -94,72 +95,97 @@ def test_two_and_four_processes_find_what_one_does(several: Several, spinal: Spi
     assert alone.code == 0, alone
     for number, outcome in enumerate(ends(two)):
         assert outcome.code == 0, outcome
-        assert ("mesh 2 x 2 x 1" in outcome.err and "report" in outcome.out) if number == 0 else outcome == (0, "", "")
+        assert ("mesh 2 x 2 x 1" in outcome.err) == (number == 0), outcome  # libraries may write in all processes
+        assert ("report" in outcome.out) == (number == 0), outcome
     for name in ("aligned/trace.json", "reference/trace.json", "comparison.json"):
         same(tmp_path / "0" / "run" / name, tmp_path / "alone" / name)
     assert not (tmp_path / "1" / "run").exists()
     four = ends(several(4, *AUDIT, "parallel.fsdp=2", "parallel.tensor=2", run="four", slurm=True))
     assert [outcome.code for outcome in four] == [0] * 4, four
     assert "cpu x 4 in 4 processes, mesh 1 x 2 x 2" in four[0].err
-    assert {outcome.out + outcome.err for outcome in four[1:]} == {""}
+    assert not any("DepthTrace" in outcome.out for outcome in four[1:])
     assert list(tmp_path.glob("*/four")) == [tmp_path / "0" / "four"]
     same(tmp_path / "0" / "four" / "trace.json", tmp_path / "alone" / "aligned" / "trace.json")
 
 
-@pytest.mark.parametrize(("count", "dies", "what"), [(4, 2, "process"), (2, 0, "worker")])
-def test_a_process_that_is_killed_ends_all(several: Several, tmp_path: Path, count: int, dies: int, what: str) -> None:
+@pytest.mark.parametrize(
+    ("count", "dies", "sent"), [(4, 2, signal.SIGKILL), (2, 0, signal.SIGKILL), (2, 1, signal.SIGSTOP)]
+)
+def test_a_process_that_is_gone_ends_all(
+    several: Several, tmp_path: Path, count: int, dies: int, sent: signal.Signals
+) -> None:
+    """Where process 0 is gone, so is JAX's service, and JAX itself may end the others before they can say a word."""
     processes = several(count, *ENDLESS)
     assert processes[0].stderr is not None
     assert f"in {count} processes" in processes[0].stderr.readline()
-    victim = psutil.Process(processes[dies].pid)
-    workers = [child for process in processes for child in psutil.Process(process.pid).children()]
-    assert len(workers) == count
-    (victim if what == "process" else workers[dies]).send_signal(signal.SIGKILL)
-    begin = time.monotonic()
-    found = ends(processes, 60)
-    assert time.monotonic() - begin < 60
-    for number, outcome in enumerate(found):
-        if what == "process" and number == dies:
-            assert outcome.code == -signal.SIGKILL
-            continue
-        assert outcome.code == 1, outcome
-        assert f"spinal: process {dies} of {count} on " in outcome.err.splitlines()[-1]
-        assert outcome.err.endswith(
-            f" is gone ({'its connection was closed' if what == 'process' else 'ended by SIGKILL'}"
-            f"): the run ends in all {count} processes, and nothing is kept of it\n"
-        )
-        assert "Traceback" not in outcome.err
-        assert not (tmp_path / str(number) / "run").exists()
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    processes[dies].send_signal(sent)
+    found = ends([process for number, process in enumerate(processes) if number != dies])
+    processes[dies].kill()
+    for outcome in found:
+        assert outcome.code not in (0, 2), outcome  # -6 where JAX has aborted it
+        if dies:
+            assert "Traceback" not in outcome.err
+            assert outcome.code == 1, outcome
+            assert f"spinal: process {dies} of {count} on " in outcome.err.splitlines()[-1]
+            assert outcome.err.endswith(f" is gone (nothing heard for 25 s): the run ends in all {count} processes\n")
+    assert not list(tmp_path.glob("*/run/manifest.json"))
 
 
-def test_what_one_process_refuses_ends_all(several: Several, model: Path, tmp_path: Path) -> None:
-    """A file that is missing on one machine, and one that is another there."""
+def test_a_signal_to_one_process_ends_all(several: Several, tmp_path: Path) -> None:
+    processes = several(2, *ENDLESS)
+    assert processes[0].stderr is not None
+    assert "in 2 processes" in processes[0].stderr.readline()
+    processes[1].send_signal(signal.SIGTERM)
+    zero, one = ends(processes)
+    assert (zero.code, one.code) == (143, 143)
+    assert zero.err.splitlines()[-1].startswith("spinal: process 1 of 2 on ")
+    assert zero.err.endswith(" was terminated: the run ends in all 2 processes\n")
+    assert one.err.splitlines()[-1].startswith("spinal: terminated; ")
+    assert not list(tmp_path.glob("*/run"))
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    """One sentence of ours, whatever libraries write beside it."""
+    assert outcome.code == 2, outcome
+    assert "Traceback" not in outcome.out + outcome.err
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("spinal: ")]
+    for word in words:
+        assert word in line, line
+
+
+def test_what_one_process_refuses_ends_all(
+    several: Several, model: Path, write_model: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """A file that is missing on one machine, one that is another there, and weights of which one number differs."""
     for number, text in enumerate(("some words to say\n" * 9, "", "other words to say\n" * 9)):
         (tmp_path / str(number)).mkdir()
         if text:
             (tmp_path / str(number) / "own.txt").write_text(text)
-    settings = ("audit", f"model.source={model}", "prompts.path=own.txt", "prompts.format=text")
-    found = ends(several(2, *settings))
+    settings = ("prompts.path=own.txt", "prompts.format=text")
+    missing = ends(several(2, "audit", f"model.source={model}", *settings))
     (tmp_path / "2" / "own.txt").rename(tmp_path / "1" / "own.txt")
-    found += ends(several(2, *settings))
-    for outcome in found[:2]:
-        outcome.refusal("process 1 of 2 on ", "there is no file 'own.txt'")
-    for outcome in found[2:]:
-        outcome.refusal("process 1 has other prompts than process 0; all must have the same")
+    others = ends(several(2, "audit", f"model.source={model}", *settings))
+    for number in range(2):
+        tensors = load_file(write_model(tmp_path / str(number) / "same") / "model.safetensors")
+        if number:
+            tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
+        save_file(tensors, tmp_path / str(number) / "same" / "model.safetensors", {"format": "pt"})
+    weights = ends(several(2, "audit", "model.source=same", *WORLD))
+    for outcome in missing:
+        refused(outcome, "there is no file 'own.txt'")
+    for outcome in others:
+        refused(outcome, "process 1 has other prompts than process 0; all must have the same")
+    for outcome in weights:
+        refused(outcome, "process 1 has other values of model.layers.1.mlp.up_proj.weight than process 0")
 
 
 def test_processes_that_do_not_belong_together_never_begin(several: Several) -> None:
     other = several(2, *AUDIT, own={1: ("prompts.limit=8",)})
-    twice = several(3, *AUDIT, own={2: ("parallel.process=1",)})
     late = several(2, *AUDIT, "parallel.start_timeout=15", own={1: ("parallel.coordinator=127.0.0.1:1",)})
     for outcome in ends(other):
-        outcome.refusal("was started with prompts.limit=8, but process 0 with 16")
-    for outcome in ends(twice):
-        outcome.refusal("two processes are process 1; each needs a parallel.process of its own")
-    waits, seeks = ends(late)
-    waits.refusal("process 1 of 2 did not come to parallel.coordinator=127.0.0.1:", "within parallel.start_timeout")
-    seeks.refusal("process 1 finds nobody at parallel.coordinator=127.0.0.1:1 within parallel.start_timeout (")
+        refused(outcome, "was started with prompts.limit=8, but process 0 with 16")
+    for number, outcome in enumerate(ends(late)):
+        refused(outcome, f"process {number} of 2 did not meet ", "within parallel.start_timeout=15")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +221,7 @@ from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import load_decoder
 
 source, service, process, sizes = sys.argv[1:]
-start(Place(service, 2, int(process)), service, 60)
+start(Place(service, 2, int(process)), 60)
 read = []
 for name in ("_rows", "_block"):
     def counted(*of, method=getattr(SafetensorsFolder, name)):
@@ -231,7 +257,7 @@ def test_each_process_reads_only_what_its_devices_hold(model: Path, axis: str) -
     ]
     try:
         found: list[Any] = []
-        for outcome in ends(processes, 120):
+        for outcome in ends(processes):
             assert outcome.code == 0, outcome
             found.append(json.loads(outcome.out.splitlines()[-1]))
     finally:

@@ -1,4 +1,4 @@
-"""Intervals of Delta_align hold the truth, and null pairs reach 5 % and 1 % that often, on rows like real ones."""
+"""Coverage of the intervals of Delta_align and rate of significant null pairs, on rows like real ones."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "data.positions", "parallel.data_sheets"},
     "metrics": {"errors", "parallel.device_defaults"},
     "stats": {"errors", "metrics", "metrics.depth"},
-    "parallel": {"errors", "config", "parallel.data_sheets", "parallel.device_defaults"},
+    "parallel": {"errors", "files", "config", "parallel.data_sheets", "parallel.device_defaults"},
     "models": {"errors", "metrics"},
     "audit.trace": {*_JSON, "metrics.columns"},
     "audit": {
