@@ -25,8 +25,7 @@ def dense_config(hf: HFConfig) -> DecoderConfig:
     """config.json of an `olmo` model."""
     hf.defaults(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     hf.refuse("rms_norm_eps")  # its norms have 1e-5, always
-    fields = common(hf) | {"norm_eps": 1e-5}
-    return DecoderConfig(**fields, norm="layer", norm_weight=False)
+    return DecoderConfig(**common(hf) | {"norm": "layer", "norm_weight": False, "norm_eps": 1e-5})
 
 
 def sparse_config(hf: HFConfig) -> DecoderConfig:
