@@ -63,7 +63,9 @@ def _together(job: Job, asked: config.AuditConfig | config.CompareConfig, folder
     place, settings = place_of(asked.parallel), config.to_mapping(asked)
     if place.processes == 1:
         return job(settings, folder, True)
-    return together(place, settings, asked.parallel.start_timeout, lambda: job(settings, folder, place.process == 0))
+    return together(
+        place, settings, asked.parallel.start_timeout, folder, lambda: job(settings, folder, place.process == 0)
+    )
 
 
 def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:

@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 from spinal_jax.cli.console import MISTAKE, Stopped, complain
 from spinal_jax.errors import NotLeader, UserError
@@ -21,7 +22,7 @@ OWN = ("process", "start_timeout")  # of the parallel settings, what processes n
 _RUNS: list[int] = []  # how many runs this process has shared: a sweep has several
 
 
-def together(place: Place, settings: Mapping[str, Any], timeout: int, job: Callable[[], int]) -> int:
+def together(place: Place, settings: Mapping[str, Any], timeout: int, folder: Path, job: Callable[[], int]) -> int:
     """The exit code of process 0, after `job` has run in all processes of a run.
 
     Where one of them fails, refuses something, gets a signal or is gone, this ends the process: JAX's own shutdown
@@ -31,6 +32,7 @@ def together(place: Place, settings: Mapping[str, Any], timeout: int, job: Calla
         place: of this process.
         settings: which all processes must have alike.
         timeout: seconds in which all of them must have started.
+        folder: of the run; it goes where the run ends early and nothing is in it.
         job: what to run; NotLeader from it means that the result is with process 0.
     """
     if not _RUNS:
@@ -41,7 +43,23 @@ def together(place: Place, settings: Mapping[str, Any], timeout: int, job: Calla
             return _run(peers, settings, job)
         except PeerEnded as ended:  # it may come at any point, also where another error is being handled
             complain(in_words(ended.end, place))
-            _leave(peers, code_of(ended.end))
+            code = code_of(ended.end)
+        except _Left as left:
+            code = left.code
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        sys.stdout.flush()
+        with contextlib.suppress(RuntimeError):  # JAX's service is gone: there is nobody to wait for
+            peers.part()
+        os._exit(code)
+
+
+class _Left(Exception):
+    """The run has ended here, and this has been said."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
 
 
 def _run(peers: Peers, settings: Mapping[str, Any], job: Callable[[], int]) -> int:
@@ -55,11 +73,11 @@ def _run(peers: Peers, settings: Mapping[str, Any], job: Callable[[], int]) -> i
     except UserError as error:
         peers.report("refused", str(error))
         complain(str(error))
-        _leave(peers, MISTAKE)
+        raise _Left(MISTAKE) from None
     except Stopped as stopped:
         peers.report("stopped", f"was {stopped}", stopped.number)
         complain(f"{stopped}; {stopped.kept}")
-        _leave(peers, 128 + stopped.number)
+        raise _Left(128 + stopped.number) from None
     except Exception as error:
         if cause := peers.cause(SILENCE + 5 if _is_exchange(error) else 0):
             raise PeerEnded(cause) from error
@@ -68,14 +86,7 @@ def _run(peers: Peers, settings: Mapping[str, Any], job: Callable[[], int]) -> i
         code, message = judged(error)
         peers.report("refused" if code == MISTAKE else "failed", f"failed ({message})")
         complain(message)
-        _leave(peers, code)
-
-
-def _leave(peers: Peers, code: int) -> NoReturn:
-    sys.stdout.flush()
-    with contextlib.suppress(RuntimeError):  # JAX's service is gone: there is nobody to wait for
-        peers.part()
-    os._exit(code)
+        raise _Left(code) from None
 
 
 def _is_exchange(error: Exception) -> bool:

@@ -70,7 +70,7 @@ def layout(
     dtype: jnp.dtype,
     backend: str,
 ) -> Layout:
-    """The shared part of a forward in a dtype, for `positions`, `segments`, `lengths` and `branches` of shape [B, T]."""
+    """The shared part of a forward in a dtype; `positions`, `segments`, `lengths` and `branches` are [B, T]."""
     turns = [rotation(rope, positions, lengths) for rope in config.ropes]
     if turns and -1 in config.layer_rope:
         turns.append((jnp.ones_like(turns[0][0]), jnp.zeros_like(turns[0][1])))

@@ -191,7 +191,10 @@ class Peers:
             os._exit(code_of(end))
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self._ended is not None:
+        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+            # JAX's hook into garbage collection, in which an exception is printed and lost: again in a moment.
+            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        elif self._ended is not None:
             raise PeerEnded(self._ended)
 
 
