@@ -242,3 +242,50 @@ def test_what_the_dynamics_study_says_of_its_courses() -> None:
 
 
 ACCURACIES = ("rewards/accuracies", "rewards/accuracies_per_token")
+
+
+@pytest.mark.parametrize("size", ["0.3m", "1m"])
+def test_the_effects_of_the_attribution_study(size: str) -> None:
+    text, place = page("attribution"), EXPERIMENTS / "attribution" / size
+    for control in ("shuffled", "sft"):
+        effects = {row["number"]: row for row in table(place / f"effects_{control}.csv")}
+        main = effects["delta_align"]
+        arms = [f"{cell(main[f'mean_{a}'], 4)} ± {cell(main[f'sd_{a}'], 4)}" for a in ("aligned", "control")]
+        low, high = (cell(main[end], 4) for end in ("low", "high"))
+        cells = [*arms, f"{cell(main['effect'], 4)}, {low} to {high}", cell(main["margin"], 4)]
+        line = " | ".join([size, f"`{control}`", *cells, f"{float(main['p_value']):.2g}", main["verdict"]])
+        assert f"| {line} |" in text, line
+    for name in ("delta_contraction", "delta_transport", "output_distance", "kl", "gradient_share", "reward_accuracy"):
+        row = table_row(place / "effects_shuffled.csv", name)
+        one, other, effect, low, high = (
+            f"{float(row[key]):.3g}" for key in ("mean_aligned", "mean_control", "effect", "low", "high")
+        )
+        line = f"| {one} | {other} | {effect}, {low} to {high} | {float(row['p_value']):.2g} |"
+        assert line in text, line
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_what_the_attribution_study_says_of_single_runs(at: int) -> None:
+    text, place = page("attribution"), EXPERIMENTS / "attribution" / ("0.3m", "1m")[at]
+    alone = table(place / "alone.csv")
+    told = {arm: [row for row in alone if row["run"].startswith(arm)] for arm in ("dpo", "shuffled", "sft")}
+    sure = {arm: [float(r["delta_align"]) for r in rows if float(r["p_value"]) < 0.05] for arm, rows in told.items()}
+    counts = [len(values) for values in sure.values()]
+    said = ("in {} of 10 runs of `dpo`, {} of 10 of `shuffled` and {} of 10 of `sft` at 0.3M", "in {}, {} and {} of 10")
+    assert said[at].format(*counts) in text
+    up = {arm: f"{sum(value > 0 for value in values)} of {len(values)}" for arm, values in sure.items()}
+    for arm in ("dpo", "shuffled"):
+        assert re.search((rf"of `{arm}` {up[arm]} and", rf"of `{arm}` \d of \d and {up[arm]}\b")[at], text), arm
+    assert all(float(row["delta_align"]) > 0 for row in told["sft"])
+    halves = [row["verdict"] for row in table(place / "halves.csv")]
+    assert (len(halves), halves.count("attributable")) == (252, 0)
+    same = halves.count("equivalent")
+    assert (f"`equivalent` in {same} and", f"and {same}, else")[at] in text
+    for name in ("delta_align", "kl"):
+        row = table_row(place / "correlations.csv", name)
+        low, high = (cell(row[end], 2) for end in ("low", "high"))
+        assert re.search(rf"{cell(row['value'], 2)} \((interval )?{low} to {high}\)", text), row
+
+
+def table_row(file: Path, number: str) -> dict[str, str]:
+    return next(row for row in table(file) if row["number"] == number)
