@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import string
 import subprocess
@@ -79,10 +80,14 @@ def spinal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["spinal", *map(str, arguments)])
         code: Any = 0
+        before = {name: logging.getLogger(name).handlers[:] for name in (None, "hydra")}
         try:
             cli.main()
         except SystemExit as exit:
             code = exit.code
+        finally:
+            for name, handlers in before.items():  # Hydra's --info leaves handlers that write to this run's streams
+                logging.getLogger(name).handlers[:] = handlers
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 

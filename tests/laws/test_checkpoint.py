@@ -148,9 +148,9 @@ def test_a_bad_config_is_refused(tmp_path: Path) -> None:
     config.unlink()
     refusal(folder, str(folder), "config.json")
     (folder / "adapter_config.json").write_text("{}")
-    refusal(folder, "adapter", "merge")
+    refusal(folder, "adapter_config.json", "model.base=")
     (folder / "config.json").mkdir()
-    refusal(folder, "config.json", "cannot be read")
+    refusal(folder, "config.json", "not a regular file")
 
 
 def test_missing_weights_are_refused_and_pickle_is_never_read(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_broken_index_is_refused(tmp_path: Path) -> None:
     index.write_text('{"metadata": {}}')
     refusal(folder, index.name, "weight_map")
     write_index(folder, {**good, "ghost.weight": good["scalar"]})
-    refusal(folder, "ghost.weight", good["scalar"])
+    assert "ghost.weight" not in open_checkpoint(str(folder)).names()  # some exporters leave such entries
     write_index(folder, {**good, "scalar": "../model.safetensors"})
     refusal(folder, "../model.safetensors")
     write_index(folder, good)
@@ -214,7 +214,7 @@ def test_an_unreadable_file_and_an_unknown_dtype_are_refused(tmp_path: Path) -> 
     refusal(folder, "w in", "F4", "BF16")
     weights.unlink()
     weights.mkdir()
-    refusal(folder, "model.safetensors", "cannot be read")
+    refusal(folder, "model.safetensors", "not a regular file")
 
 
 def test_a_hub_id_downloads_the_named_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,4 +238,4 @@ def test_the_trace_shows_itself(depth: int, make_trace: Maker) -> None:
     assert "few rows" in repr(trace)
     page = trace._repr_html_()
     assert "<script>" not in page
-    assert page.count("<polyline") == (4 if depth == 1 else 5)
+    assert page.count("<polyline") == (5 if depth == 1 else 6)

@@ -161,6 +161,7 @@ def _header(members: Sequence[_Planned]) -> bytes:
 def _write(file: Any, tensor: np.ndarray, info: TensorInfo) -> None:
     """The tensor's values, row by row, some at a time."""
     assert tensor.shape == info.shape
+    tensor = np.atleast_1d(tensor)
     step = max(1, _COPY_BYTES // max(1, math.prod(info.shape[1:]) * info.dtype.itemsize))
     for start in range(0, len(tensor), step):
         part = np.ascontiguousarray(tensor[start : start + step].astype(info.dtype, copy=False))

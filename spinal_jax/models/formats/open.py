@@ -142,10 +142,17 @@ def _hub_snapshot(repo: str, revision: str | None, base: str | None) -> Checkpoi
 
 def _step_revision(repo: str, revision: str | None, error: Exception) -> str:
     """The one branch or tag of a repository that belongs to a training step. Errors: UserError."""
-    import huggingface_hub
+    found: list[str] = []
+    if _STEP.fullmatch(revision or ""):
+        import huggingface_hub
 
-    refs = huggingface_hub.list_repo_refs(repo)
-    found = _of_step((ref.name for ref in (*refs.branches, *refs.tags)), revision or "")
+        try:
+            refs = huggingface_hub.list_repo_refs(repo)
+        except Exception as trouble:  # its transport differs between releases of the client
+            reason = str(trouble).strip().splitlines()
+            why = reason[0] if reason else type(trouble).__name__
+            raise UserError(f"the revisions of {repo} cannot be listed to find {revision!r}: {why}") from trouble
+        found = _of_step((ref.name for ref in (*refs.branches, *refs.tags)), revision or "")
     if len(found) > 1:
         raise UserError(f"{repo} has several revisions for {revision}: {', '.join(found)}; name one of them") from error
     if not found or found == [revision]:
