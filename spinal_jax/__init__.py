@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spinal_jax.comparison.flow import compare
     from spinal_jax.comparison.record import Comparison, load_comparison, save_comparison
     from spinal_jax.models.decoder import Tap, collect, fold
+    from spinal_jax.recording.recorder import Recorder
 
     __version__: str
 
@@ -32,6 +33,7 @@ __all__ = [
     "BothModels",
     "Comparison",
     "DepthTrace",
+    "Recorder",
     "Tap",
     "UserError",
     "__version__",
@@ -57,6 +59,7 @@ _LAZY = {
     **dict.fromkeys(("Attribution", "attribute", "load_attribution"), "spinal_jax.comparison.attribution"),
     **dict.fromkeys(("Comparison", "load_comparison", "save_comparison"), "spinal_jax.comparison.record"),
     **dict.fromkeys(("Tap", "collect", "fold"), "spinal_jax.models.decoder"),
+    "Recorder": "spinal_jax.recording.recorder",
 }
 
 

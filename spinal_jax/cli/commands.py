@@ -3,4 +3,5 @@
 from spinal_jax.cli import attribution_job as attribution_job
 from spinal_jax.cli import checkpoint_jobs as checkpoint_jobs
 from spinal_jax.cli import jobs as jobs
+from spinal_jax.cli import recording_jobs as recording_jobs
 from spinal_jax.cli.registry import COMMANDS as COMMANDS

@@ -174,7 +174,7 @@ def _course(run: TrainingRun, svg: Markup) -> Picture:
 
 def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Picture]:
     below = "Below, the share of tokens that the model held to be the likeliest."
-    if run.config["objective"]["kind"] == "dpo":
+    if not run.is_watched and run.config["objective"]["kind"] == "dpo":
         below = "Below, the rewards: β times how much likelier a response has become than under the reference."
     words = {
         "gradients": Markup(
@@ -237,6 +237,8 @@ def caveats(run: TrainingRun) -> list[str]:
 
 
 def _kind(run: TrainingRun) -> str:
+    if run.is_watched:
+        return "watched from outside"
     objective = run.config["objective"]
     return f"dpo ({objective['loss']})" if objective["kind"] == "dpo" else objective["kind"]
 
@@ -262,6 +264,18 @@ def _tiles(run: TrainingRun) -> list[Tile]:
 def _facts(run: TrainingRun) -> list[tuple[str, str | Markup]]:
     """(term, words) of what was trained, on what and how."""
     config, prompts, first = run.config, run.traces[0].prompts, run.traces[0]
+    traces = (
+        "Traces",
+        f"{len(run.traces)}, at steps {_listed(run.steps)}, on {prompts['count']:,} prompts of {prompts['source']} "
+        f"in {prompts['groups']} groups: {prompts['rows']:,} rows for contraction, {prompts['positions']:,} "
+        "positions for transport",
+    )
+    shape = (
+        f"{first.model['family']} family: {first.model['parameters']:,} parameters, {first.depth} blocks, width "
+        f"{first.model['width']:,}"
+    )
+    if run.is_watched:
+        return [("Model", f"{first.model['name']}, {shape}"), ("Checkpoints", config["source"]), traces]
     objective, optimizer, rank = config["objective"], config["optimizer"], config["lora"]["rank"]
     what = f"{objective['kind']}"
     if objective["kind"] == "dpo":
@@ -270,11 +284,7 @@ def _facts(run: TrainingRun) -> list[tuple[str, str | Markup]]:
     data = config["corpus"] if objective["kind"] == "lm" else config["preferences"]
     clip = "no clipping" if optimizer["clip"] is None else f"clipped at {optimizer['clip']:g}"
     return [
-        (
-            "Model",
-            f"{config['model']['source']}, {first.model['family']} family: {first.model['parameters']:,} parameters, "
-            f"{first.depth} blocks, width {first.model['width']:,}",
-        ),
+        ("Model", f"{config['model']['source']}, {shape}"),
         ("Objective", f"{what}; {trained}"),
         (
             "Optimiser",
@@ -286,12 +296,7 @@ def _facts(run: TrainingRun) -> list[tuple[str, str | Markup]]:
             f"{data['path'] or 'the generated world'} ({data['format']} format), at most {data['max_length']} tokens, "
             f"{data['held_out']:,} held out; {config['batch_size']} a step, seed {config['seed']}",
         ),
-        (
-            "Traces",
-            f"{len(run.traces)}, at steps {_listed(run.steps)}, on {prompts['count']:,} prompts of {prompts['source']} "
-            f"in {prompts['groups']} groups: {prompts['rows']:,} rows for contraction, {prompts['positions']:,} "
-            "positions for transport",
-        ),
+        traces,
         ("Weights", digest(run.settings["weights"], "new")),
     ]
 

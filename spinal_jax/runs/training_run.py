@@ -54,6 +54,11 @@ class TrainingRun:
         return self.settings["config"]
 
     @property
+    def is_watched(self) -> bool:
+        """Whether the training was somebody else's, and its settings are not known."""
+        return "objective" not in self.config
+
+    @property
     def last_step(self) -> int:
         """The last step of which anything is known."""
         return max(int(self.steps[-1]), *(int(line["step"]) for line in self.metrics[-1:]), 0)

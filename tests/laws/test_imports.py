@@ -65,6 +65,10 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "data.packing", "data", "config", "models", "audit.trace", "audit", "comparison", "objectives"),
         *("parallel.device_defaults", "comparison.record", "comparison.preference_gradient"),
     },
+    "recording": {
+        *("errors", "files", "data.packing", "data", "config", "metrics", "parallel", "models", "audit.trace", "audit"),
+        *("comparison.record", "comparison", "runs", "report"),
+    },
     "plan": {
         "errors",
         "data.packing",
@@ -87,10 +91,11 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"config", "models", "audit.trace", "audit"},
     "__init__": {
         *("errors", "models", "audit", "audit.trace", "comparison.record", "comparison", "comparison.flow", "api"),
+        "recording",
     },
     "cli": {
         *("errors", "files", "config", "parallel", "models", "audit.trace", "audit", "comparison.record", "comparison"),
-        *("runs", "report", "comparison.flow", "plan", "train", "verify"),
+        *("runs", "report", "comparison.flow", "plan", "train", "recording", "verify"),
     },
 }
 # Libraries that only these parts may import, and only inside a function.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,17 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 BETA, PAIRS = 0.3, 5
+TOLERANCE = 1e-6  # of a gradient, over the largest of its array or 1
+# PyTorch's own float32 gradients of these are about as far from the float64 ones. Twice their error is allowed.
+ROUNDED = ("latent",)
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's norms, softmaxes and rotations ask for float32 by name, also in a model in float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +90,12 @@ def pairs(seed: int, count: int = PAIRS) -> list[Example]:
     return made
 
 
-def theirs(model: Any, data: list[Example], reference: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-    """Mean loss and its gradient, float64."""
-    model = model.double()
+def theirs(
+    model: Any, data: list[Example], reference: np.ndarray, dtype: torch.dtype = torch.float64
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Mean loss and its gradient. Changes the dtype of the model."""
+    model = model.to(dtype)
+    model.zero_grad(set_to_none=True)
     if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")  # the grouped products have no float64
     logp = []
@@ -88,15 +103,24 @@ def theirs(model: Any, data: list[Example], reference: np.ndarray) -> tuple[floa
         ids = torch.tensor(sequence.ids.astype(np.int64))[None]
         logits = model(ids).logits[0, sequence.start - 1 : -1]
         logp.append(torch.log_softmax(logits, -1).gather(1, ids[0, sequence.start :, None]).sum())
-    ratio = torch.stack(logp) - torch.tensor(reference.ravel().astype(np.float64))
+    ratio = torch.stack(logp) - torch.tensor(reference.ravel(), dtype=dtype)
     loss = -F.logsigmoid(BETA * (ratio[0::2] - ratio[1::2])).mean()
     loss.backward()
     gradient = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), gradient
 
 
+def errors(gradient: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """By array: the largest difference over the largest expected value or 1."""
+    shared = sorted(gradient.keys() & expected.keys())
+    largest = {name: max(1.0, float(np.abs(expected[name]).max())) for name in shared}
+    return {name: float(np.abs(gradient[name] - expected[name]).max()) / largest[name] for name in shared}
+
+
 @pytest.mark.parametrize("family", CONFIGS)
-def test_loss_and_gradients_with_shared_prompts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_with_shared_prompts(
+    family: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setitem(token_scores.TILE_BYTES, "cpu", 4 * 2 * 40 * 20)  # several tiles of the vocabulary
     model = random_model(CONFIGS[family])
     checkpoint = checkpoint_of(model)
@@ -119,18 +143,20 @@ def test_loss_and_gradients_with_shared_prompts(family: str, monkeypatch: pytest
     for _, batch in batches:
         arguments = (parameters, fixed, batch, jnp.float32(PAIRS))
         gradients, sums = steps.first(*arguments) if gradients is None else steps.more(*arguments, gradients, sums)
+    _, rounded = theirs(model, data, reference, torch.float32)
+    request.getfixturevalue("wide")
     loss, expected = theirs(model, data, reference)
+    allowed = TOLERANCE
+    if family in ROUNDED:
+        theirs_off = max(errors(rounded, expected).values())
+        assert theirs_off < 2 * TOLERANCE
+        allowed = max(TOLERANCE, 2 * theirs_off)
     ours = MemoryCheckpoint("gradients", checkpoint.config, {**fixed, **gradients}, None)  # type: ignore[arg-type]
     assert metrics(jax.device_get(sums), "dpo")["loss"] == pytest.approx(loss, abs=1e-6)
-    compared = 0
-    for name in ours.names():
-        # Of a stack of experts that Hugging Face keeps in one array, the sum tells as much as the parts.
-        if name not in expected:
-            continue
-        scale = max(1.0, float(np.abs(expected[name]).max()))
-        np.testing.assert_allclose(ours.tensor(name), expected[name], atol=1e-6 * scale, rtol=0, err_msg=name)
-        compared += 1
-    assert compared >= 8
+    # Of a stack of experts that Hugging Face keeps in one array, the sum tells as much as the parts.
+    off = errors({name: ours.tensor(name) for name in ours.names() if name in expected}, expected)
+    assert len(off) >= 8
+    assert {name: error for name, error in off.items() if error > allowed} == {}
 
 
 def test_units_share_the_prompt_alone() -> None:
@@ -154,7 +180,7 @@ def test_every_token_lies_where_its_sequence_says() -> None:
     for numbers, batch in micro_batches(data, shape):
         host = jax.tree.map(np.asarray, batch)
         seen += numbers
-        for slot in np.flatnonzero(host.counts):
+        for slot in np.flatnonzero(host.counts).tolist():
             sequence = data[numbers[slot // 2]][slot % 2]
             mine = (host.owner == slot) & (host.weight > 0)
             assert host.targets[mine].tolist() == sequence.ids[sequence.start :].tolist()

@@ -1,0 +1,31 @@
+"""The command that follows somebody else's training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from spinal_jax.cli.console import DONE, Stopped, shown, stages
+from spinal_jax.cli.registry import command
+from spinal_jax.config.watch import WatchConfig
+
+
+@command(
+    "DIR | dir=DIR",
+    "Traces the checkpoints that a trainer writes into a folder, while it trains.",
+    WatchConfig,
+    {"prompts": "default", "metrics": "default"},
+    ("dir",),
+)
+def watch(asked: WatchConfig, folder: Path) -> int:
+    from spinal_jax.recording.watch import run_watch
+
+    try:
+        watched = run_watch(asked, folder, stages({}), say=lambda line: print(line, file=sys.stderr))
+    except Stopped as stopped:
+        stopped.kept = f"the traces so far are in {shown(folder)}; hydra.run.dir={shown(folder)} goes on from there"
+        raise
+    print(watched)
+    if watched.steps:
+        print(f"  report    {shown(folder / 'report.html')}", flush=True)
+    return DONE

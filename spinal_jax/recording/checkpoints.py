@@ -1,0 +1,131 @@
+"""Checkpoints that a trainer writes into a folder: which are complete, and the metrics the trainer left beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STEP = re.compile(r"(?:checkpoint|step|global_step)?[-_]?(\d+)")
+STATE = "trainer_state.json"  # Hugging Face's Trainer writes it after the weights
+INDEXES = ("model.safetensors.index.json",)
+SINGLE = ("model.safetensors", "adapter_model.safetensors")
+CONFIGS = ("config.json", "adapter_config.json")
+ORBAX = "_CHECKPOINT_METADATA"  # Orbax renames a step into place when it is whole
+
+
+def step_of(folder: Path) -> int | None:
+    """The optimiser step in the name of a checkpoint's folder (`checkpoint-500`, `step_500`, `500`), or None."""
+    found = STEP.fullmatch(folder.name)
+    return None if found is None else int(found[1])
+
+
+def checkpoints(root: Path, settle: float) -> list[tuple[int, Path]]:
+    """(step, folder) of the complete checkpoints in `root`, by ascending step.
+
+    Args:
+        root: the trainer's output folder.
+        settle: seconds for which nothing must have changed in a folder without trainer_state.json.
+    """
+    steps = [(step, path) for path in root.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
+    return [(step, path) for step, path in sorted(steps) if is_complete(path, settle)]
+
+
+def is_complete(folder: Path, settle: float) -> bool:
+    """Whether a checkpoint is whole: its config is there, and every safetensors file that belongs to it has the length
+    that its header states."""
+    try:
+        if (folder / ORBAX).exists():
+            return True
+        if not any((folder / name).exists() for name in CONFIGS):
+            return False
+        index = next((folder / name for name in INDEXES if (folder / name).exists()), None)
+        if index is None:
+            files = [folder / name for name in SINGLE if (folder / name).exists()]
+        else:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(shards.values()))]
+        if not files or not all(map(_is_whole, files)):
+            return False
+        newest = max(path.stat().st_mtime for path in folder.iterdir())
+        return (folder / STATE).exists() or time.time() - newest >= settle
+    except (OSError, ValueError, KeyError):  # it is being written, or deleted
+        return False
+
+
+def _is_whole(file: Path) -> bool:
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\0"))
+        size = file.stat().st_size
+        if not 0 < length <= size - 8:
+            return False
+        header = json.loads(opened.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)
+
+
+def trainer_metrics(root: Path) -> list[dict[str, Any]]:
+    """What the trainer logged, one mapping a step with finite numbers by TRL's names: from metrics.jsonl in `root`,
+    else from the latest trainer_state.json, else from TensorBoard's event files. Empty without any."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in _logged(root):
+        step = line.get("step")
+        if isinstance(step, int):
+            numbers = {name: value for name, value in line.items() if _is_number(value) and name != "step"}
+            by_step.setdefault(step, {"step": step}).update(numbers)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _logged(root: Path) -> list[Mapping[str, Any]]:
+    log = root / "metrics.jsonl"
+    if log.exists():
+        return _lines(log)
+    state = trainer_state(root)
+    if state is not None:
+        return list(state.get("log_history", []))
+    return _events(root)
+
+
+def trainer_state(root: Path) -> Mapping[str, Any] | None:
+    """The latest trainer_state.json among the checkpoints in `root`, or None."""
+    steps = sorted((step, path) for path in root.iterdir() if path.is_dir() and (step := step_of(path)) is not None)
+    for _, path in reversed(steps):
+        try:
+            return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # without one, half written, or deleted meanwhile
+            continue
+    return None
+
+
+def has_ended(root: Path) -> bool:
+    """Whether the trainer says that its last step is done."""
+    state = trainer_state(root)
+    return state is not None and 0 < state.get("max_steps", 0) <= state.get("global_step", 0)
+
+
+def _lines(log: Path) -> list[Mapping[str, Any]]:
+    text = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in text if line.endswith("\n")]  # the last one may be half written
+
+
+def _events(root: Path) -> list[Mapping[str, Any]]:
+    """Scalars of TensorBoard's files below `root`: `train/loss` is `loss`, `eval/loss` is `eval_loss`."""
+    found: list[Mapping[str, Any]] = []
+    for folder in sorted({path.parent for path in root.rglob("*tfevents*")}):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            name = tag.removeprefix("train/").replace("eval/", "eval_", 1)
+            found += [{"step": int(event.step), name: float(event.value)} for event in events.Scalars(tag)]
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

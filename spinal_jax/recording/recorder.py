@@ -1,0 +1,222 @@
+"""`spinal_jax.Recorder`: depth traces of parameters in memory, for a training loop in JAX."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from spinal_jax.audit import pipeline
+from spinal_jax.audit.measure import Measurement, Reference, keep, measure
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.onset import Rules
+from spinal_jax.config import MetricsConfig, ModelConfig, PromptsConfig, to_mapping
+from spinal_jax.errors import UserError
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.families import family_of
+from spinal_jax.models.formats.base import TensorInfo
+from spinal_jax.models.parts import Parts, cast
+from spinal_jax.models.translate import load_decoder, parameter_shapes
+from spinal_jax.recording.series import TraceSeries
+
+SHARE = 0.05  # of the time that traces may take where no interval is given
+
+Parameters = Mapping[str, Any]
+
+
+class Recorder:
+    """Traces a policy while it is trained, each time compared with the first.
+
+    >>> recorder = Recorder("path/to/base", every=50, folder="traces")
+    >>> for step, batch in enumerate(batches):
+    ...     recorder(step, params, metrics={"loss": loss})
+    ...     params, loss = train_step(params, batch)
+    >>> recorder.close()
+
+    Measuring runs on the devices of the parameters, before `recorder(...)` returns; comparing and writing run in a
+    thread beside the training.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        prompts: str | os.PathLike[str] | Sequence[str] | None = None,
+        *,
+        folder: str | os.PathLike[str],
+        every: int | None = None,
+        mapping: Callable[[Any], Parameters] | None = None,
+        prompt_settings: PromptsConfig | None = None,
+        metrics: MetricsConfig | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        """Reads config and tokenizer of `model`; the weights are those that are passed to the recorder.
+
+        Args:
+            model: the checkpoint that training starts from: hub id, folder or .gguf file.
+            prompts: a file, a list of texts, or None for the prompts that ship with the package.
+            folder: gets traces/, onset.json, metrics.jsonl, report.html and TensorBoard's events.
+            every: steps between traces; None: as often as takes at most 5 % of the time.
+            mapping: turns what is passed as parameters into a flat mapping of names to arrays: names of the Hugging
+                Face checkpoint, or this package's paths. None: they are such a mapping.
+            prompt_settings: format, limit, length and template of the prompts.
+            metrics: what is measured.
+            warmup_steps: of the learning rate, which are no wobble of the optimiser.
+
+        Raises:
+            UserError: the model or the prompts cannot be read, or the folder holds something else.
+        """
+        if every is not None and every < 1:
+            raise UserError(f"every is {every}; it takes a number of steps above 0, or None")
+        named = isinstance(prompts, (str, os.PathLike))
+        asked = prompt_settings or PromptsConfig(path=os.fspath(prompts) if named else None)
+        self.settings, self.every, self.mapping = metrics or MetricsConfig(), every, mapping
+        texts = None if named or prompts is None else list(prompts)
+        found = pipeline.read_prompt_set(asked, texts)
+        with pipeline.opened(ModelConfig(source=os.fspath(model))) as (checkpoint, _, decoder):
+            self.config, self._hf_config = decoder, dict(checkpoint.config)
+            self.plan = pipeline.plan_prompts(found, checkpoint.tokenizer(), decoder, asked, self.settings)
+        self.name = pipeline.model_name(os.fspath(model))
+        self._prompts = pipeline.prompts_record(found, asked)
+        about = {"model": {"source": self.name}, "prompts": to_mapping(asked), "metrics": to_mapping(self.settings)}
+        self.series = TraceSeries(Path(folder), {"source": f"recorder of {self.name}", **about}, Rules(warmup_steps))
+        if self.series.steps:
+            self.series.close()
+            raise UserError(f"{folder} holds the traces of another recording; choose another folder")
+        self._structure: Parts | None = None
+        self._reference: Reference | None = None
+        self._first: DepthTrace | None = None
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spinal-recorder")
+        self._pending: Future[None] | None = None
+        self._lines: dict[int, dict[str, Any]] = {}
+        self._began, self._spent, self._last = time.monotonic(), 0.0, 0.0
+
+    def __call__(self, step: int, parameters: Any, metrics: Mapping[str, Any] | None = None) -> bool:
+        """Notes the metrics of a step, and traces the parameters where a trace is due.
+
+        Args:
+            step: how many updates the parameters have had; ascending.
+            parameters: as `mapping` takes them. They are read, never changed, and stay where they are.
+            metrics: numbers known at this step, by TRL's names.
+
+        Returns:
+            Whether a trace was taken.
+
+        Raises:
+            UserError: parameters that are missing or have another shape.
+        """
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        if numbers:
+            self._lines[step] = {"step": step, **numbers}
+        if not self._is_due(step):
+            return False
+        begin = time.monotonic()
+        self._trace(step, parameters, {name: value for name, value in numbers.items() if "rewards/" in name})
+        self._last = time.monotonic() - begin
+        self._spent += self._last
+        return True
+
+    def _is_due(self, step: int) -> bool:
+        if self._reference is None:
+            return True
+        if self.every is not None:
+            return step % self.every == 0
+        elapsed = time.monotonic() - self._began
+        return self._spent + self._last <= SHARE * elapsed
+
+    def _trace(self, step: int, parameters: Any, beside: Mapping[str, float]) -> None:
+        given = parameters if self.mapping is None else self.mapping(parameters)
+        model, digest = self._assemble(given), f"step {step} of a recording"
+        if self._reference is None:
+            self._reference = keep(model, self.plan, self.settings, alone=True)
+            assert self._reference.measurement is not None
+            self._first = self._record(step, digest, self._reference.measurement)
+        measurement = measure(model, self.plan, self.settings, None, self._reference)
+        del model
+        assert self._first is not None
+        first = self._first
+        trace = first if not self.series.steps and self._pending is None else self._record(step, digest, measurement)
+        policy = measurement.policy
+        assert policy is not None
+        self.wait()
+        self._pending = self._worker.submit(lambda: (self.series.add(step, trace, first, policy, beside), None)[1])
+
+    def _record(self, step: int, digest: str, measurement: Measurement) -> DepthTrace:
+        sha256 = hashlib.sha256(f"{self.name} {digest}".encode()).hexdigest()
+        about = pipeline.model_record(f"{self.name}, step {step}", self.name, None, "float32", sha256)
+        return pipeline.depth_trace(about, self._prompts, self.config, self.settings, self.plan, measurement)
+
+    def _assemble(self, given: Parameters) -> Decoder:
+        """The decoder of a mapping by our paths, whose arrays stay where they are, or by Hugging Face's names."""
+        shapes = parameter_shapes(self.config)
+        if shapes.keys() <= given.keys():
+            arrays: dict[str, Array] = {name: jnp.asarray(given[name]) for name in shapes}
+            for name, shape in shapes.items():
+                if arrays[name].shape != shape.shape:
+                    raise UserError(f"the parameter {name} has shape {arrays[name].shape}, not {shape.shape}")
+            return self._parts().assemble(cast(arrays, jnp.float32))
+        tensors = _Tensors(self.name, self._hf_config, given)
+        return load_decoder(tensors, family_of(str(self._hf_config["model_type"])), self.config, jnp.dtype("float32"))
+
+    def _parts(self) -> Parts:
+        if self._structure is None:
+            self._structure = Parts(nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0))))
+        return self._structure
+
+    def wait(self) -> None:
+        """Returns once every trace is on disk."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Waits for what is being written, then writes metrics.jsonl and draws the report."""
+        self.wait()
+        self._worker.shutdown()
+        if self._reference is not None:
+            self._reference.close()
+            self.series.metrics([self._lines[step] for step in sorted(self._lines)])
+            self.series.report()
+        self.series.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Tensors:
+    """Parameters under Hugging Face's names as a `Checkpoint`. A tied unembedding may be missing."""
+
+    kind = "memory"
+    revision: str | None = None
+
+    def __init__(self, source: str, config: dict[str, Any], given: Parameters) -> None:
+        self.source, self.config, self._given = source, config, given
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(np.shape(self._given[name]), np.dtype(np.float32)) for name in sorted(self._given)}
+
+    def tensor(self, name: str) -> np.ndarray:
+        return np.asarray(self._given[name], np.float32)
+
+    def tokenizer(self) -> Any:
+        raise NotImplementedError("the recorder has the tokenizer of the model it was given")
+
+    def sha256(self) -> str:
+        raise NotImplementedError("weights in memory have no file")
+
+    def close(self) -> None:
+        """Nothing is held open."""

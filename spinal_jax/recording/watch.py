@@ -1,0 +1,228 @@
+"""`spinal watch`: audits the checkpoints that a trainer writes into a folder, while it writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinal_jax.audit import pipeline
+from spinal_jax.audit.devices import Devices, devices_of
+from spinal_jax.audit.measure import Measurement, Reference, keep, measure
+from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.comparison.onset import Rules, no_onset_sentence
+from spinal_jax.config import ModelConfig, to_mapping
+from spinal_jax.config.watch import WatchConfig
+from spinal_jax.data.packing import Plan
+from spinal_jax.errors import UserError
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.recording.checkpoints import checkpoints, has_ended, trainer_metrics
+from spinal_jax.recording.series import TraceSeries
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a watch came to."""
+
+    folder: Path
+    steps: list[int]  # that have a trace
+    onset: dict[str, Any]  # the content of onset.json
+
+    def __str__(self) -> str:
+        began, broke = self.onset["onset"], self.onset["destabilisation"]
+        return "\n".join(
+            [
+                f"{len(self.steps)} traces at steps {', '.join(map(str, self.steps)) or 'none'}",
+                f"  onset     {began['evidence'] if began else no_onset_sentence(self.onset)}",
+                f"  breaks    {broke['evidence'] if broke else 'No destabilisation'}",
+            ]
+        )
+
+
+def run_watch(config: WatchConfig, folder: Path, bar: pipeline.Bar | None = None, say: Say | None = None) -> Watched:
+    """Measures every complete checkpoint of `config.dir` into `folder` until training ends, `stop_file` exists, or at
+    once where `once` is set. What an earlier call measured is kept.
+
+    A checkpoint that is not whole yet is left for the next look; one that is deleted while it is read is passed over.
+
+    Args:
+        config: the settings.
+        folder: of the traces, onset.json, metrics.jsonl, report.html and TensorBoard's events.
+        bar: opens progress bars.
+        say: gets a line for every checkpoint.
+
+    Raises:
+        UserError: no such folder, a checkpoint that cannot be read, other tokens than the reference's tokenizer makes,
+            or the first checkpoint, which is the reference, was deleted before this call.
+    """
+    bar, say = bar or pipeline.bars(False), say or (lambda line: None)
+    root = Path(config.dir).expanduser()
+    if not root.is_dir():
+        raise UserError(f"dir={config.dir} is no folder; give the folder into which the trainer writes checkpoints")
+    series = TraceSeries(folder, _comparable(config), Rules(config.warmup_steps))
+    watch = _Watch(config, root, series, bar, say)
+    with contextlib.closing(series), contextlib.closing(watch):
+        while True:
+            ends = config.once or has_ended(root) or (config.stop_file is not None and Path(config.stop_file).exists())
+            watch.look()
+            if ends:
+                return Watched(folder, series.steps, series.detected)
+            time.sleep(config.poll_seconds)
+
+
+def _comparable(config: WatchConfig) -> dict[str, Any]:
+    """The settings that the results depend on: how long to wait and what to run are free to change."""
+    free = ("poll_seconds", "settle_seconds", "once", "stop_file", "on_destabilisation")
+    kept = {name: value for name, value in to_mapping(config).items() if name not in free}
+    return {"source": kept.pop("dir"), **kept}
+
+
+class _Watch:
+    """The reference, the prompts as its tokenizer makes them, and what was measured."""
+
+    def __init__(self, config: WatchConfig, root: Path, series: TraceSeries, bar: pipeline.Bar, say: Say):
+        self.config, self.root, self.series, self.bar, self.say = config, root, series, bar, say
+        self.prompts = pipeline.read_prompt_set(config.prompts)
+        self.plan: Plan | None = None
+        self.devices: Devices | None = None
+        self.slots: int | None = None
+        self.reference: Reference | None = None
+        self.first: DepthTrace | None = None
+        self.drawn = not series.steps  # an earlier watch may have ended between a trace and its page
+
+    def close(self) -> None:
+        """Frees what is kept of the reference."""
+        if self.reference is not None:
+            self.reference.close()
+
+    def look(self) -> None:
+        """Measures the complete checkpoints that have no trace yet, and updates the page."""
+        last = self.series.steps[-1] if self.series.steps else -1
+        for step, path in checkpoints(self.root, 0.0 if self.config.once else self.config.settle_seconds):
+            if step <= last:
+                continue
+            try:
+                self._measure(step, path)
+            except (UserError, OSError):
+                if path.exists():
+                    raise
+                self.say(f"{path.name} was deleted while it was read; passed over")
+        if not self.drawn:
+            self.series.metrics(trainer_metrics(self.root))
+            self.series.report()
+            self.drawn = True
+
+    def _measure(self, step: int, path: Path) -> None:
+        """Adds the trace of a checkpoint."""
+        if self.reference is None:
+            self._keep_reference(path)
+        assert self.plan is not None
+        assert self.first is not None
+        model = ModelConfig(
+            source=str(path), base=self.config.base, dtype=self.config.dtype, ignore_keys=self.config.ignore_keys
+        )
+        trace, measurement = self._audit(model, self.plan)
+        policy = measurement.policy
+        assert policy is not None
+        if self.config.reference.source is None and not self.series.steps:
+            trace = self.first
+        before = self.series.detected["destabilisation"]
+        detected = self.series.add(step, trace, self.first, policy, self._beside(step))
+        self.say(f"{path.name}: Delta_align {self.series.records[-1].delta_align:.3g}")
+        self.drawn = False
+        if detected["destabilisation"] is not None and before is None:
+            self._act(detected["destabilisation"])
+
+    def _keep_reference(self, first: Path) -> None:
+        """Runs the reference model: the one that is named, or the first checkpoint."""
+        named = self.config.reference
+        if named.source is not None:
+            asked = ModelConfig(
+                source=named.source,
+                revision=named.revision,
+                base=named.base,
+                dtype=self.config.dtype,
+                ignore_keys=self.config.ignore_keys,
+            )
+        else:
+            if self.series.steps:
+                first_step = self.series.steps[0]
+                there = dict(checkpoints(self.root, 0.0))
+                if first_step not in there:
+                    raise UserError(
+                        f"the checkpoint of step {first_step}, with which all are compared, is gone from {self.root}; "
+                        "keep it there, or name a reference with reference.source"
+                    )
+                first = there[first_step]
+            asked = ModelConfig(
+                source=str(first), base=self.config.base, dtype=self.config.dtype, ignore_keys=self.config.ignore_keys
+            )
+        config = self.config
+        with pipeline.opened(asked) as (checkpoint, family, decoder):
+            choice = pipeline.choose_devices(config.parallel, decoder, config.dtype, config.metrics)
+            self.devices = devices_of(choice)
+            self.slots = pipeline.home_of(decoder, config.dtype, config.metrics, self.devices).slots
+            self.plan = self._plan(checkpoint.tokenizer(), decoder)
+            model = pipeline.load(checkpoint, family, decoder, config.dtype, self.bar, self.devices)
+            about = self._about(asked, checkpoint.revision, checkpoint.sha256())
+            self.reference = keep(model, self.plan, config.metrics, self.bar, alone=True, devices=self.devices)
+        assert self.reference.measurement is not None
+        self.first = self._trace(about, decoder, self.plan, self.reference.measurement)
+
+    def _audit(self, asked: ModelConfig, plan: Plan) -> tuple[DepthTrace, Measurement]:
+        config = self.config
+        with pipeline.opened(asked) as (checkpoint, family, decoder):
+            own = self._plan(checkpoint.tokenizer(), decoder)
+            if pipeline.tokens_sha256(own) != pipeline.tokens_sha256(plan):
+                raise UserError(
+                    f"the tokenizer of {asked.source} makes other tokens of the prompts than that of the reference"
+                )
+            if _vocabulary(own) != _vocabulary(plan):
+                raise UserError(
+                    f"the vocabulary of {asked.source} is not that of the reference; leave reference.source out, so "
+                    "that the first checkpoint is the reference"
+                )
+            model = pipeline.load(checkpoint, family, decoder, config.dtype, self.bar, self.devices)
+            about = self._about(asked, checkpoint.revision, checkpoint.sha256())
+        measurement = measure(model, plan, config.metrics, self.bar, self.reference, self.devices)
+        return self._trace(about, decoder, plan, measurement), measurement
+
+    def _plan(self, tokenizer: Any, decoder: DecoderConfig) -> Plan:
+        config = self.config
+        return pipeline.plan_prompts(
+            self.prompts, tokenizer, decoder, config.prompts, config.metrics, None, self.devices, self.slots
+        )
+
+    def _about(self, asked: ModelConfig, revision: str | None, sha256: str) -> dict[str, Any]:
+        name = pipeline.model_name(asked.source)
+        return pipeline.model_record(name, asked.source, revision, asked.dtype, sha256)
+
+    def _trace(self, about: dict[str, Any], decoder: DecoderConfig, plan: Plan, measurement: Measurement) -> DepthTrace:
+        prompts = pipeline.prompts_record(self.prompts, self.config.prompts)
+        return pipeline.depth_trace(about, prompts, decoder, self.config.metrics, plan, measurement)
+
+    def _beside(self, step: int) -> dict[str, float]:
+        """The trainer's metrics of preference at a step: the last that were logged up to it."""
+        known: dict[str, float] = {}
+        for line in trainer_metrics(self.root):
+            if line["step"] <= step:
+                known |= {name: float(value) for name, value in line.items() if "rewards/" in name}
+        return known
+
+    def _act(self, broke: dict[str, Any]) -> None:
+        self.say(f"destabilised at step {broke['step']}: {broke['evidence']}")
+        if self.config.on_destabilisation is not None:
+            environment = {**os.environ, "SPINAL_STEP": str(broke["step"]), "SPINAL_EVIDENCE": broke["evidence"]}
+            code = subprocess.run(self.config.on_destabilisation, shell=True, env=environment, check=False).returncode
+            self.say(f"on_destabilisation ended with exit code {code}")
+
+
+def _vocabulary(plan: Plan) -> tuple[int, str] | None:
+    return None if plan.vocabulary is None else (plan.vocabulary.rows, plan.vocabulary.sha256)
