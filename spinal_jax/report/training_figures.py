@@ -170,7 +170,7 @@ def loss_figure(run: TrainingRun) -> Figure | None:
     _train_and_eval(run, axes[0], "loss", "loss", hint, BLUE)
     if tokens:
         name = "mean_token_accuracy"
-        _train_and_eval(run, axes[1], name, "token accuracy", "share of tokens that are most likely", GREEN)
+        _train_and_eval(run, axes[1], name, "token accuracy", "top-1 token accuracy", GREEN)
     elif rewards:
         for side, colour, dash, marker in (("chosen", BLUE, "-", "o"), ("rejected", VERMILLION, (0, (4, 2)), "s")):
             steps, values = run.series(f"rewards/{side}")
