@@ -40,6 +40,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "environment": (),
 }
 # fmt: on
+BOUNDS = {column.name: column.bounds for column in columns.TRACE}
+SUMMARY_BOUNDS = {column.name: column.bounds for column in columns.SUMMARY}
 UNITS = {column.name: column.unit for column in (*columns.SUMMARY, *columns.TRACE) if column.unit}
 
 
@@ -114,20 +116,26 @@ class DepthTrace(Record):
         return float(stdtrit(freedom, 0.975)) if freedom >= 1 else math.nan
 
     def interval(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """95 % interval (low, high), each [D+1], of a column that has a standard error; NaN where there is none."""
+        """95 % interval (low, high), each [D+1], of a column that has a standard error; NaN where there is none. It is
+        cut at what the column's definition allows."""
         if column not in self.columns or f"{column}_se" not in self.columns:
             known = [name for name in self.columns if f"{name}_se" in self.columns]
             raise UserError(f"column {column!r} has no standard error; the columns that have one: {', '.join(known)}")
         half = self.t_quantile * self.columns[f"{column}_se"]
-        return self.columns[column] - half, self.columns[column] + half
+        least, most = BOUNDS.get(column, (-math.inf, math.inf))
+        low, high = self.columns[column] - half, self.columns[column] + half
+        return np.clip(low, least, None), np.clip(high, None, most)
 
     def summary_interval(self, name: str) -> tuple[float, float]:
-        """95 % interval (low, high) of a number of the summary; NaN where there is none."""
+        """95 % interval (low, high) of a number of the summary, cut at what its definition allows; NaN where there is
+        none."""
         if f"{name}_se" not in self.summary:
             known = [key for key in self.summary if f"{key}_se" in self.summary]
             raise UserError(f"{name!r} has no standard error in the summary; what has one: {', '.join(known)}")
         half = self.t_quantile * self.summary[f"{name}_se"]
-        return self.summary[name] - half, self.summary[name] + half
+        least, most = SUMMARY_BOUNDS[name]
+        low, high = self.summary[name] - half, self.summary[name] + half
+        return (math.nan, math.nan) if math.isnan(half) else (max(low, least), min(high, most))
 
     def to_json(self) -> str:
         """The text of trace.json: equal traces give equal bytes; NaN is null; `arrays` are not in it."""

@@ -1,7 +1,7 @@
 """Fixed shapes from ragged prompts: sequences are packed into rows, rows into batches.
 
 Several prompts share a row, told apart by `segments`, so that padding wastes little and one compiled shape serves a
-whole pool. Rows are sorted by jackknife group, a row holds prompts of one group only, and each row names the
+whole prompt set. Rows are sorted by jackknife group, a row holds prompts of one group only, and each row names the
 accumulator of its group (its `slot`). Every group has its own. Where the devices have no room for all of them, a batch
 touches at most `SLOTS` groups in a row, whose sums are complete and leave before another group takes their slot.
 

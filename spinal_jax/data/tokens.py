@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 WIDEST = 64  # characters of a token, beyond which a text is taken to have more tokens than it has characters / WIDEST
 SHORT = 1 << 16  # characters that are always tokenised whole
+AT_ONCE = 512  # prompts given to the tokenizer together, which shares them out over its threads
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,16 +52,20 @@ def tokenise_prompts(
     kept: list[Prompt] = []
     found: list[np.ndarray] = []
     shortened = 0
-    for prompt in prompts.prompts:
-        try:
-            ids, cut = _ids(prompt, tokenizer, max_length, template)
-        except TemplateRefusal as refusal:
-            refusals.add(prompt.where or prompts.source, refusal)
-            continue
-        if len(ids):
-            kept.append(prompt)
-            found.append(ids)
-            shortened += cut
+    for first in range(0, len(prompts.prompts), AT_ONCE):
+        some: list[Prompt] = []
+        texts: list[str] = []
+        for prompt in prompts.prompts[first : first + AT_ONCE]:
+            try:
+                texts.append(_text(prompt, template))
+                some.append(prompt)
+            except TemplateRefusal as refusal:
+                refusals.add(prompt.where or prompts.source, refusal)
+        for prompt, (ids, cut) in zip(some, _encode(texts, tokenizer, max_length, template is None), strict=True):
+            if len(ids):
+                kept.append(prompt)
+                found.append(ids)
+                shortened += cut
     if not kept:
         raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
     return TokenisedPrompts(
@@ -82,33 +88,44 @@ def token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: in
     Raises `UserError` if `max_length` < 1, or the tokenizer has no chat template, or its template refuses these turns.
     """
     template = ChatTemplate(tokenizer, "prompts") if chat_template else None
-    return _ids(prompt, tokenizer, max_length, template)[0]
+    ((ids, _),) = _encode([_text(prompt, template)], tokenizer, max_length, template is None)
+    return ids
 
 
-def _ids(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int, template: ChatTemplate | None
-) -> tuple[np.ndarray, bool]:
-    """The ids, and whether there were more."""
+def _text(prompt: Prompt, template: ChatTemplate | None) -> str:
+    return prompt.text if template is None else template.render(prompt.turns, opening=True)
+
+
+def _encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, special: bool
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """The ids of each text, and whether there were more; `special`: with the tokenizer's default special tokens."""
     if max_length < 1:
         raise UserError(f"prompts.max_length={max_length} leaves no token; give 1 or more")
-    text = prompt.text if template is None else template.render(prompt.turns, opening=True)
+    if not texts:
+        return
     bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
     room = max(SHORT, WIDEST * max_length)
-    while True:
-        tail = end_of(text, room)
+
+    def encoded(tails: list[str]) -> list[list[int]]:
         # verbose=False: the warning about the model's maximum length is moot, since the cut comes after.
-        ids = tokenizer(tail, add_special_tokens=template is None, verbose=False)["input_ids"]
-        if len(tail) == len(text) or len(ids) > max_length:
-            break
-        room *= 4
-    begins = begins_with_bos(text, ids, tokenizer) if len(tail) < len(text) else ids[:1] == [bos]
-    ids = ids[repeated_bos(ids, bos) :]
-    if len(tail) < len(text) and begins and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    cut = len(ids) > max_length
-    if cut:
-        ids = [bos, *ids[len(ids) - max_length + 1 :]] if begins else ids[-max_length:]
-    return np.asarray(ids, dtype=np.int32), cut
+        return tokenizer(tails, add_special_tokens=special, verbose=False)["input_ids"]
+
+    tails = [end_of(text, room) for text in texts]
+    for text, tail, ids in zip(texts, tails, encoded(tails), strict=True):
+        more = room
+        while len(tail) < len(text) and len(ids) <= max_length:  # tokens wider than WIDEST
+            more *= 4
+            tail = end_of(text, more)
+            (ids,) = encoded([tail])
+        begins = begins_with_bos(text, ids, tokenizer) if len(tail) < len(text) else ids[:1] == [bos]
+        ids = ids[repeated_bos(ids, bos) :]
+        if len(tail) < len(text) and begins and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        cut = len(ids) > max_length
+        if cut:
+            ids = [bos, *ids[len(ids) - max_length + 1 :]] if begins else ids[-max_length:]
+        yield np.asarray(ids, dtype=np.int32), cut
 
 
 def end_of(text: str, room: int) -> str:

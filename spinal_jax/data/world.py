@@ -81,13 +81,13 @@ class World:
         return PairSet(pairs, repr(self), "world", sha256, {"empty": 0, "identical": 0, "no_prompt": 0})
 
     def prompts(self, count: int) -> PromptSet:
-        """The first `count` questions of a pool for audits, which no document or pair asks; all are different.
+        """The first `count` questions of those kept for audits, which no document or pair asks; all are different.
 
-        Each ends with "\\n\\nAssistant:". Raises `UserError` beyond the size of the pool.
+        Each ends with "\\n\\nAssistant:". Raises `UserError` where there are fewer.
         """
         _above_zero("prompts", count)
-        if count > (pool := len(_questions()["audit"])):
-            raise UserError(f"the world has {pool} prompts for audits, not {count}")
+        if count > (most := len(_questions()["audit"])):
+            raise UserError(f"the world has {most} prompts for audits, not {count}")
         questions = [self._question(index, "audit") for index in range(count)]
         prompts = tuple(Prompt(question.prompt, question.turns) for question in questions)
         return PromptSet(prompts, repr(self), "world", 0, digest(prompt.text for prompt in prompts))

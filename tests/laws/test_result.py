@@ -74,6 +74,19 @@ def test_intervals_are_students_t(groups: int, make_trace: Maker) -> None:
     np.testing.assert_allclose(trace.summary_interval("transport"), ends, rtol=1e-12)
 
 
+def test_intervals_are_cut_at_what_definitions_allow(make_trace: Maker) -> None:
+    trace = make_trace()
+    wide = {**trace.columns, "transport_se": np.full(7, 5.0), "effective_rank_se": np.full(7, 5.0)}
+    trace = replace(trace, columns=wide, summary={**trace.summary, "coherence": 0.9, "coherence_se": 0.2})
+    low, high = trace.interval("transport")
+    assert (low[1:] == 0).all()
+    assert (high[1:] == math.pi).all()
+    assert (trace.interval("effective_rank")[0] == 1).all()
+    low, high = trace.summary_interval("coherence")
+    assert low == pytest.approx(0.9 - 0.2 * student.ppf(0.975, 15))
+    assert high == 1
+
+
 def test_one_group_has_no_interval_and_a_column_without_error_is_refused(make_trace: Maker) -> None:
     trace = make_trace(groups=1)
     assert np.isnan(trace.interval("contraction")).all()

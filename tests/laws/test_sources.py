@@ -19,9 +19,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from spinal_jax.data import read_documents, read_pairs, read_prompts, source_of, stem, textfiles
+from spinal_jax.audit.pipeline import prompts_record, read_prompt_set
+from spinal_jax.config import PromptsConfig
+from spinal_jax.data import read_documents, read_pairs, read_prompts, source_of, stem, textfiles, tokenise_prompts
 from spinal_jax.data.sources import Source, rows
 from spinal_jax.errors import UserError
+from spinal_jax.models.formats.byte_level import byte_tokenizer
 
 ROWS = [
     {"prompt": f"question {n} é😀", "number": n, "messages": [{"role": "user", "content": f"m{n}"}]} for n in range(700)
@@ -97,6 +100,18 @@ def test_equal_rows_give_equal_prompts_whatever_holds_them(tmp_path: Path) -> No
         said = read_prompts(source, field="messages", limit=2)
         assert [prompt.turns for prompt in said.prompts] == [(("user", "m0"),), (("user", "m1"),)], name
     assert len(digests) == 1
+
+
+def test_equal_rows_give_equal_tokens_and_the_same_record_in_a_trace(tmp_path: Path) -> None:
+    containers(tmp_path / "c", ROWS[:40])
+    (tmp_path / "c" / "saved").rename(tmp_path / "c" / "p")
+    found = []
+    for name in ("p.jsonl", "p.json", "p.gz", "p.parquet", "p.arrow", "p"):
+        config = PromptsConfig(path=str(tmp_path / "c" / name), limit=30)
+        read = read_prompt_set(config)
+        tokens = tokenise_prompts(read, byte_tokenizer(), 12, False)
+        found.append((json.dumps(prompts_record(read, config)), [ids.tobytes() for ids in tokens.ids]))
+    assert all(each == found[0] for each in found)
 
 
 def test_names_tell_nothing_and_content_tells_all(tmp_path: Path) -> None:
