@@ -138,7 +138,7 @@ def test_saved_traces_and_training_runs_are_compared_by_their_folders(found: Mea
         ((run, BASE), {}, "aligned is a saved trace and reference is a checkpoint"),
         ((run, base), {"prompts": "x"}, "prompts are given, but saved traces"),
         ((run, base), {"prompts": ["x"]}, "prompts are given, but saved traces"),
-        ((run, base), {"preferences": "x"}, "preferences are given, but saved traces"),
+        ((run, base), {"preferences": "x"}, "it takes null with saved traces"),
     ):
         with pytest.raises(UserError, match=words):
             spinal_jax.compare(*arguments, **how)
