@@ -279,5 +279,7 @@ for broken in (False, True):
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
     verdicts = [line for line in done.stdout.splitlines() if line.startswith(("PASS", "FAIL"))]
-    assert verdicts == ["PASS", "FAIL: hash"]
+    assert len(verdicts) == 2
+    assert verdicts[0] == "PASS"
+    assert verdicts[1].startswith("FAIL: hash")  # a damaged folder is also refused where it is loaded
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
