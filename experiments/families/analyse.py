@@ -21,8 +21,20 @@ from spinal_jax.runs.find import find_runs
 from spinal_jax.stats.signflip import holm
 
 # Between these pairs lies DPO and nothing else, as conf/pair/ says; between the others, more.
-DPO_ALONE = frozenset({"phi-2", "llama-3-8b", "zephyr-7b", "tulu-3-8b", "olmo-2-1b", "olmo-2-7b"})
-VERDICTS = ("contraction", "expansion", "no detectable change")
+DPO_ALONE = frozenset(
+    {
+        "llama-3-8b",
+        "olmo-2-1b",
+        "olmo-2-7b",
+        "olmo-3-7b",
+        "olmo-3-7b-think",
+        "olmoe-1b-7b",
+        "phi-2",
+        "tulu-3-8b",
+        "zephyr-7b",
+    }
+)
+VERDICTS = ("toward contraction", "toward expansion", "differs, direction not robust", "no detectable change")
 PLACES = ("delta_contraction", "delta_transport", "policy_distance", "gradient_norm")
 Row = dict[str, Any]
 

@@ -26,7 +26,10 @@ from spinal_jax.errors import UserError
 CONF = pages.conf_folder()
 COMPOSED = sorted(name for name, command in COMMANDS.items() if command.record is not None)
 MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
-NEEDED = {"train": ("preferences=world", "corpus=world")}  # what must be chosen, whatever the objective
+NEEDED = {
+    "train": ("preferences=world", "corpus=world"),
+    "attribute": ("aligned=[a,b]", "control=[c,d]"),
+}  # what must be chosen, whatever the objective
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
