@@ -74,8 +74,9 @@ def oracle(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[
         seen.clear()
         output = model(ids, use_cache=False).logits[0, -LAST:]
         h = torch.stack([x[0] for x in seen])  # [D + 1, T, d]
-        lens = torch.log_softmax(model.lm_head(model.model.norm(h[:, -LAST:])), dim=-1)
-        torch.testing.assert_close(lens[-1], torch.log_softmax(output, dim=-1), atol=1e-6, rtol=0)
+        known = len(tokenizer)  # the rows of the unembedding behind them stand for no token
+        lens = torch.log_softmax(model.lm_head(model.model.norm(h[:, -LAST:]))[..., :known], dim=-1)
+        torch.testing.assert_close(lens[-1], torch.log_softmax(output[..., :known], dim=-1), atol=1e-6, rtol=0)
         hidden.append(h[:, 1:].numpy())
         logp.append(lens.numpy())
     p = np.exp(np.concatenate(logp, axis=1))  # [D + 1, M, V]
