@@ -271,7 +271,7 @@ def test_the_families_from_comparisons_to_table_and_figure(families: ModuleType,
         assert float(row["p_value"]) <= float(row["p_holm"]) <= 3 * float(row["p_value"])
     with (out / "signs.csv").open(newline="") as file:
         signs = {row["among"]: row for row in csv.DictReader(file)}
-    assert [signs["DPO alone"][name] for name in ("pairs", "above_0", "contraction", "expansion")] == [
+    assert [signs["DPO alone"][name] for name in ("pairs", "above_0", "toward contraction", "toward expansion")] == [
         "2",
         "2",
         "2",
