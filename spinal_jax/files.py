@@ -100,32 +100,45 @@ def _library(name: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process alone, by a lock of the kernel, which ends with the process however that ends.
-    What killed processes have left half-written in it is removed first.
+def locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder for this process alone, through the kernel: the lock ends with the process, however that ends.
+
+    Yields:
+      Whether it is locked; False on a file system without locks on folders.
 
     Raises:
-      UserError: another process holds the folder.
+      UserError: another process holds the folder, or has just moved it away.
     """
+    taken = UserError(f"{folder} is in use by another run; wait until it has ended or choose another")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder} is in use by another run; wait until it has ended or choose another") from error
+            raise taken from error
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.EINVAL):
                 raise
-            yield  # a file system without locks on folders: nothing is known of other processes, and nothing removed
+            yield False
             return
-        for path in [*folder.glob(f"{SCRATCH}*"), *folder.rglob(".*.tmp")]:
+        if not (folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())):
+            raise taken
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Locks a run folder and removes what killed processes have left half-written in it. Errors as `locked`; without
+    locks nothing is removed, since another process may still be writing it."""
+    with locked(folder) as alone:
+        for path in [*folder.glob(f"{SCRATCH}*"), *folder.rglob(".*.tmp")] if alone else ():
             if path.name.startswith(SCRATCH):
                 shutil.rmtree(path)
             elif TEMPORARY.fullmatch(path.name):
                 path.unlink()
         yield
-    finally:
-        os.close(descriptor)
 
 
 def difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:

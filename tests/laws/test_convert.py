@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -411,6 +412,26 @@ def test_an_unfinished_conversion_of_something_else_is_not_mixed_in(source: Path
             converted(origin, tmp_path / "out", bar=bar, overwrite=True, **options)
         assert "unfinished checkpoint of another source or with other settings" in refusal(source, tmp_path / "out")
     assert contents(converted(source, tmp_path / "out", overwrite=True)) == contents(folder)
+
+
+def test_two_runs_never_write_one_output_folder(source: Path, folder: Path, tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert f"{partial} is in use by another run" in refusal(source, out)
+    os.close(descriptor)
+
+    @contextmanager
+    def overtaken(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Another conversion begins and ends while this one still hashes its source."""
+        if what == "hash source":
+            converted(source, out)
+        yield lambda amount: None
+
+    assert "already holds a complete checkpoint" in refusal(source, out, bar=overtaken)
+    assert contents(out) == contents(folder)
+    assert not partial.exists()
 
 
 def test_sources_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"errors", "parallel.device_defaults"},
     "stats": {"errors", "metrics", "metrics.depth"},
     "parallel": {"errors", "files", "config", "parallel.data_sheets", "parallel.device_defaults"},
-    "models": {"errors", "metrics"},
+    "models": {"errors", "files", "metrics"},
     "audit.trace": {*_JSON, "metrics.columns"},
     "audit": {
         "errors",

@@ -57,33 +57,33 @@ def convert(
             dtypes[path] = wider(own, dtypes.get(path, own))
             leads[path] = len(place.row)
     record = folders.source_record(checkpoint, SCHEMA, dtype, ignore_keys, bar)
-    partial = folders.begin(folder, record, overwrite, resume=True)
-    state = partial / STATE
-    files = {p: ParameterFile(state, p, s.shape, dtypes[p], leads[p]) for p, s in shapes.items()}
-    total = sum(int(np.prod(shapes[p].shape)) * dtypes[p].itemsize for p in shapes)
-    with bar("convert", total, "B") as advance:
-        for place in wanted:
-            targets = {path: files[path] for path in place.paths}
-            if all(target.has(place.row) for target in targets.values()):
-                advance(sum(target.row_bytes for target in targets.values()))
-                continue
-            parts = dict(parts_of(place, checkpoint.tensor(stored[place.name]), config, shapes))
-            while parts:  # each is let go before the next tensor is read
-                path, part = parts.popitem()
-                targets[path].write(place.row, part, advance)
-                del part
-    (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
-    folders.write_companions(checkpoint, partial)
-    write_orbax_metadata(partial, shapes)
-    expected = {state / "_METADATA", *(file for parameter in files.values() for file in parameter.files())}
-    for stray in set(state_files(partial)) - expected:  # half-written when an earlier run was killed
-        stray.unlink()
-    with bar("hash", 1, "folder") as advance:
-        record["files"], record["sha256"] = file_digests(partial, state_files(partial))
-        others = (path for path in sorted(partial.iterdir()) if path.is_file() and path.name != folders.RECORD)
-        record["files"] |= file_digests(partial, others)[0]
-        advance(1)
-    folders.finish(partial, folder, record)
+    with folders.unfinished(folder, record, overwrite, resume=True) as partial:
+        state = partial / STATE
+        files = {p: ParameterFile(state, p, s.shape, dtypes[p], leads[p]) for p, s in shapes.items()}
+        total = sum(int(np.prod(shapes[p].shape)) * dtypes[p].itemsize for p in shapes)
+        with bar("convert", total, "B") as advance:
+            for place in wanted:
+                targets = {path: files[path] for path in place.paths}
+                if all(target.has(place.row) for target in targets.values()):
+                    advance(sum(target.row_bytes for target in targets.values()))
+                    continue
+                parts = dict(parts_of(place, checkpoint.tensor(stored[place.name]), config, shapes))
+                while parts:  # each is let go before the next tensor is read
+                    path, part = parts.popitem()
+                    targets[path].write(place.row, part, advance)
+                    del part
+        (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
+        folders.write_companions(checkpoint, partial)
+        write_orbax_metadata(partial, shapes)
+        expected = {state / "_METADATA", *(file for parameter in files.values() for file in parameter.files())}
+        for stray in set(state_files(partial)) - expected:  # half-written when an earlier run was killed
+            stray.unlink()
+        with bar("hash", 1, "folder") as advance:
+            record["files"], record["sha256"] = file_digests(partial, state_files(partial))
+            others = (path for path in sorted(partial.iterdir()) if path.is_file() and path.name != folders.RECORD)
+            record["files"] |= file_digests(partial, others)[0]
+            advance(1)
+        folders.finish(partial, folder, record)
     return folder
 
 

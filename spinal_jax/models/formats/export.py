@@ -75,36 +75,36 @@ def export(
         own = folders.written_dtype(checkpoint, name, place, dtype)
         planned.append(_Planned(place, name, TensorInfo(checkpoint.names()[name].shape, own)))
     record = folders.source_record(checkpoint, SCHEMA, dtype, ignore_keys, bar)
-    partial = folders.begin(folder, record, overwrite, resume=False)
     shards = _shards(planned, shard_bytes)
-    with bar("export", sum(tensor.size for tensor in planned), "B") as advance:
-        for name, members in shards.items():
-            with (partial / name).open("wb") as file:
-                file.write(_header(members))
-                for tensor in members:
-                    read = checkpoint.tensor(tensor.stored)
-                    parts = [part for _, part in parts_of(tensor.place, read, config, shapes)]
-                    del read
-                    joined = tensor.place.rule.join(parts, config)
-                    del parts
-                    _write(file, joined, tensor.info)
-                    del joined  # before the next tensor is read
-                    advance(tensor.size)
-    embedding = next(tensor for tensor in planned if tensor.place.paths == ("embedding",))
-    described = exported_config(checkpoint.config, embedding.info.dtype)
-    (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    folders.write_companions(checkpoint, partial)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.size for tensor in planned)},
-            "weight_map": {tensor.place.name: name for name, members in shards.items() for tensor in members},
-        }
-        text = json.dumps(index, indent=2) + "\n"
-        (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    with bar("hash", 1, "folder") as advance:
-        record["sha256"] = sha256_of([partial / name for name in shards])
-        advance(1)
-    folders.finish(partial, folder, record)
+    with folders.unfinished(folder, record, overwrite, resume=False) as partial:
+        with bar("export", sum(tensor.size for tensor in planned), "B") as advance:
+            for name, members in shards.items():
+                with (partial / name).open("wb") as file:
+                    file.write(_header(members))
+                    for tensor in members:
+                        read = checkpoint.tensor(tensor.stored)
+                        parts = [part for _, part in parts_of(tensor.place, read, config, shapes)]
+                        del read
+                        joined = tensor.place.rule.join(parts, config)
+                        del parts
+                        _write(file, joined, tensor.info)
+                        del joined  # before the next tensor is read
+                        advance(tensor.size)
+        embedding = next(tensor for tensor in planned if tensor.place.paths == ("embedding",))
+        described = exported_config(checkpoint.config, embedding.info.dtype)
+        (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        folders.write_companions(checkpoint, partial)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(tensor.size for tensor in planned)},
+                "weight_map": {tensor.place.name: name for name, members in shards.items() for tensor in members},
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        with bar("hash", 1, "folder") as advance:
+            record["sha256"] = sha256_of([partial / name for name in shards])
+            advance(1)
+        folders.finish(partial, folder, record)
     return folder
 
 

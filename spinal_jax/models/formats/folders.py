@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.files import locked
 
 if TYPE_CHECKING:
     from spinal_jax.models.formats.base import Checkpoint
@@ -58,45 +59,67 @@ def check_out(out: str, source: str, overwrite: bool) -> Path:
             raise UserError(f"out={out} lies inside the source {source}; choose a folder outside of it")
         if inner in outer.parents:
             raise UserError(f"out={out} holds the source {source}; choose a folder of its own")
+    _check_free(folder, out, overwrite)
+    return folder
+
+
+def _check_free(folder: Path, out: object, overwrite: bool) -> None:
+    """UserError, which calls the folder `out`, where it holds what may not be replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder
+        return
     record = read_record(folder)
     if record is None:
         raise UserError(f"out={out} is there and was not written by spinal convert or export; choose another folder")
     if not overwrite:
         raise UserError(f"out={out} already holds a complete {_kind(record)}; set overwrite=true to replace it")
-    return folder
 
 
-def begin(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool) -> Path:
-    """The folder beside `folder` to write into, which holds what an earlier run of the same work left, if `resume`.
+@contextlib.contextmanager
+def unfinished(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool) -> Iterator[Path]:
+    """The folder beside `folder` to write into, locked until the block ends. With `resume` it holds what an earlier run
+    of the same work left.
 
     Args:
         folder: where the result will stand.
         record: what it is made from; that of an earlier run must be equal. Digests of what was written do not count.
         overwrite: discard what a run of other work left.
         resume: whether what the same work left is kept.
+
+    Raises:
+        UserError: another process writes there, or has finished `folder` meanwhile; what lies there is of others.
     """
     partial = folder.with_name(f"{folder.name}.partial")
-    try:
-        left = sorted(path.name for path in partial.iterdir()) if partial.exists() else []
-        if left and left != [f"{RECORD}.new"]:
-            before = read_record(partial)
-            if before is None:
-                raise UserError(f"{partial} is in the way and was not written by spinal; move it elsewhere")
-            same = _origin(before) == _origin(record)
-            if not same and not overwrite:
-                raise UserError(
-                    f"{partial} holds an unfinished {_kind(before)} of another source or with other settings; finish "
-                    "that one, or set overwrite=true to discard it"
-                )
-            if not (same and resume):
-                _discard(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        _write_record(partial, {**record, "sha256": None})
-    except OSError as error:
-        raise UserError(f"{partial} cannot be written: {error.strerror or error}") from error
-    return partial
+    with contextlib.ExitStack() as stack:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(partial))
+            with contextlib.ExitStack() as undo:
+                left = sorted(path.name for path in partial.iterdir())
+                if not left:
+                    undo.callback(partial.rmdir)
+                _check_free(folder, folder, overwrite)  # another process may have written it meanwhile
+                if left and left != [f"{RECORD}.new"]:
+                    _take_over(partial, record, overwrite, resume)
+                undo.pop_all()
+            _write_record(partial, {**record, "sha256": None})
+        except OSError as error:
+            raise UserError(f"{partial} cannot be written: {error.strerror or error}") from error
+        yield partial
+
+
+def _take_over(partial: Path, record: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
+    """Empties what an earlier run left unless that can be resumed; UserError where it may not be touched."""
+    before = read_record(partial)
+    if before is None:
+        raise UserError(f"{partial} is in the way and was not written by spinal; move it elsewhere")
+    same = _origin(before) == _origin(record)
+    if not same and not overwrite:
+        raise UserError(
+            f"{partial} holds an unfinished {_kind(before)} of another source or with other settings; finish that one, "
+            "or set overwrite=true to discard it"
+        )
+    if not (same and resume):
+        _empty(partial)
 
 
 def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,14 +145,19 @@ def _replaced(folder: Path) -> Path:
 
 
 def _discard(folder: Path) -> None:
-    """Deletes a folder of ours, its record last: killed in between, what is left of it can still be told to be ours."""
+    """Deletes a folder of ours."""
+    _empty(folder)
+    folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Deletes what is in a folder of ours, its record last, so that what a kill leaves can still be told to be ours."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != RECORD:
             path.unlink()
     (folder / RECORD).unlink(missing_ok=True)
-    folder.rmdir()
 
 
 def no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
