@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -126,19 +125,6 @@ def locked(folder: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Locks a run folder and removes what killed processes have left half-written in it. Errors as `locked`; without
-    locks nothing is removed, since another process may still be writing it."""
-    with locked(folder) as alone:
-        for path in [*folder.glob(f"{SCRATCH}*"), *folder.rglob(".*.tmp")] if alone else ():
-            if path.name.startswith(SCRATCH):
-                shutil.rmtree(path)
-            elif TEMPORARY.fullmatch(path.name):
-                path.unlink()
-        yield
 
 
 def difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:

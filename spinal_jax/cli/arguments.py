@@ -43,7 +43,10 @@ def _option(command: Command, argument: str, waiting: list[str]) -> list[str]:
     if name in PACKAGE:
         if not given and not waiting:
             raise UserError(f"{name} takes the name of a package of settings, such as {name} model")
-        return [name, value if given else waiting.pop(0)]
+        package = value if given else waiting.pop(0)
+        if package not in (known := _packages(command)):
+            raise UserError(f"{name} is {package!r}; it takes {', '.join(known)}")
+        return [name, package]
     if name not in OPTIONS:
         raise UserError(
             f"there is no option {name}; settings are given as NAME=VALUE, see spinal {command.name} --help"
@@ -59,6 +62,12 @@ def _option(command: Command, argument: str, waiting: list[str]) -> list[str]:
     if value not in choices:
         raise UserError(f"{name} is {value!r}; it takes {', '.join(choices)}")
     return [name, value]
+
+
+def _packages(command: Command) -> list[str]:
+    """Names of the parts that hold settings, `metrics` and `metrics.transport` among them."""
+    parts = [name.split(".")[:-1] for name in pages.names_of(command)]
+    return ["_global_", *dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1))]
 
 
 def _group(command: Command, argument: str) -> str:

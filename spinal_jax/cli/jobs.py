@@ -59,13 +59,18 @@ def _together(job: Job, asked: config.AuditConfig | config.CompareConfig, folder
         return job(config.to_mapping(asked), folder, True)
     from spinal_jax.cli.together import together
     from spinal_jax.parallel.distributed import place_of
+    from spinal_jax.runs.folder import held
 
     place, settings = place_of(asked.parallel), config.to_mapping(asked)
-    if place.processes == 1:
-        return job(settings, folder, True)
-    return together(
-        place, settings, asked.parallel.start_timeout, folder, lambda: job(settings, folder, place.process == 0)
-    )
+
+    def own() -> int:
+        if place.process != 0:
+            return job(settings, folder, False)
+        folder.mkdir(parents=True, exist_ok=True)  # a process that ended early may have removed it
+        with held(folder):
+            return job(settings, folder, True)
+
+    return own() if place.processes == 1 else together(place, settings, asked.parallel.start_timeout, folder, own)
 
 
 def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
@@ -100,8 +105,8 @@ def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
             images = {name: png_bytes(figure, dpi=100) for name, figure in figures(trace).items()}
             write_events(trace, scratch, config.to_mapping(asked), images)
         run_folder.write_manifest(scratch, "audit", config.to_mapping(asked), run_folder.about_trace(trace), seconds)
-    if (folder / run_folder.PROGRESS).exists():
-        shutil.rmtree(folder / run_folder.PROGRESS)
+        if (folder / run_folder.PROGRESS).exists():
+            shutil.rmtree(folder / run_folder.PROGRESS)
     send_summary(asked.logging, folder, hyperparameters(config.to_mapping(asked)), trace.summary)
     rate = trace.prompts["tokens"] / seconds["audit"]
     print(trace)

@@ -64,7 +64,7 @@ def _compose(command: Command, arguments: list[str]) -> int:
     """Runs the command's job under Hydra, once or for each run of a sweep, and returns the exit code."""
     from spinal_jax.cli import help as pages
     from spinal_jax.cli.arguments import hydras_arguments
-    from spinal_jax.cli.console import Stopped, complain, shown, worst
+    from spinal_jax.cli.console import DONE, MISTAKE, Stopped, complain, shown, worst
     from spinal_jax.errors import UserError
 
     words = hydras_arguments(command, arguments)
@@ -101,6 +101,8 @@ def _compose(command: Command, arguments: list[str]) -> int:
         raise UserError(
             _hydras_words(error, command) if composing else f"the output folder cannot be made: {error}"
         ) from error
+    except SystemExit as ended:  # Hydra has said why: -p names a part that is null
+        return MISTAKE if ended.code else DONE
     except Stopped as stopped:
         if sweeps:
             stopped.kept = f"the same command with hydra.sweep.dir={shown(sweeps[0].folder)} passes over complete runs"
@@ -163,7 +165,7 @@ def _attempt(command: Command, settings: DictConfig, folder: Path) -> int:
 
     from spinal_jax.config.record import build
     from spinal_jax.errors import UserError
-    from spinal_jax.files import held
+    from spinal_jax.runs.folder import held
 
     _teach_omegaconf()  # also where a launcher has started another process
     assert command.record is not None
@@ -175,7 +177,7 @@ def _attempt(command: Command, settings: DictConfig, folder: Path) -> int:
         raise UserError(_hydras_words(error, command)) from error
     assert isinstance(values, dict)
     asked = build(command.record, {str(name): value for name, value in values.items()})
-    # Of several processes that share a run and its folder, none can know whether another holds it for the same run.
+    # Of several processes that share a run and its folder, the first one holds it, once it knows which it is.
     alone = getattr(getattr(asked, "parallel", None), "coordinator", None) is None
     with held(folder) if command.keeps_run and alone else contextlib.nullcontext():
         return command.job(asked, folder)

@@ -15,16 +15,17 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.record import Comparison
 from spinal_jax.errors import AlreadyDone, UserError
-from spinal_jax.files import SCRATCH, load_json_file, plain
+from spinal_jax.files import SCRATCH, TEMPORARY, load_json_file, locked, plain
 from spinal_jax.runs.tensorboard import EVENTS
 
 SCHEMA = "spinal-manifest/1"
 MANIFEST = "manifest.json"  # a run folder without it is not complete
+REPLACED = "replaced.json"  # in a scratch folder: the manifest of the run that is being replaced
 PARTS = (
     *("trace.json", "trace.csv", "spectra.safetensors", "figures", "report.html", EVENTS),
     *(
@@ -65,7 +66,7 @@ def check_incomplete(folder: Path, config: Mapping[str, Any] | None = None) -> N
     """Refuses a folder that holds a complete run: UserError, or AlreadyDone where its settings are `config`."""
     if not (folder / MANIFEST).exists():
         return
-    same = config is not None and without_free(_read(folder).get("config")) == without_free(_as_json(config))
+    same = config is not None and without_free(_read(folder / MANIFEST).get("config")) == without_free(_as_json(config))
     raise (AlreadyDone if same else UserError)(f"{folder} already holds a complete run; {REMEDY}")
 
 
@@ -85,13 +86,32 @@ def _as_json(values: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(values))
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The manifest in a folder; empty where what lies there is none."""
+def _read(path: Path) -> dict[str, Any]:
+    """A manifest; empty where what lies there is none."""
     try:
-        manifest = load_json_file(folder / MANIFEST)
+        manifest = load_json_file(path)
     except UserError:
         return {}
     return manifest if manifest.get("schema") == SCHEMA else {}
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Locks a run folder and clears up after processes that were killed in it: a run that was written in full takes its
+    place, and what is half-written goes. Without locks nothing is touched, since another process may still write it.
+
+    Raises:
+      UserError: another process holds the folder.
+    """
+    with locked(folder) as alone:
+        for path in [*folder.glob(f"{SCRATCH}*"), *folder.rglob(".*.tmp")] if alone else ():
+            if path.name.startswith(SCRATCH):
+                if _is_written(path, folder):
+                    _move_up(path, folder, True)
+                shutil.rmtree(path)
+            elif TEMPORARY.fullmatch(path.name):
+                path.unlink()
+        yield
 
 
 @contextlib.contextmanager
@@ -109,13 +129,22 @@ def writing(folder: Path, overwrite: bool = False) -> Iterator[Path]:
             _move_up(Path(scratch), folder, overwrite)
 
 
+def _is_written(scratch: Path, folder: Path) -> bool:
+    """Whether all that the manifest of a scratch folder lists is there, or has moved up."""
+    names = _read(scratch / MANIFEST).get("files")
+    return _are_parts(names) and all((scratch / name).exists() or (folder / name).exists() for name in names)
+
+
 def _move_up(scratch: Path, folder: Path, overwrite: bool) -> None:
-    new = {part.name for part in scratch.iterdir()} - {MANIFEST}
+    """Moves the parts of a run into its folder, the manifest last; killed anywhere, `held` takes it from there."""
+    if (folder / MANIFEST).exists():
+        os.replace(folder / MANIFEST, scratch / REPLACED)
+    new = {part.name for part in scratch.iterdir()} - {MANIFEST, REPLACED}
     old = set()
     if overwrite:
         killed = {path.name for path in folder.glob(f"{SCRATCH}*") if path != scratch}
-        old = {*new, *_parts_of(folder), *killed}
-    (folder / MANIFEST).unlink(missing_ok=True)
+        moved = set(_names_in(scratch / MANIFEST)) - new  # by a run that was killed in between
+        old = {*new, *_names_in(scratch / REPLACED), *killed} - moved
     for path in (folder / name for name in old):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -127,14 +156,22 @@ def _move_up(scratch: Path, folder: Path, overwrite: bool) -> None:
 
 def _parts_of(folder: Path) -> list[str]:
     """The files and folders of the complete run in `folder`, by its manifest; UserError if that is not ours."""
-    path = folder / MANIFEST
+    return _names_in(folder / MANIFEST)
+
+
+def _names_in(path: Path) -> list[str]:
+    """The files and folders that a manifest lists; none where it is not there. UserError if it is not ours."""
     if not path.exists():
         return []
-    names = _read(folder).get("files")
-    # These will be deleted: names in the folder itself and nowhere else.
-    if not isinstance(names, list) or not all(isinstance(n, str) and re.fullmatch(r"\w[\w.-]*", n) for n in names):
+    names = _read(path).get("files")
+    if not _are_parts(names):
         raise UserError(f"{path} is not the manifest of a run, so nothing is replaced; choose another hydra.run.dir")
     return names
+
+
+def _are_parts(names: Any) -> TypeGuard[list[str]]:
+    """Whether these may be deleted and replaced: names in the folder itself and nowhere else."""
+    return isinstance(names, list) and all(isinstance(n, str) and re.fullmatch(r"\w[\w.-]*", n) for n in names)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ def audit_that(monkeypatch: pytest.MonkeyPatch, spinal: Spinal) -> Callable[...,
         (["--cfg", "jib"], ["--cfg is 'jib'", "job, hydra, all"]),
         (["--info=nothing"], ["--info is 'nothing'", "searchpath"]),
         (["-p"], ["-p takes"]),
+        (["-p", "false", "-c"], ["-p is 'false'", "model, prompts"]),
         (["--multirun=3"], ["--multirun takes no value"]),
         (["a", "b"], ["does not know what 'b' is"]),
         (["model.dtype"], ["'model.dtype'", "NAME=VALUE"]),
@@ -286,7 +287,7 @@ def test_python_starts_the_command_line_without_jax() -> None:
 
 
 def test_held_refuses_nobody_where_folders_have_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spinal_jax.files import held
+    from spinal_jax.runs.folder import held
 
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOTSUP, "no locks")

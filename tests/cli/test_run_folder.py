@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,6 +245,67 @@ def test_a_signal_waits_until_a_folder_is_whole(tmp_path: Path, monkeypatch: pyt
         run()
     assert set(contents(tmp_path)) == {"trace.json", "trace.csv", run_folder.MANIFEST}
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def a_run(folder: Path, parts: dict[str, str]) -> None:
+    """Writes a run's parts and its manifest."""
+    for name, text in parts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    files = sorted({name.partition("/")[0] for name in parts})
+    (folder / run_folder.MANIFEST).write_text(json.dumps({"schema": run_folder.SCHEMA, "files": files}))
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_run_killed_while_its_parts_move_up_is_whole_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: bool
+) -> None:
+    """Killed before any change of the folder; what a half-moved run leaves is completed under the lock."""
+    new = {"trace.json": "new", "trace.csv": "new", "figures/a.png": "new", "figures/b.png": "new"}
+    wanted: dict[str, bytes] | None = None
+    for killed_at in range(20):
+        folder = tmp_path / str(killed_at)
+        scratch = folder / ".writing-1"
+        scratch.mkdir(parents=True)
+        (folder / "notes.md").write_text("mine")
+        if replaces:
+            a_run(folder, {"trace.json": "old", "figures/a.png": "old", "figures/c.png": "old", "onset.json": "old"})
+        a_run(scratch, new)
+        left = killed_at
+
+        def counted(change: Callable[..., object]) -> Callable[..., object]:
+            def once(*arguments: object, **options: object) -> object:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+                return change(*arguments, **options)
+
+            return once
+
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            for module, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+                patched.setattr(module, name, counted(getattr(module, name)))
+            run_folder._move_up(scratch, folder, overwrite=replaces)
+        with run_folder.held(folder):
+            pass
+        wanted = contents(folder) if wanted is None else wanted
+        assert contents(folder) == wanted
+        assert not list(folder.glob(".*"))
+        if left > 0:
+            break
+    assert left > 0
+    assert wanted is not None
+    assert set(wanted) == {"notes.md", run_folder.MANIFEST, *new}
+    assert wanted["figures/a.png"] == b"new"
+
+
+def test_a_run_killed_while_it_was_written_goes(tmp_path: Path) -> None:
+    a_run(tmp_path / ".writing-1", {"trace.json": "half"})
+    manifest = json.loads((tmp_path / ".writing-1" / run_folder.MANIFEST).read_text())
+    (tmp_path / ".writing-1" / run_folder.MANIFEST).write_text(json.dumps(manifest | {"files": ["trace.json", "gone"]}))
+    with run_folder.held(tmp_path):
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
