@@ -101,8 +101,8 @@ def _compose(command: Command, arguments: list[str]) -> int:
         raise UserError(
             _hydras_words(error, command) if composing else f"the output folder cannot be made: {error}"
         ) from error
-    except SystemExit as ended:  # Hydra has said why: -p names a part that is null
-        return MISTAKE if ended.code else DONE
+    except SystemExit as left:  # Hydra has said why: -p names a part that is null
+        return MISTAKE if left.code else DONE
     except Stopped as stopped:
         if sweeps:
             stopped.kept = f"the same command with hydra.sweep.dir={shown(sweeps[0].folder)} passes over complete runs"

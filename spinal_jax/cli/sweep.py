@@ -20,7 +20,7 @@ from typing import IO, Any
 from spinal_jax.cli.console import DONE, MISTAKE, Outcome, duration, shown
 from spinal_jax.cli.guard import judged
 from spinal_jax.errors import AlreadyDone, UserError
-from spinal_jax.files import held, write_whole
+from spinal_jax.files import locked, write_whole
 
 TOLD = ".sweep-"  # begins the name of the folder in which the processes of a sweep tell how their runs ended
 _HELD: list[IO[str]] = []  # locks of this process
@@ -39,11 +39,12 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         for left in folder.glob(f"{TOLD}*"):
-            with contextlib.suppress(UserError), held(left):  # nobody's: its sweep was killed
-                shutil.rmtree(left)
+            with contextlib.suppress(UserError), locked(left) as alone:
+                if alone:  # its sweep was killed
+                    shutil.rmtree(left)
         self._told = Path(tempfile.mkdtemp(prefix=TOLD, dir=folder))
         self._holding = contextlib.ExitStack()
-        self._holding.enter_context(held(self._told))
+        self._holding.enter_context(locked(self._told))
         self._total = None if runs is None else len(runs)
         self._started, self._launcher = time.time(), os.getpid()
         self._common = set.intersection(*map(set, runs)) if runs and len(runs) > 1 else set()
