@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from spinal_jax.audit.forward_step import forward_step, gram_shardings
-from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, lens_step
+from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, lens_step, position_steps
 from spinal_jax.audit.spectra import BoundarySums, Worker
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
@@ -41,6 +41,9 @@ jit_forward_step = jax.jit(
 jit_lens_step = jax.jit(
     lens_step, static_argnames=("top_k", "groups", "lasts", "terminal", "shards", "backend"), donate_argnames="sums"
 )
+
+
+jit_position_steps = jax.jit(position_steps, static_argnames=("top_k", "shards", "backend"))
 
 
 @partial(jax.jit, donate_argnames="grams")
@@ -126,6 +129,12 @@ class Devices(ABC):
         """`lens_step`, compiled; `sums` is donated."""
 
     @abstractmethod
+    def position_steps(
+        self, lenses: tuple[Lens, ...], x: tuple[Array, ...], batch: TokenBatch, top_k: int | None
+    ) -> tuple[np.ndarray, ...]:
+        """`position_steps`, compiled; [D, M] of each model on the host."""
+
+    @abstractmethod
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         """The sums with nothing in one slot; `grams` is donated."""
 
@@ -207,6 +216,11 @@ class OneDevice(Devices):
     ) -> LensSums:
         return jit_lens_step(lenses, sums, x, batch, **_static(settings))
 
+    def position_steps(
+        self, lenses: tuple[Lens, ...], x: tuple[Array, ...], batch: TokenBatch, top_k: int | None
+    ) -> tuple[np.ndarray, ...]:
+        return tuple(map(np.asarray, jit_position_steps(lenses, x, batch, top_k=top_k)))
+
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         return _clear(grams, slot)
 
@@ -287,6 +301,11 @@ class OnMesh(Devices):
         settings: MetricsConfig,
     ) -> LensSums:
         return jit_lens_step(lenses, sums, x, batch, **_static(settings), shards=self.shards)
+
+    def position_steps(
+        self, lenses: tuple[Lens, ...], x: tuple[Array, ...], batch: TokenBatch, top_k: int | None
+    ) -> tuple[np.ndarray, ...]:
+        return tuple(map(np.asarray, jit_position_steps(lenses, x, batch, top_k=top_k, shards=self.shards)))
 
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         return _clear(grams, slot)
@@ -374,6 +393,11 @@ class OnReplicas(Devices):
         settings: MetricsConfig,
     ) -> LensSums:
         return _lens_each(**_static(settings))(lenses, sums, x, batch)
+
+    def position_steps(
+        self, lenses: tuple[Lens, ...], x: tuple[Array, ...], batch: TokenBatch, top_k: int | None
+    ) -> tuple[np.ndarray, ...]:
+        return tuple(map(self.to_host, _steps_each(top_k)(lenses, x, batch)))
 
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
         return _clear_each(grams, slot)
@@ -487,6 +511,11 @@ def _forward_each(skips: tuple[int, ...], groups: int) -> Any:
 @cache
 def _lens_each(**static: Any) -> Any:
     return jax.pmap(partial(lens_step, **static), in_axes=(None, 0, 0, 0), donate_argnums=1)
+
+
+@cache
+def _steps_each(top_k: int | None) -> Any:
+    return jax.pmap(partial(position_steps, top_k=top_k), in_axes=(None, 0, 0))
 
 
 @partial(jax.jit, donate_argnames="grams")

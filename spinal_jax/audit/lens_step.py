@@ -159,6 +159,34 @@ def lens_step(
     return sums
 
 
+def position_steps(
+    lenses: tuple[Lens, ...],
+    x: tuple[Array, ...],
+    batch: TokenBatch,
+    *,
+    top_k: int | None,
+    shards: Shards | None = None,
+    backend: str | None = None,
+) -> tuple[Array, ...]:
+    """Transport at each measured position by itself: float32 [D, M] radians of each model. Pure.
+
+    Args:
+        lenses, x, batch, top_k, shards, backend: as `lens_step` takes them.
+    """
+    boundaries = x[0].shape[0]
+    pairs = tuple(pairs_of(boundaries, model)[0] for model in range(len(lenses)))
+
+    def part(lenses: tuple[Lens, ...], x: tuple[Array, ...], weight: Array) -> tuple[Array, ...]:
+        over = () if shards is None else shards.vocabulary
+        return lens_stats(lenses, x, pairs, (), top_k, None, over, backend).distances
+
+    full = any(each.dtype == jnp.float32 for each in x)
+    with jax.default_matmul_precision("highest" if full else "default"):
+        if shards is None:
+            return part(lenses, x, batch.measured_weight)
+        return shards.by_vocabulary(part)(lenses, x, batch.measured_weight)
+
+
 def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by_last: Array) -> TransportSums:
     """Sums over the measured positions of each group.
 

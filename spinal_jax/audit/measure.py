@@ -154,6 +154,7 @@ def measure(
     reference: Reference | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
+    watch: Callable[[int, tuple[np.ndarray, ...]], None] | None = None,
 ) -> Measurement:
     """Runs the audit over a planned pool of prompts.
 
@@ -165,6 +166,8 @@ def measure(
         reference: also measure the distance from this model; if its own measurement is missing, it is made here.
         devices: what it runs on, the plan's rows being a multiple of `devices.rows`; those of `reference` with one.
         progress: goes on where it stands, and saves there; None: nothing is saved.
+        watch: gets the number of each batch and the transport at its measured positions, [D, m] of the model and of the
+            reference, padding left out. It costs one more walk through the vocabulary.
 
     Raises:
         UserError: the window has too few ranks, weights or hidden states are not finite, or the lens at the last
@@ -185,6 +188,10 @@ def measure(
 
     def read(sums: LensSums, number: int, host: TokenBatch, batch: TokenBatch, x: Array) -> LensSums:
         both = (x,) if reference is None else (x, reference.read(number, host))
+        if watch is not None:
+            real = np.asarray(host.measured_weight) > 0
+            steps = devices.position_steps(lenses, both, batch, settings.transport.top_k)
+            watch(number, tuple(each[:, real] for each in steps))
         return jax.block_until_ready(devices.lens_step(lenses, sums, both, batch, settings))
 
     spectra, sums = _run(model, plan, settings, bar or _no_bar, sums, read, devices, progress)

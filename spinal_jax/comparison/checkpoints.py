@@ -23,11 +23,13 @@ from spinal_jax.comparison.preference_gradient import (
     preference_gradient,
     shape_for,
 )
+from spinal_jax.comparison.prompt_steps import PromptSteps
 from spinal_jax.config import CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig
 from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import NotLeader, UserError
+from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.formats.base import Checkpoint
@@ -50,6 +52,8 @@ class MeasuredPair:
     reference: DepthTrace
     both: BothModels
     left_out: tuple[int, int] = (0, 0)  # tokens of the aligned model's vocabulary, and of the other's, not in both
+    steps: PromptSteps | None = None  # where config.keep_prompts asks for them
+    tokenizer: PreTrainedTokenizerBase | None = None  # that spells them
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,9 @@ def measure_checkpoints(
             return pipeline.depth_trace(model, about, side.decoder, config.metrics, plan, found)
 
         joint = ours.decoder.depth == theirs.decoder.depth
+        steps = None
+        if config.keep_prompts and joint:
+            steps = PromptSteps(work, terminal_block(ours.decoder.depth, config.metrics.terminal))
         with contextlib.ExitStack() as stack:
             weights = theirs.load(devices)
             if joint:
@@ -159,14 +166,15 @@ def measure_checkpoints(
             del weights
             gc.collect()  # the two need not be in memory together
             weights = ours.load(devices)
-            aligned = measure(weights, work, config.metrics, ours.bar, kept, devices)
+            aligned = measure(weights, work, config.metrics, ours.bar, kept, devices, watch=steps)
             reference = kept.measurement if kept is not None else reference
             assert reference is not None
         of_pairs = None
         if pairs is not None and known is not None:
             of_pairs = _gradient(config, weights, pairs, known, ours.bar)
         both = _both(aligned, of_pairs, at_reference)
-        return MeasuredPair(traced(ours, aligned, work), traced(theirs, reference, theirs_work), both, left_out)
+        traces = traced(ours, aligned, work), traced(theirs, reference, theirs_work)
+        return MeasuredPair(*traces, both, left_out, steps, tokenizer)
 
 
 def _gradient(
@@ -243,6 +251,11 @@ def _check(
         raise UserError(
             f"{ours.name} has {a} blocks and {theirs.name} {b}; align=relative compares models of different depth by "
             "relative position"
+        )
+    if config.keep_prompts and a != b:
+        raise UserError(
+            f"keep_prompts is {config.keep_prompts}, but {ours.name} has {a} blocks and {theirs.name} {b}; steps are "
+            "compared at equal depth alone: leave keep_prompts at 0"
         )
     other = theirs.checkpoint.tokenizer()
     for number, prompt in enumerate(prompts.prompts):  # the text itself: chat templates may differ, ours is used

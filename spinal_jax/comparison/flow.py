@@ -66,6 +66,7 @@ def run_compare(
     bar = bar or _no_bar
     both: BothModels | None = None
     left_out = (0, 0)
+    found = None
     measured = config.model.source is not None
     if measured:
         from spinal_jax.comparison.checkpoints import measure_checkpoints
@@ -95,6 +96,8 @@ def run_compare(
             comparisons.append(compare_traces(*pair, extras, weights=weights, **how))
             advance(1)
     first, *others = comparisons
+    if found is not None and found.steps is not None and found.tokenizer is not None:
+        first = replace(first, moved=found.steps.moved(first, found.tokenizer, config.keep_prompts))
     return Compared(first, tuple(others), aligned, reference, measured)
 
 

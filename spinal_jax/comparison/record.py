@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spinal_jax.files import Record, check_boundaries, document, floats, load_record, read, save_record, undefined
+from spinal_jax.errors import UserError
+from spinal_jax.files import (
+    Record,
+    check_boundaries,
+    document,
+    floats,
+    load_json_file,
+    load_record,
+    malformed,
+    plain,
+    read,
+    save_record,
+    undefined,
+    write_whole,
+)
 from spinal_jax.metrics.columns import PAIR, TRACE, compared
 from spinal_jax.wording import number, plus_minus, sparkline
 
 SCHEMA = "spinal-comparison/2"
 ARRAYS = "comparison.safetensors"
+MOVED, MOVED_SCHEMA = "prompts.json", "spinal-prompts/1"
 METRICS = tuple(column.name for column in compared())  # of one checkpoint, compared
 BOTH = tuple(column.name for column in PAIR)  # that only both models in memory give
 LOCALISED = ("delta_contraction", "delta_transport", *BOTH)  # whose place in depth is told
 UNITS = {column.name: column.unit for column in (*TRACE, *PAIR) if column.unit}
+
+_PROMPT = {"number": int, "text": str, "tokens": int, "positions": int, "delta_transport": float, "share": float}
+_PLACE = {
+    "position": int,
+    "token": str,
+    "before": str,
+    "after": str,
+    "boundary": int,
+    "aligned": float,
+    "reference": float,
+}
 
 # fmt: off
 _WITH_INTERVAL = ("delta_align", "delta_contraction", "delta_transport", "spinal_gain", "spinal_score", "coherence",
@@ -62,6 +89,8 @@ class Comparison(Record):
       robustness: the same under other settings of the measurement; `settings` is a list of records.
       warnings: sentences that a reader of the numbers must know.
       arrays: "groups/delta_align" [G] and "groups/delta_X" [G, D+1]: pseudo-values, what each group by itself says.
+      moved: groups, prompts and tokens that moved most (`prompt_steps.PromptSteps.moved`), where `keep_prompts` asked
+        for them. They have a file of their own, prompts.json, because they hold text of the prompts.
 
     Raises:
       ValueError: a section lacks a key, or columns differ in length.
@@ -76,6 +105,7 @@ class Comparison(Record):
     robustness: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    moved: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for section, keys in SECTIONS.items():
@@ -109,7 +139,7 @@ class Comparison(Record):
           UserError: not JSON, another schema version, or a section, key or length that does not fit the schema.
         """
         with read(text, "comparison", SCHEMA) as found:
-            sections = {name: dict(found[name]) for name in SECTIONS}
+            sections: dict[str, Any] = {name: dict(found[name]) for name in SECTIONS}
             sections["columns"] = {name: floats(name, values) for name, values in sections["columns"].items()}
             for name in ("summary", "robustness"):
                 sections[name] = undefined(sections[name])
@@ -191,15 +221,45 @@ class Comparison(Record):
 
 
 def load_comparison(path: str | os.PathLike[str]) -> Comparison:
-    """The comparison of a run folder, or of a comparison.json; its arrays come from comparison.safetensors beside it.
+    """The comparison of a run folder, or of a comparison.json; its arrays come from comparison.safetensors beside it,
+    and the prompts that moved most from prompts.json.
 
     Raises:
       UserError: nothing there, another schema version, or a file that cannot be read.
     """
-    return load_record(Path(path), "comparison", ARRAYS, Comparison.from_json)
+    path = Path(path)
+    found = load_record(path, "comparison", ARRAYS, Comparison.from_json)
+    file = (path if path.is_dir() else path.parent) / MOVED
+    if not file.is_file():
+        return found
+    content = load_json_file(file)
+    if (said := content.get("schema")) != MOVED_SCHEMA:
+        raise UserError(f"{file} says schema {said!r}; this version of spinal_jax reads {MOVED_SCHEMA!r}")
+    with malformed(file):
+        return replace(found, moved=tuple(map(_checked, content["groups"])))
 
 
 def save_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> None:
-    """Writes comparison.safetensors (when there are arrays), comparison.csv and, last, comparison.json; each whole."""
-    rows = comparison.rows()
-    save_record(Path(folder), "comparison", comparison.to_json(), rows, ARRAYS, comparison.arrays)
+    """Writes comparison.safetensors (when there are arrays), comparison.csv, prompts.json (when prompts were kept) and,
+    last, comparison.json; each whole."""
+    rows, folder = comparison.rows(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if comparison.moved:
+        content = {"schema": MOVED_SCHEMA, "groups": plain(comparison.moved)}
+        write_whole(folder / MOVED, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    else:
+        (folder / MOVED).unlink(missing_ok=True)
+    save_record(folder, "comparison", comparison.to_json(), rows, ARRAYS, comparison.arrays)
+
+
+def _checked(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A group of `moved` with the types it must have; ValueError, TypeError or KeyError otherwise."""
+    return {
+        "group": int(group["group"]),
+        "delta_align": float(group["delta_align"]),
+        "prompts": [
+            {name: kind(prompt[name]) for name, kind in _PROMPT.items()}
+            | {"places": [{name: kind(place[name]) for name, kind in _PLACE.items()} for place in prompt["places"]]}
+            for prompt in group["prompts"]
+        ],
+    }

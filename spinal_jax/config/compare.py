@@ -95,6 +95,13 @@ class CompareConfig:
     assert_: AssertConfig = field(default_factory=AssertConfig)
     parallel: AuditParallelConfig = field(default_factory=AuditParallelConfig)
     batch_tokens: int | None = field(default=None, metadata=about(BATCH_TOKENS, "tokens"))
+    keep_prompts: int = field(
+        default=0,
+        metadata=about(
+            "prompts of each of the groups that moved the result most to keep with their text, and with the tokens at "
+            "which the two models' steps differ most; costs one more walk through the vocabulary a batch"
+        ),
+    )
     logging: Tracker | None = field(default=None, metadata=about(LOGGING))
     overwrite: bool = field(default=False, metadata=about(OVERWRITE))
 
@@ -122,6 +129,11 @@ class CompareConfig:
         require(coordinator is None or all(sources), "parallel.coordinator", coordinator, right)
         right = "null with preferences: their gradient is taken by one process"
         require(coordinator is None or self.preferences is None, "parallel.coordinator", coordinator, right)
+        require(self.keep_prompts >= 0, "keep_prompts", self.keep_prompts, "0 or more prompts")
+        right = "0 with saved traces: the steps of each prompt need both models (model.source, reference.source)"
+        require(self.keep_prompts == 0 or all(sources), "keep_prompts", self.keep_prompts, right)
+        right = "0 where several processes share the run: one process keeps the steps"
+        require(self.keep_prompts == 0 or coordinator is None, "keep_prompts", self.keep_prompts, right)
         require_above(self, "beta")
         require_above(self, "batch_tokens", or_null=True)
         right = "as many folders as others, or none"

@@ -26,7 +26,16 @@ from spinal_jax.report.cells import (
     tile,
 )
 from spinal_jax.report.comparison_figures import comparison_figures, way
-from spinal_jax.report.comparison_tables import boundaries, grid, models, parts, places, ranking_table
+from spinal_jax.report.comparison_tables import (
+    boundaries,
+    grid,
+    models,
+    moved_prompts,
+    moved_tokens,
+    parts,
+    places,
+    ranking_table,
+)
 from spinal_jax.report.comparison_words import (
     caveats,
     facts,
@@ -297,7 +306,22 @@ def _groups(found: Comparison) -> list[Block]:
     )
     bars = charts.Line("Δ align of the group", values, "purple", look=3)
     data = charts.stacked("group", [charts.panel("Δ align", np.arange(len(values)), [bars], zero=True)], height=170)
-    return [Text(words), Chart("groups", data, Markup(""), "Each point is a group of prompts."), table]
+    blocks: list[Block] = [Text(words), Chart("groups", data, Markup(""), "Each point is a group of prompts."), table]
+    if found.moved:
+        return [*blocks, Text(_PROMPTS_NOTE), moved_prompts(found), Text(_TOKENS_NOTE), moved_tokens(found)]
+    return [*blocks, Text(_NO_PROMPTS, "note")]
+
+
+_PROMPTS_NOTE = (
+    "Prompts of the groups farthest from the mean, those whose transport in the terminal block changed most first. The "
+    "share of a prompt is its part of the sum of all prompts’ absolute changes of transport. Contraction has no such "
+    "parts: it is a property of all rows together."
+)
+_TOKENS_NOTE = "The measured tokens of these prompts at which the steps of the two models differ most, in brackets."
+_NO_PROMPTS = (
+    "This run kept no prompts. With keep_prompts=3, spinal compare keeps three prompts of each of these groups and the "
+    "tokens at which the two models differ most."
+)
 
 
 def _ranking(found: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[Block]:

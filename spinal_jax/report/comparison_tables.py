@@ -11,7 +11,7 @@ import numpy as np
 from spinal_jax.comparison.ranking import rank
 from spinal_jax.comparison.record import BOTH, LOCALISED, METRICS, Comparison
 from spinal_jax.metrics.columns import column as column_of
-from spinal_jax.report.cells import by_row, cell, column, ends, measured, word
+from spinal_jax.report.cells import by_row, cell, column, ends, measured, percent, word
 from spinal_jax.report.comparison_figures import MASSES, SURE, way
 from spinal_jax.report.sections import Cell, Table
 from spinal_jax.wording import number
@@ -151,3 +151,47 @@ def ranking_table(ranked: Sequence[Comparison], marked: Sequence[int]) -> Table:
     head += [("Δ contraction", ""), ("Δ transport", "rad"), ("SPINALScore", ""), ("centroid of |Δα|", "relative depth")]
     head += [("sign holds", "settings")]
     return Table("The ranking", "place", head, list(range(1, len(rows) + 1)), rows, marked=marked)
+
+
+def moved_prompts(found: Comparison) -> Table:
+    """The prompts that changed most, of the groups farthest from the mean."""
+    rows, keys = [], []
+    for group in found.moved:
+        for prompt in group["prompts"]:
+            keys.append(prompt["number"])
+            rows.append(
+                [
+                    cell(str(group["group"]), group["group"]),
+                    measured(prompt["delta_transport"], unit="rad"),
+                    cell(percent(prompt["share"]), prompt["share"]),
+                    cell(str(prompt["tokens"]), prompt["tokens"]),
+                    word(_on_one_line(prompt["text"])),
+                ]
+            )
+    head = [("group", ""), ("Δ transport", ""), ("share", ""), ("tokens", ""), ("begins", "")]
+    return Table("Prompts that changed most", "prompt", head, keys, rows, in_order=False)
+
+
+def moved_tokens(found: Comparison) -> Table:
+    """The tokens at which the steps of the two models differ most."""
+    rows, keys = [], []
+    for prompt in (prompt for group in found.moved for prompt in group["prompts"]):
+        for place in prompt["places"]:
+            keys.append(prompt["number"])
+            change = place["aligned"] - place["reference"]
+            rows.append(
+                [
+                    cell(str(place["position"]), place["position"]),
+                    cell(str(place["boundary"]), place["boundary"]),
+                    measured(place["aligned"]),
+                    measured(place["reference"]),
+                    measured(change),
+                    word(_on_one_line(f"{place['before']}[{place['token']}]{place['after']}")),
+                ]
+            )
+    head = [("position", "token"), ("boundary", ""), ("aligned", "rad"), ("reference", "rad"), ("change", "rad")]
+    return Table("Tokens that changed most", "prompt", [*head, ("text", "")], keys, rows, in_order=False)
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())

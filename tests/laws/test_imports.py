@@ -60,8 +60,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": {*_RECORDS, "comparison", "metrics.columns", "stats"},
     "objectives": {"errors", "data", "config", "metrics", "models"},
     "comparison.preference_gradient": {"config", "metrics", "models", "objectives"},
+    "comparison.prompt_steps": {"data.packing", "comparison.record"},
     "comparison.checkpoints": {
-        *("stats.groups", "data.vocabulary"),
+        *("stats.groups", "data.vocabulary", "metrics.depth", "comparison.prompt_steps"),
         *("errors", "data.packing", "data", "config", "models", "audit.trace", "audit", "comparison", "objectives"),
         *("parallel.device_defaults", "comparison.record", "comparison.preference_gradient"),
     },
