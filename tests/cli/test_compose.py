@@ -27,7 +27,7 @@ CONF = pages.conf_folder()
 COMPOSED = sorted(name for name, command in COMMANDS.items() if command.record is not None)
 MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
 NEEDED = {
-    "train": ("preferences=world", "corpus=world"),
+    "train": ("preferences=world", "corpus=world", "model.source=given"),
     "attribute": ("aligned=[a,b]", "control=[c,d]"),
 }  # what must be chosen, whatever the objective
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -76,7 +76,7 @@ def test_every_file_of_every_group_builds_the_record(command: str) -> None:
             files = sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
             assert files
             for file in files:
-                others = [argument for argument in needed if not argument.startswith(f"{group}=")]
+                others = [argument for argument in needed if not argument.startswith((f"{group}=", f"{group}."))]
                 chosen = settings(command, *others, f"{group}={file}")
                 record = record_of(command, chosen)
                 if folder == "model" and file != "any":
