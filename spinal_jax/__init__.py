@@ -3,6 +3,7 @@
 trace = spinal_jax.audit("FOLDER")                 # a DepthTrace
 trace.columns["contraction"], trace.interval("transport")
 spinal_jax.compare(aligned, reference)             # of two traces or two checkpoints, a Comparison
+spinal_jax.train("runs/dpo", model={"source": "FOLDER"}, preferences={"format": "hh", "path": "FILE"})   # a Trained
 spinal_jax.attribute(["runs/dpo-*"], ["runs/shuffled-*"])   # of several runs against controls, an Attribution
 """
 
@@ -10,14 +11,15 @@ from __future__ import annotations
 
 import sys
 
-import spinal_jax.audit  # noqa: F401 (so that it is a package before it becomes a function too)
+import spinal_jax.audit  # so that it is a package before it becomes a function too
+import spinal_jax.train  # noqa: F401
 from spinal_jax.errors import UserError
 
 TYPE_CHECKING = False  # as typing's, which would take the command line longer to import than all else here
 if TYPE_CHECKING:
     from typing import Any
 
-    from spinal_jax.api import audit, load_model
+    from spinal_jax.api import audit, load_model, train
     from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
     from spinal_jax.comparison.attribution import Attribution, attribute, load_attribution
     from spinal_jax.comparison.compare import BothModels
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from spinal_jax.comparison.record import Comparison, load_comparison, save_comparison
     from spinal_jax.models.decoder import Tap, collect, fold
     from spinal_jax.recording.recorder import Recorder
+    from spinal_jax.train.run import Trained
 
     __version__: str
 
@@ -35,6 +38,7 @@ __all__ = [
     "DepthTrace",
     "Recorder",
     "Tap",
+    "Trained",
     "UserError",
     "__version__",
     "attribute",
@@ -48,11 +52,12 @@ __all__ = [
     "load_trace",
     "save_comparison",
     "save_trace",
+    "train",
 ]
 
 # Imported when they are first used: reading saved traces does without JAX, and the command line starts at once.
 _LAZY = {
-    **dict.fromkeys(("audit", "load_model"), "spinal_jax.api"),
+    **dict.fromkeys(("audit", "load_model", "train"), "spinal_jax.api"),
     **dict.fromkeys(("DepthTrace", "load_trace", "save_trace"), "spinal_jax.audit.trace"),
     "BothModels": "spinal_jax.comparison.compare",
     "compare": "spinal_jax.comparison.flow",
@@ -60,19 +65,21 @@ _LAZY = {
     **dict.fromkeys(("Comparison", "load_comparison", "save_comparison"), "spinal_jax.comparison.record"),
     **dict.fromkeys(("Tap", "collect", "fold"), "spinal_jax.models.decoder"),
     "Recorder": "spinal_jax.recording.recorder",
+    "Trained": "spinal_jax.train.run",
 }
 
 
 class _CallablePackage(type(sys)):
-    """The package spinal_jax.audit, which is the function `spinal_jax.api.audit` when it is called."""
+    """The package spinal_jax.audit or train, which is the function of `spinal_jax.api` when it is called."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        from spinal_jax.api import audit
+        from spinal_jax import api
 
-        return audit(*arguments, **settings)
+        return getattr(api, self.__name__.rpartition(".")[2])(*arguments, **settings)
 
 
-sys.modules["spinal_jax.audit"].__class__ = _CallablePackage
+for _package in ("spinal_jax.audit", "spinal_jax.train"):
+    sys.modules[_package].__class__ = _CallablePackage
 
 
 def __getattr__(name: str) -> Any:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spinal_jax.audit.pipeline import bars, load, opened, run_audit
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.config import AuditConfig, ModelConfig, build
+from spinal_jax.config.training import TrainConfig
+from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from spinal_jax.train.run import Trained
 
 
 def audit(
@@ -69,6 +74,48 @@ def audit(
     }
     texts = None if named or prompts is None else list(prompts)
     return run_audit(build(AuditConfig, settings), texts, bars(progress))
+
+
+def train(
+    folder: str | os.PathLike[str], config: TrainConfig | None = None, *, progress: bool = True, **settings: Any
+) -> Trained:
+    """Trains a checkpoint, records its depth traces on the way, and leaves all in a run folder, as `spinal train`. A
+    run that was cut off goes on when it is called again with the same settings.
+
+    >>> spinal_jax.train(
+    ...     "runs/dpo",
+    ...     model={"source": "FOLDER"},
+    ...     preferences={"format": "hh", "path": "pairs.jsonl"},
+    ...     optimizer={"learning_rate": 5e-6},
+    ...     steps=100,
+    ... )  # doctest: +SKIP
+
+    Args:
+        folder: of the run.
+        config: the settings as a record; None: from `settings`.
+        progress: show progress bars.
+        settings: the settings of `spinal train`, those of a part as a mapping.
+
+    Returns:
+        A `Trained`: the step whose weights are in `folder/model`, the last metrics, the last trace and the onset.
+
+    Raises:
+        UserError: for anything the caller can mend, in one sentence.
+        spinal_jax.train.loop.Diverged: the loss or a gradient is not finite. The state before that step is saved.
+    """
+    from spinal_jax.runs.folder import held
+    from spinal_jax.train.run import run_train
+
+    if config is not None and settings:
+        raise UserError(f"a config is given, and {next(iter(settings))} too; give one of them")
+    asked = build(TrainConfig, settings) if config is None else config
+    out = Path(folder).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {out} cannot be made: {error.strerror or error}") from error
+    with held(out):
+        return run_train(asked, out, bars(progress))
 
 
 def load_model(

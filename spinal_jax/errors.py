@@ -11,3 +11,7 @@ class AlreadyDone(UserError):
 
 class NotLeader(Exception):
     """What was asked for is with the first of the processes that share a run; for this one nothing is left to do."""
+
+
+class StoppedElsewhere(Exception):
+    """Another of the processes that share a run was asked to stop, and what all of them have is saved."""

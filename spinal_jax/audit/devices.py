@@ -29,7 +29,8 @@ from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import Placing
-from spinal_jax.parallel.placement import Choice, Replicas, Shards, placed
+from spinal_jax.parallel.mesh import placed
+from spinal_jax.parallel.placement import Choice, Replicas, Shards
 
 T = TypeVar("T")
 Grams = tuple[contraction.Grams, ...]  # of the rows that count, and of each of `metrics.variants.skip`

@@ -92,8 +92,9 @@ class Reference:
     """A model that others are measured against on the same batches (`keep`); to be closed.
 
     Attributes:
-        measurement: its own numbers. None until a first model is measured against it, because one pass over the
-            vocabulary reads both.
+        measured: whether its own numbers are known. Not until a first model is measured against it, because one pass
+            over the vocabulary reads both.
+        measurement: its own numbers, in the process that leads.
     """
 
     def __init__(self, lens: Lens, plan: Plan, settings: MetricsConfig, devices: Devices):
@@ -101,6 +102,7 @@ class Reference:
         self.lens = jax.tree.map(jnp.copy, lens)  # so that the model's own weights may be donated or freed
         self.plan, self.settings = plan, settings
         self.spectra: Spectra | None = None
+        self.measured = False
         self.measurement: Measurement | None = None
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
         self._records: list[tuple[int, np.dtype, tuple[int, ...]]] = []  # where each batch begins, and what it is
@@ -182,7 +184,7 @@ def measure(
         lenses, known = (lens,), True
     else:
         reference.check(model, plan, settings)
-        lenses, known = (lens, reference.lens), reference.measurement is not None
+        lenses, known = (lens, reference.lens), reference.measured
     models = 1 if known else 2
     sums = devices.lens_sums(zero_lens_sums(model.config.depth + 1, settings, models, reference is not None))
 
@@ -196,6 +198,8 @@ def measure(
 
     spectra, sums = _run(model, plan, settings, bar or _no_bar, sums, read, devices, progress)
     own, across = _read_out(sums, devices)
+    if reference is not None:
+        reference.measured = True
     if spectra is None:
         raise NotLeader
     if reference is not None and not known:
@@ -233,6 +237,7 @@ def keep(
 
     try:
         kept.spectra, sums = _run(model, plan, settings, bar or _no_bar, sums, read, devices)
+        kept.measured = alone
         if alone and kept.spectra is not None:
             kept.measurement = _finish(kept.spectra, _read_out(sums, devices)[0][0], plan, settings)
     except BaseException:

@@ -15,6 +15,7 @@ from spinal_jax import config
 from spinal_jax.cli.console import DONE, FAILED, SHORT, Stopped, complain, shown, stages
 from spinal_jax.cli.registry import command
 from spinal_jax.config.training import TrainConfig
+from spinal_jax.errors import NotLeader
 
 Job = Callable[[dict[str, Any], Path, bool], int]  # (settings, folder, whether this process leads) -> exit code
 
@@ -53,7 +54,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _together(job: Job, asked: config.AuditConfig | config.CompareConfig, folder: Path) -> int:
+def _together(job: Job, asked: config.AuditConfig | config.CompareConfig | TrainConfig, folder: Path) -> int:
     """Runs a job, with other processes where the settings say so."""
     if asked.parallel.coordinator is None:
         return job(config.to_mapping(asked), folder, True)
@@ -179,29 +180,30 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     ("model.source",),
 )
 def train(asked: TrainConfig, folder: Path) -> int:
+    return _together(_train, asked, folder)
+
+
+def _train(settings: dict[str, Any], folder: Path, leads: bool) -> int:
+    """`train` in one process, which prints if it is the one that leads."""
     from spinal_jax.runs import folder as run_folder
 
-    if not asked.overwrite:
+    asked = config.build(TrainConfig, settings)
+    if leads and not asked.overwrite:
         run_folder.check_incomplete(folder, config.to_mapping(asked))
-    from spinal_jax.report.training import write_training_report
     from spinal_jax.train.loop import Diverged
     from spinal_jax.train.run import run_train
 
-    seconds: dict[str, float] = {}
-    bar = stages(seconds)
     try:
-        trained = run_train(asked, folder, bar, say=lambda line: print(line, file=sys.stderr))
+        trained = run_train(asked, folder, stages({}), _say)
     except Diverged as error:
+        if not leads:
+            raise NotLeader from error
         complain(f"{error}; the state before it is saved in {shown(folder / 'checkpoints')}")
         return FAILED
     except Stopped as stopped:
         stopped.kept = "the same command goes on from the last checkpoint"
         raise
-    with bar("report", 1, "page") as advance:
-        write_training_report(folder)
-        advance(1)
-    run_folder.write_manifest(folder, "train", config.to_mapping(asked), run_folder.about_trace(trained.trace), seconds)
     print(trained)
-    print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())}")
+    print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in trained.seconds.items())}")
     print(f"  report    {shown(folder / 'report.html')}", flush=True)
     return DONE

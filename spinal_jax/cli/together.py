@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spinal_jax.cli.console import MISTAKE, Stopped, complain
-from spinal_jax.errors import NotLeader, UserError
+from spinal_jax.errors import NotLeader, StoppedElsewhere, UserError
 from spinal_jax.parallel.distributed import Place, start
 from spinal_jax.parallel.peers import SILENCE, PeerEnded, Peers, code_of, in_words
 
@@ -78,6 +78,10 @@ def _run(peers: Peers, settings: Mapping[str, Any], job: Callable[[], int]) -> i
         peers.report("stopped", f"was {stopped}", stopped.number)
         complain(f"{stopped}; {stopped.kept}")
         raise _Left(128 + stopped.number) from None
+    except StoppedElsewhere as error:
+        if cause := peers.cause(SILENCE + 5):
+            raise PeerEnded(cause) from None
+        raise RuntimeError("the process that was asked to stop has not said so") from error
     except Exception as error:
         if cause := peers.cause(SILENCE + 5 if _is_exchange(error) else 0):
             raise PeerEnded(cause) from error

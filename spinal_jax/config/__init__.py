@@ -9,7 +9,7 @@ from spinal_jax.config.data import CorpusConfig, PreferencesConfig, PromptsConfi
 from spinal_jax.config.files import ConvertConfig, ExportConfig, VerifyConfig
 from spinal_jax.config.metrics import ContractionConfig, MetricsConfig, TransportConfig, VariantsConfig
 from spinal_jax.config.model import ComparedConfig, ModelConfig, SourceConfig
-from spinal_jax.config.parallel import AuditParallelConfig, ParallelConfig
+from spinal_jax.config.parallel import AuditParallelConfig, ParallelConfig, ProcessesConfig
 from spinal_jax.config.record import about, build, require, to_mapping
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "PreferencesConfig",
+    "ProcessesConfig",
     "PromptsConfig",
     "ScoreConfig",
     "SourceConfig",

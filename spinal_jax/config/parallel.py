@@ -28,13 +28,9 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class AuditParallelConfig(ParallelConfig):
-    """How devices share an audit: `parallel`."""
+class ProcessesConfig(ParallelConfig):
+    """How devices, of one process or of several, share the work: `parallel`."""
 
-    backend: Literal["auto", "mesh", "pmap"] = field(
-        default="auto",
-        metadata=about("mesh: devices share the model; pmap: a whole model on each; auto: by device and memory"),
-    )
     coordinator: str | None = field(
         default=None,
         metadata=about("HOST:PORT of process 0 where several processes share the run; auto: from SLURM or a TPU pod"),
@@ -49,11 +45,6 @@ class AuditParallelConfig(ParallelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = self.backend != "pmap" or (self.fsdp == 1 and self.tensor == 1)
-        right = "mesh where parallel.fsdp or parallel.tensor split the model"
-        require(whole, "parallel.backend", self.backend, right)
-        alone = self.backend != "pmap" or self.coordinator is None
-        require(alone, "parallel.backend", self.backend, "auto or mesh where several processes share the run")
         require(self.start_timeout > 0, "parallel.start_timeout", self.start_timeout, "a number of seconds above 0")
         if self.coordinator is None or self.coordinator == "auto":
             right = "null unless parallel.coordinator is HOST:PORT"
@@ -68,6 +59,24 @@ class AuditParallelConfig(ParallelConfig):
         right = f"which process this is, from 0 to {(self.processes or 1) - 1}"
         here = self.process is not None and 0 <= self.process < (self.processes or 1)
         require(here, "parallel.process", self.process, right)
+
+
+@dataclass(frozen=True)
+class AuditParallelConfig(ProcessesConfig):
+    """How devices share an audit: `parallel`."""
+
+    backend: Literal["auto", "mesh", "pmap"] = field(
+        default="auto",
+        metadata=about("mesh: devices share the model; pmap: a whole model on each; auto: by device and memory"),
+    )
+
+    def __post_init__(self) -> None:
+        whole = self.backend != "pmap" or (self.fsdp == 1 and self.tensor == 1)
+        right = "mesh where parallel.fsdp or parallel.tensor split the model"
+        require(whole, "parallel.backend", self.backend, right)
+        alone = self.backend != "pmap" or self.coordinator is None
+        require(alone, "parallel.backend", self.backend, "auto or mesh where several processes share the run")
+        super().__post_init__()
 
     @property
     def default(self) -> bool:

@@ -9,7 +9,7 @@ from spinal_jax.config.audit import LOGGING, OVERWRITE, Tracker, require_tracker
 from spinal_jax.config.data import CorpusConfig, PreferencesConfig, PromptsConfig
 from spinal_jax.config.metrics import MetricsConfig
 from spinal_jax.config.model import ModelConfig
-from spinal_jax.config.parallel import ParallelConfig
+from spinal_jax.config.parallel import ProcessesConfig
 from spinal_jax.config.record import about, require, require_above
 from spinal_jax.errors import UserError
 
@@ -111,7 +111,7 @@ class TrainConfig:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     onset: OnsetConfig = field(default_factory=OnsetConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ProcessesConfig = field(default_factory=ProcessesConfig)
     steps: int | None = field(default=None, metadata=about("optimiser steps; null: as many as epochs have", "steps"))
     epochs: float = field(default=1.0, metadata=about("passes over the examples"))
     batch_size: int = field(default=8, metadata=about("pairs or documents in a step"))

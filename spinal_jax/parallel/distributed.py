@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from spinal_jax.config import AuditParallelConfig
+from spinal_jax.config import ProcessesConfig
 from spinal_jax.errors import UserError
 
 HEARTBEAT = 55  # seconds without one after which JAX aborts all processes of a run
@@ -33,7 +33,7 @@ class Place:
         return host == "localhost" or host.startswith("127.")
 
 
-def place_of(config: AuditParallelConfig) -> Place:
+def place_of(config: ProcessesConfig) -> Place:
     """What the settings say, or with `parallel.coordinator=auto` the environment: SLURM, Open MPI or TPU metadata.
 
     Raises:

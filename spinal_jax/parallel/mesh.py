@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import jax
@@ -84,22 +86,48 @@ def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSh
     return NamedSharding(mesh, PartitionSpec(*(tuple(some) or None for some in fitting)))
 
 
-def shard_parameters(tree: T, mesh: Mesh) -> T:
-    """Parameters by path, or a tree that holds such dictionaries (an optimiser's moments), placed by RULES."""
+def parameter_shardings(tree: T, mesh: Mesh) -> T:
+    """Where RULES place the parameters of a dictionary by path, or of a tree that holds such dictionaries (an
+    optimiser's moments): in the place of each array, or of its shape, a `NamedSharding`."""
 
-    def place(path: Any, leaf: Array) -> Array:
+    def place(path: Any, leaf: Any) -> NamedSharding:
         names = [str(getattr(key, "key", key)) for key in path]
         name = next((name for name in reversed(names) if name.partition(".")[0] in ROOTS), "")
-        return jax.device_put(leaf, parameter_sharding(mesh, name, leaf.shape))
+        return parameter_sharding(mesh, name, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def shard_parameters(tree: T, mesh: Mesh) -> T:
+    """The arrays of such a tree, placed by RULES."""
+    return jax.tree.map(placed, tree, parameter_shardings(tree, mesh))
+
+
 def shard_rows(tree: T, mesh: Mesh) -> T:
-    """Host arrays of a batch on the devices: matrices [R, ..] split by rows over data and fsdp, vectors whole."""
+    """Host arrays of a batch on the devices: matrices [R, ..] split by rows over data and fsdp, vectors whole. Of
+    several processes each has the whole batch and makes the rows that its devices take."""
     by_rows = NamedSharding(mesh, PartitionSpec(ROWS))
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(x, by_rows if np.ndim(x) > 1 else whole), tree)
+    return jax.tree.map(lambda x: placed(x, by_rows if np.ndim(x) > 1 else on_all(mesh)), tree)
+
+
+def on_all(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def placed(x: Any, sharding: NamedSharding) -> Array:
+    """An array of the host that every process has alike, or one that is on devices, where `sharding` says."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if isinstance(x, Array) and not x.is_fully_addressable:
+        return x if x.sharding == sharding else _moved(sharding)(x)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+@cache
+def _moved(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def row_multiple(mesh: Mesh) -> int:

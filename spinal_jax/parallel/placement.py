@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import jax
@@ -22,21 +21,6 @@ from spinal_jax.config import AuditParallelConfig, ParallelConfig
 from spinal_jax.errors import UserError
 from spinal_jax.parallel.device_defaults import MODEL_SHARE, TABLE_BYTES
 from spinal_jax.parallel.mesh import ROWS, make_mesh, parameter_sharding, row_multiple
-
-
-def placed(x: Any, sharding: NamedSharding) -> Array:
-    """An array of the host that every process has alike, or one that is on devices, where `sharding` says."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    if isinstance(x, Array) and not x.is_fully_addressable:
-        return x if x.sharding == sharding else _moved(sharding)(x)
-    host = np.asarray(x)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-@cache
-def _moved(sharding: NamedSharding) -> Callable[[Array], Array]:
-    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 @dataclass(frozen=True)

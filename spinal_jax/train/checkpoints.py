@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from spinal_jax.errors import UserError
 from spinal_jax.objectives.step import TrainState
+from spinal_jax.parallel.agreement import of_leader
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
 
@@ -28,7 +29,13 @@ class _Preserve:
 
 
 class Checkpoints:
-    """The states of a run by step. A save returns once the arrays are copied; a killed one leaves nothing."""
+    """The states of a run by step. A save returns once the arrays are copied; a killed one leaves nothing.
+
+    Processes that share a run all save and load, each its part; the folder is theirs together.
+
+    Attributes:
+        latest: the step that was saved last, also by a run that was cut off; None where there is none.
+    """
 
     def __init__(self, folder: Path, max_to_keep: int | None):
         self._policy = _Preserve(max_to_keep)
@@ -38,16 +45,13 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._pending: Any = None
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps that are saved, ascending."""
-        return sorted(at.step for at in self._orbax.checkpoints)
+        self.latest: int | None = of_leader(max((at.step for at in self._orbax.checkpoints), default=None))
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves in the background. Waits for the save before it, which Orbax would otherwise drop this one for."""
         self.wait()
-        if step not in self.steps:
+        if step != self.latest:
+            self.latest = step
             self._pending = self._orbax.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
 
     def protect(self, step: int) -> None:

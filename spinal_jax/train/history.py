@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from spinal_jax.audit import pipeline
+from spinal_jax.audit.devices import Devices
 from spinal_jax.audit.measure import Measurement, Reference, keep, measure
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.compare import BothModels, compare_traces
@@ -14,12 +15,27 @@ from spinal_jax.comparison.onset import Rules, StepRecord, detect, recall, recor
 from spinal_jax.comparison.record import Comparison, save_comparison
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
+from spinal_jax.errors import NotLeader
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.parallel.agreement import of_leader
 from spinal_jax.train.folder import ONSET, TRACES, TrainingFolder, trace_name
 
 
+class Health(NamedTuple):
+    """What the traces so far say of a run, the same in every process."""
+
+    step: int  # the last healthy one
+    destabilised: str  # the evidence; empty where it has not
+
+
 class History:
-    """Traces so far. The model of step 0 is the reference of all that follow."""
+    """Traces so far. The model of step 0 is the reference of all that follow.
+
+    Processes that share a run all measure; the one that leads keeps and writes what is found.
+
+    Attributes:
+        health: what the traces so far say of the run.
+    """
 
     def __init__(
         self,
@@ -27,9 +43,10 @@ class History:
         pool: Plan,
         settings: MetricsConfig,
         records: tuple[dict[str, Any], dict[str, Any]],
-        out: TrainingFolder,
+        out: TrainingFolder | None,
         bar: pipeline.Bar,
         rules: Rules,
+        devices: Devices,
     ):
         """Measures the model of step 0.
 
@@ -38,21 +55,21 @@ class History:
             pool: the prompts, planned.
             settings: what is measured.
             records: what traces say of the model and of the prompts.
-            out: the run's folder.
+            out: the run's folder; None in processes that do not lead.
             bar: opens progress bars.
             rules: by which onset and destabilisation are detected.
+            devices: what the traces are measured on: those that train.
         """
-        self.pool, self.settings, self.out, self.bar = pool, settings, out, bar
+        self.pool, self.settings, self.out = pool, settings, out
         self.rules = rules
         self.model_record, self.prompts_record = records
         self.config = model.config
-        self.reference: Reference = keep(model, pool, settings, bar, alone=True)
-        assert self.reference.measurement is not None
-        self.first = self._trace(self.reference.measurement, 0)
-        self.last = self.first
+        self.reference: Reference = keep(model, pool, settings, bar, alone=True, devices=devices)
+        self.first = self.last = self._trace(self.reference.measurement, 0) if self.reference.measurement else None
         self.records: list[StepRecord] = []
         self.beside: list[dict[str, float]] = []
         self.detected = detect([], [], rules)
+        self.health = _health(self.detected)
 
     def close(self) -> None:
         """Frees what is kept of the model of step 0."""
@@ -60,22 +77,34 @@ class History:
 
     def recall(self) -> None:
         """Takes up what a run that was cut off has written."""
-        file, traces = self.out.folder / ONSET, self.out.folder / TRACES
-        if not file.exists():
-            return
-        folder_of = {int(path.name.rpartition("_")[2]): path for path in traces.iterdir()}
-        self.records, self.beside, _ = recall(json.loads(file.read_text(encoding="utf-8")), folder_of)
-        self.detected = detect(self.records, self.beside, self.rules)
+        if self.out is not None and (file := self.out.folder / ONSET).exists():
+            traces = self.out.folder / TRACES
+            folder_of = {int(path.name.rpartition("_")[2]): path for path in traces.iterdir()}
+            self.records, self.beside, _ = recall(json.loads(file.read_text(encoding="utf-8")), folder_of)
+            self.detected = detect(self.records, self.beside, self.rules)
+        self.health = Health(*of_leader(_health(self.detected)))
 
-    def add(self, step: int, model: Decoder, beside: dict[str, float]) -> dict[str, Any]:
-        """Traces the policy after `step` updates, writes what is found, and returns what onset.json now holds.
+    def add(self, step: int, model: Decoder, beside: dict[str, float], bar: pipeline.Bar) -> Health:
+        """Traces the policy after `step` updates, writes what is found, and returns what it says of the run.
 
         Args:
             step: how many updates were done.
             model: the policy.
             beside: what else is known of it: reward margin and accuracy.
+            bar: opens progress bars.
         """
-        found = measure(model, self.pool, self.settings, self.bar, self.reference)
+        try:
+            found = measure(model, self.pool, self.settings, bar, self.reference)
+        except NotLeader:
+            pass
+        else:
+            self._add(step, found, beside)
+        self.health = Health(*of_leader(_health(self.detected)))
+        return self.health
+
+    def _add(self, step: int, found: Measurement, beside: dict[str, float]) -> None:
+        assert self.out is not None
+        assert self.first is not None
         trace = self.first if step == 0 else self._trace(found, step)
         policy = found.policy
         assert policy is not None
@@ -93,14 +122,19 @@ class History:
         self.beside.append({**beside, "kl": policy.divergence})
         self.detected = detect(self.records, self.beside, self.rules)
         save_onset(self.detected, self.out.folder / ONSET)
-        return self.detected
 
     def _trace(self, found: Measurement, step: int) -> DepthTrace:
+        assert self.out is not None
         model = {**self.model_record, "name": f"{self.model_record['name']}, step {step}"}
         if step:  # weights of later steps are told apart by what they follow from
             origin = json.dumps([self.out.started_with, step], sort_keys=True)
             model["sha256"] = hashlib.sha256(origin.encode()).hexdigest()
         return pipeline.depth_trace(model, self.prompts_record, self.config, self.settings, self.pool, found)
+
+
+def _health(detected: dict[str, Any]) -> Health:
+    broke = detected["destabilisation"]
+    return Health(int(detected["healthy"]), broke["evidence"] if broke else "")
 
 
 def _scalars(comparison: Comparison) -> dict[str, float]:

@@ -17,6 +17,7 @@ from spinal_jax.metrics.gradient import BlockNorms
 from spinal_jax.objectives.examples import Examples
 from spinal_jax.objectives.responses import Example, ResponseBatch, Shape, micro_batches
 from spinal_jax.objectives.step import Arrays, Steps, Sums, TrainState, metrics
+from spinal_jax.parallel.agreement import to_host
 from spinal_jax.parallel.mesh import shard_rows
 
 # Log-probabilities [examples, sequences of each] of the examples with these numbers, under the reference.
@@ -84,7 +85,7 @@ def optimise(task: Task, state: TrainState, start: int, stop: int) -> Iterator[S
     for number in range(start, stop):
         chosen, step = examples.step(number, config.batch_size, config.seed)
         reference = None if task.train_reference is None else task.train_reference(chosen)
-        normaliser = jnp.float32(task.normaliser(step))
+        normaliser = np.float32(task.normaliser(step))
         gradients: Arrays | None = None
         sums: Sums | None = None
         for batch in task.batches(step, reference):
@@ -95,7 +96,7 @@ def optimise(task: Task, state: TrainState, start: int, stop: int) -> Iterator[S
         updated = task.steps.update(state, gradients, sums)
         del gradients
         state = updated.state
-        host_sums, norm, norms, fine = jax.device_get((sums, updated.norm, updated.norms, updated.fine))
+        host_sums, norm, norms, fine = to_host((sums, updated.norm, updated.norms, updated.fine))
         if not fine:
             raise Diverged(number, [examples.train_ids[i] for i in chosen], state)
         tokens += int(lengths[chosen].sum())
@@ -118,7 +119,7 @@ def evaluate(task: Task, parameters: Arrays) -> dict[str, float]:
         numbers = range(start, start + len(part))
         reference = None if task.held_out_reference is None else task.held_out_reference(numbers)
         for batch in task.batches(part, reference):
-            sums = jax.tree.map(np.float64, jax.device_get(task.steps.evaluate(parameters, task.fixed, batch)))
+            sums = jax.tree.map(np.float64, to_host(task.steps.evaluate(parameters, task.fixed, batch)))
             total = sums if total is None else jax.tree.map(np.add, total, sums)
     assert total is not None  # only called where examples are held out
     return metrics(total, config.objective.kind, "eval_")

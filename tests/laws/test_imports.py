@@ -89,10 +89,10 @@ ALLOWED: dict[str, set[str]] = {
         *("comparison.record", "comparison", "runs", "report", "objectives"),
     },
     "verify": {"errors", "data", "config", "metrics", "models", "audit"},
-    "api": {"config", "models", "audit.trace", "audit"},
+    "api": {"errors", "runs", "config", "models", "audit.trace", "audit", "train"},
     "__init__": {
         *("errors", "models", "audit", "audit.trace", "comparison.record", "comparison", "comparison.flow", "api"),
-        "recording",
+        *("recording", "train"),
     },
     "cli": {
         *("errors", "files", "config", "parallel", "models", "audit.trace", "audit", "comparison.record", "comparison"),

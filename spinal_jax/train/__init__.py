@@ -1,0 +1,1 @@
+"""Training that records its depth traces on the way."""

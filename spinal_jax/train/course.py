@@ -1,0 +1,137 @@
+"""The course of a training run: its steps, and what comes between them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+from spinal_jax.audit import pipeline
+from spinal_jax.config.training import TrainConfig
+from spinal_jax.errors import StoppedElsewhere
+from spinal_jax.models.parts import Parts
+from spinal_jax.objectives.step import TrainState
+from spinal_jax.parallel.agreement import StopRequests, of_leader
+from spinal_jax.train.checkpoints import Checkpoints
+from spinal_jax.train.folder import TrainingFolder
+from spinal_jax.train.history import History
+from spinal_jax.train.loop import Task, evaluate, optimise
+
+# By how much the loss of the first step may differ from ln 2, the reference having been computed in another order.
+FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
+SAVES = 4  # parts of a run after each of which there is a checkpoint, where nothing is said
+
+Say = Callable[[str], None]
+
+
+def due(every: int | tuple[int, ...], stop: int) -> frozenset[int]:
+    """At which of the steps 0 to `stop` something is due that is asked for `every` so often: always at 0 and `stop`. Of
+    a list of steps, at these and at 0."""
+    if isinstance(every, tuple):
+        return frozenset({0, *(step for step in every if step <= stop)})
+    return frozenset({*range(0, stop, every), stop})
+
+
+def run_course(
+    task: Task,
+    state: TrainState,
+    stop: int,
+    traces: frozenset[int],
+    parts: Parts,
+    history: History,
+    saved: Checkpoints,
+    out: TrainingFolder | None,
+    bar: pipeline.Bar,
+    say: Say,
+) -> tuple[TrainState, dict[str, float]]:
+    """All steps that are left, and between them a checkpoint, an evaluation and a trace where they are due."""
+    config, start = task.config, int(state.step)
+    saves = due(config.save_every or -(-stop // SAVES), stop) - {0}
+    if config.keep == "best_before_onset":
+        saves |= traces
+    evaluations = due(config.eval_every or stop, stop) | {stop} if task.examples.held_out else frozenset()
+    logged = traces | saves | evaluations  # the step before: it stands beside a trace, also where a run goes on there
+    last: dict[str, float] = {
+        name: value
+        for name, value in (out.before if out is not None else {}).items()
+        if isinstance(value, float) and not name.startswith("eval_")
+    }
+    requests = StopRequests()
+
+    def pause(step: int, state: TrainState) -> tuple[dict[str, float], str]:
+        """What is due before step `step`: what was evaluated, and why the run is to end, or ""."""
+        if step in saves:
+            saved.save(step, state)
+        found = evaluate(task, state.parameters) if step in evaluations else {}
+        reached = False
+        if config.until_eval_loss is not None and found:
+            reached = of_leader(found["eval_loss"] <= config.until_eval_loss)
+        if step not in traces and not reached:
+            return found, ""
+        beside = {name: value for name, value in {**last, **found}.items() if "rewards/" in name}
+        model = parts.assemble({**task.fixed, **state.parameters})
+        health = history.add(step, model, beside, _heeding(bar, requests))
+        saved.protect(health.step)
+        if reached:
+            return found, f"the held-out loss is {found['eval_loss']:.4g}"
+        return found, health.destabilised if config.stop_on_destabilisation else ""
+
+    with requests, bar("train", stop, "step") as advance:
+        advance(start)
+        try:
+            found, ends = pause(start, state)
+            if not ends:
+                for done in optimise(task, state, start, stop):
+                    state = done.state
+                    if done.number == 0:
+                        _check_first(config, done.metrics)
+                    last = done.metrics
+                    logs = found or done.number % config.log_every == 0 or done.number + 1 in logged
+                    if out is not None and logs:
+                        blocks = [float(norm) for norm in done.norms.blocks]
+                        out.metrics(done.number, {**last, **found, "block_grad_norms": blocks})
+                    advance(1)
+                    found, ends = pause(done.number + 1, state)
+                    if ends:
+                        break
+                    requests.check()
+        except StoppedElsewhere:
+            saved.save(int(state.step), state)
+            saved.wait()
+            raise
+        step = int(state.step)
+        if out is not None and found:
+            out.metrics(step, found)
+        if ends:
+            say(f"stopped after step {step} of {stop}: {ends}")
+        elif config.until_eval_loss is not None:
+            say(f"the held-out loss has not come down to {config.until_eval_loss:g} in {stop} steps")
+        saved.save(step, state)
+        saved.wait()
+    return state, {**last, **found}
+
+
+def _heeding(bar: pipeline.Bar, requests: StopRequests) -> pipeline.Bar:
+    """Progress of a trace that ends between batches where a process was asked to stop."""
+
+    @contextlib.contextmanager
+    def opened(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        def advanced(amount: int) -> None:
+            advance(amount)
+            if what == "audit":  # whose batches all processes count alike
+                requests.check()
+
+        with bar(what, total, unit) as advance:
+            yield advanced
+
+    return opened
+
+
+def _check_first(config: TrainConfig, metrics: dict[str, float]) -> None:
+    """At step 0 policy and reference are one: the sigmoid loss is ln 2. AssertionError where it is not."""
+    objective = config.objective
+    if objective.kind != "dpo" or objective.loss not in ("sigmoid", "cdpo", "robust"):
+        return
+    off = max(abs(metrics["loss"] - math.log(2)), abs(metrics["rewards/margins"]))
+    if not off < FIRST_LOSS[config.compute_dtype]:
+        raise AssertionError(f"the first loss is {metrics['loss']:.6f}, not ln 2: policy and reference differ")
