@@ -8,7 +8,7 @@ DPO_RUN := runs/demo-dpo
 SHUFFLED_RUN := runs/demo-shuffled
 COMPARED_RUN := runs/demo-compared
 
-.PHONY: demo docs test test-browser lint bench clean
+.PHONY: demo docs fuzz test test-browser test-tpu lint bench clean
 .DELETE_ON_ERROR:
 
 # Huge pages, where glibc knows of them: a fifth of the time on a CPU is otherwise the system's (experiments/LOG.md).
@@ -29,6 +29,10 @@ test: .venv/test.stamp $(DEMO_MODEL)
 # The pages in a headless Chromium: one on the path, or the one that CHROMIUM names.
 test-browser: .venv/test.stamp
 	$(BIN)/python -m pytest -n 0 -m browser tests/browser
+
+# Every jitted step compiled for slices of TPUs, of which none is needed; `make test-tpu GRID=1` for every combination.
+test-tpu: .venv/tpu.stamp
+	$(BIN)/python -m pytest -n 2 -m "tpu$(if $(GRID), or tpu_grid)" tests/tpu
 
 # Hostile inputs of every class, `make fuzz N=5000`; 200 of them are among the tests.
 fuzz: .venv/test.stamp
@@ -61,6 +65,10 @@ $(DEMO_MODEL): | .venv/run.stamp
 
 .venv/test.stamp: .venv/run.stamp
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv/tpu.stamp: .venv/test.stamp
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[tpu-plan]'
 	touch $@
 
 .venv/lint.stamp: .venv/test.stamp

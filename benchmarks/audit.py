@@ -4,9 +4,9 @@
     python benchmarks/audit.py --shape llama-3-8b --dtype bfloat16 --device gpu
 
 Both pipelines run here, one after the other, each in a process of its own, on the same weights, prompts and positions:
-wall time from start to numbers, and the peak of resident memory. The plain one keeps every hidden state, stacks them,
-takes `torch.linalg.svdvals` of each layer and the softmax of each layer at the last four positions; it gives no
-intervals.
+wall time from start to numbers, the time that processors worked, which other work on the machine lengthens less, and
+the peak of resident memory. The plain one keeps every hidden state, stacks them, takes `torch.linalg.svdvals` of each
+layer and the softmax of each layer at the last four positions; it gives no intervals.
 The audit's figures include its jackknife. Stages are medians of repeated calls in one process.
 
 With --shape both run on random weights in the shape of a model, over bytes; with --device gpu both run on a GPU, where
@@ -93,10 +93,11 @@ def as_folder(args: argparse.Namespace, folder: Path) -> str:
 
 
 def measured(begin: float, device_bytes: int | None) -> dict[str, Any]:
-    """Seconds since `begin`, and the peaks of this process's resident memory and of the device's in GiB; None where
-    the device has no memory of its own."""
+    """Seconds since `begin`, those that processors worked for this process, and the peaks of its resident memory and of
+    the device's in GiB; None where the device has no memory of its own."""
     return {
         "seconds": time.perf_counter() - begin,
+        "worked": time.process_time(),
         "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "device_gib": device_bytes and device_bytes / 2**30,
     }
@@ -121,7 +122,7 @@ def asked(args: argparse.Namespace) -> Any:
 
     return AuditConfig(
         ModelConfig(args.model, dtype=args.dtype),
-        PromptsConfig(args.prompts, args.format, limit=args.limit, max_length=args.max_length),
+        PromptsConfig(path=args.prompts, format=args.format, limit=args.limit, max_length=args.max_length),
     )
 
 
@@ -192,6 +193,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     from spinal_jax.models.decoder import fold
     from spinal_jax.models.translate import parameter_shapes
     from spinal_jax.plan import estimate
+    from spinal_jax.plan.layout import DeviceLayout
 
     config = asked(args)
     prompts = data.read_prompts(args.prompts, args.format, limit=args.limit)
@@ -203,7 +205,11 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     tokens, measured_count = height * length, batch.measured.shape[0]
     boundaries, width = decoder.depth + 1, decoder.width
 
-    def seconds(call: Callable[[], Any]) -> float:
+    def seconds(call: Callable[[], Any], wide: bool = False) -> float:
+        """Median of repeated calls; `wide`: with float64, as Gram sums are."""
+        if wide:
+            with jax.enable_x64(True):
+                return seconds(call)
         jax.block_until_ready(call())
         times = []
         for _ in range(args.repeats):
@@ -218,7 +224,8 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         )
 
     dtype = jnp.dtype(config.model.dtype)
-    grams = contraction.init(plan.slots, boundaries, width, np.dtype(np.float32))
+    with jax.enable_x64(True):
+        grams = contraction.init(plan.slots, boundaries, width, contraction.gram_dtype())
     states = jax.random.normal(jax.random.key(0), (boundaries, height, length, width), dtype)
 
     def gram_stage(grams: Any, states: Any, batch: Any) -> Any:
@@ -281,15 +288,16 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     found = {
         "forward": seconds(lambda: jit["forward"](model, batch)),
         "block matmuls": seconds(lambda: jit["block matmuls"](x, wide, stack)),
-        "forward and Gram sums": seconds(lambda: jit["forward and Gram sums"](model, batch, grams)),
-        "Gram sums": seconds(lambda: jit["Gram sums"](grams, states, batch)),
+        "forward and Gram sums": seconds(lambda: jit["forward and Gram sums"](model, batch, grams), wide=True),
+        "Gram sums": seconds(lambda: jit["Gram sums"](grams, states, batch), wide=True),
         "transport": seconds(lambda: jit["transport"](model, kept)),
         "transport matmuls": seconds(lambda: jit["transport matmuls"](kept, head.unembed)),
         "eigenvalues of one boundary": seconds(lambda: contraction.singular_values(rows.T @ rows)),
     }
+    alone = DeviceLayout("one", 1, 1, 1)
     one, shapes = replace(plan, batches=plan.batches[:1]), parameter_shapes(decoder)
-    work = estimate.stages(decoder, shapes, one, config.metrics, config.model.dtype, estimate.Split(1, 1, 1))
-    dtypes = {stage.name: stage.dtype for stage in work} | {"gram": "float32"}  # as summed above, however few the rows
+    work = estimate.stages(decoder, shapes, one, config.metrics, config.model.dtype, alone, jax.default_backend())
+    dtypes = {stage.name: stage.dtype for stage in work}
     peak = peak_of(args.peak, jax.devices()[0].device_kind)
     return {
         "seconds": found,
@@ -318,14 +326,15 @@ def show(found: dict[str, Any]) -> None:
     gap = np.abs(np.array(ours["transport"]) - np.array(torch["transport"])).max()
     s = stages["seconds"]
     rates = stages["tokens"] / (s["forward and Gram sums"] + s["transport"]), ours["tokens"] / torch["batches"]
-    print("| pipeline | seconds | peak GiB | of the device | tokens/s |\n|---|---|---|---|---|")
+    print("| pipeline | seconds | of processors | peak GiB | of the device | tokens/s |\n|---|---|---|---|---|---|")
     names = "spinal audit, with intervals", "plain PyTorch, without"
     for name, row, rate in zip(names, (ours, torch), rates, strict=True):
-        print(f"| {name} | {row['seconds']:.1f} | {row['gib']:.2f} | {gib(row['device_gib'])} | {rate:,.0f} |")
+        took = f"{row['seconds']:.1f} | {row['worked']:.1f}"
+        print(f"| {name} | {took} | {row['gib']:.2f} | {gib(row['device_gib'])} | {rate:,.0f} |")
     less = ours["gib"] / torch["gib"]
     on_device = ours["device_gib"] and ours["device_gib"] / torch["device_gib"]
-    faster = torch["seconds"] / ours["seconds"]
-    print(f"| ratio | {faster:.2f} | {less:.2f} | {gib(on_device)} | {rates[0] / rates[1]:.2f} |")
+    faster = f"{torch['seconds'] / ours['seconds']:.2f} | {torch['worked'] / ours['worked']:.2f}"
+    print(f"| ratio | {faster} | {less:.2f} | {gib(on_device)} | {rates[0] / rates[1]:.2f} |")
     print(
         f"\n{ours['tokens']:,} tokens, {stages['waste']:.1%} padding; transport of the two differs by at most "
         f"{gap:.1e} rad.\n"

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
-from spinal_jax.audit.devices import jit_forward_step, jit_lens_step
+from spinal_jax.audit.device_base import jit_forward_step, jit_lens_step
 from spinal_jax.audit.forward_step import gram_shardings
 from spinal_jax.audit.lens_step import LensSums, zero_lens_sums
 from spinal_jax.config import MetricsConfig
@@ -42,6 +43,7 @@ def abstract_arguments(
     gram_dtype: np.dtype,
     *,
     shards: Shards | None = None,
+    device: jax.Device | None = None,
     slots: int,
 ) -> Abstract:
     """Everything on the devices while one checkpoint is audited by itself.
@@ -53,11 +55,14 @@ def abstract_arguments(
         batch_shape: B, T and M of a batch; `shards.rows` divides B and M.
         gram_dtype: `contraction.gram_dtype` of the pool; float64 is lost without `jax.enable_x64(True)`.
         shards: where things lie on a mesh; None: on one device.
+        device: which one, where it is not JAX's default: one that is only compiled for.
         slots: groups whose Gram sums are on the devices.
     """
 
+    alone = None if device is None else SingleDeviceSharding(device)
+
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or alone)
 
     def parameter(path: str, shape: tuple[int, ...]) -> Any:
         kept = jnp.float32 if path.endswith(KEEP_FLOAT32) else dtype
@@ -74,10 +79,10 @@ def abstract_arguments(
     grams = jax.tree.map(lambda x, at: array(x.shape, gram_dtype, at), sums, where, is_leaf=lambda x: x is None)
     batch = jax.tree.map(lambda x: array(x.shape, x.dtype, by_rows), TokenBatch.empty(height, length, measured))
     lens = jax.eval_shape(lambda model: model.head(settings.transport.temperature), model)
-    if shards is not None:
-        tokens = -(-config.vocab_size // shards.table_multiple) * shards.table_multiple
-        lens = jax.tree.map(lambda x: array((tokens, *x.shape[1:]), x.dtype, table), lens)
-        lens = replace(lens, size=config.vocab_size)
+    multiple = 1 if shards is None else shards.table_multiple
+    tokens = -(-config.vocab_size // multiple) * multiple
+    lens = jax.tree.map(lambda x: array((tokens, *x.shape[1:]), x.dtype, table), lens)
+    lens = replace(lens, size=config.vocab_size)
     lens_sums = jax.eval_shape(lambda: zero_lens_sums(boundaries, settings, 1, False))
     return Abstract(
         model=model,

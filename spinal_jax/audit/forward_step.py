@@ -12,6 +12,7 @@ from jax import Array
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics import contraction
 from spinal_jax.models.decoder import Decoder, Tap
+from spinal_jax.models.fused_attention import ALONE
 from spinal_jax.parallel.mesh import ROWS
 from spinal_jax.parallel.placement import Shards
 
@@ -68,6 +69,7 @@ def forward_step(
         segments=batch.segments,
         lengths=batch.lengths,
         backend=backend,
+        mesh=ALONE if shards is None else shards.mesh,
     )
     x = model.final_norm(kept)
     # The model's own way to its output, at one position a batch: the last block's result.

@@ -56,20 +56,34 @@ def gram_home(config: DecoderConfig, settings: MetricsConfig, weight_bytes: int,
         weight_bytes: of the parameters, all devices together.
         devices: what the audit runs on.
     """
-    size = gram_bytes(config, settings)
-    share = devices.gram_share(config.width)
-    memory, host = device_memory(), host_memory()
-    if memory is None:  # devices share the memory of the host
-        copies = len(devices.workers) // share
+    share, parts = devices.gram_share(config.width), 1 if devices.shards is None else devices.shards.parameter_split
+    copies = len(devices.workers) // share
+    return home_for(gram_bytes(config, settings), share, copies, weight_bytes / parts, device_memory(), host_memory())
+
+
+def home_for(
+    size: int, share: int, copies: int, weight_bytes: float, memory: float | None, host: float | None
+) -> GramHome:
+    """`gram_home` from numbers alone.
+
+    Args:
+        size: bytes of the sums of all groups.
+        share: how many devices split them.
+        copies: how many such sets of devices there are.
+        weight_bytes: of the parameters on one device.
+        memory: bytes of one device; None: devices share the memory of the host.
+        host: bytes of the host's memory; None: as much as is asked for.
+    """
+    if memory is None and host is not None:
         room = HOST_SHARE * host
         if size * copies <= room:
             return GramHome("devices", f"{size * copies / GIB:.1f} of {room / GIB:.1f} GiB")
         return GramHome("file", f"{size * copies / GIB:.1f} GiB, more than {HOST_SHARE:.0%} of {host / GIB:.1f} GiB")
-    room = GRAM_SHARE * (memory - weight_bytes / (1 if devices.shards is None else devices.shards.parameter_split))
+    room = math.inf if memory is None else GRAM_SHARE * (memory - weight_bytes)
     if size / share <= room:
         return GramHome("devices", f"{size / share / GIB:.1f} of {room / GIB:.1f} GiB each")
     said = f"{size / share / GIB:.1f} GiB each, room for {max(room, 0) / GIB:.1f}"
-    if fits_host(config, settings):
+    if host is None or size <= HOST_SHARE * host:
         return GramHome("host", said)
     return GramHome("file", f"{said}; {size / GIB:.1f} GiB are more than {HOST_SHARE:.0%} of the host's memory")
 

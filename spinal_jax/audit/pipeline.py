@@ -21,6 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from spinal_jax import data
+from spinal_jax.audit.caveats import caveats
 from spinal_jax.audit.devices import Devices, OneDevice, devices_of
 from spinal_jax.audit.gram_store import GramHome, gram_bytes, gram_home
 from spinal_jax.audit.measure import Measurement, measure
@@ -37,8 +38,7 @@ from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import terminal_block
-from spinal_jax.metrics.tail import EPS32, MIN_RANKS, fitted_ranks, resolved_ranks
-from spinal_jax.models.attention import why_not_fused
+from spinal_jax.metrics.tail import MIN_RANKS, fitted_ranks
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_checkpoint
@@ -47,6 +47,7 @@ from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
 from spinal_jax.models.formats.folders import Bar as Bar
 from spinal_jax.models.formats.memory import random_checkpoint
 from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.fused_attention import ALONE, TITLES, kernel_of
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.parallel import device_defaults
 from spinal_jax.parallel.distributed import all_same, check_same
@@ -58,8 +59,6 @@ if TYPE_CHECKING:
 
 RANDOM = "random:"  # of a source: weights are drawn, not read
 WORLD_PROMPTS = 128  # of the controlled world's pool, where no limit is set
-HEAVY = 0.25  # share of the rows of one prompt or one group above which intervals are too narrow
-WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
 
 
 def bars(show: bool) -> Bar:
@@ -439,8 +438,9 @@ def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice
     kind = getattr(device, "device_kind", device.platform)
     shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     backend = jax.default_backend()
-    why_not = why_not_fused(decoder, jnp.dtype(dtype), backend)
-    attention = "" if backend != "gpu" else f", attention by {'cuDNN' if why_not is None else f'XLA ({why_not})'}"
+    chosen = kernel_of(decoder, jnp.dtype(dtype), backend, ALONE if choice.shards is None else choice.shards.mesh)
+    reason = f" ({chosen.why})" if chosen.why else ""
+    attention = "" if backend == "cpu" else f", attention by {TITLES[chosen.kernel]}{reason}"
     enough = "" if work.rows >= 4 * decoder.width else ", fewer than advised"
     shortened = work.counts.get("shortened", 0)
     cut = f" ({shortened:,} of them cut to their last tokens)" if shortened else ""
@@ -451,71 +451,6 @@ def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice
         f"{len(work.batches)} batches, {work.waste:.0%} padding | N = {work.rows:,} rows, "
         f"4 d = {4 * decoder.width:,}{enough}"
     )
-
-
-def caveats(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
-    """Sentences that a reader of the numbers must know."""
-    lines = list(work.notes)
-    if work.rows < 4 * width:
-        lines.append(
-            f"N = {work.rows:,} rows are fewer than 4 d = {4 * width:,} (d = {width:,}): sampling then steepens the "
-            "tail, contraction reads high, and a comparison gives no verdict. More or longer prompts help."
-        )
-    lines += _unresolved(found, work, width, window)
-    lines += _depends_on_rows(found, work)
-    lines += [f"No {name}: {reason}." for name, reason in found.reasons.items()]
-    worst = float(np.nanmin(found.whole.columns["fit_r2"], initial=math.inf))
-    if worst < WEAK_FIT:
-        at = int(np.nanargmin(found.whole.columns["fit_r2"]))
-        lines.append(f"The tail is not a clean power law everywhere: R^2 falls to {worst:.3f} at boundary {at}.")
-    if (share := work.largest_prompt_share) > HEAVY:
-        lines.append(
-            f"One prompt holds {share:.0%} of the rows: above {HEAVY:.0%} the intervals are far too narrow. Lower "
-            "prompts.max_length, or leave the longest prompts out."
-        )
-    elif (share := work.groups.largest_share) > HEAVY:
-        lines.append(
-            f"One group of prompts holds {share:.0%} of the rows: above {HEAVY:.0%} the intervals are far too narrow. "
-            f"Of {len(work.sequences)} prompts {work.counts.get('largest_component', 1)} are near-duplicates in one "
-            f"component, and metrics.groups is {work.group_count}."
-        )
-    if len(found.rows) < 8:
-        lines.append(f"Only {len(found.rows)} groups of prompts: the intervals are rough.")
-    return lines
-
-
-def _unresolved(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
-    """Where the window reaches below what is resolved, a sentence a boundary."""
-    lines = []
-    high = fitted_ranks(work.rows, width, window)[1]
-    for at in np.flatnonzero(np.isnan(found.whole.columns["contraction"])):
-        spectra = np.concatenate([found.singular_values[None, at], found.singular_values_without[:, at]])
-        last = int(resolved_ranks(spectra, found.resolution).min())
-        least = f"{found.resolution:.1e} s_1"
-        helps = (
-            "model.dtype=float32, whose Gram sums are multiplied in float64,"
-            if found.resolution > EPS32
-            else f"a window that ends at rank {last} or before"
-        )
-        lines.append(
-            f"No contraction at boundary {at}: s_1 is {spectra[0, 0]:.4g} and the last rank that is resolved, above "
-            f"{least}, is {last}, but the fit window ends at rank {high}; {helps} helps."
-        )
-    return lines
-
-
-def _depends_on_rows(found: Measurement, work: Plan) -> list[str]:
-    """A sentence where alpha of half of the groups lies further from that of all than 2 standard errors."""
-    change = found.whole.columns["contraction"] - found.contraction_half
-    beyond = np.flatnonzero(np.abs(change) > 2 * found.errors.columns["contraction"])
-    if not len(beyond):
-        return []
-    at = beyond[np.argmax(np.abs(change[beyond]))]
-    return [
-        f"Contraction still depends on N at {len(beyond)} of {len(change)} boundaries: from N / 2 to N = {work.rows:,} "
-        f"it moves by more than 2 standard errors, most at boundary {at}, from {found.contraction_half[at]:.4f} to "
-        f"{found.whole.columns['contraction'][at]:.4f}. Only traces of equal N compare."
-    ]
 
 
 def environment() -> dict[str, Any]:

@@ -98,7 +98,9 @@ def plan(asked: PlanConfig, folder: Path) -> int:
     from spinal_jax.runs import folder as run_folder
 
     run_folder.check_free(folder, asked.overwrite, config.to_mapping(asked))
-    from spinal_jax.plan.plan import FILE, make_plan
+    from spinal_jax.plan.plan import make_plan
+    from spinal_jax.plan.record import FILE
+    from spinal_jax.plan.text import text_of
 
     seconds: dict[str, float] = {}
     with stages(seconds)("plan", 1, "plan") as advance:
@@ -107,7 +109,7 @@ def plan(asked: PlanConfig, folder: Path) -> int:
     with run_folder.writing(folder, asked.overwrite) as scratch:
         found.save(scratch)
         run_folder.write_manifest(scratch, "plan", config.to_mapping(asked), found.about(), seconds)
-    print(found)
+    print(text_of(found))
     print(f"written to {shown(folder / FILE)}", flush=True)
     return DONE
 

@@ -148,7 +148,7 @@ def lens_stats(
     tile = min(positions, max(8, budget // CHUNK))
     tiles = -(-positions // tile)
     tile = -(-positions // tiles)  # even tiles
-    chunks = -(-vocab // max(128, budget // tile))
+    chunks = _even_chunks(vocab, -(-vocab // max(128, budget // tile)))
     x = tuple(jnp.pad(part, ((0, 0), (0, tiles * tile - positions), (0, 0))) for part in x)
 
     def one_tile(part: tuple[Array, ...]) -> LensStats:  # [L, tile, d] each
@@ -167,6 +167,11 @@ def lens_stats(
     needed = tiles if count is None else jnp.minimum(-(-count // tile), tiles)
     found = jax.lax.fori_loop(0, needed, step, empty)
     return jax.tree.map(lambda a: a[:, :positions], found)
+
+
+def _even_chunks(vocab: int, least: int) -> int:
+    """How many chunks, `least` or up to a quarter more where they then divide the vocabulary and none needs a mask."""
+    return next((count for count in range(least, least + least // 4 + 1) if vocab % count == 0), least)
 
 
 def _of(models: tuple[Array, ...], at: slice) -> Array:
@@ -204,7 +209,7 @@ def _walk(
                 z = jnp.where(start + jnp.arange(chunk, dtype=jnp.int32) >= begin, z, LEAST)
             if lens.known is not None:
                 z = jnp.where(jax.lax.dynamic_slice_in_dim(lens.known, start, chunk), z, LEAST)
-            if lens.size is not None:
+            if lens.size is not None and (over or lens.size < vocab):
                 z = jnp.where(first + start + jnp.arange(chunk, dtype=jnp.int32) < lens.size, z, LEAST)
             return z
 

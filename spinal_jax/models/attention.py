@@ -1,11 +1,10 @@
 """Causal self-attention over packed rows, with grouped queries, windows, soft-caps and rotary positions.
 
-On GPUs cuDNN's fused attention computes it where it can (`why_not_fused`); everywhere else scores are made by XLA.
+Scores are made by XLA, unless a kernel of the accelerator computes the model's attention (`fused_attention`).
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.fused_attention import AnyMesh, Kernel, attend_cudnn, attend_splash, kernel_of
 from spinal_jax.models.layers import Linear, Norm
 from spinal_jax.models.rope import rotate, rotation
 
@@ -28,7 +28,8 @@ class Layout(NamedTuple):
     branches: Array | None  # [B, T] which continuation of a shared prompt it belongs to, 0: to all of its segment
     cos: Array  # [ropes, B, T, dim / 2], ropes is 0 where positions are learned; the last may turn by no angle
     sin: Array
-    fused: bool  # whether cuDNN computes attention
+    kernel: Kernel  # what computes attention
+    mesh: AnyMesh | None  # devices that share the rows and heads of a kernel
     growth: Array | None  # [B, T] multiplies the queries of a position
 
 
@@ -40,27 +41,6 @@ class PerLayer(NamedTuple):
     rope: Array  # [D] index into Layout.cos
 
 
-def why_not_fused(config: DecoderConfig, dtype: jnp.dtype, backend: str) -> str | None:
-    """Why cuDNN's fused attention does not compute this model's; None: it does.
-
-    It takes bfloat16 and float16, heads of at most 128 features and one scale for all blocks. Segments and windows are
-    a mask to it, which a row of a single sequence without a window does not need.
-    """
-    if backend != "gpu":
-        return f"it is for GPUs, and this is a {backend}"
-    if jnp.dtype(dtype).itemsize != 2:
-        return f"it does not compute in {jnp.dtype(dtype).name}"
-    if config.attention_softcap is not None:
-        return "it has no soft-cap"
-    if config.latent is not None:
-        return "it does not take latent attention, whose keys and values differ in size"
-    if config.head_dim > 128 or config.head_dim % 8:
-        return f"it does not take heads of {config.head_dim} features"
-    if config.scale_by_depth:
-        return "the scale of scores differs from block to block"
-    return None
-
-
 def layout(
     config: DecoderConfig,
     positions: Array,
@@ -69,6 +49,7 @@ def layout(
     branches: Array | None,
     dtype: jnp.dtype,
     backend: str,
+    mesh: AnyMesh | None = None,
 ) -> Layout:
     """The shared part of a forward in a dtype; `positions`, `segments`, `lengths` and `branches` are [B, T]."""
     turns = [rotation(rope, positions, lengths) for rope in config.ropes]
@@ -81,9 +62,16 @@ def layout(
     nothing = jnp.zeros((0, *positions.shape, 0), jnp.float32)
     cos = jnp.stack([c for c, _ in turns]) if turns else nothing
     sin = jnp.stack([s for _, s in turns]) if turns else nothing
-    fused = why_not_fused(config, dtype, backend) is None
+    kernel = kernel_of(config, dtype, backend, mesh).kernel
     return Layout(
-        segments=segments, positions=positions, branches=branches, cos=cos, sin=sin, fused=fused, growth=growth
+        segments=segments,
+        positions=positions,
+        branches=branches,
+        cos=cos,
+        sin=sin,
+        kernel="xla" if kernel == "splash" and branches is not None else kernel,  # which has no mask of its own
+        mesh=mesh,
+        growth=growth,
     )
 
 
@@ -174,31 +162,6 @@ def attend(
     return jnp.moveaxis(blocks, 0, 1).reshape(batch, length, heads, -1)
 
 
-def attend_fused(
-    q: Array,
-    k: Array,
-    v: Array,
-    segments: Array,
-    *,
-    window: Array | None,
-    scale: float,
-    branches: Array | None = None,
-    positions: Array | None = None,
-) -> Array:
-    """`attend` by cuDNN, in bfloat16 or float16."""
-    by_cudnn = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
-
-    def masked(q: Array, k: Array, v: Array) -> Array:
-        mask = allowed(segments, jnp.arange(segments.shape[1], dtype=jnp.int32), window, branches, positions)
-        return by_cudnn(q, k, v, mask=mask[:, None])
-
-    if window is not None or branches is not None:
-        return masked(q, k, v)
-    # Padding lies behind the sequence of a row, where it is seen by nothing that counts.
-    single = jnp.all((segments == segments[:, :1]) | (segments == 0))
-    return jax.lax.cond(single, partial(by_cudnn, is_causal=True), masked, q, k, v)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention; with one key head it is multi-query, with as many as queries the ordinary kind."""
 
@@ -244,16 +207,24 @@ class Attention(nnx.Module):
             q = q * shared.growth[..., None, None].astype(q.dtype)
         v, window = split(self.value(x), None), layer.window if any(config.windows) else None
         branches, positions = shared.branches, shared.positions
-        if shared.fused:
-            out = attend_fused(
+        scale, softcap = query_scale(config), config.attention_softcap
+        if shared.kernel == "cudnn":
+            mask = None
+            if window is not None or branches is not None:
+                row = jnp.arange(x.shape[1], dtype=jnp.int32)
+                mask = allowed(shared.segments, row, window, branches, positions)
+            out = attend_cudnn(q, k, v, shared.segments, scale=scale, mask=mask)
+        elif shared.kernel == "splash":
+            out = attend_splash(
                 q,
                 k,
                 v,
                 shared.segments,
+                windows=config.windows,
                 window=window,
-                scale=query_scale(config),
-                branches=branches,
-                positions=positions,
+                scale=scale,
+                softcap=softcap,
+                mesh=shared.mesh,
             )
         else:
             out = attend(

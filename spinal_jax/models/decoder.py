@@ -20,6 +20,7 @@ from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.attention import Attention, Layout, PerLayer, layout, per_layer
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.experts import MixtureOfExperts
+from spinal_jax.models.fused_attention import AnyMesh
 from spinal_jax.models.latent import MultiHeadLatentAttention
 from spinal_jax.models.layers import MLP, Norm, normal
 
@@ -139,6 +140,7 @@ class Decoder(nnx.Module):
         branches: Array | None = None,
         remat: Remat = "none",
         backend: str | None = None,
+        mesh: AnyMesh | None = None,
     ) -> tuple[Array, Any]:
         """The residual stream, causally.
 
@@ -155,6 +157,8 @@ class Decoder(nnx.Module):
             remat: what the backward pass computes again instead of keeping it: nothing, all but the results of linear
                 layers, or whole blocks.
             backend: the kind of device that this is for, by which attention is computed; None: JAX's default.
+            mesh: the devices that share the work, each of which then runs kernels that XLA does not split, or
+                `fused_attention.ALONE`; None: not known, and such kernels run where there is one device alone.
 
         Returns:
             (h_D [B, T, d] before the final norm, the tap's last state or None)
@@ -177,7 +181,7 @@ class Decoder(nnx.Module):
             if self.positions is not None:
                 h = h + look_up(self.positions[...], positions)
             at = backend or jax.default_backend()
-            shared = layout(config, positions, segments, lengths, branches, h.dtype, at)
+            shared = layout(config, positions, segments, lengths, branches, h.dtype, at, mesh)
             state = None
             if tap is not None:
                 state = tap.init(jax.ShapeDtypeStruct(h.shape, h.dtype), config.depth + 1)

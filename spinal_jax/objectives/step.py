@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.metrics.gradient import BlockNorms, block_norms
@@ -75,6 +76,7 @@ def make_steps(
     *,
     dtype: str,
     remat: Remat,
+    mesh: Mesh | None = None,
 ) -> Steps:
     """The functions of a run.
 
@@ -85,6 +87,7 @@ def make_steps(
         method: the optimiser.
         dtype: of forward and backward.
         remat: what the backward pass computes again (`Decoder.forward`).
+        mesh: the devices that share the work; None: not known (`Decoder.forward`).
     """
 
     def scores(parameters: Arrays, fixed: Arrays, batch: ResponseBatch, remat: Remat) -> Scores:
@@ -96,6 +99,7 @@ def make_steps(
             lengths=batch.lengths,
             branches=batch.branches,
             remat=remat,
+            mesh=mesh,
         )
         trains_lens = not parameters.keys().isdisjoint({"embedding", "unembedding.weight", "unembedding.bias"})
         return sequence_scores(model, h, batch, trains_lens)

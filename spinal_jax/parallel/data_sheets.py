@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from spinal_jax.errors import UserError
+
+# Seconds of all float64 eigenvalues of a symmetric matrix by its width, `jnp.linalg.eigvalsh` on one H200.
+EIGENVALUES_H200 = {2048: 0.027, 4096: 0.109, 8192: 0.545}
+BANDWIDTH_H200 = 4800e9
 
 TPU_PASSES = (
     6  # bfloat16 products in one of float32 at precision HIGHEST (https://docs.jax.dev/en/latest/201/precision.html)
@@ -20,6 +26,8 @@ class Device:
     """
 
     title: str
+    kind: Literal["cpu", "gpu", "tpu"]
+    host: int  # how many one machine has, at most
     bfloat16: float
     float32: float  # products at full precision: no TensorFloat32; bfloat16 in several passes on a TPU
     float64: float | None  # None: not in hardware
@@ -33,23 +41,47 @@ class Device:
         rates = {"bfloat16": self.bfloat16, "float32": self.float32, "float64": self.float64 or self.float32 / 10}
         return rates[dtype]
 
+    def eigenvalues(self, width: int) -> float | None:
+        """Seconds of the float64 eigenvalues of one matrix where the device takes them itself, as GPUs do; else None.
 
-def _tpu(title: str, bfloat16: float, memory: float, bandwidth: float, link_gbit: float, page: str) -> Device:
-    # Chip-to-chip bandwidth is stated in Gbit/s over all links and both directions.
-    link = link_gbit * 1e9 / 8 / 2
-    source = f"https://cloud.google.com/tpu/docs/{page}"
-    return Device(title, bfloat16, bfloat16 / TPU_PASSES, None, memory, bandwidth, link, source)
+        As measured on an H200, between and beyond those widths by the power law of the nearest two, and on other GPUs
+        longer by the ratio of memory bandwidths, which is an estimate.
+        """
+        if self.kind != "gpu":
+            return None
+        widths = sorted(EIGENVALUES_H200)
+        low, high = widths[:2] if width <= widths[1] else widths[-2:]
+        first, second = EIGENVALUES_H200[low], EIGENVALUES_H200[high]
+        power = math.log(second / first) / math.log(high / low)
+        return first * (width / low) ** power * BANDWIDTH_H200 / self.bandwidth
+
+
+def _tpu(page: str, host: int, bfloat16: float, memory: float, bandwidth: float, link_gbit: float) -> Device:
+    return Device(
+        title=f"TPU {page}",
+        kind="tpu",
+        host=host,
+        bfloat16=bfloat16,
+        float32=bfloat16 / TPU_PASSES,
+        float64=None,
+        memory=memory,
+        bandwidth=bandwidth,
+        link=link_gbit * 1e9 / 8 / 2,  # stated in Gbit/s over all links and both directions
+        source=f"https://cloud.google.com/tpu/docs/{page}",
+    )
 
 
 _HOPPER = {"bfloat16": 989.5e12, "float32": 67e12, "float64": 67e12, "link": 450e9}  # half of what sparsity would give
 
 DEVICES = {
-    "v4": _tpu("TPU v4", 275e12, 32 * 2**30, 1200e9, 2400, "v4"),
-    "v5e": _tpu("TPU v5e", 197e12, 16e9, 819e9, 1600, "v5e"),
-    "v5p": _tpu("TPU v5p", 459e12, 95e9, 2765e9, 4800, "v5p"),
-    "v6e": _tpu("TPU v6e", 918e12, 32e9, 1640e9, 3584, "v6e"),
+    "v4": _tpu("v4", 4, 275e12, 32 * 2**30, 1200e9, 2400),
+    "v5e": _tpu("v5e", 8, 197e12, 16e9, 819e9, 1600),
+    "v5p": _tpu("v5p", 4, 459e12, 95e9, 2765e9, 4800),
+    "v6e": _tpu("v6e", 8, 918e12, 32e9, 1640e9, 3584),
     "a100": Device(
         title="A100 SXM, 80 GB",
+        kind="gpu",
+        host=8,
         bfloat16=312e12,
         float32=19.5e12,
         float64=19.5e12,
@@ -61,6 +93,8 @@ DEVICES = {
     ),
     "h100": Device(
         title="H100 SXM",
+        kind="gpu",
+        host=8,
         memory=80e9,
         bandwidth=3350e9,
         source="https://www.nvidia.com/en-us/data-center/h100/",
@@ -68,8 +102,10 @@ DEVICES = {
     ),
     "h200": Device(
         title="H200 SXM",
+        kind="gpu",
+        host=8,
         memory=141e9,
-        bandwidth=4800e9,
+        bandwidth=BANDWIDTH_H200,
         source="https://www.nvidia.com/en-us/data-center/h200/",
         **_HOPPER,
     ),
@@ -77,6 +113,8 @@ DEVICES = {
     # computed in float32 here. As the host of accelerators it takes the eigenvalues.
     "cpu": Device(
         title="Xeon Platinum 8480+",
+        kind="cpu",
+        host=1,
         bfloat16=56 * 2.0e9 * 64,
         float32=56 * 2.0e9 * 64,
         float64=56 * 2.0e9 * 32,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -41,15 +41,19 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(config: ParallelConfig) -> Mesh:
+def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices as data x fsdp x tensor; one axis may be -1, which takes what is left.
+
+    Args:
+        config: the sizes.
+        devices: those of the mesh, such as a slice of TPUs that is only compiled for; None: all that there are.
 
     Raises:
         UserError: the axes do not multiply to the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    count = jax.device_count()
-    if sizes == [1, 1, 1] and jax.process_count() == 1:
+    count = jax.device_count() if devices is None else len(devices)
+    if devices is None and sizes == [1, 1, 1] and jax.process_count() == 1:
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes and count % known == 0:
@@ -57,7 +61,7 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     if math.prod(sizes) != count:
         asked = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
         raise UserError(f"parallel is {asked}, but there are {count} devices; -1 for one axis takes what is left")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -138,6 +138,11 @@ class Shards:
                 kept, left = (*kept, axis), left // self.mesh.shape[axis]
         return made, kept
 
+    def gram_share(self, height: int) -> int:
+        """Among how many devices the stripes of Gram sums are split."""
+        made, kept = self.features(height)
+        return math.prod(self.mesh.shape[axis] for axis in (*made, *kept))
+
     def grams(self, height: int) -> tuple[Any, Any]:
         """`NamedSharding`s of a stripe of Gram sums [slots, D + 1, height, ..] and of the sums [slots, D + 1, d] beside
         them."""
@@ -255,12 +260,37 @@ def choose(config: AuditParallelConfig, whole_bytes: int, table_bytes: int) -> C
         return Choice(Shards.of(mesh, table_bytes) if mesh.size > 1 else None, None)
     if count == 1:
         return Choice(None, None)
-    if jax.default_backend() == "cpu" and jax.process_count() == 1:
-        return Choice(None, None, f"{count} CPU devices share one processor")
+    found = suited(count, memory, jax.default_backend(), jax.process_count(), whole_bytes)
+    if found.kind == "mesh":
+        mesh = make_mesh(ParallelConfig(count // found.fsdp, found.fsdp, 1))
+        return Choice(Shards.of(mesh, table_bytes), None, found.why)
+    return Choice(None, Replicas.all() if found.kind == "replicas" else None, found.why)
+
+
+@dataclass(frozen=True)
+class Suited:
+    """What suits a model where nobody asked for anything else."""
+
+    kind: Literal["one", "replicas", "mesh"]
+    fsdp: int
+    why: str
+
+
+def suited(count: int, memory: float | None, backend: str, processes: int, whole_bytes: int) -> Suited:
+    """One device, replicas, or a mesh whose `fsdp` is the least that makes the model fit.
+
+    Args:
+        count: how many devices there are.
+        memory: bytes of each; None: not known.
+        backend: their kind.
+        processes: that share them.
+        whole_bytes: of parameters and Gram sums together.
+    """
+    if backend == "cpu" and processes == 1:
+        return Suited("one", 1, f"{count} CPU devices share one processor")
     size = f"the model and its sums are {whole_bytes / 2**30:.1f} GiB"
-    if jax.process_count() == 1 and (memory is None or whole_bytes <= MODEL_SHARE * memory):
-        return Choice(None, Replicas.all(), f"{size}, which each device has room for")
+    if processes == 1 and (memory is None or whole_bytes <= MODEL_SHARE * memory):
+        return Suited("replicas", 1, f"{size}, which each device has room for")
     fitting = [n for n in range(1, count + 1) if count % n == 0 and memory and whole_bytes / n <= MODEL_SHARE * memory]
     fsdp = fitting[0] if fitting else count
-    mesh = make_mesh(ParallelConfig(count // fsdp, fsdp, 1))
-    return Choice(Shards.of(mesh, table_bytes), None, f"{size}, shared by {fsdp}")
+    return Suited("mesh", fsdp, f"{size}, shared by {fsdp}")

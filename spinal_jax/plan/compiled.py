@@ -1,9 +1,10 @@
-"""The audit's two steps, compiled ahead of time over virtual devices: what the compiler says they take.
+"""The audit's two steps, compiled ahead of time for devices that need not be there: what the compiler says they take.
 
-The compiler must know how many devices there are before JAX starts, so it runs in a process of its own, which has
-shapes and no arrays. It is XLA for CPUs whatever the device: what it says of shapes, sharding and lifetimes holds
-elsewhere too, but it multiplies bfloat16 in float32. An accelerator does not, so for one it is kept from widening all
-weights before the loop over blocks; the copies that it makes of one block's are in its numbers, which are from above.
+A process of its own does it, which has shapes and no arrays. For TPUs libtpu compiles where it is installed
+(`spinal_jax.plan.slices`). Otherwise XLA for CPUs does, over as many virtual devices, of which there must be enough
+before JAX starts: what it says of shapes, sharding and lifetimes holds elsewhere too, but it multiplies bfloat16 in
+float32. An accelerator does not, so for one it is kept from widening all weights before the loop over blocks; the
+copies that it makes of one block's are in its numbers, which are from above.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 from spinal_jax.config import build, to_mapping
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.errors import UserError
+from spinal_jax.parallel.data_sheets import DEVICES
 from spinal_jax.plan.collectives import received_bytes
+from spinal_jax.plan.layout import DeviceLayout
+from spinal_jax.plan.slices import slice_devices, why_not_compiled
 
 # The pass that widens what a loop reads before the loop.
 NO_WIDENING = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
@@ -51,6 +56,7 @@ class Compiled:
     kept: int  # residuals at the measured positions of one batch
     forward: Program
     lens: Program
+    compiler: str
     seconds: float  # that compiling took
     memory: int  # that it took, bytes
 
@@ -61,17 +67,18 @@ class Compiled:
         return resident + max(self.forward.temporaries, self.lens.temporaries)
 
 
-def compiled(config: PlanConfig) -> Compiled:
+def compiled(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     """Compiles the audit that `config` plans, in a process of its own. Errors: UserError."""
     given = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in given if "host_platform_device_count" not in flag]
-    flags.append(f"--xla_force_host_platform_device_count={config.devices}")
-    if config.device != "cpu":
-        flags.append(NO_WIDENING)
+    if why_not_tpu(config) is not None:
+        flags.append(f"--xla_force_host_platform_device_count={config.devices}")
+        if config.device != "cpu":
+            flags.append(NO_WIDENING)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     done = subprocess.run(
         [sys.executable, "-m", __spec__.name],
-        input=json.dumps(to_mapping(config)),
+        input=json.dumps([to_mapping(config), asdict(layout)]),
         env=environment,
         capture_output=True,
         text=True,
@@ -85,40 +92,60 @@ def compiled(config: PlanConfig) -> Compiled:
     return Compiled(**{**found, **programs})
 
 
+def why_not_tpu(config: PlanConfig) -> str | None:
+    """Why libtpu does not compile this plan; None: it does."""
+    if config.device is None or DEVICES[config.device].kind != "tpu":
+        return "it is for TPUs"
+    return why_not_compiled(config.device, config.devices)
+
+
 def _main() -> None:
-    config = build(PlanConfig, json.load(sys.stdin))
+    config, layout = json.load(sys.stdin)
     try:
-        found: dict[str, Any] = asdict(_compile(config))
+        found: dict[str, Any] = asdict(_compile(build(PlanConfig, config), DeviceLayout(**layout)))
     except UserError as error:
         found = {"mistake": str(error)}
     print(json.dumps(found))
 
 
-def _compile(config: PlanConfig) -> Compiled:
+def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from spinal_jax.audit.abstract import abstract_arguments, lower_steps
+    from spinal_jax.config import ParallelConfig
     from spinal_jax.metrics import contraction
     from spinal_jax.parallel.mesh import make_mesh
     from spinal_jax.parallel.placement import Shards
-    from spinal_jax.plan.estimate import item_bytes
     from spinal_jax.plan.shapes import decoder_of
-    from spinal_jax.plan.work import pool, widest
+    from spinal_jax.plan.work import pool, table_bytes, widest
 
     begin = time.perf_counter()
-    backend = "cpu" if config.device == "cpu" else "gpu"  # which tiles of logits are made
+    for_tpu = why_not_tpu(config) is None
+    devices = slice_devices(config.device or "", config.devices) if for_tpu else jax.devices()
+    backend = "cpu" if config.device == "cpu" else "tpu" if for_tpu else "gpu"  # which tiles and kernels are made
     decoder, settings, dtype = decoder_of(config.model), config.metrics, config.model.dtype
-    mesh = make_mesh(config.parallel)
-    on_mesh = Shards.of(mesh, decoder.vocab_size * decoder.width * item_bytes("", dtype))
-    shards = None if mesh.size == 1 else on_mesh
-    work = pool(config, decoder, on_mesh.rows)
+    shards = None
+    if layout.kind == "mesh" and layout.devices > 1:
+        mesh = make_mesh(ParallelConfig(layout.data, layout.fsdp, layout.tensor), devices)
+        shards = Shards.of(mesh, table_bytes(decoder, dtype))
+    work = pool(config, decoder, layout)
     batch = widest(work)
+    each = layout.devices if shards is None else 1  # replicas have a part of every batch each
+    shape = batch.height // each, batch.length, batch.measured // each
     gram = contraction.gram_dtype()
     with jax.enable_x64(True) if gram == np.float64 else contextlib.nullcontext():
-        shape = batch.height, batch.length, batch.measured
-        some = abstract_arguments(decoder, jnp.dtype(dtype), settings, shape, gram, shards=shards, slots=work.slots)
+        some = abstract_arguments(
+            decoder,
+            jnp.dtype(dtype),
+            settings,
+            shape,
+            gram,
+            shards=shards,
+            device=devices[0] if for_tpu else None,
+            slots=work.slots,
+        )
         forward, lens = (
             _program(step.compile()) for step in lower_steps(some, settings, work.groups_at_once, shards, backend)
         )
@@ -131,6 +158,7 @@ def _compile(config: PlanConfig) -> Compiled:
         kept=_held(some.x),
         forward=forward,
         lens=lens,
+        compiler=f"libtpu {version('libtpu')}" if for_tpu else f"XLA for CPUs (jaxlib {version('jaxlib')})",
         seconds=time.perf_counter() - begin,
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

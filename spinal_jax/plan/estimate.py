@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from spinal_jax.audit.spectra import replicate_counts
 from spinal_jax.config import MetricsConfig
@@ -20,6 +21,7 @@ from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.translate import KEEP_FLOAT32
 from spinal_jax.parallel.data_sheets import Device
+from spinal_jax.plan.layout import DeviceLayout
 
 # How often memory sees a logit of the lens, float32: written by the product, read for the maximum and for the
 # exponential, which is written and read for the mass, and read twice and written for the distances of two blocks.
@@ -42,19 +44,6 @@ class Stage:
     def seconds(self, device: Device) -> float:
         """The roofline: FLOPs at the peak rate or bytes at the bandwidth, whichever takes longer."""
         return max(self.flops / device.rate(self.dtype), self.bytes / device.bandwidth)
-
-
-@dataclass(frozen=True)
-class Split:
-    """How many devices share what: rows of a batch, and each row's features."""
-
-    data: int
-    fsdp: int
-    tensor: int
-
-    @property
-    def devices(self) -> int:
-        return self.data * self.fsdp * self.tensor
 
 
 def parameter_count(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
@@ -111,15 +100,17 @@ def stages(
     work: Plan,
     settings: MetricsConfig,
     dtype: str,
-    split: Split,
+    layout: DeviceLayout,
+    kind: str,
 ) -> tuple[Stage, Stage, Stage]:
-    """Forward, Gram sums and lens over all batches, of one of the devices that share them evenly."""
+    """Forward, Gram sums and lens over all batches, of one of the devices of a kind that share them evenly."""
     item, width, boundaries = item_bytes("", dtype), config.width, config.depth + 1
-    n = split.devices
+    n = layout.devices
+    fsdp, tensor = (layout.fsdp, layout.tensor) if layout.kind == "mesh" else (1, 1)
     flops = dict.fromkeys(("forward", "gram", "lens"), 0.0)
     traffic = dict.fromkeys(flops, 0.0)
     gram = contraction.gram_dtype()
-    weights = sum(math.prod(shape) * item_bytes(path, dtype) for path, shape in _matrices(shapes)) / split.tensor
+    weights = sum(math.prod(shape) * item_bytes(path, dtype) for path, shape in _matrices(shapes)) / tensor
     ends = sum(sum(shape[-2:]) * _uses(config, shape) for _, shape in _matrices(shapes))  # numbers in and out, a token
     share = contraction.triangle_size(width) / width**2  # of a Gram matrix that is computed
     passes = 1 + len(settings.variants.skip)
@@ -130,14 +121,21 @@ def stages(
         flops["forward"] += forward_flops(config, shapes, batch.height, batch.length) / n
         traffic["forward"] += weights + (tokens * ends * item + SCORE_PASSES * 4 * scores) / n
         flops["gram"] += passes * share * 2 * tokens * width**2 * boundaries / n
-        # Each row of a batch is one more product added to the sum, which is read and written.
-        traffic["gram"] += passes * share * 2 * batch.height * width**2 * boundaries * gram.itemsize / n
+        # Each product of rows is one more added to the sum, which is read and written.
+        products = max(layout.rows * work.groups_at_once, tokens / contraction.gram_rows(kind))
+        traffic["gram"] += passes * share * 2 * products * width**2 * boundaries * gram.itemsize / n
         logits = boundaries * batch.measured * config.vocab_size
         flops["lens"] += 2 * logits * width / n
-        traffic["lens"] += unembed / (split.fsdp * split.tensor) + LOGIT_PASSES * 4 * logits / n
-    dtypes = {"forward": dtype, "gram": gram.name, "lens": dtype}
+        traffic["lens"] += unembed / (fsdp * tensor) + LOGIT_PASSES * 4 * logits / n
+    dtypes = {"forward": dtype, "gram": gram_products(dtype, kind), "lens": dtype}
     forward, grams, lens = (Stage(name, dtypes[name], flops[name], traffic[name]) for name in flops)
     return forward, grams, lens
+
+
+def gram_products(dtype: str, kind: str) -> str:
+    """The dtype whose rate the products of Gram sums have, of states in `dtype`."""
+    products = contraction.product_dtype(jnp.dtype(dtype), contraction.gram_dtype(), kind)
+    return dtype if products.itemsize == 4 else products.name
 
 
 def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
@@ -153,8 +151,21 @@ class Spectra:
     """Eigenvalues of the Gram sums, all of them together."""
 
     stage: Stage
+    width: int
     matrices: int
-    memory: float  # bytes of the host at its most, where LAPACK takes them
+    host_memory: float  # bytes of one host at its most, where LAPACK takes them
+    device_memory: float  # bytes of one device at its most, where it takes them itself
+
+    def seconds(self, device: Device, host: Device, layout: DeviceLayout) -> float:
+        """Of all of them on devices, or on the hosts of devices that do not take them."""
+        if (each := device.eigenvalues(self.width)) is not None:
+            return -(-self.matrices // layout.devices) * each
+        return self.stage.seconds(host) / hosts(device, layout)
+
+
+def hosts(device: Device, layout: DeviceLayout) -> int:
+    """How many machines so many devices take, at least."""
+    return -(-layout.devices // device.host)
 
 
 def spectra(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> Spectra:
@@ -163,6 +174,12 @@ def spectra(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: i
     matrices = boundaries * sum(replicate_counts(work, settings))
     square = 8 * d * d
     reread = matrices * (REREAD * d**3 if square > HOST_CACHE else square)
-    # The stripes of all groups at a boundary, twice; in each core's hands their sum, whole, centred and LAPACK's own.
-    memory = 16 * work.group_count * contraction.triangle_size(d) + 4 * square * min(cores, matrices)
-    return Spectra(Stage("spectra", "float64", matrices * EIGENVALUES * d**3, reread), matrices, memory)
+    boundary = 8 * work.group_count * contraction.triangle_size(d)  # bytes of the sums of all groups at one
+    return Spectra(
+        stage=Stage("spectra", "float64", matrices * EIGENVALUES * d**3, reread),
+        width=d,
+        matrices=matrices,
+        # Twice the stripes; in each core's hands their sum, whole, centred and LAPACK's own.
+        host_memory=2 * boundary + 4 * square * min(cores, matrices),
+        device_memory=boundary + 4 * square,
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from spinal_jax.config.plan import PlanConfig
@@ -11,21 +9,22 @@ from spinal_jax.data import packing
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.parallel.device_defaults import batch_tokens
-from spinal_jax.plan.estimate import Split
+from spinal_jax.plan.layout import DeviceLayout, home_of
 
 
-def pool(config: PlanConfig, decoder: DecoderConfig, shards: int) -> packing.Plan:
-    """Batches of `config.prompt_count` prompts whose rows `shards` devices share. Errors: UserError."""
+def pool(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> packing.Plan:
+    """Batches of `config.prompt_count` prompts for devices that share them so. Errors: UserError."""
     length, groups = config.prompt_tokens, config.metrics.groups
     if decoder.learned_positions and length > decoder.max_positions:
         raise UserError(f"prompt_tokens is {length}, but the model has {decoder.max_positions} positions")
     ids = np.zeros(length, np.int32)
     start = length // 2  # where a response would begin, for positions of responses
     sequences = [packing.TokenSequence(ids, number % groups, start) for number in range(config.prompt_count)]
-    most = batch_tokens("cpu" if config.device == "cpu" else "gpu")
+    most = batch_tokens("cpu" if config.device == "cpu" else "gpu") * layout.rows
     selector = packing.Positions.parse(config.metrics.transport.positions)
     skip, tokens = config.metrics.contraction.skip, config.batch_tokens or most
-    return packing.plan(sequences, selector, skip, tokens, shards, groups=groups)
+    slots = home_of(config, decoder, layout).slots
+    return packing.plan(sequences, selector, skip, tokens, layout.rows, slots, groups)
 
 
 def widest(work: packing.Plan) -> packing.Packed:
@@ -33,16 +32,6 @@ def widest(work: packing.Plan) -> packing.Packed:
     return max(work.batches, key=lambda packed: packed.height * packed.length)
 
 
-def split_of(config: PlanConfig) -> Split:
-    """Data x fsdp x tensor, as the mesh will have them. Errors: UserError."""
-    asked = config.parallel
-    sizes = [asked.data, asked.fsdp, asked.tensor]
-    known = math.prod(size for size in sizes if size > 0)
-    if -1 in sizes and config.devices % known == 0:
-        sizes[sizes.index(-1)] = config.devices // known
-    if math.prod(sizes) != config.devices:
-        raise UserError(
-            f"parallel is data {asked.data} x fsdp {asked.fsdp} x tensor {asked.tensor}, which does not multiply to "
-            f"devices={config.devices}; -1 for one axis takes what is left"
-        )
-    return Split(*sizes)
+def table_bytes(decoder: DecoderConfig, dtype: str) -> int:
+    """Of the unembedding."""
+    return decoder.vocab_size * decoder.width * (4 if dtype == "float32" else 2)

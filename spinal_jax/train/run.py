@@ -158,7 +158,7 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
         method = optimizer(config.optimizer, stop)
         state = begin(parameters, method, mesh)
         remat = config.remat or ("all_but_linear" if jax.default_backend() == "cpu" else "blocks")
-        steps = make_steps(parts, decoder, config.objective, method, dtype=config.compute_dtype, remat=remat)
+        steps = make_steps(parts, decoder, config.objective, method, dtype=config.compute_dtype, remat=remat, mesh=mesh)
         train, held_out, live = _reference(config, steps, parameters, fixed, examples, shape, mesh, stop, weights, bar)
         rate = schedule(config.optimizer, stop)
         task = Task(config, steps, fixed, examples, shape, mesh, rate, train, held_out, live)

@@ -1,32 +1,36 @@
-"""The accelerator benchmark runs at toy size on a CPU, and the rule says which models cuDNN's attention computes."""
+"""The accelerator benchmark runs at toy size on a CPU; which models kernels of attention compute, and that they do."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from spinal_jax.models.attention import why_not_fused
-from spinal_jax.models.config import LatentAttention
+from spinal_jax.config import ParallelConfig
+from spinal_jax.models.attention import attend
+from spinal_jax.models.config import DecoderConfig, LatentAttention
+from spinal_jax.models.fused_attention import ALONE, attend_splash, kernel_of
+from spinal_jax.parallel.mesh import make_mesh
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "accelerator.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("accelerator_benchmark", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        yield importlib.import_module("benchmarks.accelerator.__main__")
 
 
 @pytest.mark.parametrize("section", ["ceilings", "attention", "audit 8B", "dpo"])
@@ -43,23 +47,79 @@ def test_a_section_that_fails_is_named_and_the_tables_before_it_are_kept(tmp_pat
     benchmark.write(out, "one")
     benchmark.write(out, "two")
     assert out.read_text() == "one\ntwo\n"
-    wrong = [sys.executable, str(FILE), "--sections", "none"]
-    assert subprocess.run(wrong, capture_output=True).returncode == 2
+    wrong = [sys.executable, "-m", "benchmarks.accelerator", "--sections", "none"]
+    assert subprocess.run(wrong, cwd=ROOT, capture_output=True).returncode == 2
 
 
-def test_cudnn_computes_what_it_can(benchmark: ModuleType) -> None:
-    llama, bfloat16 = benchmark.decoder_config(benchmark.TINY["llama"]), jnp.dtype(jnp.bfloat16)
-    assert why_not_fused(llama, bfloat16, "gpu") is None
+def reason(config: DecoderConfig, dtype: Any, backend: str, mesh: Mesh | None = None) -> str:
+    found = kernel_of(config, jnp.dtype(dtype), backend, mesh)
+    assert found.kernel == "xla"
+    return found.why
+
+
+def test_kernels_compute_what_they_can(benchmark: ModuleType) -> None:
+    common = benchmark.stages.decoder_config, benchmark.stages.TINY
+    llama, gemma = (common[0](common[1][name]) for name in ("llama", "gemma2"))
     latent = LatentAttention(query_rank=16, key_value_rank=20, nope_dim=8, rope_dim=4, value_dim=8)
-    reasons = {
-        "this is a cpu": why_not_fused(llama, bfloat16, "cpu"),
-        "this is a tpu": why_not_fused(llama, bfloat16, "tpu"),
-        "float32": why_not_fused(llama, jnp.dtype(jnp.float32), "gpu"),
-        "soft-cap": why_not_fused(benchmark.decoder_config(benchmark.TINY["gemma2"]), bfloat16, "gpu"),
-        "latent": why_not_fused(dataclasses.replace(llama, latent=latent), bfloat16, "gpu"),
-        "256 features": why_not_fused(dataclasses.replace(llama, head_dim=256), bfloat16, "gpu"),
-        "block to block": why_not_fused(dataclasses.replace(llama, scale_by_depth=True), bfloat16, "gpu"),
-    }
-    for words, reason in reasons.items():
-        assert reason is not None, words
-        assert words in reason
+    half = jnp.bfloat16
+    assert kernel_of(llama, jnp.dtype(half), "gpu") == ("cudnn", "")
+    for config in (llama, gemma, dataclasses.replace(llama, head_dim=256)):
+        assert kernel_of(config, jnp.dtype(half), "tpu", ALONE) == ("splash", "")
+    assert "not known how" in reason(llama, half, "tpu")  # there are eight devices
+    assert "this is a cpu" in reason(llama, half, "cpu")
+    assert "soft-cap" in reason(gemma, half, "gpu")
+    assert "256 features" in reason(dataclasses.replace(llama, head_dim=256), half, "gpu")
+    for backend in ("gpu", "tpu"):
+        assert "float32" in reason(llama, jnp.float32, backend)
+        assert "latent" in reason(dataclasses.replace(llama, latent=latent), half, backend)
+        assert "block to block" in reason(dataclasses.replace(llama, scale_by_depth=True), half, backend)
+    assert "2 key heads are not shared evenly by 8" in reason(llama, half, "tpu", make_mesh(ParallelConfig(1, 1, 8)))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "windows", "softcap"),
+    [(4, 2, 128, (0, 0), None), (2, 2, 200, (0, 24), 20.0), (4, 1, 256, (24, 24), None)],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_splash_kernel_is_attention(
+    heads: int, kv_heads: int, length: int, windows: tuple[int, ...], softcap: float | None, sharded: bool
+) -> None:
+    """Forward and backward by the kernel's own arithmetic, which JAX carries out on a CPU."""
+    if sharded and kv_heads % 2:
+        pytest.skip("heads are shared by two devices")
+    mesh = make_mesh(ParallelConfig(1, 4, 2)) if sharded else None
+    rows, dim = 4 if sharded else 1, 64
+    rng = np.random.default_rng(0)
+    shapes = [(rows, length, count, dim) for count in (heads, kv_heads, kv_heads)]
+    q, k, v, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (*shapes, shapes[0]))
+    segments = jnp.broadcast_to(
+        jnp.asarray([1] * (length // 3) + [2] * (length - length // 3 - 7) + [0] * 7), (rows, length)
+    )
+    for window in sorted(set(windows)):
+        here = jnp.int32(window) if any(windows) else None
+        real = (segments > 0)[..., None, None]
+
+        def plain(q: Any, k: Any, v: Any, here: Any = here, real: Any = real) -> Any:
+            out = attend(q, k, v, segments, window=here, scale=0.125, softcap=softcap)
+            return jnp.where(real, out, 0)
+
+        def splash(q: Any, k: Any, v: Any, here: Any = here, real: Any = real) -> Any:
+            out = attend_splash(
+                q,
+                k,
+                v,
+                segments,
+                windows=windows,
+                window=here,
+                scale=0.125,
+                softcap=softcap,
+                mesh=mesh,
+                interpret=True,
+            )
+            return jnp.where(real, out, 0)
+
+        wanted, wanted_by = jax.vjp(plain, q, k, v)
+        found, found_by = jax.vjp(splash, q, k, v)
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
+        for ours, theirs in zip(found_by(g), wanted_by(g), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)

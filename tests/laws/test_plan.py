@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spinal_jax.audit import measure as measuring
-from spinal_jax.config import MetricsConfig, ModelConfig, ParallelConfig, build
+from spinal_jax.audit.pipeline import choose_devices
+from spinal_jax.config import AuditParallelConfig, MetricsConfig, ModelConfig, ParallelConfig, build
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.data.packing import Positions, TokenSequence, plan
 from spinal_jax.errors import UserError
@@ -27,13 +29,18 @@ from spinal_jax.metrics import contraction
 from spinal_jax.metrics.transport import Lens, Pair, lens_stats
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import parameter_shapes
-from spinal_jax.parallel import mesh
-from spinal_jax.parallel.data_sheets import DEVICES
+from spinal_jax.parallel import mesh, placement
+from spinal_jax.parallel.data_sheets import DEVICES, EIGENVALUES_H200
+from spinal_jax.parallel.mesh import AXES
+from spinal_jax.parallel.placement import Shards
 from spinal_jax.plan import estimate
 from spinal_jax.plan.collectives import received_bytes
-from spinal_jax.plan.compiled import compiled
+from spinal_jax.plan.compiled import Compiled, why_not_tpu
+from spinal_jax.plan.compiled import compiled as compiled_as
+from spinal_jax.plan.layout import USABLE, DeviceLayout, home_of, layout_of, would_fit
 from spinal_jax.plan.shapes import decoder_of
-from spinal_jax.plan.work import pool, split_of
+from spinal_jax.plan.slices import SLICES
+from spinal_jax.plan.work import pool
 
 # What the publishers say, in millions: the 671B of DeepSeek-V3 leave out its block that guesses ahead.
 PUBLISHED = {
@@ -46,6 +53,10 @@ PUBLISHED = {
 
 def planned(**settings: Any) -> PlanConfig:
     return build(PlanConfig, {"model": {"source": "random:0.3m"}, "prompt_count": 48, "prompt_tokens": 32} | settings)
+
+
+def compiled(config: PlanConfig) -> Compiled:
+    return compiled_as(config, layout_of(config, decoder_of(config.model)))
 
 
 def flops_of(function: Callable[..., Any], *arguments: Any) -> float:
@@ -117,39 +128,122 @@ def test_the_hosts_share_is_what_an_audit_leaves_it(
     measuring.measure(model, work, settings)
     host = estimate.spectra(model.config, work, settings, cores=2)
     assert host.matrices == len(taken)
+    assert host.device_memory < host.host_memory
     assert host.stage.flops == pytest.approx(len(taken) * 4 / 3 * model.config.width**3)
 
 
 @given(st.integers(1, 64), st.sampled_from([-1, 1, 2, 3, 4]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 8]))
 def test_axes_multiply_to_the_devices_or_are_refused(devices: int, data: int, fsdp: int, tensor: int) -> None:
     config = planned(devices=devices, parallel={"data": data, "fsdp": fsdp, "tensor": tensor})
+    decoder = decoder_of(config.model)
+    if (data, fsdp, tensor) == (-1, 1, 1):
+        assert layout_of(config, decoder).devices == devices
+        return
     known = fsdp * tensor * max(data, 1)
     if devices % known == 0 if data == -1 else devices == known:
-        found = split_of(config)
+        found = layout_of(config, decoder)
         assert (found.devices, found.fsdp, found.tensor) == (devices, fsdp, tensor)
     else:
         with pytest.raises(UserError, match=f"does not multiply to devices={devices}"):
-            split_of(config)
+            layout_of(config, decoder)
 
 
-def test_the_split_is_the_meshs() -> None:
+def test_the_layout_is_the_meshs() -> None:
     parallel = {"data": -1, "fsdp": 2, "tensor": 2}
-    found = split_of(planned(devices=jax.device_count(), parallel=parallel))
-    assert dataclasses.asdict(found) == dict(mesh.make_mesh(ParallelConfig(**parallel)).shape)
+    config = planned(devices=jax.device_count(), parallel=parallel)
+    found, made = layout_of(config, decoder_of(config.model)), mesh.make_mesh(ParallelConfig(**parallel))
+    assert (found.data, found.fsdp, found.tensor) == made.devices.shape
+    for width in (96, 512, 4096):
+        assert found.gram_share(width) == Shards(made).gram_share(width // contraction.stripe_count(width))
+
+
+@given(st.sampled_from(["gpu", "tpu"]), st.sampled_from([2, 4, 8]), st.floats(1, 400))
+def test_a_plan_chooses_the_devices_as_an_audit_does(kind: str, count: int, gib: float) -> None:
+    name = {"gpu": "h100", "tpu": "v5e"}[kind]
+    config, memory = planned(model={"source": "llama-3-8b"}, devices=count, device=name), gib * 2**30
+    decoder = decoder_of(config.model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DEVICES, name, dataclasses.replace(DEVICES[name], memory=memory / USABLE))
+        patch.setattr(placement, "device_memory", lambda: memory)
+        patch.setattr(jax, "default_backend", lambda: kind)
+        patch.setattr(jax, "device_count", lambda: count)
+        patch.setattr(placement, "make_mesh", lambda asked: AbstractMesh((asked.data, asked.fsdp, asked.tensor), AXES))
+        chosen = choose_devices(AuditParallelConfig(), decoder, config.model.dtype, config.metrics)
+        found = layout_of(config, decoder)
+    assert found.why == chosen.why
+    assert found.kind == ("replicas" if chosen.shards is None else "mesh")
+    if chosen.shards is not None:
+        assert (found.data, found.fsdp, found.tensor) == tuple(chosen.shards.mesh.shape.values())
+
+
+def test_the_large_model_that_one_node_holds_is_split_and_fits() -> None:
+    config = planned(model={"source": "llama-3-70b", "dtype": "bfloat16"}, devices=8, device="h100")
+    decoder = decoder_of(config.model)
+    found = layout_of(config, decoder)
+    assert (found.kind, found.fsdp) == ("mesh", 8)
+    asked = dataclasses.replace(config, parallel=ParallelConfig(8, 1, 1))
+    assert would_fit(asked, decoder, layout_of(asked, decoder), 80e9) == "devices=8 parallel.fsdp=8"
+    small = dataclasses.replace(config, devices=1)
+    assert would_fit(small, decoder, layout_of(small, decoder), 80e9) == "devices=4 parallel.fsdp=4"
+
+
+def test_sums_without_room_on_the_devices_are_kept_by_the_host() -> None:
+    config = planned(model={"source": "llama-3-8b", "dtype": "bfloat16"}, device="v5e")
+    decoder = decoder_of(config.model)
+    layout = layout_of(config, decoder)
+    assert home_of(config, decoder, layout).where == "host"
+    assert pool(config, decoder, layout).slots == 2
+    roomy = dataclasses.replace(config, device="h200")
+    assert home_of(roomy, decoder, layout).where == "devices"
+    assert pool(roomy, decoder, layout).slots == 16
+
+
+def test_times_of_eigenvalues_are_those_measured_and_between_them_a_power_law() -> None:
+    h200, h100 = DEVICES["h200"], DEVICES["h100"]
+    seconds = [h200.eigenvalues(width) for width in (2048, 4096, 8192)]
+    assert seconds == [pytest.approx(measured) for measured in EIGENVALUES_H200.values()]
+    between = h200.eigenvalues(2896)
+    assert between is not None
+    assert EIGENVALUES_H200[2048] < between < EIGENVALUES_H200[4096]
+    assert h100.eigenvalues(4096) == pytest.approx(0.109 * h200.bandwidth / h100.bandwidth)
+    assert DEVICES["v5e"].eigenvalues(4096) is None
+    assert DEVICES["cpu"].eigenvalues(4096) is None
+    config = planned(model={"source": "llama-3-8b", "dtype": "bfloat16"}, device="h200", prompt_count=512)
+    decoder = decoder_of(config.model)
+    layout = layout_of(config, decoder)
+    found = estimate.spectra(decoder, pool(config, decoder, layout), config.metrics, cores=1)
+    assert found.matrices == 33 * (1 + 16 + 2 + 1)  # whole, without each group, halves, centred
+    assert found.seconds(h200, DEVICES["cpu"], layout) == pytest.approx(found.matrices * 0.109)
+
+
+def test_the_compiler_for_tpus_is_asked_where_it_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr("spinal_jax.plan.slices.find_spec", lambda name: there("json"))
+    for device, count in (("v5e", 1), ("v6e", 256), ("v5p", 64)):
+        assert why_not_tpu(planned(device=device, devices=count)) is None
+    assert "libtpu has no compiler for v4" in (why_not_tpu(planned(device="v4", devices=4)) or "")
+    assert "and not 6" in (why_not_tpu(planned(device="v5e", devices=6)) or "")
+    assert why_not_tpu(planned(device="h100")) == "it is for TPUs"
+    monkeypatch.setattr("spinal_jax.plan.slices.find_spec", lambda name: None)
+    assert "spinal-jax[tpu-plan]" in (why_not_tpu(planned(device="v5e")) or "")
+    for sides in SLICES.values():
+        assert all(math.prod(shape) == chips for chips, shape in sides.items())
 
 
 def test_work_is_shared_evenly_and_grows_with_the_prompts() -> None:
     decoder, settings = decoder_of(ModelConfig("random:1m")), MetricsConfig()
     shapes = parameter_shapes(decoder)
 
-    def total(count: int, split: estimate.Split) -> dict[str, float]:
-        work = pool(planned(prompt_count=count, device="v5e"), decoder, split.data * split.fsdp)
-        found = estimate.stages(decoder, shapes, work, settings, "float32", split)
-        return {stage.name: stage.flops * split.devices for stage in found}
+    def total(count: int, layout: DeviceLayout) -> dict[str, float]:
+        work = pool(planned(prompt_count=count, device="v5e", batch_tokens=4096), decoder, layout)
+        found = estimate.stages(decoder, shapes, work, settings, "float32", layout, "tpu")
+        return {stage.name: stage.flops * layout.devices for stage in found}
 
-    one = total(512, estimate.Split(1, 1, 1))
-    assert total(1024, estimate.Split(1, 1, 1)) == {name: pytest.approx(2 * value) for name, value in one.items()}
-    assert total(512, estimate.Split(2, 2, 1)) == {name: pytest.approx(value) for name, value in one.items()}
+    one = total(512, DeviceLayout("one", 1, 1, 1))
+    more = total(1024, DeviceLayout("one", 1, 1, 1))
+    assert more == {name: pytest.approx(2 * value) for name, value in one.items()}
+    shared = total(512, DeviceLayout("mesh", 2, 2, 1))
+    assert shared == {name: pytest.approx(value) for name, value in one.items()}
 
 
 def test_every_device_states_its_source_and_no_rate_beyond_its_own_lower_precision() -> None:
@@ -206,6 +300,11 @@ def test_what_devices_receive_is_read_from_the_compiled_program() -> None:
     def scattered(x: Any) -> Any:
         return jax.lax.psum_scatter(x, "all", tiled=True)
 
+    @partial(jax.shard_map, mesh=one, in_specs=PartitionSpec("all"), out_specs=PartitionSpec("all"))
+    def exchanged(x: Any) -> Any:
+        return jax.lax.all_to_all(x, "all", 1, 1, tiled=True)
+
+    assert received(exchanged, one, PartitionSpec("all")) == 7 / 8 * size / 8
     assert received(summed_five_times, one, PartitionSpec("all")) == 5 * 2 * 7 / 8 * size / 8
     assert received(scattered, one, whole) == 7 / 8 * size
     assert received(lambda x: 2 * x, one, PartitionSpec("all"), whole) == 7 / 8 * size

@@ -1,0 +1,125 @@
+"""How the devices of a plan share an audit: the mesh, chosen as an audit chooses it, and where sums are kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from jax.sharding import AbstractMesh
+
+from spinal_jax.audit.gram_store import GramHome, gram_bytes, home_for
+from spinal_jax.audit.pipeline import weight_bytes
+from spinal_jax.config import ParallelConfig
+from spinal_jax.config.plan import PlanConfig
+from spinal_jax.data.packing import SLOTS
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.contraction import stripe_count
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.parallel.data_sheets import DEVICES
+from spinal_jax.parallel.device_defaults import MODEL_SHARE
+from spinal_jax.parallel.mesh import AXES
+from spinal_jax.parallel.placement import Shards, host_memory, suited
+
+USABLE = 0.9  # of a device's memory; the rest is the runtime's, and lost between arrays
+USUAL = "h100"  # whose memory chooses the mesh where no device is named
+MOST = 4096  # devices
+
+
+@dataclass(frozen=True)
+class DeviceLayout:
+    """Data x fsdp x tensor devices; of replicas each has the whole model and sums of its own."""
+
+    kind: Literal["one", "replicas", "mesh"]
+    data: int
+    fsdp: int
+    tensor: int
+    why: str = ""  # empty where it was asked for
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def rows(self) -> int:
+        """How many share the rows of a batch."""
+        return self.data * self.fsdp
+
+    def gram_share(self, width: int) -> int:
+        """Among how many devices the Gram sums are split."""
+        if self.kind != "mesh":
+            return 1
+        mesh: Any = AbstractMesh((self.data, self.fsdp, self.tensor), AXES)
+        return Shards(mesh).gram_share(width // stripe_count(width))
+
+    def __str__(self) -> str:
+        what = (
+            f"pmap x {self.devices}" if self.kind == "replicas" else f"mesh {self.data} x {self.fsdp} x {self.tensor}"
+        )
+        return f"{what} ({self.why})" if self.why else what
+
+
+def layout_of(config: PlanConfig, decoder: DecoderConfig) -> DeviceLayout:
+    """What was asked for, or where nothing was what an audit on such devices chooses. Errors: UserError."""
+    asked, count = config.parallel, config.devices
+    if (asked.data, asked.fsdp, asked.tensor) != (-1, 1, 1):
+        return _asked(config)
+    if count == 1:
+        return DeviceLayout("one", 1, 1, 1)
+    device = DEVICES[config.device or USUAL]
+    memory = None if device.memory is None else USABLE * device.memory
+    found = suited(count, memory, device.kind, -(-count // device.host), whole_bytes(config, decoder))
+    if found.kind == "one":
+        return DeviceLayout("one", 1, 1, 1, found.why)
+    return DeviceLayout(found.kind, count // found.fsdp, found.fsdp, 1, found.why)
+
+
+def _asked(config: PlanConfig) -> DeviceLayout:
+    asked = config.parallel
+    sizes = [asked.data, asked.fsdp, asked.tensor]
+    known = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes and config.devices % known == 0:
+        sizes[sizes.index(-1)] = config.devices // known
+    if math.prod(sizes) != config.devices:
+        raise UserError(
+            f"parallel is data {asked.data} x fsdp {asked.fsdp} x tensor {asked.tensor}, which does not multiply to "
+            f"devices={config.devices}; -1 for one axis takes what is left"
+        )
+    return DeviceLayout("mesh", *sizes)
+
+
+def whole_bytes(config: PlanConfig, decoder: DecoderConfig) -> int:
+    """Of parameters and the Gram sums of all groups, all devices together."""
+    return weight_bytes(decoder, config.model.dtype) + gram_bytes(decoder, config.metrics)
+
+
+def home_of(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> GramHome:
+    """Where an audit on such devices keeps its Gram sums."""
+    share = layout.gram_share(decoder.width)
+    split = layout.fsdp * layout.tensor if layout.kind == "mesh" else 1
+    device = DEVICES[config.device or USUAL]
+    memory = None if device.memory is None else USABLE * device.memory
+    return home_for(
+        gram_bytes(decoder, config.metrics),
+        share,
+        layout.devices // share,
+        weight_bytes(decoder, config.model.dtype) / split,
+        memory,
+        host_memory() if memory is None else None,
+    )
+
+
+def would_fit(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout, memory: float) -> str | None:
+    """How many devices of so many bytes have room for the weights and the Gram sums of two groups, on the mesh that an
+    audit chooses; None: none have."""
+    sums = gram_bytes(decoder, config.metrics)
+    least = weight_bytes(decoder, config.model.dtype) + min(1.0, SLOTS / config.metrics.groups) * sums
+    split = layout.fsdp * layout.tensor if layout.kind == "mesh" else 1
+    count = config.devices
+    while count <= MOST:
+        chosen = layout_of(replace(config, devices=count, parallel=ParallelConfig()), decoder)
+        if least / chosen.fsdp <= MODEL_SHARE * USABLE * memory and (count > config.devices or chosen.fsdp > split):
+            return f"devices={count} parallel.fsdp={chosen.fsdp}"
+        count *= 2
+    return None

@@ -1,0 +1,251 @@
+"""Every jitted step compiles for slices of TPUs, of which none needs to be there: libtpu compiles ahead of time.
+
+`make test-tpu` runs a set in which every step meets every kind of device, every size and both kinds of block;
+`make test-tpu GRID=1` runs all combinations.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from spinal_jax.audit.abstract import abstract_arguments, lower_steps
+from spinal_jax.audit.device_base import jit_lens_step
+from spinal_jax.audit.lens_step import zero_lens_sums
+from spinal_jax.comparison import preference_gradient
+from spinal_jax.config import MetricsConfig, ParallelConfig
+from spinal_jax.config.training import LoRAConfig, ObjectiveConfig, OptimizerConfig
+from spinal_jax.metrics import contraction
+from spinal_jax.models import lora
+from spinal_jax.models.config import Experts
+from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.fused_attention import attend_splash, kernel_of
+from spinal_jax.models.parts import take_apart
+from spinal_jax.objectives.responses import ResponseBatch
+from spinal_jax.objectives.step import TrainState, make_steps
+from spinal_jax.parallel.data_sheets import DEVICES
+from spinal_jax.parallel.mesh import ROOTS, ROWS, make_mesh, parameter_sharding
+from spinal_jax.parallel.placement import Shards
+from spinal_jax.plan.collectives import received_bytes
+from spinal_jax.plan.slices import slice_devices
+from spinal_jax.train.optimizer import optimizer
+
+pytest.importorskip("libtpu", reason="pip install 'spinal-jax[tpu-plan]'")
+
+SIZES = {1: (1, 1, 1), 4: (1, 2, 2), 256: (1, 32, 8)}  # chips: data x fsdp x tensor
+KINDS = "v5e", "v5p", "v6e"
+STEPS = "audit", "comparison", "preference gradient", "DPO", "DPO with LoRA", "attention"
+Case = tuple[str, str, int, bool]  # step, kind of device, chips, mixture of experts
+
+
+def cases() -> list[Any]:
+    """All combinations; those of the smaller set are marked `tpu`, the others `tpu_grid`."""
+    found = []
+    for number, step in enumerate(STEPS):
+        sizes = (1,) if step == "preference gradient" else tuple(SIZES)
+        for (place, kind), chips, sparse in itertools.product(enumerate(KINDS), sizes, (False, True)):
+            if step == "attention" and sparse:
+                continue
+            # A Latin square: each kind with another size, and both kinds of block over the steps.
+            small = len(sizes) == 1 or (place + number) % 3 == list(SIZES).index(chips)
+            small = small and (step == "attention" or sparse == ((place + number) % 2 == 0))
+            name = f"{step}, {chips} x {kind}, {'sparse' if sparse else 'dense'}"
+            mark = pytest.mark.tpu if small else pytest.mark.tpu_grid
+            found.append(pytest.param(step, kind, chips, sparse, marks=mark, id=name))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of training ask JAX which device they are for."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+
+@cache
+def model_of(make: Callable[..., Decoder], sparse: bool) -> Decoder:
+    """Two blocks with windows and heads of 128 features, of a width that 256 devices divide."""
+    experts = Experts(count=8, per_token=2, width=512) if sparse else None
+    return make(
+        vocab_size=16384,
+        width=1024,
+        depth=2,
+        heads=8,
+        kv_heads=8,
+        windows=(0, 96),
+        experts=experts,
+    )
+
+
+@pytest.mark.parametrize(("step", "kind", "chips", "sparse"), cases())
+def test_a_step_compiles(step: str, kind: str, chips: int, sparse: bool, make_decoder: Callable[..., Decoder]) -> None:
+    devices = slice_devices(kind, chips)
+    mesh = make_mesh(ParallelConfig(*SIZES[chips]), devices)
+    model = model_of(make_decoder, sparse)
+    compiled = {
+        "audit": audit,
+        "comparison": partial(audit, pair=True),
+        "preference gradient": gradient,
+        "DPO": train,
+        "DPO with LoRA": partial(train, rank=8),
+        "attention": attention,
+    }[step](model, mesh)
+    memory = DEVICES[kind].memory
+    assert memory is not None
+    for program in compiled:
+        found = program.memory_analysis()
+        assert 0 < found.argument_size_in_bytes + found.temp_size_in_bytes < memory
+    if not step.startswith("DPO"):
+        return
+    assert "tpu_custom_call" in compiled[0].as_text()  # the splash kernel
+
+
+def audit(model: Decoder, mesh: Mesh, pair: bool = False) -> list[Any]:
+    settings, config = MetricsConfig(), model.config
+    shards = None if mesh.size == 1 else Shards.of(mesh, 0)
+    rows = 1 if shards is None else shards.rows
+    alone = mesh.devices.flat[0] if shards is None else None
+    with jax.enable_x64(True):
+        some = abstract_arguments(
+            config,
+            jnp.dtype(jnp.bfloat16),
+            settings,
+            (4 * rows, 256, 16 * rows),
+            contraction.gram_dtype(),
+            shards=shards,
+            device=alone,
+            slots=4,
+        )
+        if not pair:
+            forward, lens = (step.compile() for step in lower_steps(some, settings, 4, shards, "tpu"))
+            assert "tpu_custom_call" in forward.as_text()
+            return [forward, lens]
+        sums = jax.eval_shape(lambda: zero_lens_sums(config.depth + 1, settings, 2, True))
+        place = SingleDeviceSharding(alone) if shards is None else shards.whole
+        return [
+            jit_lens_step.lower(
+                (some.lens, some.lens),
+                jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), sums),
+                (some.x, some.x),
+                some.batch,
+                top_k=None,
+                groups=settings.groups,
+                lasts=settings.lasts,
+                terminal=settings.terminal,
+                shards=shards,
+                backend="tpu",
+            ).compile()
+        ]
+
+
+def placed(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
+    """Abstract copies of parameters by path, or of a tree of such, where the rules put them."""
+
+    def place(path: Any, leaf: Any) -> Any:
+        names = [str(getattr(key, "key", key)) for key in path]
+        name = next((name for name in reversed(names) if name.partition(".")[0] in ROOTS), "")
+        at = parameter_sharding(mesh, name, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=at)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_on(mesh: Mesh) -> ResponseBatch:
+    rows = 8 * mesh.shape["data"] * mesh.shape["fsdp"]
+    by_rows, whole = NamedSharding(mesh, PartitionSpec(ROWS)), NamedSharding(mesh, PartitionSpec())
+
+    def array(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, 256), dtype, sharding=by_rows)
+
+    integers = {name: array(jnp.int32) for name in ("tokens", "positions", "segments", "lengths")}
+    targets = {name: array(jnp.int32) for name in ("predicting", "targets", "owner")}
+    each = jax.ShapeDtypeStruct((2 * rows,), jnp.float32, sharding=whole)
+    return ResponseBatch(**integers, **targets, branches=None, weight=array(jnp.float32), counts=each, reference=each)
+
+
+def train(model: Decoder, mesh: Mesh, rank: int = 0) -> list[Any]:
+    if rank:
+        model = lora_of(model, rank)
+    parts, arrays = take_apart(model)
+    trained = {name for name in arrays if ".adapter." in name} if rank else set(arrays)
+    parameters = placed({name: arrays[name] for name in sorted(trained)}, mesh, jnp.float32)
+    fixed = placed({name: x for name, x in arrays.items() if name not in trained}, mesh, jnp.bfloat16)
+    method = optimizer(OptimizerConfig(), 10)
+    with jax.numpy_dtype_promotion("standard"):
+        moments = placed(jax.eval_shape(method.init, parameters), mesh)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    steps: Any = make_steps(
+        parts, model.config, ObjectiveConfig("dpo"), method, dtype="bfloat16", remat="blocks", mesh=mesh
+    )
+    one = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    arguments = parameters, fixed, batch_on(mesh), one
+    first = steps.first.lower(*arguments).compile()
+    _, sums = jax.eval_shape(steps.first, *arguments)
+    update = steps.update.lower(TrainState(parameters, moments, step), parameters, sums).compile()
+    return [first, update]
+
+
+def lora_of(model: Decoder, rank: int) -> Decoder:
+    changed = copy.deepcopy(model)
+    lora.attach(changed, rank, 2.0 * rank, LoRAConfig().targets)
+    return changed
+
+
+def gradient(model: Decoder, mesh: Mesh) -> list[Any]:
+    device = SingleDeviceSharding(mesh.devices.flat[0])
+    parts, arrays = take_apart(model)
+    parameters = {k: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=device) for k, x in arrays.items()}
+    steps: Any = make_steps(
+        parts, model.config, ObjectiveConfig("dpo"), optimizer(OptimizerConfig(), 1), dtype="bfloat16", remat="blocks"
+    )
+    one = jax.ShapeDtypeStruct((), jnp.float32, sharding=device)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), batch_on(mesh))
+    more = steps.first.lower(parameters, {}, batch, one).compile()
+    norms = preference_gradient._norms.lower(parameters, model.config.depth).compile()
+    sketch = preference_gradient._sketch.lower(parameters).compile()
+    return [more, norms, sketch]
+
+
+def attention(model: Decoder, mesh: Mesh) -> list[Any]:
+    """Forward and backward, with a window, a soft-cap, fewer key heads and a row that no block divides."""
+    config = model.config
+    assert kernel_of(config, jnp.dtype(jnp.bfloat16), "tpu", mesh).kernel == "splash"
+    by = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))
+    rows = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
+    q = jax.ShapeDtypeStruct((rows, 200, 16, 128), jnp.bfloat16, sharding=by)
+    k = jax.ShapeDtypeStruct((rows, 200, 8, 128), jnp.bfloat16, sharding=by)
+    segments = jax.ShapeDtypeStruct((rows, 200), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))
+
+    def loss(q: Any, k: Any, v: Any, segments: Any, window: Any) -> Any:
+        out = attend_splash(q, k, v, segments, windows=(0, 96), window=window, scale=0.1, softcap=30.0, mesh=mesh)
+        return jnp.sum(out.astype(jnp.float32))
+
+    window = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return [jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(q, k, k, segments, window).compile()]
+
+
+@pytest.mark.tpu
+def test_what_devices_receive_is_read_from_programs_for_tpus() -> None:
+    """Hand-made programs whose exchange is known."""
+    devices = np.array(slice_devices("v5e", 8))
+    mesh = Mesh(devices, ("all",), axis_types=(AxisType.Auto,))
+    size = 1024 * 1024 * 4
+
+    def received(function: Any, before: PartitionSpec, after: PartitionSpec) -> float:
+        x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=NamedSharding(mesh, before))
+        out = NamedSharding(mesh, after)
+        return received_bytes(jax.jit(function, out_shardings=out).lower(x).compile().as_text())
+
+    every, whole = PartitionSpec("all"), PartitionSpec()
+    assert received(lambda x: 2 * x, every, every) == 0
+    assert received(lambda x: 2 * x, every, whole) == 7 / 8 * size
+    summed = jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=every, out_specs=whole)
+    assert received(summed, every, whole) == 2 * 7 / 8 * size / 8
