@@ -43,7 +43,7 @@ def abstract_arguments(
     gram_dtype: np.dtype,
     *,
     shards: Shards | None = None,
-    device: jax.Device | None = None,
+    device: Any = None,
     slots: int,
 ) -> Abstract:
     """Everything on the devices while one checkpoint is audited by itself.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +170,7 @@ def _splash(
                 attn_logits_soft_cap=softcap,
                 interpret=interpret,
             )
-            each = jax.vmap(lambda q, k, v, ids: compute(q, k, v, kernel.SegmentIds(ids, ids)))
+            each: Any = jax.vmap(lambda q, k, v, ids: compute(q, k, v, kernel.SegmentIds(ids, ids)))
             return each(q, k, v, segments)
 
     return attend

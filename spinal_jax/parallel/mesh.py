@@ -41,7 +41,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The devices as data x fsdp x tensor; one axis may be -1, which takes what is left.
 
     Args:

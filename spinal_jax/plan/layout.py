@@ -86,7 +86,8 @@ def _asked(config: PlanConfig) -> DeviceLayout:
             f"parallel is data {asked.data} x fsdp {asked.fsdp} x tensor {asked.tensor}, which does not multiply to "
             f"devices={config.devices}; -1 for one axis takes what is left"
         )
-    return DeviceLayout("mesh", *sizes)
+    data, fsdp, tensor = sizes
+    return DeviceLayout("mesh", data, fsdp, tensor)
 
 
 def whole_bytes(config: PlanConfig, decoder: DecoderConfig) -> int:

@@ -6,8 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-
-import jax
+from typing import Any
 
 # Chips along each axis, by how many there are: of a slice in two dimensions (v5e, v6e), and in three (v5p).
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
@@ -27,7 +26,7 @@ def why_not_compiled(device: str, count: int) -> str | None:
     return None
 
 
-def slice_devices(device: str, count: int) -> Sequence[jax.Device]:
+def slice_devices(device: str, count: int) -> Sequence[Any]:
     """The devices of a slice, which can be compiled for and nothing else (`why_not_compiled`)."""
     from jax.experimental import topologies
 

@@ -1,0 +1,1 @@
+"""What this project does on one GPU: `python -m benchmarks.accelerator`."""
