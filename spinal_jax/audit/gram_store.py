@@ -199,6 +199,20 @@ class FileStore(GramStore):
         self.file.truncate(length)
         self.file.seek(length)
 
+    def inherit(self, held: Sequence[tuple[IO[bytes], Sequence[int]]], groups: Sequence[int]) -> None:
+        """Begins with what files of other processes hold of these groups, a record each. `held` is these files, each
+        with the boundaries that are in its records."""
+        self.file.truncate(0)
+        self.file.seek(0)
+        for record in range(len(groups)):
+            for boundary in self.boundaries:
+                file, theirs = next(pair for pair in held if boundary in pair[1])
+                file.seek((record * len(theirs) + theirs.index(boundary)) * self.size)
+                if len(found := file.read(self.size)) != self.size:
+                    raise ValueError(f"a file of Gram sums ends within record {record}")
+                self.file.write(found)
+        self.groups = list(groups)
+
     def read(self, boundary: int) -> BoundarySums:
         sums = self.zeros()
         place = self.boundaries.index(boundary)

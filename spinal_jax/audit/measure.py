@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +31,8 @@ from spinal_jax.audit.gram_store import FileStore, HostStore, OnDevices, fits_ho
 from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, over_groups, zero_lens_sums
 from spinal_jax.audit.spectra import Spectra, all_spectra, boundaries_of, replicate_counts, spectra_count
 from spinal_jax.config import MetricsConfig
-from spinal_jax.data.packing import GroupRun, Plan, TokenBatch
+from spinal_jax.data.ahead import ahead
+from spinal_jax.data.packing import Plan, TokenBatch
 from spinal_jax.errors import NotLeader, UserError
 from spinal_jax.metrics import columns, contraction
 from spinal_jax.metrics.columns import Column
@@ -311,24 +311,20 @@ def _run(
                     stores.append(FileStore(file, plan.group_count, work, workers, config.width))
         grams = devices.grams(1 + len(skips), plan.slots, boundaries, config.width, dtype)
         lens_error = devices.lens_error()
-        complete: dict[int, list[GroupRun]] = defaultdict(list)
-        for each in plan.visits:
-            complete[each.last_batch].append(each)
         begin = 0
         if progress is not None:
-            begin = progress.begun
-            grams, lens_error, sums = progress.load((grams, lens_error, sums))
-            for store in stores:
-                assert isinstance(store, FileStore)
-                store.go_on([visited.group for number in range(begin) for visited in complete[number]])
-        with progress or contextlib.nullcontext(), bar("audit", plan.tokens, "tok") as advance:
-            for number, host in enumerate(plan.filled(devices.own)):
-                if number < begin:
-                    continue
+            kept = [store for store in stores if isinstance(store, FileStore)]
+            (grams, lens_error, sums), begin = progress.restore((grams, lens_error, sums), kept, plan, devices)
+        with (
+            progress or contextlib.nullcontext(),
+            bar("audit", plan.tokens, "tok") as advance,
+            ahead(plan.filled(devices.own, begin)) as batches,
+        ):
+            for number, host in enumerate(batches, start=begin):
                 batch = devices.batch(host)
                 grams, x, lens_error = devices.forward_step(model, grams, lens_error, batch, skips, plan.groups_at_once)
                 sums = read(sums, number, host, batch, x)
-                for done in complete[number] if plan.leaves else ():
+                for done in plan.complete(number) if plan.leaves else ():
                     for store, each in zip(stores, grams, strict=True):
                         store.add(done.group, partial(devices.of_slot, each, done.slot), config.depth)
                     grams = tuple(devices.clear(each, done.slot) for each in grams)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,12 @@ from tqdm.auto import tqdm
 
 from spinal_jax import data
 from spinal_jax.audit.caveats import caveats
-from spinal_jax.audit.devices import Devices, OneDevice, devices_of
+from spinal_jax.audit.devices import Devices, devices_of
 from spinal_jax.audit.gram_store import GramHome, gram_bytes, gram_home
 from spinal_jax.audit.measure import Measurement, measure
+from spinal_jax.audit.prompt_pool import batches_sha256, default_batch_tokens, prompt_pool
+from spinal_jax.audit.prompt_pool import plan_prompts as plan_prompts
+from spinal_jax.audit.prompt_pool import tokens_sha256 as tokens_sha256
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.config import (
     AuditConfig,
@@ -34,11 +37,10 @@ from spinal_jax.config import (
     PromptsConfig,
     to_mapping,
 )
-from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan
-from spinal_jax.data.vocabulary import Vocabulary
+from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import terminal_block
-from spinal_jax.metrics.tail import MIN_RANKS, fitted_ranks
+from spinal_jax.metrics.tail import fitted_ranks
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_checkpoint
@@ -49,16 +51,12 @@ from spinal_jax.models.formats.memory import random_checkpoint
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.fused_attention import ALONE, TITLES, kernel_of
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
-from spinal_jax.parallel import device_defaults
 from spinal_jax.parallel.distributed import all_same, check_same
 from spinal_jax.parallel.placement import Choice, choose
-from spinal_jax.stats.groups import assign_groups
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 RANDOM = "random:"  # of a source: weights are drawn, not read
 WORLD_PROMPTS = 128  # of the controlled world's pool, where no limit is set
+PLACES = ("devices", "processes")  # of an environment, with which an audit that was cut off need not go on
 
 
 def bars(show: bool) -> Bar:
@@ -82,8 +80,8 @@ def run_audit(
     """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line, and
     with `config.checkpoint_every` the run folder `folder` what is saved on the way.
 
-    Processes that share the run each tokenise the whole pool, because how it is packed depends on every length, and
-    make arrays of their own rows alone. All but the first raise NotLeader in the end.
+    Processes that share the run each tokenise a part of the pool, tell each other what they have found, and make arrays
+    of their own rows alone. All but the first raise NotLeader in the end.
     """
     bar = bar or bars(False)
     prompts = read_prompt_set(config.prompts, texts)
@@ -91,45 +89,55 @@ def run_audit(
         choice = choose_devices(config.parallel, decoder, config.model.dtype, config.metrics)
         devices = devices_of(choice)
         home = home_of(decoder, config.model.dtype, config.metrics, devices)
-        work = plan_prompts(
-            prompts,
-            checkpoint.tokenizer(),
-            decoder,
-            config.prompts,
-            config.metrics,
-            config.batch_tokens,
-            devices,
-            home.slots,
-        )
-        check_alike(checkpoint, work, choice)
+        tokens = prompt_pool(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
         name = config.model.name or model_name(config.model.source)
+
+        def models(digest: str) -> dict[str, Any]:
+            return model_record(name, config.model.source, checkpoint.revision, config.model.dtype, digest)
+
+        pool = prompts_record(prompts, config.prompts)
+        batch_tokens = config.batch_tokens or default_batch_tokens(devices)
+        saved, about = None, {}
+        if config.checkpoint_every is None:
+            work = tokens.pack(batch_tokens, devices.rows, home.slots)
+        else:
+            if folder is None:
+                raise ValueError("checkpoint_every needs a folder to save into")
+            from spinal_jax.audit.resume import Leg, Saved
+
+            saved = Saved(folder)
+            about |= {
+                "prompts": {**pool, "tokens_sha256": tokens_sha256(tokens.sequences)},
+                "metrics": to_mapping(config.metrics),
+                "environment": {key: value for key, value in environment().items() if key not in PLACES},
+            }
+            if saved.there:  # what an audit is compared with that was cut off; otherwise hashed while the weights load
+                saved.check({**about, "model": models(checkpoint.sha256())}, config.overwrite)
+            here = Leg(
+                devices=str(replace(choice, why="")),
+                processes=jax.process_count(),
+                replicas=None if choice.replicas is None else choice.replicas.count,
+                batch_tokens=batch_tokens,
+                rows=devices.rows,
+                slots=home.slots,
+            )
+            work = saved.plan(here, tokens.pack)
+            if work.leaves and home.where == "devices":
+                home = GramHome("file", "as where the audit was begun")
+        check_alike(checkpoint, work, choice)
         if say:
             say(start_line(name, config.model.dtype, decoder, work, choice, home))
         with ThreadPoolExecutor(1) as background:  # the digest takes every byte of the weights, as the load does
             hashed = background.submit(checkpoint.sha256)
             model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
-            digest, revision = hashed.result(), checkpoint.revision
+            digest = hashed.result()
         check_weights(checkpoint, digest)
-    models = model_record(name, config.model.source, revision, config.model.dtype, digest)
-    pool = prompts_record(prompts, config.prompts)
     progress = None
-    if config.checkpoint_every is not None:
-        if folder is None:
-            raise ValueError("checkpoint_every needs a folder to save into")
-        from spinal_jax.audit.resume import Progress
-
-        about = {
-            "model": models,
-            "prompts": {**pool, "tokens_sha256": tokens_sha256(work)},
-            "metrics": to_mapping(config.metrics),
-            "devices": str(replace(choice, why="")),
-            "batches_sha256": batches_sha256(work),
-            "environment": environment(),
-        }
-        progress = Progress(folder, config.checkpoint_every, about, config.overwrite)
+    if saved is not None and config.checkpoint_every is not None:
+        progress = saved.begin({**about, "model": models(digest)}, config.checkpoint_every)
     found = measure(model, work, config.metrics, bar, devices=devices, progress=progress)
     return depth_trace(
-        models,
+        models(digest),
         pool,
         decoder,
         config.metrics,
@@ -196,7 +204,7 @@ def depth_trace(
             "tokens": work.tokens,
             "rows": work.rows,
             "positions": work.positions,
-            "tokens_sha256": tokens_sha256(work),
+            "tokens_sha256": tokens_sha256(work.sequences),
         },
         settings={
             "window": list(settings.contraction.window),
@@ -234,19 +242,6 @@ def depth_trace(
     )
 
 
-def tokens_sha256(work: Plan) -> str:
-    """Hex digest over the token ids of every prompt in order, each with its length."""
-    digest = hashlib.sha256()
-    for sequence in work.sequences:
-        digest.update(np.array([len(sequence.ids), *sequence.ids], "<i8").tobytes())
-    return digest.hexdigest()
-
-
-def batches_sha256(work: Plan) -> str:
-    """Hex digest over how the prompts are packed."""
-    return hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest()
-
-
 def check_alike(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
     """UserError where processes that share a run were given different things. Of the weights this compares names and
     shapes; `check_weights` compares their values."""
@@ -256,7 +251,7 @@ def check_alike(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
             "model": json.dumps(checkpoint.config, sort_keys=True) + repr(sorted(checkpoint.names().items())),
             "revision of the model": str(checkpoint.revision),
             "tokenizer": json.dumps(checkpoint.tokenizer().get_vocab(), sort_keys=True),
-            "prompts": tokens_sha256(work),
+            "prompts": tokens_sha256(work.sequences),
             "batches": batches_sha256(work),
         }
     )
@@ -346,77 +341,6 @@ def read_prompt_set(config: PromptsConfig, texts: Sequence[str] | None = None) -
         raise UserError("prompts.path is missing; give prompts.path=FILE")
     path = None if config.path is None and config.dataset is None else source
     return data.read_prompts(path, config.format, config.field, config.limit, config.offset)
-
-
-def plan_prompts(
-    prompts: data.PromptSet,
-    tokenizer: PreTrainedTokenizerBase,
-    decoder: DecoderConfig,
-    asked: PromptsConfig,
-    settings: MetricsConfig,
-    batch_tokens: int | None = None,
-    devices: Devices | None = None,
-    slots: int | None = None,
-) -> Plan:
-    """Tokenises and packs, for `devices` and as many `slots` as suit them unless told. UserError where too few tokens
-    are left for a fit at any layer."""
-    devices = devices or OneDevice()
-    limit, groups = asked.max_length, settings.groups
-    terminal_block(decoder.depth, settings.terminal)  # refuses what this depth does not have
-    if decoder.learned_positions and limit > decoder.max_positions:
-        raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
-    tokens = data.tokenise_prompts(prompts, tokenizer, limit, asked.chat_template)
-    kept, found = tokens.prompts, tokens.ids
-    if (top := max(int(ids.max()) for ids in found)) >= decoder.vocab_size:
-        raise UserError(
-            f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
-        )
-    group, component = assign_groups([p.text for p in kept], [p.turns for p in kept], groups)
-    sequences = [TokenSequence(ids, number) for ids, number in zip(found, group.tolist(), strict=True)]
-    work = plan(
-        sequences,
-        Positions.parse(settings.transport.positions),
-        settings.contraction.skip,
-        batch_tokens or device_defaults.batch_tokens(jax.default_backend()) * devices.rows,
-        devices.rows,
-        slots,
-        groups,
-        {
-            "count": len(kept),
-            "components": int(component.max()) + 1,
-            "largest_component": int(np.bincount(component).max()),
-            "shortened": tokens.shortened,
-            "refused_by_template": tokens.refused,
-            "undecodable_bytes": prompts.undecodable,
-        },
-        notes_on(prompts, tokens),
-    )
-    work = replace(work, vocabulary=Vocabulary.of(tokenizer, decoder.vocab_size))
-    low, high = fitted_ranks(work.rows, decoder.width, settings.contraction.window)
-    if high - low + 1 < MIN_RANKS:
-        raise UserError(
-            f"{work.rows} measured tokens of {decoder.width} features leave fewer than {MIN_RANKS} singular values "
-            f"in the window {list(settings.contraction.window)}; give more or longer prompts, or a wider "
-            "metrics.contraction.window"
-        )
-    if work.positions == 0:
-        raise UserError(
-            f"metrics.transport.positions is {settings.transport.positions!r}, but no prompt is long enough to have one"
-        )
-    return work
-
-
-def notes_on(prompts: data.PromptSet, tokens: data.TokenisedPrompts) -> list[str]:
-    """Sentences on how the prompts became tokens that a reader of the numbers must know."""
-    notes = []
-    if tokens.refused:
-        notes.append(
-            f"{tokens.refused} of {len(prompts.prompts)} prompts are left out because the chat template refuses them; "
-            f"the first is {tokens.first_refusal}."
-        )
-    if prompts.undecodable:
-        notes.append(f"{prompts.undecodable} bytes of the prompts' file are no UTF-8 and were read as U+FFFD.")
-    return notes
 
 
 def model_name(source: str) -> str:

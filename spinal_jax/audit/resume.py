@@ -1,95 +1,215 @@
-"""What an audit has summed so far, kept in its run folder, so that one that was killed goes on."""
+"""What an audit has summed so far, kept in its run folder, so that one that was cut off goes on: on the same devices to
+the same bytes, or on others.
+
+The batches depend on how many devices share them, so an audit that goes on elsewhere begins a new leg: what was saved
+becomes its first state, and the prompts that are not in it are packed anew. Processes that share an audit share its
+folder; each writes its part.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from spinal_jax.audit.devices import Devices
+from spinal_jax.audit.gram_store import FileStore
+from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
-from spinal_jax.files import difference, write_whole
+from spinal_jax.files import difference, load_json_file, malformed, write_whole
+from spinal_jax.parallel.agreement import StopRequests, check_shared, of_each
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
 
 T = TypeVar("T")
-FOLDER, SETTINGS, SAVED = "progress", "settings.json", "saved"  # in the run folder, and in the first
+FOLDER, SETTINGS, SAVED = "progress", "settings.json", "saved"  # in the run folder, in that, and in each leg's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """A part of an audit, on one set of devices."""
+
+    devices: str  # as the start line has them
+    processes: int
+    replicas: int | None  # of jax.pmap, each with sums of its own
+    batch_tokens: int
+    rows: int  # how many devices share the rows of a batch
+    slots: int | None  # as `data.packing.plan` takes it
+    batches: int = 0  # that were done when the next leg began
+    inherited: tuple[int, ...] = ()  # groups of the records that its files of Gram sums begin with
+    opened: tuple[tuple[int, int], ...] = ()  # (slot, group) of sums on the leg before's devices: the last of these
+
+    def on(self, other: Leg) -> bool:
+        """Whether both have the same devices and batches."""
+        names = ("devices", "processes", "replicas", "batch_tokens", "rows")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+
+class Saved:
+    """What the `progress` of a run folder holds.
+
+    Attributes:
+        there: whether an audit was cut off in the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.run, self.folder = folder, folder.absolute() / FOLDER
+        self._settings = self.folder / SETTINGS
+        self.there = self._settings.exists()
+        said = load_json_file(self._settings) if self.there else {}
+        self._about: Any = said.get("about", {})
+        with malformed(self._settings):
+            self._legs = tuple(_leg(each) for each in said.get("legs", ()))
+        self._wanted: tuple[Leg, ...] = ()
+
+    def check(self, about: Mapping[str, Any], overwrite: bool = False) -> None:
+        """UserError where the audit that was cut off is not the one of `about`; with `overwrite` it is forgotten.
+
+        `about` is everything on which the sums depend, but for the devices.
+        """
+        if not self.there or not (differs := difference(self._about, json.loads(json.dumps(about)))):
+            return
+        if not overwrite:
+            name, saved, own = differs
+            raise UserError(
+                f"{self.run} holds an unfinished audit with {name} = {saved!r}, but this one has {own!r}: make them "
+                "equal to go on, set overwrite=true, or choose another hydra.run.dir"
+            )
+        self.there, self._legs = False, ()
+
+    def plan(self, here: Leg, pack: Callable[[int, int, int | None, Sequence[int] | None], Plan]) -> Plan:
+        """The batches of this leg, packed by `pack(batch tokens, rows, slots, among)`. UserError where these devices
+        cannot take over the sums."""
+        legs = self._legs
+        step = _latest(self._of(len(legs) - 1)) if legs else None
+        if not legs or step is None:
+            legs = (here,)
+        elif not legs[-1].on(here):
+            before, work = replace(legs[-1], batches=step), _replayed(legs, pack)
+            self._require_room(before, here)
+            opened = [(run.slot, run.group) for run in work.open_after(step)] if work.leaves else []
+            complete = [run.group for number in range(step if work.leaves else 0) for run in work.complete(number)]
+            inherited = (*before.inherited, *complete, *(group for _, group in opened))
+            here = replace(here, slots=before.slots, inherited=inherited, opened=tuple(opened))
+            legs = (*legs[:-1], before, here)
+        self._wanted = legs
+        return _replayed(legs, pack)
+
+    def _require_room(self, before: Leg, here: Leg) -> None:
+        if before.replicas != here.replicas:
+            how = "without jax.pmap" if before.replicas is None else f"by jax.pmap on {before.replicas} devices"
+            raise UserError(
+                f"{self.run} holds an unfinished audit that ran {how}, whose sums cannot go on on {here.devices}: use "
+                "such devices again, set overwrite=true, or choose another hydra.run.dir"
+            )
+        if before.slots is None and here.slots is not None:
+            raise UserError(
+                f"{self.run} holds an unfinished audit whose Gram sums were on its devices, {before.devices}; "
+                f"{here.devices} has no room for them: use more devices, set overwrite=true, or choose another "
+                "hydra.run.dir"
+            )
+
+    def begin(self, about: Mapping[str, Any], every: int) -> Progress:
+        """Opens the folder for the leg that was planned, all processes together.
+
+        Args:
+            about: as `check` takes it.
+            every: batches between saves.
+
+        Raises:
+            UserError: the processes do not share the folder.
+        """
+        check_shared(self.run)
+        number, moves = len(self._wanted) - 1, len(self._wanted) > len(self._legs) > 0
+        if jax.process_index() == 0:
+            if not moves and self._wanted != self._legs and self.folder.exists():
+                shutil.rmtree(self.folder)
+            elif moves and self._of(number).exists():  # of a process that was killed while it took over the sums
+                shutil.rmtree(self._of(number))
+            self._of(number).mkdir(parents=True, exist_ok=True)
+            if not self._settings.exists():
+                self._write(about)
+        of_each(0)  # none goes on before the folder is there
+
+        def moved() -> None:
+            if jax.process_index() == 0:
+                self._write(about)
+                shutil.rmtree(self._of(number - 1))
+
+        before = self._of(number - 1) if moves else None
+        return Progress(self._of(number), every, self._wanted[-1], before, moved)
+
+    def _of(self, number: int) -> Path:
+        return self.folder / f"{number}"
+
+    def _write(self, about: Mapping[str, Any]) -> None:
+        said = {"about": about, "legs": [dataclasses.asdict(leg) for leg in self._wanted]}
+        write_whole(self._settings, (json.dumps(said, indent=1) + "\n").encode())
+
+
+def _leg(said: Mapping[str, Any]) -> Leg:
+    return Leg(**{**said, "inherited": tuple(said["inherited"]), "opened": tuple(map(tuple, said["opened"]))})
+
+
+def _replayed(legs: Sequence[Leg], pack: Callable[[int, int, int | None, Sequence[int] | None], Plan]) -> Plan:
+    """The batches of the last leg: those of the prompts that no leg before has done."""
+    left: list[int] | None = None
+    for leg in legs[:-1]:
+        work = pack(leg.batch_tokens, leg.rows, leg.slots, left)
+        done = work.done(leg.batches)
+        left = [number for number in (range(len(work.sequences)) if left is None else left) if number not in done]
+    return pack(legs[-1].batch_tokens, legs[-1].rows, legs[-1].slots, left)
+
+
+def _latest(leg: Path) -> int | None:
+    """How many batches are in the last complete save of a leg; None: there is none. Orbax names a save last."""
+    return max((int(path.name) for path in (leg / SAVED).glob("*") if path.name.isdigit()), default=None)
 
 
 class Progress:
     """Saves of an audit's sums between batches: Orbax for what is on devices, while the audit goes on, beside the
-    scratch files of the sums that have left them.
+    scratch files of the sums that have left them. A step that Orbax has completed is complete in every process.
 
-    Within the context SIGTERM waits for the end of a batch and for a save, and then comes again.
+    Within the context SIGTERM at any process waits for the end of a batch and for a save in all, and then comes again.
     """
 
-    def __init__(self, folder: Path, every: int, about: Mapping[str, Any], overwrite: bool = False):
-        """Opens the part of a run folder anew, or where an equal audit was cut off.
+    def __init__(self, folder: Path, every: int, leg: Leg, before: Path | None, moved: Callable[[], None]):
+        """For `Saved.begin`.
 
         Args:
-            folder: of the run.
+            folder: of the leg.
             every: batches between saves.
-            about: everything on which the sums depend.
-            overwrite: begin anew where the audit that was cut off is another.
-
-        Raises:
-            UserError: that audit is another one.
+            leg: what it is.
+            before: the folder of the leg whose sums are taken over first; None: there is none.
+            moved: to be called when they are.
         """
-        self.folder, self.every = folder.absolute() / FOLDER, every
-        about = json.loads(json.dumps(about))
-        settings = self.folder / SETTINGS
-        differs = difference(json.loads(settings.read_text(encoding="utf-8")), about) if settings.exists() else None
-        if differs and not overwrite:
-            name, saved, own = differs
-            raise UserError(
-                f"{folder} holds an unfinished audit with {name} = {saved!r}, but this one has {own!r}: make them "
-                "equal to go on, set overwrite=true, or choose another hydra.run.dir"
-            )
-        if self.folder.exists() and (differs or not settings.exists()):
-            shutil.rmtree(self.folder)
-        if not settings.exists():
-            self.folder.mkdir(parents=True)
-            write_whole(settings, (json.dumps(about, indent=1) + "\n").encode())
-        latest: Any = ocp.training.preservation_policies.LatestN(n=2)  # not of the type that Orbax declares
-        self._orbax = ocp.training.Checkpointer(
-            str(self.folder / SAVED),
-            preservation_policy=latest,
-            cleanup_tmp_directories=True,
-        )
+        self.folder, self.every, self.leg = folder, every, leg
+        self._from, self._moved = before, moved
+        self._orbax = _checkpointer(folder)
         self._x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
         self._pending: Any = None
-        self._before: Any = None
-        self._asked = False  # to stop
+        self._stops = StopRequests()
 
     def __enter__(self) -> Progress:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other one say what a signal does
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._stops.__enter__()
         return self
 
-    def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
-
-    def __exit__(self, *_: object) -> None:
-        self._wait()
-        self._orbax.close()
-        self._stop_if_asked()
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _stop_if_asked(self) -> None:
-        if self._asked:
-            self._asked = False
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
-            signal.raise_signal(signal.SIGTERM)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or jax.process_count() == 1:  # a save that lacks another process never ends
+            self._wait()
+            self._orbax.close()
+        self._stops.__exit__()
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -97,42 +217,96 @@ class Progress:
             self._pending = None
 
     def file(self, number: int) -> IO[bytes]:
-        """The scratch file of a number, with what it held."""
-        path = self.folder / f"sums-{number}"
+        """This process's scratch file of a number, with what it held."""
+        path = self.folder / _sums(number, jax.process_index())
         path.touch()
         return path.open("r+b")
 
     @property
     def begun(self) -> int:
-        """How many batches are in what was saved last; 0 where nothing was."""
-        return max((at.step for at in self._orbax.checkpoints), default=0)
+        """How many batches of the leg are in what was saved last; 0 where nothing was."""
+        return _latest(self.folder) or 0
 
-    def load(self, state: T) -> T:
-        """What was saved last, each array placed as in `state`; that itself where nothing was."""
-        if not self.begun:
-            return state
+    def restore(
+        self, state: tuple[Any, Any, Any], stores: Sequence[FileStore], work: Plan, devices: Devices
+    ) -> tuple[tuple[Any, Any, Any], int]:
+        """What was saved last, each array placed as in `state` and that itself where nothing was, and how many batches
+        of the leg are in it. The stores take over their files."""
+        for store in stores[:1]:
+            held = json.dumps(store.boundaries).encode()
+            write_whole(self.folder / _held(jax.process_index()), held)
+        if self._from is None:
+            begun = self.begun
+            complete = [run.group for number in range(begun) for run in work.complete(number)]
+            for store in stores:
+                store.go_on([*self.leg.inherited, *complete])
+            return (self._load(self._orbax, state) if _latest(self.folder) is not None else state), begun
+        with contextlib.closing(_checkpointer(self._from)) as before:
+            grams, *sums = self._load(before, state)
+        for number, store in enumerate(stores):
+            with contextlib.ExitStack() as stack:
+                held = []
+                for path in sorted(self._from.glob(_held("*"))):
+                    process = path.stem.rpartition("-")[2]
+                    file = stack.enter_context((self._from / _sums(number, process)).open("rb"))
+                    held.append((file, json.loads(path.read_bytes())))
+                store.inherit(held, self.leg.inherited[: len(self.leg.inherited) - len(self.leg.opened)])
+            for slot, group in self.leg.opened:
+                store.add(group, partial(devices.of_slot, grams[number], slot), _depth(grams))
+        state = (state[0] if stores else grams, sums[0], sums[1])
+        self._save(0, state, [store.file for store in stores])
+        self._wait()
+        of_each(0)  # all have saved
+        self._moved()
+        self._from = None
+        return state, 0
+
+    def _load(self, orbax: Any, state: T) -> T:
         leaves, shape = jax.tree.flatten(state)
         like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _named(leaves).items()}
         jax.config.update("jax_enable_x64", True)  # for Orbax's threads, which would make float32 of float64
         try:
-            found = self._orbax.load_checkpointables(self.begun, {"state": like})["state"]
+            step = max(at.step for at in orbax.checkpoints)
+            found = orbax.load_checkpointables(step, {"state": like})["state"]
         finally:
             jax.config.update("jax_enable_x64", self._x64)
         return jax.tree.unflatten(shape, [found.get(str(number), x) for number, x in enumerate(leaves)])
 
     def after(self, batches: int, total: int, state: Any, files: Sequence[IO[bytes]]) -> None:
         """To be called when so many batches of the total are in `state` and in the scratch files: saves where it is
-        time for that or the audit is to stop, and then stops it."""
-        if batches % self.every == 0 or batches == total or self._asked:
-            self._wait()  # Orbax would drop this save for the one that is running
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-            named = {"state": _named(jax.tree.leaves(state))}
-            self._pending = self._orbax.save_checkpointables_async(batches, named, force=True)
-        if self._asked:
+        time for that or a process was asked to stop, and then ends all of them by StoppedElsewhere."""
+        stops = self._stops.asked()
+        if batches % self.every == 0 or batches == total or stops:
+            self._save(batches, state, files)
+        if stops:
             self._wait()
-            self._stop_if_asked()
+            self._stops.check()  # behind the save of all
+
+    def _save(self, batches: int, state: Any, files: Sequence[IO[bytes]]) -> None:
+        self._wait()  # Orbax would drop this save for the one that is running
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        named = {"state": _named(jax.tree.leaves(state))}
+        self._pending = self._orbax.save_checkpointables_async(batches, named, force=True)
+
+
+def _checkpointer(leg: Path) -> Any:
+    latest: Any = ocp.training.preservation_policies.LatestN(n=2)  # not of the type that Orbax declares
+    return ocp.training.Checkpointer(str(leg / SAVED), preservation_policy=latest, cleanup_tmp_directories=True)
+
+
+def _sums(number: int, process: int | str) -> str:
+    return f"sums-{number}-{process}"
+
+
+def _held(process: int | str) -> str:
+    """The boundaries that a process keeps in its files of sums."""
+    return f"held-{process}.json"
+
+
+def _depth(grams: Any) -> int:
+    return grams[0].first.shape[-2] - 1
 
 
 def _named(leaves: Sequence[Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
+from spinal_jax.parallel.agreement import gathered
 from spinal_jax.parallel.device_defaults import eigenvalues_on_device
 
 Advance = Callable[[int], None]
@@ -194,16 +195,28 @@ def _spectra(
             for boundary, replicates, task in tasks:
                 found[replicates, boundary] = task.result()
                 advance(replicates.count(0))
-        return _of_all_processes(found)
+    _exchange(found, work, workers)
+    return found
 
 
-def _of_all_processes(found: np.ndarray) -> np.ndarray:
-    """Every process's spectra together; each is zero where another has it."""
+def _exchange(found: np.ndarray, work: Sequence[Items], workers: Sequence[Worker]) -> None:
+    """Fills in the spectra that other processes have taken. As bytes, because devices without float64 would round."""
     if jax.process_count() == 1:
-        return found
-    from jax.experimental.multihost_utils import process_allgather
+        return
 
-    return np.asarray(process_allgather(found)).sum(axis=0)
+    def of(process: int) -> list[tuple[int, list[int]]]:
+        return [
+            item
+            for items, worker in zip(work, workers, strict=True)
+            if worker.process_index == process
+            for item in items
+        ]
+
+    own = b"".join(found[replicates, boundary].tobytes() for boundary, replicates in of(jax.process_index()))
+    for process, given in enumerate(gathered(own)):
+        rows = np.frombuffer(given).reshape(-1, found.shape[-1])
+        for boundary, replicates in of(process):
+            found[replicates, boundary], rows = rows[: len(replicates)], rows[len(replicates) :]
 
 
 def _on_host(sums: BoundarySums, keep: np.ndarray, rows: np.ndarray, center: bool) -> np.ndarray:

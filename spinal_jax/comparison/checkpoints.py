@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from spinal_jax import data
 from spinal_jax.audit import pipeline
@@ -37,7 +39,10 @@ from spinal_jax.models.formats.open import adapter_base
 from spinal_jax.models.translate import Family
 from spinal_jax.objectives.examples import pair_sets
 from spinal_jax.objectives.responses import Example, Shape
+from spinal_jax.parallel.agreement import own_part
 from spinal_jax.parallel.device_defaults import pair_tokens
+from spinal_jax.parallel.distributed import check_same
+from spinal_jax.parallel.mesh import row_multiple
 from spinal_jax.stats.groups import assign_groups
 
 if TYPE_CHECKING:
@@ -126,7 +131,8 @@ def measure_checkpoints(
         shared = vocabularies[0].shared(vocabularies[1])
         left_out = (len(vocabularies[0]) - len(shared), len(vocabularies[1]) - len(shared))
         work, theirs_work = replace(work, vocabulary=shared), replace(theirs_work, vocabulary=shared)
-        pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs))
+        mesh = None if devices.shards is None else devices.shards.mesh
+        pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs), mesh)
         for side, plan in ((ours, work), (theirs, theirs_work)):
             pipeline.check_alike(side.checkpoint, plan, choice)
             pipeline.check_weights(side.checkpoint, side.checkpoint.sha256())
@@ -161,29 +167,38 @@ def measure_checkpoints(
             known = at_reference = None
             if pairs is not None:
                 with theirs.bar("log-probabilities", len(pairs.examples), "pair") as advance:
-                    known = log_probabilities(weights, pairs.examples, pairs.shape, advance)
-                at_reference = _gradient(config, weights, pairs, known, theirs.bar)
+                    known = log_probabilities(weights, pairs.examples, pairs.shape, advance, mesh)
+                at_reference = _gradient(config, weights, pairs, known, theirs.bar, mesh)
             del weights
             gc.collect()  # the two need not be in memory together
             weights = ours.load(devices)
-            aligned = measure(weights, work, config.metrics, ours.bar, kept, devices, watch=steps)
-            reference = kept.measurement if kept is not None else reference
-            assert reference is not None
+            aligned = None
+            with contextlib.suppress(NotLeader):  # until all have done their part of what follows
+                aligned = measure(weights, work, config.metrics, ours.bar, kept, devices, watch=steps)
+                reference = kept.measurement if kept is not None else reference
         of_pairs = None
         if pairs is not None and known is not None:
-            of_pairs = _gradient(config, weights, pairs, known, ours.bar)
+            of_pairs = _gradient(config, weights, pairs, known, ours.bar, mesh)
+        if aligned is None:
+            raise NotLeader
+        assert reference is not None
         both = _both(aligned, of_pairs, at_reference)
         traces = traced(ours, aligned, work), traced(theirs, reference, theirs_work)
         return MeasuredPair(*traces, both, left_out, steps, tokenizer)
 
 
 def _gradient(
-    config: CompareConfig, weights: Decoder, pairs: _Pairs, known: np.ndarray, bar: pipeline.Bar
+    config: CompareConfig,
+    weights: Decoder,
+    pairs: _Pairs,
+    known: np.ndarray,
+    bar: pipeline.Bar,
+    mesh: Mesh | None,
 ) -> PreferenceGradient:
     """The preference gradient with these weights as the policy; `known` are log-probabilities under the reference."""
     with bar("gradient", len(pairs.examples), "pair") as advance:
         objective = ObjectiveConfig("dpo", beta=config.beta)
-        return preference_gradient(weights, pairs.examples, pairs.groups, known, objective, pairs.shape, advance)
+        return preference_gradient(weights, pairs.examples, pairs.groups, known, objective, pairs.shape, advance, mesh)
 
 
 def _both(
@@ -258,7 +273,8 @@ def _check(
             "compared at equal depth alone: leave keep_prompts at 0"
         )
     other = theirs.checkpoint.tokenizer()
-    for number, prompt in enumerate(prompts.prompts):  # the text itself: chat templates may differ, ours is used
+    for number in own_part(len(prompts.prompts)):
+        prompt = prompts.prompts[number]  # the text itself: chat templates may differ, ours is used
         a, b = (data.token_ids(prompt, each, config.prompts.max_length, False) for each in (tokenizer, other))
         if not np.array_equal(a, b):
             raise UserError(
@@ -271,7 +287,9 @@ def _shown(ids: np.ndarray) -> str:
     return f"{len(ids)} tokens ({' '.join(map(str, ids[-4:]))} at the end)"
 
 
-def _read_pairs(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, sides: Sequence[_Side]) -> _Pairs:
+def _read_pairs(
+    config: CompareConfig, tokenizer: PreTrainedTokenizerBase, sides: Sequence[_Side], mesh: Mesh | None
+) -> _Pairs:
     """The preference pairs, grouped by their prompts as the prompts are."""
     asked: PreferencesConfig | None = config.preferences
     assert asked is not None
@@ -288,5 +306,9 @@ def _read_pairs(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, sides
                 "choose a smaller preferences.max_length"
             )
     groups, _ = assign_groups([p.prompt for p in prompts], [p.turns for p in prompts], config.metrics.groups)
-    most = config.batch_tokens or pair_tokens(jax.default_backend())
-    return _Pairs(examples, tuple(groups.tolist()), shape_for(examples, most))
+    digest = hashlib.sha256()
+    for sequence in (sequence for example in examples for sequence in example):
+        digest.update(np.array([sequence.start, len(sequence.ids), *sequence.ids], "<i8").tobytes())
+    check_same({"preference pairs": digest.hexdigest()})
+    most = config.batch_tokens or pair_tokens(jax.default_backend()) * (1 if mesh is None else row_multiple(mesh))
+    return _Pairs(examples, tuple(groups.tolist()), shape_for(examples, most, mesh))

@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.metrics.gradient import block_norms
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
-from spinal_jax.objectives.responses import Example, Shape, choose_shape, micro_batches
+from spinal_jax.objectives.responses import Example, ResponseBatch, Shape, choose_shape, micro_batches
 from spinal_jax.objectives.step import Arrays, Steps, make_steps
+from spinal_jax.parallel.mesh import on_all, placed, row_multiple, shard_rows
 
 SKETCH = 2**14
 MOST_AT_ONCE = 8  # pairs that are packed together
@@ -47,21 +49,25 @@ class PreferenceGradient:
     margin_without: np.ndarray  # [G], or [0]
 
 
-def shape_for(examples: Sequence[Example], micro_tokens: int) -> Shape:
-    """The one shape of the micro-batches of these pairs, of at most `micro_tokens` tokens where a pair allows it."""
+def shape_for(examples: Sequence[Example], micro_tokens: int, mesh: Mesh | None = None) -> Shape:
+    """The one shape of the micro-batches of these pairs, of at most `micro_tokens` tokens where a pair allows it, and
+    of equally many rows for each device of `mesh` that shares them."""
     longest = max(len(sequence.ids) for example in examples for sequence in example)
     steps = [examples[i : i + MOST_AT_ONCE] for i in range(0, len(examples), MOST_AT_ONCE)]
-    return choose_shape(steps, longest, micro_tokens)
+    return choose_shape(steps, longest, micro_tokens, 1 if mesh is None else row_multiple(mesh))
 
 
-def log_probabilities(model: Decoder, examples: Sequence[Example], shape: Shape, advance: Advance) -> np.ndarray:
-    """float32 [pairs, 2]: log-probability of the chosen and the rejected response under a model, nats."""
+def log_probabilities(
+    model: Decoder, examples: Sequence[Example], shape: Shape, advance: Advance, mesh: Mesh | None = None
+) -> np.ndarray:
+    """float32 [pairs, 2]: log-probability of the chosen and the rejected response under a model, nats. Devices of
+    `mesh`, on which the model lies, share the rows of each micro-batch."""
     steps, arrays = _steps(model, ObjectiveConfig("dpo"))
     found = np.zeros((len(examples), 2), np.float32)
     for start in range(0, len(examples), MOST_AT_ONCE):
         part = examples[start : start + MOST_AT_ONCE]
         for numbers, batch in micro_batches(part, shape):
-            logp = np.asarray(steps.score(arrays, {}, batch))[: 2 * len(numbers)]
+            logp = _on_host(steps.score(arrays, {}, _shared(batch, mesh)), mesh)[: 2 * len(numbers)]
             found[[start + number for number in numbers]] = logp.reshape(-1, 2)
         advance(len(part))
     return found
@@ -75,6 +81,7 @@ def preference_gradient(
     objective: ObjectiveConfig,
     shape: Shape,
     advance: Advance,
+    mesh: Mesh | None = None,
 ) -> PreferenceGradient:
     """Norms of the gradient of the mean preference loss over the parameters of each block.
 
@@ -86,10 +93,12 @@ def preference_gradient(
         objective: the loss.
         shape: from `shape_for`.
         advance: called with how many pairs were done.
+        mesh: the devices on which the model lies, of which each takes some rows of a micro-batch; None: one device.
+            Processes that share it must all call this, with equal arguments, and all get the result.
     """
     depth = model.config.depth
     steps, arrays = _steps(model, objective)
-    one = jnp.ones((), jnp.float32)
+    one = np.float32(1)
     total: Arrays | None = None
     squares, sketches, counts, accurate, margins = [], [], [], [], []
     for group in sorted(set(groups)):
@@ -97,22 +106,22 @@ def preference_gradient(
         found: Any = None
         for start in range(0, len(members), MOST_AT_ONCE):
             some = members[start : start + MOST_AT_ONCE]
-            for _, batch in micro_batches([examples[i] for i in some], shape, reference[some]):
+            for _, host in micro_batches([examples[i] for i in some], shape, reference[some]):
+                batch = _shared(host, mesh)
                 if found is None:  # nothing yet, in the shapes to come: one function is compiled, not two
-                    shapes = jax.eval_shape(steps.first, arrays, {}, batch, one)
-                    found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                    found = _nothing(jax.eval_shape(steps.first, arrays, {}, batch, one), arrays, mesh)
                 found = steps.more(arrays, {}, batch, one, *found)
             advance(len(some))
         gradient, sums = found
         accurate.append(float(sums.accurate))
         margins.append(float(sums.chosen) - float(sums.rejected))
-        norms, sketch = _described(gradient, depth)
-        squares.append(np.asarray(norms, np.float64) ** 2)
-        sketches.append(np.asarray(sketch, np.float64))
+        norms, sketch = (_on_host(x, mesh).astype(np.float64) for x in _described(gradient, depth))
+        squares.append(norms**2)
+        sketches.append(sketch)
         counts.append(len(members))
         total = gradient if total is None else _add(total, gradient)
     assert total is not None
-    norms = jax.tree.map(lambda x: np.asarray(x, np.float64), block_norms(total, depth))
+    norms = jax.tree.map(lambda x: _on_host(x, mesh).astype(np.float64), _all_norms(total, depth))
     pairs = np.array(counts, np.float64)
     count = pairs.sum()
     without = np.zeros((0, depth))
@@ -148,6 +157,27 @@ def _steps(model: Decoder, objective: ObjectiveConfig) -> tuple[Steps, Arrays]:
     return make_steps(parts, model.config, objective, optax.identity(), dtype=dtype, remat="blocks"), arrays
 
 
+def _shared(batch: ResponseBatch, mesh: Mesh | None) -> ResponseBatch:
+    return batch if mesh is None else shard_rows(batch, mesh)
+
+
+def _on_host(x: Array, mesh: Mesh | None) -> np.ndarray:
+    return np.asarray(x if mesh is None else placed(x, on_all(mesh)))
+
+
+def _nothing(shapes: tuple[Any, Any], arrays: Arrays, mesh: Mesh | None) -> Any:
+    """Zeros in the shapes of (gradient, sums): of the gradient where the parameters lie."""
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    if mesh is None:
+        return zeros()
+    gradient, sums = shapes
+    where = {name: arrays[name].sharding for name in gradient}, jax.tree.map(lambda _: on_all(mesh), sums)
+    return jax.jit(zeros, out_shardings=where)()
+
+
 @jax.jit
 def _add(a: Arrays, b: Arrays) -> Arrays:
     return jax.tree.map(jnp.add, a, b)
@@ -159,6 +189,7 @@ def _described(gradient: Arrays, depth: int) -> tuple[Array, Array]:
 
 
 _norms = jax.jit(lambda gradient, depth: block_norms(gradient, depth).blocks, static_argnums=1)
+_all_norms = jax.jit(block_norms, static_argnums=1)
 
 
 @jax.jit

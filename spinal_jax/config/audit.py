@@ -10,7 +10,7 @@ from spinal_jax.config.data import PromptsConfig
 from spinal_jax.config.metrics import MetricsConfig
 from spinal_jax.config.model import ModelConfig
 from spinal_jax.config.parallel import AuditParallelConfig
-from spinal_jax.config.record import about, require, require_above
+from spinal_jax.config.record import about, require_above
 from spinal_jax.errors import UserError
 
 BATCH_TOKENS = "tokens computed at a time on each device that shares rows; null: by device"
@@ -47,5 +47,3 @@ class AuditConfig:
     def __post_init__(self) -> None:
         require_tracker(self.logging)
         require_above(self, "batch_tokens", "checkpoint_every", or_null=True)
-        alone = self.checkpoint_every is None or self.parallel.coordinator is None
-        require(alone, "checkpoint_every", self.checkpoint_every, "null where several processes share the run")

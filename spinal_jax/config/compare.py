@@ -127,8 +127,6 @@ class CompareConfig:
         coordinator = self.parallel.coordinator
         right = "null with saved traces: comparing them takes one process"
         require(coordinator is None or all(sources), "parallel.coordinator", coordinator, right)
-        right = "null with preferences: their gradient is taken by one process"
-        require(coordinator is None or self.preferences is None, "parallel.coordinator", coordinator, right)
         require(self.keep_prompts >= 0, "keep_prompts", self.keep_prompts, "0 or more prompts")
         right = "0 with saved traces: the steps of each prompt need both models (model.source, reference.source)"
         require(self.keep_prompts == 0 or all(sources), "keep_prompts", self.keep_prompts, right)

@@ -109,7 +109,7 @@ class Plan:
     @cached_property
     def groups_at_once(self) -> int:
         """Most groups in a batch."""
-        return max(len({self.visits[visit].slot for visit in packed.visits}) for packed in self.batches)
+        return max((len({self.visits[visit].slot for visit in packed.visits}) for packed in self.batches), default=1)
 
     @cached_property
     def groups(self) -> Groups:
@@ -159,15 +159,38 @@ class Plan:
     @property
     def waste(self) -> float:
         """Share of the computed tokens that is padding."""
-        return 1 - self.tokens / self.padded_tokens
+        real = sum(self.batch_tokens(number) for number in range(len(self.batches)))
+        return 1 - real / max(1, self.padded_tokens)
+
+    def done(self, batches: int) -> frozenset[int]:
+        """The sequences in the first so many batches."""
+        return frozenset(n for packed in self.batches[:batches] for row in packed.rows for n in row)
+
+    def complete(self, batch: int) -> list[GroupRun]:
+        """The visits whose last batch this is."""
+        return self._complete[batch]
+
+    @cached_property
+    def _complete(self) -> dict[int, list[GroupRun]]:
+        found: dict[int, list[GroupRun]] = defaultdict(list)
+        for visit in self.visits:
+            found[visit.last_batch].append(visit)
+        return found
+
+    def open_after(self, batches: int) -> list[GroupRun]:
+        """The visits that have begun in the first so many batches and have not ended."""
+        begun = {visit for packed in self.batches[:batches] for visit in packed.visits}
+        return [self.visits[number] for number in sorted(begun) if self.visits[number].last_batch >= batches]
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """The batches, as arrays of the host."""
         return self.filled()
 
-    def filled(self, parts: Sequence[int] | None = None) -> Iterator[TokenBatch]:
-        """The batches, of each only the rows and measured positions of these shards, in order; None: of all."""
-        return (self._fill(packed, range(packed.shards) if parts is None else parts) for packed in self.batches)
+    def filled(self, parts: Sequence[int] | None = None, begin: int = 0) -> Iterator[TokenBatch]:
+        """The batches from number `begin` on, of each only the rows and measured positions of these shards, in order;
+        None: of all."""
+        batches = self.batches[begin:]
+        return (self._fill(packed, range(packed.shards) if parts is None else parts) for packed in batches)
 
     def _fill(self, packed: Packed, parts: Sequence[int]) -> TokenBatch:
         share, room = packed.height // packed.shards, packed.measured // packed.shards
@@ -211,6 +234,8 @@ def plan(
     groups: int | None = None,
     counts: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
+    among: Sequence[int] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Plan:
     """Packs sequences into batches of about `batch_tokens` tokens, few shapes and little padding.
 
@@ -222,15 +247,16 @@ def plan(
         shards: how many share the rows of a batch; it divides every batch's height and number of measured positions.
         slots: most groups in a batch, which then share as many accumulators; None: every group has its own.
         groups: how many there are, those without a prompt included; None: up to the last that a sequence names.
-        counts, notes: as of `Plan`.
+        counts, notes, vocabulary: as of `Plan`.
+        among: which of the sequences go into batches; None: all.
 
     Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen
     by trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
     """
     group_count = 1 + max((s.group for s in sequences), default=-1) if groups is None else groups
     classes: dict[int, list[int]] = defaultdict(list)
-    for number, sequence in enumerate(sequences):
-        size = len(sequence.ids)
+    for number in range(len(sequences)) if among is None else among:
+        size = len(sequences[number].ids)
         bound = next((c for c in LENGTH_CLASSES if size <= c), None)
         if bound is None:
             raise UserError(f"a prompt has {size} tokens; set prompts.max_length to at most {LENGTH_CLASSES[-1]}")
@@ -261,9 +287,9 @@ def plan(
         for a, b in cuts:
             chosen, owner = zip(*rows[a:b], strict=True)
             batches.append(Packed(chosen, owner, height, length, width * shards, shards))
+        last = {owner: offset + i for i, (a, b) in enumerate(cuts) for _, owner in rows[a:b]}
         for k, group in enumerate(packed):
-            last = max(i for i, (a, b) in enumerate(cuts) if any(owner == first + k for _, owner in rows[a:b]))
-            visits.append(GroupRun(group, (first + k) % slots if slots else group, offset + last))
+            visits.append(GroupRun(group, (first + k) % slots if slots else group, last[first + k]))
     return Plan(
         sequences=sequences,
         selector=selector,
@@ -275,6 +301,7 @@ def plan(
         group_count=group_count,
         counts=dict(counts or {}),
         notes=tuple(notes),
+        vocabulary=vocabulary,
     )
 
 
@@ -294,17 +321,22 @@ def _heights(batch_tokens: int, length: int, shards: int) -> list[int]:
 def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:
     """Best-fit decreasing: each (size, number) goes into the fullest row that still has room for it."""
     open_rows: dict[int, list[list[int]]] = defaultdict(list)  # room left -> rows
+    rooms = 0  # bit r: some row has room r left
     rows: list[list[int]] = []
     for size, number in sorted(items, key=lambda item: (-item[0], item[1])):
-        room = next((r for r in range(size, length + 1) if open_rows.get(r)), None)
-        if room is None:
+        fitting = rooms >> size
+        if not fitting:
             row: list[int] = []
             rows.append(row)
             room = length
         else:
+            room = size + (fitting & -fitting).bit_length() - 1
             row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
         row.append(number)
         open_rows[room - size].append(row)
+        rooms |= 1 << (room - size)
     return [tuple(row) for row in rows]
 
 

@@ -45,6 +45,14 @@ class Refusals:
         """One more. UserError where more than 1 in 20 rows are refused."""
         self.count += 1
         self.first = self.first or f"{where}: {refusal}"
+        self._check(refusal)
+
+    def merge(self, count: int, firsts: Sequence[str]) -> None:
+        """The refusals of all parts of the rows, of each part the first. UserError as from `add`."""
+        self.count, self.first = count, next(filter(None, firsts), "")
+        self._check(None)
+
+    def _check(self, refusal: TemplateRefusal | None) -> None:
         if self.count > FEW * self.rows:
             many = f" ({self.count} of {self.rows} rows are refused)" if self.count > 1 else ""
             raise UserError(self.first + many) from refusal

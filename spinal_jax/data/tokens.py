@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 WIDEST = 64  # characters of a token, beyond which a text is taken to have more tokens than it has characters / WIDEST
 SHORT = 1 << 16  # characters that are always tokenised whole
+REFUSED = -1  # in place of the length of a prompt that the chat template refuses
 AT_ONCE = 512  # prompts given to the tokenizer together, which shares them out over its threads
+
+Exchange = Callable[[bytes], "list[bytes]"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,41 +44,75 @@ class TokenisedPrompts:
 
 
 def tokenise_prompts(
-    prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool
+    prompts: PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat_template: bool,
+    part: range | None = None,
+    exchange: Exchange | None = None,
 ) -> TokenisedPrompts:
     """Every prompt as token ids, by the rules of `token_ids`. Prompts without a token are left out.
+
+    Args:
+        prompts: all prompts.
+        tokenizer, max_length, chat_template: as `token_ids` takes them.
+        part: which of the prompts are tokenised here, where several processes share the work; None: all.
+        exchange: gives what this process has found to the others, and what each has found, in the order of their parts.
 
     Raises `UserError` if no prompt has a token, if the tokenizer has no chat template, or if its template refuses more
     than 1 in 20 prompts; fewer are left out and counted.
     """
     template = ChatTemplate(tokenizer, "prompts") if chat_template else None
     refusals = Refusals(len(prompts.prompts))
-    kept: list[Prompt] = []
+    part = part if part is not None else range(len(prompts.prompts))
+    lengths = np.full(len(part), REFUSED, np.int32)
     found: list[np.ndarray] = []
     shortened = 0
-    for first in range(0, len(prompts.prompts), AT_ONCE):
-        some: list[Prompt] = []
+    for first in range(0, len(part), AT_ONCE):
+        some: list[int] = []
         texts: list[str] = []
-        for prompt in prompts.prompts[first : first + AT_ONCE]:
+        for place, number in enumerate(part[first : first + AT_ONCE], start=first):
+            prompt = prompts.prompts[number]
             try:
                 texts.append(_text(prompt, template))
-                some.append(prompt)
+                some.append(place)
             except TemplateRefusal as refusal:
                 refusals.add(prompt.where or prompts.source, refusal)
-        for prompt, (ids, cut) in zip(some, _encode(texts, tokenizer, max_length, template is None), strict=True):
-            if len(ids):
-                kept.append(prompt)
-                found.append(ids)
-                shortened += cut
-    if not kept:
+        for place, (ids, cut) in zip(some, _encode(texts, tokenizer, max_length, template is None), strict=True):
+            lengths[place] = len(ids)
+            found.append(ids)
+            shortened += cut and len(ids) > 0
+    flat = np.concatenate(found) if found else np.zeros(0, np.int32)
+    if exchange is not None:
+        every = [_unpacked(each) for each in exchange(_packed(lengths, flat, shortened, refusals.first))]
+        lengths, flat = (np.concatenate([each[number] for each in every]) for number in range(2))
+        shortened = sum(each[2] for each in every)
+        refusals.merge(int(np.count_nonzero(lengths == REFUSED)), [each[3] for each in every])
+    ends = np.cumsum(np.maximum(lengths, 0))
+    kept = np.flatnonzero(lengths > 0)
+    if not len(kept):
         raise UserError(f"the tokenizer makes no token of any prompt in {prompts.source}")
     return TokenisedPrompts(
-        prompts=tuple(kept),
-        ids=tuple(found),
+        prompts=tuple(prompts.prompts[number] for number in kept.tolist()),
+        ids=tuple(flat[end - size : end] for end, size in zip(ends[kept], lengths[kept], strict=True)),
         shortened=shortened,
         refused=refusals.count,
         first_refusal=refusals.first,
     )
+
+
+def _packed(lengths: np.ndarray, flat: np.ndarray, shortened: int, refusal: str) -> bytes:
+    """What a process has found of its part."""
+    head = json.dumps({"prompts": len(lengths), "shortened": shortened, "refusal": refusal}).encode()
+    return b"\n".join([head, lengths.astype("<i4").tobytes() + flat.astype("<i4").tobytes()])
+
+
+def _unpacked(found: bytes) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """The inverse of `_packed`."""
+    head, _, rest = found.partition(b"\n")
+    said = json.loads(head)
+    numbers = np.frombuffer(rest, "<i4").astype(np.int32, copy=False)
+    return numbers[: said["prompts"]], numbers[said["prompts"] :], said["shortened"], said["refusal"]
 
 
 def token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool) -> np.ndarray:

@@ -20,6 +20,7 @@ from jax import Array
 
 from spinal_jax.errors import StoppedElsewhere, UserError
 
+EXCHANGED = 1 << 28  # bytes that all processes together give at a time
 PATIENCE = 10.0  # seconds that a network file system may take to show a new file
 
 
@@ -50,6 +51,32 @@ def of_leader(value: Any) -> Any:
     held = np.zeros(-(-size // 1024) * 1024, np.uint8)  # few sizes: each is a program that is compiled
     held[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(np.asarray(broadcast_one_to_all(held)).tobytes()[:size])
+
+
+def gathered(own: bytes) -> list[bytes]:
+    """What each process gives, in the order of the processes; all get it."""
+    count = jax.process_count()
+    if count == 1:
+        return [own]
+    from jax.experimental.multihost_utils import process_allgather
+
+    high, low = (of_each(number) for number in divmod(len(own), 1 << 20))
+    lengths = [(one << 20) + other for one, other in zip(high, low, strict=True)]
+    parts = [bytearray() for _ in range(count)]
+    step, longest = max(1 << 10, EXCHANGED // count), max(lengths)
+    for begin in range(0, longest, step):
+        width = min(step, longest - begin)
+        some = np.frombuffer(own[begin : begin + width].ljust(width, b"\0"), np.uint8)
+        everybody = np.asarray(process_allgather(some)).reshape(count, width)
+        for part, each, length in zip(parts, everybody, lengths, strict=True):
+            part += each[: max(0, length - begin)].tobytes()
+    return [bytes(part) for part in parts]
+
+
+def own_part(count: int) -> range:
+    """Which of so many things this process takes, where all processes share them: consecutive ones."""
+    here, processes = jax.process_index(), jax.process_count()
+    return range(count * here // processes, count * (here + 1) // processes)
 
 
 def to_host(tree: Any) -> Any:
@@ -103,6 +130,10 @@ class StopRequests:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop; all get the same answer."""
+        return 1 in of_each(int(self._asked))
 
     def check(self) -> None:
         """StoppedElsewhere, in every process, where one of them was asked to stop."""

@@ -23,10 +23,11 @@ from spinal_jax.errors import UserError
 from spinal_jax.parallel.distributed import Place
 
 INTERVAL = 1.0  # seconds between two looks at the others
-SILENCE = 25.0  # seconds without a new counter after which a process counts as gone
-GRACE = 5.0  # seconds in which the main thread may clean up before the process is ended
-# SILENCE, GRACE and PARTING together stay below distributed.HEARTBEAT, after which JAX aborts the processes.
-PARTING = 8.0  # seconds that process 0, which serves the others, waits for them to read why the run ends
+# JAX's heartbeats come every distributed.HEARTBEAT / 2 seconds, so that it may abort the processes that much later than
+# one is gone. What follows takes less together.
+SILENCE = 20.0  # seconds without a new counter after which a process counts as gone
+GRACE = 3.0  # seconds in which the main thread may clean up before the process is ended
+PARTING = 3.0  # seconds that process 0, which serves the others, waits for them to read why the run ends
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,10 @@ class Peers:
         """To be called before this process ends early: JAX aborts all others as soon as process 0 is gone."""
         deadline = time.monotonic() + PARTING
         self._tell("left", True)
-        others = self.place.processes - 1
-        while self.place.process == 0 and time.monotonic() < deadline and len(self._told("left")) <= others:
+        expected = set(range(self.place.processes))
+        if self._ended is not None and self._ended.how == "gone":
+            expected -= {self._ended.process}
+        while self.place.process == 0 and time.monotonic() < deadline and not expected <= self._told("left").keys():
             time.sleep(INTERVAL / 4)
 
     def _tell(self, name: str, value: Any) -> None:

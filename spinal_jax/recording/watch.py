@@ -180,7 +180,7 @@ class _Watch:
         config = self.config
         with pipeline.opened(asked) as (checkpoint, family, decoder):
             own = self._plan(checkpoint.tokenizer(), decoder)
-            if pipeline.tokens_sha256(own) != pipeline.tokens_sha256(plan):
+            if pipeline.tokens_sha256(own.sequences) != pipeline.tokens_sha256(plan.sequences):
                 raise UserError(
                     f"the tokenizer of {asked.source} makes other tokens of the prompts than that of the reference"
                 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 ABOVE = (3, 10)  # Jaccard similarity above this fraction joins two prompts
 _WORD = re.compile(r"\w+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PACKED = 1 << 21  # different words of which three fit into 64 bits
+_BLOCK, _TABLE = 1 << 22, 29  # words whose 3-grams are made at a time; bits of the largest table that counts them
 _FIRST, _AT_ONCE = 8, 512  # candidates of a gram that are compared first; and at a time
 
 Turns = tuple[tuple[str, str], ...]  # (role, content)
@@ -148,35 +150,83 @@ def _gram_sets(dialogues: Sequence[Turns]) -> _GramSets:
         # 0 stands for no word, in prompts of fewer than three.
         numbers = [known.setdefault(word, len(known) + 1) for word in spoken]
         words.append(np.array(numbers + [0] * (3 - len(numbers)), np.int32))
+    total = sum(map(len, words))
+    sizes = np.zeros(len(words), np.int32)
+    # Of grams that only one prompt has no more than their number is kept; nearly all of them are told by what a table
+    # of hashes has seen, the others by counting.
+    once, twice = np.zeros((2, 1 << max(10, min(_TABLE, (4 * total).bit_length()))), bool)
+    blocks: list[tuple[range, np.ndarray]] = []  # prompts, and their different grams one prompt after the other
+    for first, some in _blocks(words):
+        owner, grams = _grams_of(some, len(known))
+        sizes[first : first + len(some)] = np.bincount(owner, minlength=len(some))
+        different, count = np.unique(_bucket(grams, len(once)), return_counts=True)
+        twice[different[once[different] | (count > 1)]] = True
+        once[different] = True
+        blocks.append((range(first, first + len(some)), grams))
+    words.clear()
+    owners, kept = [np.zeros(0, np.int32)], [np.zeros(0, np.uint64)]
+    for prompts, grams in blocks:
+        shared = twice[_bucket(grams, len(once))]
+        owners.append(np.repeat(np.array(prompts, np.int32), sizes[prompts.start : prompts.stop])[shared])
+        kept.append(grams[shared])
+    blocks.clear()
+    owner, grams = np.concatenate(owners), np.concatenate(kept)
+    del once, twice, owners, kept
+    _, place, held_by = np.unique(grams, return_inverse=True, return_counts=True)
+    rank = np.empty(len(held_by), np.int32)
+    rank[np.argsort(held_by, kind="stable")] = np.arange(len(held_by), dtype=np.int32)
+    rank -= np.int32(np.count_nonzero(held_by < 2))
+    grams = rank[place.reshape(-1)]
+    owner, grams = owner[grams >= 0], grams[grams >= 0]
+    order = np.lexsort((grams, owner))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(sizes)))])
+    return _GramSets(sizes=sizes, starts=starts, grams=grams[order], count=int(np.count_nonzero(held_by > 1)))
+
+
+def _blocks(words: Sequence[np.ndarray]) -> Iterator[tuple[int, Sequence[np.ndarray]]]:
+    """Consecutive prompts of about _BLOCK words together, with the number of the first."""
+    first, held = 0, 0
+    for number, each in enumerate(words, start=1):
+        held += len(each)
+        if held >= _BLOCK or number == len(words):
+            yield first, words[first:number]
+            first, held = number, 0
+
+
+def _grams_of(words: Sequence[np.ndarray], known: int) -> tuple[np.ndarray, np.ndarray]:
+    """(owner, gram) of each different 3-gram of each prompt: the prompt's place among these, and a number of 64 bits
+    that stands for its three words, two different ones for the same only where there are 2 million words or more.
+
+    Where there are so many, 3-grams are hashed, and the chance that any two of 10^8 share a number is 3 in 10,000.
+    """
     lengths = np.array([len(numbers) for numbers in words], np.int64)
-    flat = np.concatenate(words).astype(np.int64) if words else np.zeros(0, np.int64)
+    flat = np.concatenate(words).astype(np.uint64)
     last = np.cumsum(lengths)
     inside = np.ones(len(flat), bool)  # where a gram begins
     inside[last - 1] = inside[last - 2] = False
     at = np.flatnonzero(inside)
-    keys = _number(_number(flat[at], flat[at + 1]), flat[at + 2])
+    if known < _PACKED:
+        grams = (flat[at] << np.uint64(42)) | (flat[at + 1] << np.uint64(21)) | flat[at + 2]
+    else:
+        grams = _mixed(_mixed(_mixed(flat[at]) ^ flat[at + 1]) ^ flat[at + 2])
     owner = np.repeat(np.arange(len(words)), lengths)[at]
-    # One entry of a gram for each prompt that has it.
-    once = np.unique(owner * (int(keys.max(initial=0)) + 1) + keys)
-    owner, keys = np.divmod(once, int(keys.max(initial=0)) + 1)
-    held_by = np.bincount(keys)
-    sizes = np.bincount(owner, minlength=len(words))
-    shared = held_by[keys] > 1
-    owner, keys = owner[shared], keys[shared]
-    by_rarity = np.argsort(held_by, kind="stable")
-    rank = np.empty(len(held_by), np.int64)
-    rank[by_rarity] = np.arange(len(held_by))
-    rank -= int(np.count_nonzero(held_by < 2))
-    grams = rank[keys]
     order = np.lexsort((grams, owner))
-    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(words)))])
-    return _GramSets(sizes=sizes, starts=starts, grams=grams[order], count=int(np.count_nonzero(held_by > 1)))
+    owner, grams = owner[order], grams[order]
+    new = np.ones(len(grams), bool)
+    new[1:] = (owner[1:] != owner[:-1]) | (grams[1:] != grams[:-1])
+    return owner[new], grams[new]
 
 
-def _number(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Numbers from 0 for the different pairs of two arrays of equal length."""
-    span = int(other.max(initial=0)) + 1
-    return np.unique(one * span + other, return_inverse=True)[1].reshape(-1)
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit numbers that spreads them (the finaliser of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _bucket(grams: np.ndarray, size: int) -> np.ndarray:
+    """The place of each gram in a table of `size`, a power of two."""
+    return (_mixed(grams) & np.uint64(size - 1)).astype(np.int64)
 
 
 def _join_alike(sets: _GramSets, joined: _Joined) -> None:
@@ -185,8 +235,8 @@ def _join_alike(sets: _GramSets, joined: _Joined) -> None:
     prompts = _distinct(sets, joined)
     prompts = prompts[np.argsort(sets.sizes[prompts], kind="stable")]  # by size, ascending
     # Grams that no other prompt has are the rarest: `left` of a set's grams are left from each shared one onwards.
-    held = np.diff(sets.starts)
-    left = held.repeat(held) - _ragged(np.zeros_like(held), held)
+    held = np.diff(sets.starts).astype(np.int32)
+    left = (sets.starts[1:].repeat(held) - np.arange(sets.starts[-1])).astype(np.int32)
     size_of = sets.sizes.repeat(held)
     # Alike sets x and y share more than above / (above + of) (|x| + |y|) grams. From the rarest one that they share
     # onwards, both have as many left; |y| is at most |x| and above above / of |x|.

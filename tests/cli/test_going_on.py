@@ -18,7 +18,7 @@ def test_a_killed_and_a_terminated_audit_end_in_the_same_trace(start: Start, spi
     command = (*AUDIT, "checkpoint_every=2", "hydra.run.dir=run")
 
     def saves() -> set[str]:
-        return {path.name for path in (run / "progress" / "saved").glob("[0-9]*")}
+        return {path.name for path in (run / "progress" / "0" / "saved").glob("[0-9]*")}
 
     def stop(number: int) -> tuple[int, str]:
         """Starts it, and ends it once it has saved something new."""

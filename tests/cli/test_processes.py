@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,10 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
+
+from spinal_jax.parallel.peers import SILENCE
+from tests.parity.gguf_files import KEYS, quantised, write
 
 from .conftest import Outcome, Spinal, Start
 
@@ -44,6 +49,7 @@ def several(start: Start, tmp_path: Path) -> Iterator[Several]:
         run: str = "run",
         slurm: bool = False,
         devices: int = 1,
+        before: str = "",
     ) -> list[subprocess.Popen[str]]:
         port = free_port()
         for number in range(count):
@@ -57,7 +63,7 @@ def several(start: Start, tmp_path: Path) -> Iterator[Several]:
                 environment |= {f"SLURM_{name}": str(value) for name, value in job.items()}
                 environment["JAX_COORDINATOR_PORT"] = str(port)
             said = [*arguments, f"hydra.run.dir={run}", f"parallel.coordinator={place[0]}", *place[1:]]
-            started.append(start(*said, *(own or {}).get(number, ()), cwd=folder, env=environment))
+            started.append(start(*said, *(own or {}).get(number, ()), cwd=folder, env=environment, before=before))
         return started[-count:]
 
     yield begin
@@ -70,13 +76,21 @@ def several(start: Start, tmp_path: Path) -> Iterator[Several]:
         process.communicate()
 
 
-def ends(processes: list[subprocess.Popen[str]], timeout: float = 1200) -> list[Outcome]:
-    deadline = time.monotonic() + timeout
+def ends(processes: list[subprocess.Popen[str]]) -> list[Outcome]:
     found = []
     for process in processes:
-        out, err = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        out, err = process.communicate()
         found.append(Outcome(process.returncode, out, err))
     return found
+
+
+def await_start(process: subprocess.Popen[str], count: int) -> None:
+    """Returns once the process has said that the audit begins, whatever libraries write before."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if f"in {count} processes" in line:
+            return
+    raise AssertionError(process.communicate())
 
 
 def same(one: Path, other: Path) -> None:
@@ -87,25 +101,87 @@ def same(one: Path, other: Path) -> None:
         np.testing.assert_allclose(got, right, rtol=CLOSE, atol=CLOSE, err_msg=name)
 
 
-def test_two_and_four_processes_find_what_one_does(several: Several, spinal: Spinal, tmp_path: Path) -> None:
-    """Two with two devices each compare two models, four that SLURM has started audit one of them."""
-    compare = ("compare", "model.source=random:0.3m", "reference.source=random:0.3m@1", *WORLD)
-    two = several(2, *compare, "parallel.fsdp=2", devices=2)
+# Says at the end how many spectra and how many prompts a process has taken.
+COUNTING = """
+import atexit, sys
+from spinal_jax.data import tokens
+from spinal_jax.metrics import contraction
+
+counts = {"spectra": [], "prompts": []}
+def counted(module, name, what, size):
+    whole = getattr(module, name)
+    def count(*given):
+        counts[what].append(size(*given))
+        return whole(*given)
+    setattr(module, name, count)
+
+counted(contraction, "singular_values", "spectra", lambda *given: 1)
+counted(tokens, "_encode", "prompts", lambda texts, *rest: len(texts))
+atexit.register(lambda: print("counted", *map(sum, counts.values()), file=sys.stderr))
+"""
+
+
+def counted(outcome: Outcome) -> list[int]:
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("counted ")]
+    return [int(number) for number in line.split()[1:]]
+
+
+def test_two_processes_compare_as_one_does(several: Several, spinal: Spinal, tmp_path: Path) -> None:
+    """Two with two devices each, which share the spectra, the prompts and the preference pairs."""
+    pairs = ("preferences=world", "preferences.limit=12", "preferences.held_out=0")
+    compare = ("compare", "model.source=random:0.3m", "reference.source=random:0.3m@1", *WORLD, *pairs)
+    two = several(2, *compare, "parallel.fsdp=2", devices=2, before=COUNTING)
     alone = spinal(*compare, "hydra.run.dir=alone")
     assert alone.code == 0, alone
-    for number, outcome in enumerate(ends(two)):
+    found = ends(two)
+    for number, outcome in enumerate(found):
         assert outcome.code == 0, outcome
         assert ("mesh 2 x 2 x 1" in outcome.err) == (number == 0), outcome  # libraries may write in all processes
         assert ("report" in outcome.out) == (number == 0), outcome
     for name in ("aligned/trace.json", "reference/trace.json", "comparison.json"):
         same(tmp_path / "0" / "run" / name, tmp_path / "alone" / name)
+    compared = json.loads((tmp_path / "alone" / "comparison.json").read_text())["columns"]
+    assert "gradient_norm" in compared
     assert not (tmp_path / "1" / "run").exists()
-    four = ends(several(4, *AUDIT, "parallel.fsdp=2", "parallel.tensor=2", run="four", slurm=True))
-    assert [outcome.code for outcome in four] == [0] * 4, four
-    assert "cpu x 4 in 4 processes, mesh 1 x 2 x 2" in four[0].err
-    assert not any("DepthTrace" in outcome.out for outcome in four[1:])
-    assert list(tmp_path.glob("*/four")) == [tmp_path / "0" / "four"]
-    same(tmp_path / "0" / "four" / "trace.json", tmp_path / "alone" / "aligned" / "trace.json")
+    trace = json.loads((tmp_path / "alone" / "aligned" / "trace.json").read_text())
+    spectra, prompts = zip(*map(counted, found), strict=True)
+    assert sum(spectra) % (2 * (trace["model"]["layers"] + 1)) == 0  # of two models, as many at each boundary
+    assert max(spectra) <= 0.55 * sum(spectra)
+    # Each takes half of the 16 prompts: with both tokenizers, to compare them, and for both models.
+    assert prompts == (4 * 8, 4 * 8)
+
+
+def test_an_audit_goes_on_in_as_many_processes_and_in_others(several: Several, tmp_path: Path) -> None:
+    """SIGTERM at one of two ends both after a save. Two then end in the same bytes as two that nobody stopped, and four
+    that SLURM has started in the same numbers."""
+    command = (*AUDIT, "prompts.limit=160", "metrics.groups=4", "batch_tokens=128", "checkpoint_every=1")
+    whole = ends(several(2, *command, run=str(tmp_path / "whole")))
+    assert [outcome.code for outcome in whole] == [0, 0], whole
+    stopped = several(2, *command, run=str(tmp_path / "run"))
+    saved = tmp_path / "run" / "progress" / "0" / "saved"
+    while not any(path.name.isdigit() and int(path.name) >= 2 for path in saved.glob("*")):
+        assert stopped[1].poll() is None, stopped[1].communicate()
+        time.sleep(0.01)
+    stopped[1].send_signal(signal.SIGTERM)
+    for outcome in ends(stopped):
+        assert outcome.code == 143, outcome
+        assert outcome.err.splitlines()[-1].startswith("spinal: ")
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    shutil.copytree(tmp_path / "run", tmp_path / "four")
+    going_on = several(2, *command, run=str(tmp_path / "run"))
+    four = several(4, *command, "parallel.fsdp=2", "parallel.tensor=2", run=str(tmp_path / "four"), slurm=True)
+    for outcome in ends([*going_on, *four]):
+        assert outcome.code == 0, outcome
+    for name in ("trace.json", "trace.csv", "spectra.safetensors", "report.html"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    same(tmp_path / "four" / "trace.json", tmp_path / "whole" / "trace.json")
+    for name in ("run", "four"):
+        assert not (tmp_path / name / "progress").exists()
+
+
+def test_processes_that_save_share_a_folder(several: Several) -> None:
+    for outcome in ends(several(2, *AUDIT, "checkpoint_every=1")):
+        refused(outcome, "process 1 does not see the folder", "choose a hydra.run.dir on a file system that they share")
 
 
 @pytest.mark.parametrize(
@@ -116,8 +192,7 @@ def test_a_process_that_is_gone_ends_all(
 ) -> None:
     """Where process 0 is gone, so is JAX's service, and JAX itself may end the others before they can say a word."""
     processes = several(count, *ENDLESS)
-    assert processes[0].stderr is not None
-    assert f"in {count} processes" in processes[0].stderr.readline()
+    await_start(processes[0], count)
     processes[dies].send_signal(sent)
     found = ends([process for number, process in enumerate(processes) if number != dies])
     processes[dies].kill()
@@ -126,15 +201,15 @@ def test_a_process_that_is_gone_ends_all(
         if dies:
             assert "Traceback" not in outcome.err
             assert outcome.code == 1, outcome
-            assert f"spinal: process {dies} of {count} on " in outcome.err.splitlines()[-1]
-            assert outcome.err.endswith(f" is gone (nothing heard for 25 s): the run ends in all {count} processes\n")
+            (said,) = [line for line in outcome.err.splitlines() if line.startswith("spinal: ")]
+            assert said.startswith(f"spinal: process {dies} of {count} on ")
+            assert said.endswith(f" is gone (nothing heard for {SILENCE:.0f} s): the run ends in all {count} processes")
     assert not list(tmp_path.glob("*/run/manifest.json"))
 
 
 def test_a_signal_to_one_process_ends_all(several: Several, tmp_path: Path) -> None:
     processes = several(2, *ENDLESS)
-    assert processes[0].stderr is not None
-    assert "in 2 processes" in processes[0].stderr.readline()
+    await_start(processes[0], 2)
     processes[1].send_signal(signal.SIGTERM)
     zero, one = ends(processes)
     assert (zero.code, one.code) == (143, 143)
@@ -200,7 +275,6 @@ def test_processes_that_do_not_belong_together_never_begin(several: Several) -> 
         (("parallel.processes=2",), "parallel.processes is 2; it takes null unless parallel.coordinator is HOST:PORT"),
         (("parallel.coordinator=auto",), "neither SLURM, Open MPI nor a TPU pod says"),
         (("parallel.coordinator=auto", "parallel.backend=pmap"), "parallel.backend is 'pmap'; it takes auto or mesh"),
-        (("parallel.coordinator=auto", "checkpoint_every=2"), "checkpoint_every is 2; it takes null where several"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(spinal: Spinal, settings: tuple[str, ...], words: str) -> None:
@@ -214,40 +288,57 @@ from spinal_jax.parallel.distributed import Place, start
 from spinal_jax.parallel.mesh import make_mesh
 from spinal_jax.parallel.placement import Shards
 from spinal_jax.config import ParallelConfig
+from spinal_jax.models.formats.gguf import GgufFile
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.families import read_model
 from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import load_decoder
 
-source, service, process, sizes = sys.argv[1:]
+service, process, sizes, *sources = sys.argv[1:]
 start(Place(service, 2, int(process)), 60)
 read = []
-for name in ("_rows", "_block"):
-    def counted(*of, method=getattr(SafetensorsFolder, name)):
+for kind, name in ((SafetensorsFolder, "_rows"), (SafetensorsFolder, "_block"), (GgufFile, "_read")):
+    def counted(*of, method=getattr(kind, name)):
         read.append(method(*of))
         return read[-1]
-    setattr(SafetensorsFolder, name, counted)
-family, config = read_model(json.load(open(f"{source}/config.json")))
+    setattr(kind, name, counted)
 shards = Shards(make_mesh(ParallelConfig(*map(int, sizes))))
-checkpoint = open_checkpoint(source)
-model = load_decoder(checkpoint, family, config, jnp.dtype(jnp.float32), placing=shards.parameter)
-sums = {path: float(jnp.sum(x)) for path, x in take_apart(model)[1].items()}
-shapes = checkpoint.names().values()
-matrices = sum(info.dtype.itemsize * np.prod(info.shape) for info in shapes if len(info.shape) == 2)
-print(json.dumps([sum(x.nbytes for x in read if x.ndim == 2) / float(matrices), sums]))
+for source in sources:
+    read.clear()
+    checkpoint = open_checkpoint(source)
+    family, config = read_model(checkpoint.config)
+    model = load_decoder(checkpoint, family, config, jnp.dtype(jnp.float32), placing=shards.parameter)
+    sums = {path: float(jnp.sum(x)) for path, x in take_apart(model)[1].items()}
+    shapes = checkpoint.names().values()
+    matrices = sum(np.prod(info.shape) for info in shapes if len(info.shape) == 2)
+    print("read", json.dumps([sum(x.size for x in read if x.ndim == 2 and len(x) > 1) / float(matrices), sums]))
 """
 
 
+def gguf_of(model: Path, path: Path) -> Path:
+    """The tiny model as a GGUF file, its matrices in blocks of 32 columns where that divides them."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    tensors: dict[str, Any] = {}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        known = names.get_name(name, try_suffixes=(".weight",))
+        assert known is not None
+        blocks = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+        tensors[known] = quantised(tensor, gguf.GGMLQuantizationType.Q8_0) if blocks else tensor
+    sizes = {".block_count": 3, ".context_length": 2048, ".embedding_length": 32, ".feed_forward_length": 48}
+    return write(path, "llama", {**KEYS, **sizes}, tensors)
+
+
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
-def test_each_process_reads_only_what_its_devices_hold(model: Path, axis: str) -> None:
-    """Half of every matrix, whether rows or columns are split, and both processes then hold the same model."""
+def test_each_process_reads_only_what_its_devices_hold(model: Path, tmp_path: Path, axis: str) -> None:
+    """Half of every matrix of a folder and of a GGUF file, whether rows or columns are split, and both processes then
+    hold the same model."""
     service = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    sizes = "121" if axis == "fsdp" else "112"
+    sizes, sources = "121" if axis == "fsdp" else "112", (model, gguf_of(model, tmp_path / "model.gguf"))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LOAD, str(model), service, str(number), sizes],
+            [sys.executable, "-c", LOAD, service, str(number), sizes, *map(str, sources)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -256,12 +347,14 @@ def test_each_process_reads_only_what_its_devices_hold(model: Path, axis: str) -
         for number in range(2)
     ]
     try:
-        found: list[Any] = []
+        found: list[list[Any]] = []
         for outcome in ends(processes):
             assert outcome.code == 0, outcome
-            found.append(json.loads(outcome.out.splitlines()[-1]))
+            said = [line for line in outcome.out.splitlines() if line.startswith("read ")]
+            found.append([json.loads(line.removeprefix("read ")) for line in said])
     finally:
         for process in processes:
             process.kill()
-    assert [share for share, _ in found] == [0.5, 0.5]
-    assert found[0][1] == found[1][1]
+    for zero, one in zip(*found, strict=True):
+        assert zero[0] == one[0] == 0.5
+        assert zero[1] == one[1]

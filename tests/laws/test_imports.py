@@ -59,12 +59,12 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {*_JSON, "audit.trace", "comparison.record", "comparison"},
     "report": {*_RECORDS, "comparison", "metrics.columns", "stats"},
     "objectives": {"errors", "data", "config", "metrics", "models"},
-    "comparison.preference_gradient": {"config", "metrics", "models", "objectives"},
+    "comparison.preference_gradient": {"config", "metrics", "models", "objectives", "parallel"},
     "comparison.prompt_steps": {"data.packing", "comparison.record"},
     "comparison.checkpoints": {
         *("stats.groups", "data.vocabulary", "metrics.depth", "comparison.prompt_steps"),
         *("errors", "data.packing", "data", "config", "models", "audit.trace", "audit", "comparison", "objectives"),
-        *("parallel.device_defaults", "comparison.record", "comparison.preference_gradient"),
+        *("parallel", "parallel.device_defaults", "comparison.record", "comparison.preference_gradient"),
     },
     "recording": {
         *("errors", "files", "data.packing", "data", "config", "metrics", "parallel", "models", "audit.trace", "audit"),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from spinal_jax.comparison import preference_gradient as module
 from spinal_jax.comparison.preference_gradient import (
@@ -17,6 +18,7 @@ from spinal_jax.comparison.preference_gradient import (
     preference_gradient,
     shape_for,
 )
+from spinal_jax.config import ParallelConfig
 from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.data import Completion
 from spinal_jax.metrics.gradient import block_norms
@@ -24,6 +26,8 @@ from spinal_jax.models.config import Experts
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
 from spinal_jax.objectives.responses import Example
+from spinal_jax.parallel.mesh import make_mesh
+from spinal_jax.parallel.placement import Shards
 
 COUNT = 11
 GROUPS = [3, 5, 5, 3, 9, 9, 3, 3, 5, 9, 3]
@@ -179,3 +183,27 @@ def test_norms_by_block_survive_tiny_and_huge_gradients() -> None:
     nothing = block_norms({"embedding": jnp.zeros((2, 2))}, 3)
     assert not np.asarray(nothing.blocks).any()
     assert float(nothing.embedding) == 0
+
+
+def test_devices_that_share_the_pairs_find_what_one_does(make_decoder: Callable[..., Decoder]) -> None:
+    """Rows of a micro-batch on four devices, parameters split among two of them in each of two ways."""
+    examples, reference = pairs(), np.random.default_rng(1).normal(size=(COUNT, 2)).astype(np.float32)
+    model = make_decoder(0, depth=2)
+    alone = found_on(model, examples, reference, None)
+    mesh = make_mesh(ParallelConfig(2, 2, 2))
+    parts, arrays = take_apart(model)
+    shards = Shards(mesh)
+    split = parts.assemble({path: jax.device_put(x, shards.parameter(path, x.shape)) for path, x in arrays.items()})
+    shared = found_on(split, examples, reference, mesh)
+    for one, two in zip(alone, shared, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+
+
+def found_on(
+    model: Decoder, examples: list[Example], reference: np.ndarray, mesh: Mesh | None
+) -> tuple[np.ndarray, ...]:
+    shape = shape_for(examples, 256, mesh)
+    assert shape.rows % (1 if mesh is None else 4) == 0
+    logp = log_probabilities(model, examples, shape, lambda n: None, mesh)
+    found = preference_gradient(model, examples, GROUPS, reference, ObjectiveConfig("dpo"), shape, lambda n: None, mesh)
+    return logp, found.blocks, found.blocks_without, found.margin_without, np.array(list(found.apart.values()))

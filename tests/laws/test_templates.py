@@ -130,6 +130,35 @@ def test_few_refusals_are_left_out_and_counted_and_many_end_the_run() -> None:
         ChatTemplate(tokenizer, "prompts").render(bad, opening=True)
 
 
+class _Told(Exception):
+    pass
+
+
+@pytest.mark.parametrize("processes", [2, 3, 50])
+def test_processes_that_tokenise_parts_find_what_one_does(processes: int) -> None:
+    good, longer, bad = (("user", "q"),), (("user", "q" * 30),), (("user", "q"), ("user", "r"))
+    tokenizer, prompts = tokenizer_with(ALTERNATE), prompt_set(*[good, longer] * 12, bad, *[good] * 19)
+    whole = tokenise_prompts(prompts, tokenizer, 9, True)
+    count = len(prompts.prompts)
+    parts = [range(count * k // processes, count * (k + 1) // processes) for k in range(processes)]
+    told: list[bytes] = []
+
+    def tell(found: bytes) -> list[bytes]:
+        told.append(found)
+        raise _Told
+
+    for part in parts:
+        with pytest.raises(_Told):
+            tokenise_prompts(prompts, tokenizer, 9, True, part, tell)
+    for part in parts[:1]:
+        found = tokenise_prompts(prompts, tokenizer, 9, True, part, lambda _: told)
+        assert [ids.tolist() for ids in found.ids] == [ids.tolist() for ids in whole.ids]
+        assert found.prompts == whole.prompts
+        assert (found.shortened, found.refused) == (whole.shortened, whole.refused) == (whole.shortened, 1)
+        assert found.first_refusal == whole.first_refusal
+    assert whole.shortened
+
+
 def test_refused_pairs_are_counted() -> None:
     turns = [(("user", "q"),)] * 30 + [(("user", "q"), ("user", "r"))]
     pairs = tuple(PreferencePair(number, "", "yes", "no", each) for number, each in enumerate(turns))

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from spinal_jax.errors import UserError
+from spinal_jax.models.formats.base import ReadsParts
+from spinal_jax.models.formats.gguf import GgufFile
 from spinal_jax.models.formats.open import open_checkpoint
 
 from .gguf_files import KEYS, RAW, normal, quantised, some_tensors, write
@@ -73,6 +75,45 @@ def test_a_tensor_of_several_pieces_is_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         open_checkpoint(str(path)).tensor("lm_head.weight"), gguf.quants.dequantize(raw, kind)
     )
+
+
+def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that lie paired in the file, blocks of 32 columns, and GPT-2's transposed matrices."""
+    rng = np.random.default_rng(0)
+    down = quantised(normal(rng, 64, 96), Quantisation.Q4_0)
+    query, key = (quantised(normal(rng, rows, 64), Quantisation.Q8_0) for rows in (64, 32))
+    changed = {"blk.0.attn_q": query, "blk.0.attn_k": key, "blk.0.ffn_down": down}
+    llama = open_checkpoint(str(write(tmp_path / "a.gguf", "llama", KEYS, some_tensors(**changed))))
+    gpt2_keys = {**KEYS, ".attention.layer_norm_epsilon": 1e-5, ".attention.head_count_kv": 4}
+    del gpt2_keys[".attention.layer_norm_rms_epsilon"]
+    qkv = quantised(normal(rng, 192, 64), Quantisation.Q8_0)
+    gpt2_tensors = {"token_embd.weight": normal(rng, 24, 64), "blk.0.attn_qkv.weight": qkv}
+    gpt2 = open_checkpoint(str(write(tmp_path / "b.gguf", "gpt2", gpt2_keys, gpt2_tensors)))
+    read: list[int] = []
+    whole = GgufFile._read
+
+    def counted(self: GgufFile, *asked: Any) -> np.ndarray:
+        read.append((found := whole(self, *asked)).size)
+        return found
+
+    monkeypatch.setattr(GgufFile, "_read", counted)
+    for checkpoint in (llama, gpt2):
+        assert isinstance(checkpoint, ReadsParts)
+        for name, info in checkpoint.names().items():
+            every = checkpoint.tensor(name)
+            rows, columns = info.shape
+            for bounds in (
+                ((0, rows), (0, columns)),
+                ((rows // 4, rows // 2), (0, columns)),
+                ((0, rows), (columns // 2, columns)),
+                ((1, rows - 3), (5, 41)),
+                ((0, 0), (0, columns)),
+            ):
+                read.clear()
+                found = checkpoint.part(name, bounds)
+                np.testing.assert_array_equal(found, every[tuple(slice(*each) for each in bounds)], err_msg=name)
+                assert found.dtype == every.dtype
+                assert sum(read) == found.size
 
 
 def test_llama_loads_as_transformers_itself_loads_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import mmap
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -15,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.formats.base import TensorInfo, require_regular, sha256_of
+from spinal_jax.models.formats.base import Bounds, TensorInfo, require_regular, sha256_of
 from spinal_jax.models.formats.gguf_architectures import (
     ARCHITECTURES,
     ROPE_FACTORS,
@@ -23,6 +24,7 @@ from spinal_jax.models.formats.gguf_architectures import (
     Config,
     Keys,
     Undo,
+    halves,
     minus_one,
     transposed,
 )
@@ -98,26 +100,48 @@ class GgufFile:
     def close(self) -> None:
         """Nothing is held open between reads."""
 
-    def _read(self, stored: _Stored) -> np.ndarray:
-        """The values, dequantised some rows at a time so that little more than the result is in memory."""
-        dtype = _PLAIN.get(stored.type)
+    def part(self, name: str, bounds: Bounds) -> np.ndarray:
+        stored, outer, undo, info = self._origins[name]
+        order = undo if isinstance(undo, partial) and undo.func is halves else None  # which moves rows alone
+        if len(info.shape) < 2 or not (undo is None or undo is transposed or order is not None):
+            return self.tensor(name)[tuple(slice(*each) for each in bounds)]
+        rows = np.arange(math.prod(stored.shape[:-1])).reshape(stored.shape[:-1])[outer]
+        if order is not None:
+            rows = order(rows)
+        within = bounds[::-1] if undo is transposed else bounds
+        rows = rows[tuple(slice(*each) for each in within[:-1])]
+        values = self._read(stored, rows.reshape(-1), within[-1]).reshape(*rows.shape, within[-1][1] - within[-1][0])
+        return transposed(values) if undo is transposed else values
+
+    def _read(
+        self, stored: _Stored, numbers: np.ndarray | None = None, columns: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """The values of a tensor, or of some of its rows [len(numbers), columns]: of these only the blocks that hold
+        the columns are read. They are dequantised some rows at a time, so that little more than the result is in
+        memory."""
+        dtype, kind = _PLAIN.get(stored.type), self._gguf.GGMLQuantizationType(stored.type)
         rows, width = math.prod(stored.shape[:-1]), stored.shape[-1]
-        values = np.empty((rows, width), dtype or np.float32)
-        step = max(1, (1 << 20) // max(1, width))
-        with stored.path.open("rb") as file:
-            file.seek(stored.offset)
-            for start in range(0, rows, step):
-                stop = min(start + step, rows)
-                raw = np.fromfile(file, np.uint8, (stop - start) * stored.row_bytes)
-                if raw.size != (stop - start) * stored.row_bytes:
-                    raise UserError(f"{stored.path} has become shorter since it was opened")
-                raw = raw.reshape(stop - start, stored.row_bytes)
-                if dtype is None:
-                    quantisation = self._gguf.GGMLQuantizationType(stored.type)
-                    values[start:stop] = self._gguf.quants.dequantize(raw, quantisation)
-                else:
-                    values[start:stop] = raw.view(dtype)
-        return values.reshape(stored.shape)
+        wanted = np.arange(rows) if numbers is None else numbers
+        begin, end = columns or (0, width)
+        block, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
+        first, last = begin // block, -(-end // block)
+        values = np.empty((len(wanted), end - begin), dtype or np.float32)
+        if not values.size:
+            return values
+        step = max(1, (1 << 20) // max(1, (last - first) * block))
+        with stored.path.open("rb", buffering=0) as file:
+            for start in range(0, len(wanted), step):
+                some = wanted[start : start + step]
+                raw = np.empty((len(some), (last - first) * block_bytes), np.uint8)
+                whole = raw.shape[1] == stored.row_bytes  # then rows that follow each other are read together
+                breaks = np.flatnonzero(np.diff(some) != 1) + 1 if whole else np.arange(1, len(some))
+                for into, run in zip(np.split(raw, breaks), np.split(some, breaks), strict=True):
+                    file.seek(stored.offset + int(run[0]) * stored.row_bytes + first * block_bytes)
+                    if file.readinto(into.data) != into.nbytes:
+                        raise UserError(f"{stored.path} has become shorter since it was opened")
+                found = raw.view(dtype) if dtype is not None else self._gguf.quants.dequantize(raw, kind)
+                values[start : start + step] = found[:, begin - first * block : end - first * block]
+        return values.reshape(stored.shape) if numbers is None else values
 
 
 def _import_gguf() -> ModuleType:

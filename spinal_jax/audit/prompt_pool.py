@@ -1,0 +1,180 @@
+"""From the prompts that a user names to the batches of an audit: tokens, groups, and how they are packed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from spinal_jax import data
+from spinal_jax.audit.devices import Devices, OneDevice
+from spinal_jax.config import MetricsConfig, PromptsConfig
+from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan
+from spinal_jax.data.vocabulary import Vocabulary
+from spinal_jax.errors import UserError
+from spinal_jax.metrics.depth import terminal_block
+from spinal_jax.metrics.tail import MIN_RANKS, fitted_ranks
+from spinal_jax.models.config import DecoderConfig
+from spinal_jax.parallel import device_defaults
+from spinal_jax.parallel.agreement import gathered, own_part
+from spinal_jax.stats.groups import assign_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HASHED = 4096  # sequences whose tokens are hashed at a time
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptPool:
+    """Tokenised prompts, each with its group, before they are packed for any devices.
+
+    Attributes:
+        sequences: the prompts.
+        settings: what is measured.
+        vocabulary: that distributions are taken over.
+        counts, notes: as of `Plan`.
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    settings: MetricsConfig
+    vocabulary: Vocabulary
+    counts: Mapping[str, int]
+    notes: Sequence[str]
+
+    def pack(self, batch_tokens: int, rows: int, slots: int | None, among: Sequence[int] | None = None) -> Plan:
+        """Batches of about so many tokens, for devices of which `rows` share the rows of a batch.
+
+        Args:
+            batch_tokens: of all devices together.
+            rows: how many devices share the rows.
+            slots: groups in a batch at most, where their sums leave the devices; None: they stay.
+            among: which of the prompts go into batches; None: all.
+        """
+        return plan(
+            self.sequences,
+            Positions.parse(self.settings.transport.positions),
+            self.settings.contraction.skip,
+            batch_tokens,
+            rows,
+            slots,
+            groups=self.settings.groups,
+            counts=self.counts,
+            notes=self.notes,
+            among=among,
+            vocabulary=self.vocabulary,
+        )
+
+
+def prompt_pool(
+    prompts: data.PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+    decoder: DecoderConfig,
+    asked: PromptsConfig,
+    settings: MetricsConfig,
+) -> PromptPool:
+    """Tokenises the prompts and groups them. Processes that share a run each tokenise a part and tell the others.
+
+    Raises:
+        UserError: too few tokens are left for a fit at any layer.
+    """
+    limit = asked.max_length
+    terminal_block(decoder.depth, settings.terminal)  # refuses what this depth does not have
+    if decoder.learned_positions and limit > decoder.max_positions:
+        raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
+    part, exchange = (own_part(len(prompts.prompts)), gathered) if jax.process_count() > 1 else (None, None)
+    tokens = data.tokenise_prompts(prompts, tokenizer, limit, asked.chat_template, part, exchange)
+    if (top := max(int(ids.max()) for ids in tokens.ids)) >= decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
+        )
+    kept = tokens.prompts
+    group, component = assign_groups([p.text for p in kept], [p.turns for p in kept], settings.groups)
+    pool = PromptPool(
+        sequences=tuple(TokenSequence(ids, each) for ids, each in zip(tokens.ids, group.tolist(), strict=True)),
+        settings=settings,
+        vocabulary=Vocabulary.of(tokenizer, decoder.vocab_size),
+        counts={
+            "count": len(kept),
+            "components": int(component.max()) + 1,
+            "largest_component": int(np.bincount(component).max()),
+            "shortened": tokens.shortened,
+            "refused_by_template": tokens.refused,
+            "undecodable_bytes": prompts.undecodable,
+        },
+        notes=notes_on(prompts, tokens),
+    )
+    _check(pool, decoder)
+    return pool
+
+
+def _check(pool: PromptPool, decoder: DecoderConfig) -> None:
+    """UserError where too few tokens are left."""
+    settings = pool.settings
+    rows = sum(max(0, len(sequence.ids) - settings.contraction.skip) for sequence in pool.sequences)
+    low, high = fitted_ranks(rows, decoder.width, settings.contraction.window)
+    if high - low + 1 < MIN_RANKS:
+        raise UserError(
+            f"{rows} measured tokens of {decoder.width} features leave fewer than {MIN_RANKS} singular values "
+            f"in the window {list(settings.contraction.window)}; give more or longer prompts, or a wider "
+            "metrics.contraction.window"
+        )
+    selector = Positions.parse(settings.transport.positions)
+    if not any(len(selector.of(sequence)) for sequence in pool.sequences):
+        raise UserError(
+            f"metrics.transport.positions is {settings.transport.positions!r}, but no prompt is long enough to have one"
+        )
+
+
+def plan_prompts(
+    prompts: data.PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+    decoder: DecoderConfig,
+    asked: PromptsConfig,
+    settings: MetricsConfig,
+    batch_tokens: int | None = None,
+    devices: Devices | None = None,
+    slots: int | None = None,
+) -> Plan:
+    """Tokenises and packs, for `devices` and as many `slots` as suit them unless told. UserError where too few tokens
+    are left for a fit at any layer."""
+    devices = devices or OneDevice()
+    pool = prompt_pool(prompts, tokenizer, decoder, asked, settings)
+    return pool.pack(batch_tokens or default_batch_tokens(devices), devices.rows, slots)
+
+
+def default_batch_tokens(devices: Devices) -> int:
+    """Tokens of a batch where nothing is said, of all devices together."""
+    return device_defaults.batch_tokens(jax.default_backend()) * devices.rows
+
+
+def notes_on(prompts: data.PromptSet, tokens: data.TokenisedPrompts) -> list[str]:
+    """Sentences on how the prompts became tokens that a reader of the numbers must know."""
+    notes = []
+    if tokens.refused:
+        notes.append(
+            f"{tokens.refused} of {len(prompts.prompts)} prompts are left out because the chat template refuses them; "
+            f"the first is {tokens.first_refusal}."
+        )
+    if prompts.undecodable:
+        notes.append(f"{prompts.undecodable} bytes of the prompts' file are no UTF-8 and were read as U+FFFD.")
+    return notes
+
+
+def tokens_sha256(sequences: Sequence[TokenSequence]) -> str:
+    """Hex digest over the token ids of every prompt in order, each with its length."""
+    digest = hashlib.sha256()
+    for begin in range(0, len(sequences), HASHED):
+        some = sequences[begin : begin + HASHED]
+        parts = [part for sequence in some for part in (np.array([len(sequence.ids)]), sequence.ids)]
+        digest.update(np.concatenate(parts).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def batches_sha256(work: Plan) -> str:
+    """Hex digest over how the prompts are packed."""
+    return hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest()
