@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinal_jax.audit.pipeline import bars, load, opened, run_audit
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.config import AuditConfig, ModelConfig, build
+from spinal_jax.config import AuditConfig, ModelConfig, build, merged
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from spinal_jax.train.run import Trained
+# Settings of the command that say what becomes of a run folder.
+OF_THE_COMMAND = ("overwrite", "checkpoint_every", "logging")
+# Of the keywords of `audit`, by which it is told whether one was given.
+DEFAULTS = {
+    "dtype": "float32",
+    "format": "jsonl",
+    "max_length": 256,
+    "chat_template": False,
+    "groups": 16,
+    "window": (0.10, 0.50),
+    "skip": 1,
+    "center": False,
+    "positions": "last:4",
+    "temperature": 1.0,
+}
 
 
 def audit(
@@ -37,6 +53,7 @@ def audit(
     temperature: float = 1.0,
     top_k: int | None = None,
     groups: int = 16,
+    settings: Mapping[str, object] | None = None,
     progress: bool = True,
 ) -> DepthTrace:
     """The depth trace of one checkpoint.
@@ -48,6 +65,8 @@ def audit(
         window, skip, center: as its `metrics.contraction.` settings.
         positions, temperature, top_k: as its `metrics.transport.` settings.
         groups: of prompts, for the jackknife.
+        settings: more, as `spinal audit` takes them: {"parallel": {"data": 2}, "metrics": {"terminal": "last:4"}}. A
+            setting that is also given by keyword must agree with it.
         progress: show progress bars.
 
     Returns:
@@ -56,8 +75,13 @@ def audit(
     Raises:
         UserError: for anything the caller can mend, in one sentence.
     """
+    given = copy.deepcopy(dict(settings or {}))
+    if kept := [name for name in OF_THE_COMMAND if name in given]:
+        raise UserError(
+            f"settings has {kept[0]}, which belongs to the command spinal audit; spinal_jax.audit writes no run folder"
+        )
     named = isinstance(prompts, (str, os.PathLike))
-    settings = {
+    asked = {
         "model": {"source": os.fspath(model), "revision": revision, "dtype": dtype},
         "prompts": {
             "path": os.fspath(prompts) if named else None,
@@ -73,7 +97,7 @@ def audit(
         },
     }
     texts = None if named or prompts is None else list(prompts)
-    return run_audit(build(AuditConfig, settings), texts, bars(progress))
+    return run_audit(build(AuditConfig, merged(given, asked, DEFAULTS)), texts, bars(progress))
 
 
 def train(

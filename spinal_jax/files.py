@@ -127,7 +127,7 @@ def locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
+def difference(one: object, other: object, name: str = "") -> tuple[str, Any, Any] | None:
     """The first place where two documents differ: its dotted name, and what it holds in each. None where they agree."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = sorted(one.keys() | other)
@@ -263,7 +263,7 @@ def check_boundaries(content: Mapping[str, Any], boundaries: int) -> None:
         raise ValueError(f"it says {said} boundaries, its columns have {boundaries}")
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """`value` as JSON can hold it: NaN -> None, arrays and tuples -> lists, mappings by sorted key."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
@@ -274,7 +274,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def undefined(value: Any) -> Any:
+def undefined(value: object) -> Any:
     """JSON's null is NaN again."""
     if isinstance(value, dict):
         return {key: undefined(item) for key, item in value.items()}
@@ -290,7 +290,7 @@ def floats(name: str, values: Any) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in values], np.float64)
 
 
-def _two_levels(value: Any) -> str:
+def _two_levels(value: object) -> str:
     """JSON with one line per key of a section, so that a trace diffs well and a column stays on its line."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False)

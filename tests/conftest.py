@@ -1,4 +1,7 @@
-"""What every test runs under: eight virtual CPU devices, strict dtype promotion, repeatable property tests."""
+"""What every test runs under: eight virtual CPU devices, strict dtype promotion, repeatable properties.
+
+SPINAL_SHAPES=1 checks the shapes in the annotations of the modules of SHAPED, with beartype.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import install_import_hook
 
-from spinal_jax.models.config import DecoderConfig
-from spinal_jax.models.decoder import Decoder
-from spinal_jax.models.rope import Rope
+# Modules whose annotations tell shapes; before any of them is imported.
+SHAPED = (
+    "spinal_jax.comparison.paired",
+    "spinal_jax.data.packing",
+    "spinal_jax.metrics.depth",
+    "spinal_jax.metrics.tail",
+    "spinal_jax.stats",
+)
+if os.environ.get("SPINAL_SHAPES", "0") != "0":
+    install_import_hook(SHAPED, "beartype.beartype")
+
+from spinal_jax.models.config import DecoderConfig  # noqa: E402
+from spinal_jax.models.decoder import Decoder  # noqa: E402
+from spinal_jax.models.rope import Rope  # noqa: E402
 
 # A shell that starts pytest in the background has it ignore Ctrl-C, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -346,11 +346,15 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
     rows, positions = groups.rows[used], groups.positions[used]
     terminal = terminal_block(len(spectra.whole) - 1, settings.terminal)
     window = settings.contraction.window
-    lost = np.flatnonzero(~np.isfinite(spectra.whole).all(axis=-1))
+    lost = np.flatnonzero(~(spectra.whole <= np.finfo(np.float32).max).all(axis=-1))  # traces hold them as float32
     if len(lost):
         raise UserError(
             f"the hidden states at boundary {lost[0]} are not finite: they overflow; model.dtype=float32 may help"
         )
+    flat = np.flatnonzero(~(spectra.whole[..., 0] > 0))
+    if len(flat):
+        equal = "all equal" if settings.contraction.center else "all 0"
+        raise UserError(f"the hidden states at boundary {flat[0]} are {equal}, so they have no spectrum to measure")
     resolution = spectra.resolution
     everything = over_groups(sums)
     whole = curve(spectra.whole, int(total), everything, window, resolution, terminal)

@@ -30,7 +30,8 @@ from spinal_jax.errors import UserError
 from spinal_jax.files import difference, load_json_file, malformed, write_whole
 from spinal_jax.parallel.agreement import StopRequests, check_shared, of_each
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
+# Orbax logs every step of a save, and shows the traceback of an error that it also raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 FOLDER, SETTINGS, SAVED = "progress", "settings.json", "saved"  # in the run folder, in that, and in each leg's

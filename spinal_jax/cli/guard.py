@@ -25,6 +25,7 @@ FAULTS = (
 # As libraries word them that pass no errno on.
 FAULT_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 MEMORY = "out of memory: {}; a smaller batch_tokens or micro_tokens, a smaller model or more devices would need less"
+PANIC = "a library written in Rust gave up on its input ({}); often a rule of tokenizer.json asks too much of it"
 
 
 def guarded(run: Callable[[], int]) -> None:
@@ -50,6 +51,11 @@ def guarded(run: Callable[[], int]) -> None:
                     _end(console.STOPS[0])
                 code, message = judged(error)
                 complain(message)
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # as PyO3 passes on a panic in Rust; it is no Exception
+                    raise
+                complain(PANIC.format(" ".join(str(error).split())[:300]))
+                code = MISTAKE
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -70,10 +76,10 @@ def judged(error: Exception) -> tuple[int, str]:
     SPINAL_DEBUG=1 shows its traceback."""
     _debug(error)
     text = " ".join(str(error).split())
+    if (fault := _fault(error)) is not None:  # first: TensorStore calls a full disk RESOURCE_EXHAUSTED too
+        return MISTAKE, fault
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return MISTAKE, MEMORY.format(text[:300] or "the host has no more")
-    if (fault := _fault(error)) is not None:
-        return MISTAKE, fault
     from spinal_jax.cli.error_report import without_secrets, write_error_report
 
     what = without_secrets(f"{type(error).__name__}: {text[:300]}".rstrip(": "))

@@ -7,7 +7,6 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from spinal_jax.cli.registry import COMMANDS, Command
 from spinal_jax.config.record import REQUIRED, Setting, settings_of
@@ -77,7 +76,7 @@ def help_text(command: Command) -> str:
     return "\n".join(lines) + HYDRA_HELP.format(command=command.name, quoting=QUOTING[0].upper() + QUOTING[1:])
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A default as one would type it."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 

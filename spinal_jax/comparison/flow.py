@@ -141,7 +141,7 @@ def compare(
     Raises:
         UserError: for anything the caller can mend, in one sentence.
     """
-    from spinal_jax.config import CompareConfig, build
+    from spinal_jax.config import CompareConfig, build, merged
 
     given: dict[str, Any] = copy.deepcopy(dict(settings or {}))
     if kept := [name for name in OF_THE_COMMAND if name in given]:
@@ -171,7 +171,7 @@ def compare(
     if preferences is not None:
         asked["preferences"] = {"path": os.fspath(preferences)}
     defaults = {"align": "equal", "same_prompts": True, "beta": 0.1, "dtype": "float32"}
-    config = build(CompareConfig, _merged(given, asked, defaults))
+    config = build(CompareConfig, merged(given, asked, defaults))
     texts = None if named or prompts is None else list(prompts)
     bar = None
     if not all(saved):
@@ -183,24 +183,6 @@ def compare(
         raise UserError(f"{what} are given, but saved traces were measured on theirs; leave {what} out")
     traces = tuple(side if isinstance(side, DepthTrace) else None for side in (aligned, reference))
     return run_compare(config, texts, bar, traces=(traces[0], traces[1])).comparison
-
-
-def _merged(
-    given: dict[str, Any], asked: Mapping[str, Any], defaults: Mapping[str, Any], path: str = ""
-) -> dict[str, Any]:
-    """`given` with what was `asked` by keyword, at any depth. A keyword at its default gives way; otherwise UserError
-    where the two disagree."""
-    for name, value in asked.items():
-        where = f"{path}{name}"
-        if name not in given:
-            given[name] = value
-        elif isinstance(value, Mapping) and isinstance(given[name], Mapping):
-            given[name] = _merged(dict(given[name]), value, defaults, f"{where}.")
-        elif value is None or (name in defaults and value == defaults[name]):
-            continue
-        elif given[name] != value:
-            raise UserError(f"settings has {where}={given[name]!r}, but {value!r} is given too; give one of them")
-    return given
 
 
 def _trace_of(side: ComparedConfig) -> DepthTrace:

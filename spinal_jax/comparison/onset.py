@@ -357,7 +357,7 @@ def save_onset(detected: Mapping[str, Any], file: Path) -> None:
     write_whole(file, (json.dumps(_plain(detected), indent=1) + "\n").encode())
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.errors import UserError
@@ -18,9 +19,9 @@ Align = Literal["equal", "relative"]
 class Curve(NamedTuple):
     """A column of a trace, from all groups of prompts and without each."""
 
-    full: np.ndarray  # [D + 1]
-    without: np.ndarray  # [G, D + 1], NaN where there is but one group
-    sizes: np.ndarray  # [G] what was measured of each group
+    full: Float[np.ndarray, " boundaries"]
+    without: Float[np.ndarray, "G boundaries"]  # NaN where there is but one group
+    sizes: Float[np.ndarray, " G"]  # what was measured of each group
 
     @property
     def estimate(self) -> Estimate:
@@ -158,11 +159,11 @@ def _warnings(aligned: DepthTrace, reference: DepthTrace) -> list[str]:
     return lines
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return np.asarray(value).tolist() if isinstance(value, (list, tuple, np.ndarray)) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A hash by its first digits, a long list by its first values, anything else as it is."""
     if isinstance(value, str) and len(value) > 16 and set(value) <= set("0123456789abcdef"):
         return f"{value[:12]}..."

@@ -10,7 +10,7 @@ from spinal_jax.config.files import ConvertConfig, ExportConfig, VerifyConfig
 from spinal_jax.config.metrics import ContractionConfig, MetricsConfig, TransportConfig, VariantsConfig
 from spinal_jax.config.model import ComparedConfig, ModelConfig, SourceConfig
 from spinal_jax.config.parallel import AuditParallelConfig, ParallelConfig, ProcessesConfig
-from spinal_jax.config.record import about, build, require, to_mapping
+from spinal_jax.config.record import about, build, merged, require, to_mapping
 
 __all__ = [
     "AssertConfig",
@@ -35,6 +35,7 @@ __all__ = [
     "VerifyConfig",
     "about",
     "build",
+    "merged",
     "require",
     "to_mapping",
 ]

@@ -28,6 +28,9 @@ class ContractionConfig:
         require(self.skip >= 0, "metrics.contraction.skip", self.skip, "0 or more tokens")
 
 
+TEMPERATURES = (1e-6, 1e6)  # logits divided by one stay within float32
+
+
 @dataclass(frozen=True)
 class TransportConfig:
     """How far the token distribution moves between layers: `metrics.transport`."""
@@ -42,7 +45,9 @@ class TransportConfig:
 
     def __post_init__(self) -> None:
         Positions.parse(self.positions)
-        require(self.temperature > 0, "metrics.transport.temperature", self.temperature, "a number above 0")
+        low, high = TEMPERATURES
+        right = f"a number from {low:g} to {high:g}"
+        require(low <= self.temperature <= high, "metrics.transport.temperature", self.temperature, right)
         require(self.top_k is None or self.top_k > 0, "metrics.transport.top_k", self.top_k, "null or a number above 0")
 
 

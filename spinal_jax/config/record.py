@@ -144,6 +144,24 @@ def build(record: type[T], values: Mapping[str, Any], path: str = "") -> T:
     return record(**chosen)
 
 
+def merged(
+    given: dict[str, Any], asked: Mapping[str, object], defaults: Mapping[str, object], path: str = ""
+) -> dict[str, Any]:
+    """`given` with what was `asked` by keyword, at any depth. A keyword at its default gives way; otherwise UserError
+    where the two disagree."""
+    for name, value in asked.items():
+        where = f"{path}{name}"
+        if name not in given:
+            given[name] = value
+        elif isinstance(value, Mapping) and isinstance(given[name], Mapping):
+            given[name] = merged(dict(given[name]), value, defaults, f"{where}.")
+        elif value is None or (name in defaults and value == defaults[name]):
+            continue
+        elif given[name] != value:
+            raise UserError(f"settings has {where}={given[name]!r}, but {value!r} is given too; give one of them")
+    return given
+
+
 def _key(declared: Field[Any]) -> str:
     """What users call a field: one that is a keyword of Python, such as assert, ends with an underscore here."""
     return declared.name.removesuffix("_")

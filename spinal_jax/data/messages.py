@@ -27,7 +27,7 @@ _SAME = {
 _CALLS = ("functions", "tool_calls", "function_calls", "function_call")  # text of a message beside its content
 
 
-def turns_of(messages: Any, field: str, where: str) -> list[Turn]:
+def turns_of(messages: object, field: str, where: str) -> list[Turn]:
     """Chat messages {"role", "content"}, or {"from", "value"} as ShareGPT has them, as (role, content).
 
     Other names of roles become system, user, assistant or tool. Content may be a list of text parts, which are joined;
@@ -55,7 +55,7 @@ def turns_of(messages: Any, field: str, where: str) -> list[Turn]:
     return turns
 
 
-def content_of(content: Any, where: str) -> str:
+def content_of(content: object, where: str) -> str:
     """The text of a message's content: a string, or a list of text parts."""
     if not isinstance(content, list):
         return text_of(content, "content", where)
@@ -91,7 +91,7 @@ def _transposed(columns: dict[str, list[Any]], field: str, where: str) -> list[d
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _call(value: Any) -> str:
+def _call(value: object) -> str:
     if isinstance(value, str):
         return text_of(value, "tool_calls", "")
     return json.dumps(value, ensure_ascii=False, default=str)

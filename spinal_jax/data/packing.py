@@ -12,14 +12,15 @@ positions of its own rows: what a device measures never has to come from another
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Float32, Int32
 
 from spinal_jax.data.positions import Positions as Positions
 from spinal_jax.data.positions import TokenSequence as TokenSequence
@@ -36,20 +37,28 @@ BATCH_OVERHEAD = 128  # what starting a batch costs, in tokens: weighs many smal
 ATTENTION_LENGTH = 8192  # the row length at which attention costs as much as the rest of a block, roughly
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TokenBatch:
-    """B rows of T tokens, and M measured positions among them. Padding has segment 0 and weight 0."""
+if TYPE_CHECKING:
+    OnEither = Array
+else:
+    OnEither = Array | np.ndarray  # on devices, or on the host
 
-    tokens: Array  # int32 [B, T]
-    positions: Array  # int32 [B, T] place in its own sequence
-    segments: Array  # int32 [B, T] 0: padding; 1, 2, ...: the sequences of a row
-    lengths: Array  # int32 [B, T] tokens in its own sequence
-    counted: Array  # float32 [B, T] 1 where the position counts for contraction
-    slots: Array  # int32 [B] the accumulator of the row's group
-    measured: Array  # int32 [M] flat index b * T + t, within its shard, of each position that transport measures
-    measured_weight: Array  # float32 [M] 1 for the real ones, which come first in each shard
-    measured_group: Array  # int32 [M]
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """B rows of T tokens, and M measured positions among them. Padding has segment 0 and weight 0.
+
+    A pytree, whose leaves may be other things than arrays. Replicas have an axis of devices in front of all others.
+    """
+
+    tokens: Int32[OnEither, "*devices B T"]
+    positions: Int32[OnEither, "*devices B T"]  # place in its own sequence
+    segments: Int32[OnEither, "*devices B T"]  # 0: padding; 1, 2, ...: the sequences of a row
+    lengths: Int32[OnEither, "*devices B T"]  # tokens in its own sequence
+    counted: Float32[OnEither, "*devices B T"]  # 1 where the position counts for contraction
+    slots: Int32[OnEither, "*devices B"]  # the accumulator of the row's group
+    measured: Int32[OnEither, "*devices M"]  # flat index b * T + t, within its shard
+    measured_weight: Float32[OnEither, "*devices M"]  # 1 for the real ones, which come first in each shard
+    measured_group: Int32[OnEither, "*devices M"]
 
     @staticmethod
     def empty(height: int, length: int, measured: int) -> TokenBatch:
@@ -67,6 +76,23 @@ class TokenBatch:
             "measured_group": np.zeros(by_position, np.int32),
         }
         return TokenBatch(**arrays)
+
+
+def _leaves(batch: TokenBatch) -> tuple[list[tuple[object, object]], None]:
+    return [(jax.tree_util.GetAttrKey(name), leaf) for name, leaf in vars(batch).items()], None
+
+
+def _batch(_: None, leaves: Iterable[object]) -> TokenBatch:
+    """A batch of any leaves; only arrays have shapes that can be checked."""
+    named = dict(zip(TokenBatch.__dataclass_fields__, leaves, strict=True))
+    if all(isinstance(leaf, Array | np.ndarray) for leaf in named.values()):
+        return TokenBatch(**named)  # pyright: ignore[reportArgumentType]
+    batch = object.__new__(TokenBatch)
+    vars(batch).update(named)
+    return batch
+
+
+jax.tree_util.register_pytree_with_keys(TokenBatch, _leaves, _batch)
 
 
 @dataclass(frozen=True)

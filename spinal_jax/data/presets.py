@@ -51,7 +51,7 @@ def from_turns(turns: Turns) -> Asked:
     return Asked(text=turns[0][1] if alone else transcript(turns), turns=turns)
 
 
-def from_value(value: Any, field: str, where: str) -> Asked:
+def from_value(value: object, field: str, where: str) -> Asked:
     """A prompt from a field that holds a text or messages, cut before the assistant's at the end."""
     if isinstance(value, list | dict):
         return from_turns(ending_before_reply(turns_of(value, field, where), field, where))
@@ -271,7 +271,7 @@ def _from_texts(chosen: str, rejected: str) -> Sides | str:
     return Sides(prompt=prompt, chosen=chosen[cut:], rejected=rejected[cut:], turns=(("user", prompt),))
 
 
-def _from_messages(prompt: Any, system: Any, chosen: Any, rejected: Any, where: str) -> Sides | str:
+def _from_messages(prompt: object, system: object, chosen: object, rejected: object, where: str) -> Sides | str:
     """The prompt is its own messages, those that both sides share, or a string."""
     given = turns_of(prompt, "prompt", where) if isinstance(prompt, list | dict) else []
     sides = []
@@ -340,13 +340,13 @@ def _reply(content: str) -> str:
     return content if content[:1].isspace() else f" {content}"
 
 
-def _system(content: Any, where: str) -> Turns:
+def _system(content: object, where: str) -> Turns:
     """The system's turn, where there is something in it."""
     text = "" if content is None else text_of(content, "system", where)
     return (("system", text),) if text.strip() else ()
 
 
-def _number(value: Any, field: str, where: str) -> float:
+def _number(value: object, field: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{where}: {field!r} must be a number, not {shown(value)}")
     return float(value)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Counted = Literal["rows", "positions", "pairs", "both"]
-DepthKind = Literal["state", "step", "turn", "block"]
+Place = Literal["state", "step", "turn", "block"]
 Colour = Literal["blue", "vermillion", "green", "purple"]
 
 SPINAL = "SPINAL, arXiv 2601.06238"
@@ -50,7 +50,7 @@ class Column:
     source: str
     error: bool = True
     compared: bool = False
-    place: DepthKind = "state"
+    place: Place = "state"
     colour: Colour = "blue"
     bounds: tuple[float, float] = (-math.inf, math.inf)
     decimals: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from jaxtyping import Float
 
 from spinal_jax.errors import UserError
 
@@ -38,7 +39,7 @@ def terminal_block(depth: int, asked: Terminal = "third") -> tuple[int, int]:
     return first, last
 
 
-def coherence(series: np.ndarray) -> float:
+def coherence(series: Float[np.ndarray, " n"]) -> float:
     """`1 - sum|second differences| / (2 sum|first differences|)`, clipped to [0, 1].
 
     1 for a straight ramp or a constant, 0 for a zigzag. NaN where a value of `series` [n] is. Whether a series moves
@@ -54,7 +55,10 @@ def coherence(series: np.ndarray) -> float:
 
 
 def summary(
-    contraction: np.ndarray, transport: np.ndarray, direct: float, terminal: tuple[int, int]
+    contraction: Float[np.ndarray, " boundaries"],
+    transport: Float[np.ndarray, " boundaries"],
+    direct: float,
+    terminal: tuple[int, int],
 ) -> dict[str, float]:
     """The summary numbers of one curve.
 

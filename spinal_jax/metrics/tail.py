@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Int
 
 EPS32 = float(np.finfo(np.float32).eps)  # hidden states are float32: smaller parts of s_1 are their rounding
 MIN_RANKS = 8  # fewer in the window give no number
@@ -40,12 +41,12 @@ def fitted_ranks(rows: int, width: int, window: tuple[float, float]) -> tuple[in
     return max(1, math.ceil(window[0] * most)), math.floor(window[1] * most)
 
 
-def resolved_ranks(s: np.ndarray, resolution: float = EPS32) -> np.ndarray:
+def resolved_ranks(s: Float[np.ndarray, "*n d"], resolution: float = EPS32) -> Int[np.ndarray | np.int64, "*n"]:
     """int [...] how many of the singular values [..., d] lie above `resolution * s_1`."""
     return np.sum(s > resolution * s[..., :1], axis=-1)
 
 
-def tail_fit(s: np.ndarray, rows: int, window: tuple[float, float], resolution: float = EPS32) -> TailFit:
+def tail_fit(s: Float[np.ndarray, " d"], rows: int, window: tuple[float, float], resolution: float = EPS32) -> TailFit:
     """Fits the window `(lo, hi)` of a spectrum: ordinary least squares of `log s_k` on `log k` over `fitted_ranks`.
 
     Args:
@@ -75,8 +76,8 @@ def tail_fit(s: np.ndarray, rows: int, window: tuple[float, float], resolution: 
 
 
 def tail_slopes(
-    s: np.ndarray, rows: int, windows: Sequence[tuple[float, float]], resolution: float = EPS32
-) -> np.ndarray:
+    s: Float[np.ndarray, "*n d"], rows: int, windows: Sequence[tuple[float, float]], resolution: float = EPS32
+) -> Float[np.ndarray, " W *n"]:
     """[W, ...] the `alpha` of `tail_fit` for many spectra and windows at once, each logarithm taken once.
 
     Args:
@@ -102,14 +103,14 @@ def tail_slopes(
     return alphas.reshape(len(windows), *s.shape[:-1])
 
 
-def spike(s: np.ndarray) -> np.ndarray:
+def spike(s: Float[np.ndarray, "*n d"]) -> Float[np.ndarray | np.float64, "*n"]:
     """[...] `log(s_1 / s_2)` of spectra [..., d]: how far the largest direction stands out. NaN where s_2 is 0."""
     first, second = s[..., 0], s[..., 1]
     ratio = np.divide(first, second, out=np.full(first.shape, np.nan), where=second > 0)
     return np.log(ratio)
 
 
-def effective_rank(s: np.ndarray) -> float:
+def effective_rank(s: Float[np.ndarray, " d"]) -> float:
     """exp of the entropy of s / sum(s): how many directions share the spectrum (Roy and Vetterli 2007; RankMe)."""
     p = s[s > 0] / np.sum(s)
     return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan

@@ -59,8 +59,8 @@ class _Running(NamedTuple):
     top: tuple[Array, ...]  # [L, M] running maximum of the logits
     mass: tuple[Array, ...]  # [L, M] A
     moment: tuple[Array, ...]  # [L, M] sum t^2 z
-    squared_chords: tuple[Array, ...]  # D for each pair
-    log_ratio_sums: tuple[Array, ...]  # [M] sum t^2 (z - z') for each divergence
+    gaps: tuple[Array, ...]  # D for each pair
+    leaning: tuple[Array, ...]  # [M] sum t^2 (z - z') for each divergence
     best: tuple[Array, ...]  # [L, M, K] largest logits, K = 0 without top_k
     tokens: tuple[Array, ...]  # [L, M, K] which tokens have them
 
@@ -247,18 +247,18 @@ def _add(
         jnp.exp((old - new) / 2) for old, new in zip(run.top, top, strict=True)
     )  # 0 before anything was seen
     square = tuple(part * part for part in t)
-    squared_chords = []
-    for pair, squared_chord in zip(pairs, run.squared_chords, strict=True):
+    gaps = []
+    for pair, gap in zip(pairs, run.gaps, strict=True):
         here, there = pair.slices()
         a, b, mass, other = _of(shrink, here), _of(shrink, there), _of(run.mass, here), _of(run.mass, there)
-        rescaled = a * b * squared_chord + (a - b) * (a * mass - b * other)
+        rescaled = a * b * gap + (a - b) * (a * mass - b * other)
         parting = jax.lax.optimization_barrier(jnp.square(_of(t, here) - _of(t, there)))
-        squared_chords.append(rescaled + jnp.sum(parting, axis=-1))
-    log_ratio_sums = []
-    for (here, there), sum_so_far in zip(divergences, run.log_ratio_sums, strict=True):
+        gaps.append(rescaled + jnp.sum(parting, axis=-1))
+    leaning = []
+    for (here, there), sum_so_far in zip(divergences, run.leaning, strict=True):
         p, q = slice(here, here + 1), slice(there, there + 1)
         more = jnp.sum(_of(square, p) * (_of(z, p) - _of(z, q)), axis=-1)
-        log_ratio_sums.append((_of(shrink, p) ** 2 * sum_so_far + more)[0])
+        leaning.append((_of(shrink, p) ** 2 * sum_so_far + more)[0])
     return run._replace(
         top=top,
         mass=tuple(a**2 * mass + jnp.sum(s, axis=-1) for a, mass, s in zip(shrink, run.mass, square, strict=True)),
@@ -266,8 +266,8 @@ def _add(
             a**2 * moment + jnp.sum(s * part, axis=-1)
             for a, moment, s, part in zip(shrink, run.moment, square, z, strict=True)
         ),
-        squared_chords=tuple(squared_chords),
-        log_ratio_sums=tuple(log_ratio_sums),
+        gaps=tuple(gaps),
+        leaning=tuple(leaning),
     )
 
 
@@ -282,14 +282,14 @@ def _join(
     """The running sums of the whole vocabulary from those of each device along `over`."""
     top = tuple(jax.lax.pmax(part, over) for part in run.top)
     shrink = tuple(jnp.exp((old - new) / 2) for old, new in zip(run.top, top, strict=True))
-    squared_chords = []
-    for pair, squared_chord in zip(pairs, run.squared_chords, strict=True):
+    gaps = []
+    for pair, gap in zip(pairs, run.gaps, strict=True):
         here, there = pair.slices()
         a, b, mass, other = _of(shrink, here), _of(shrink, there), _of(run.mass, here), _of(run.mass, there)
-        squared_chords.append(a * b * squared_chord + (a - b) * (a * mass - b * other))
-    log_ratio_sums = [
+        gaps.append(a * b * gap + (a - b) * (a * mass - b * other))
+    leaning = [
         _of(shrink, slice(here, here + 1))[0] ** 2 * part
-        for (here, _), part in zip(divergences, run.log_ratio_sums, strict=True)
+        for (here, _), part in zip(divergences, run.leaning, strict=True)
     ]
     best, tokens = run.best, run.tokens
     if best[0].shape[-1]:
@@ -303,8 +303,8 @@ def _join(
         top,
         tuple(total(a**2 * mass) for a, mass in zip(shrink, run.mass, strict=True)),
         tuple(total(a**2 * moment) for a, moment in zip(shrink, run.moment, strict=True)),
-        tuple(map(total, squared_chords)),
-        tuple(map(total, log_ratio_sums)),
+        tuple(map(total, gaps)),
+        tuple(map(total, leaning)),
         best,
         tokens,
     )
@@ -323,9 +323,9 @@ def _finish(
     mass, top = jnp.concatenate(run.mass), jnp.concatenate(run.top)
     log_normaliser = top + jnp.log(mass)
     distances = []
-    for pair, squared_chord in zip(pairs, run.squared_chords, strict=True):
+    for pair, gap in zip(pairs, run.gaps, strict=True):
         here, there = pair.slices()
-        exact = fisher_rao(mass[here], mass[there], squared_chord)
+        exact = fisher_rao(mass[here], mass[there], gap)
         if top_k is None:
             distances.append(exact)
             continue
@@ -345,8 +345,8 @@ def _finish(
         coarse = coarse_distance(log_p(here, p), log_p(there, q), log_p(here, q), log_p(there, p), p, q)
         distances.append(jnp.minimum(coarse, exact))  # where hardly anything is left over, its rounding shows
     divergent = [
-        ratio_sum / mass[p] - (top[p] - top[q] + jnp.log(mass[p] / mass[q]))  # equal distributions leave exactly 0
-        for (p, q), ratio_sum in zip(divergences, run.log_ratio_sums, strict=True)
+        leaning / mass[p] - (top[p] - top[q] + jnp.log(mass[p] / mass[q]))  # equal distributions leave exactly 0
+        for (p, q), leaning in zip(divergences, run.leaning, strict=True)
     ]
     return LensStats(
         tuple(distances),
@@ -356,9 +356,9 @@ def _finish(
     )
 
 
-def fisher_rao(mass: Array, other: Array, squared_chord: Array) -> Array:
+def fisher_rao(mass: Array, other: Array, gap: Array) -> Array:
     """Radians between two distributions from A, A' and D (see the module), to better than 1e-4 over [0, pi]."""
-    lost = (squared_chord - jnp.square(jnp.sqrt(mass) - jnp.sqrt(other))) / (2 * jnp.sqrt(mass) * jnp.sqrt(other))
+    lost = (gap - jnp.square(jnp.sqrt(mass) - jnp.sqrt(other))) / (2 * jnp.sqrt(mass) * jnp.sqrt(other))
     lost = jnp.clip(lost, 0.0, 1.0)  # 1 - BC = 2 sin^2(L / 4)
     return 4 * jnp.arcsin(jnp.sqrt(lost / 2))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -108,10 +107,10 @@ def digest(sha256: str | None, missing: str = "no hash") -> str | Markup:
     return Markup('sha256 <code class="hash">{}</code>').format(sha256) if sha256 else missing
 
 
-def environment(values: Mapping[str, Any]) -> Facts:
+def environment(values: Mapping[str, object]) -> Facts:
     """The environment of a measurement, sorted by name; nested records on one line."""
 
-    def shown(value: Any) -> str:
+    def shown(value: object) -> str:
         if isinstance(value, Mapping):
             return ", ".join(f"{name} {value[name]}" for name in sorted(value))
         return str(value)

@@ -205,5 +205,5 @@ def _number(run: Run, name: str) -> Cell:
     return measured(value, (high - low) / 2)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

@@ -145,7 +145,7 @@ def _share(norms: Sequence[float], terminal: tuple[int, int]) -> float:
     return float(sum(norms[first - 1 : last]) / sum(norms)) if sum(norms) else math.nan
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 

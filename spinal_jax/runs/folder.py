@@ -49,7 +49,7 @@ HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REMEDY = "set overwrite=true to replace it, or choose another hydra.run.dir"
 
 
-def check_free(folder: Path, overwrite: bool, config: Mapping[str, Any] | None = None) -> None:
+def check_free(folder: Path, overwrite: bool, config: Mapping[str, object] | None = None) -> None:
     """Refuses a folder that cannot be written to or, unless `overwrite`, where something would be lost: UserError, or
     AlreadyDone where that is a run with the settings `config`."""
     if not os.access(folder, os.W_OK):
@@ -62,7 +62,7 @@ def check_free(folder: Path, overwrite: bool, config: Mapping[str, Any] | None =
         raise UserError(f"{folder} already holds {there}, though no complete run; {REMEDY}")
 
 
-def check_incomplete(folder: Path, config: Mapping[str, Any] | None = None) -> None:
+def check_incomplete(folder: Path, config: Mapping[str, object] | None = None) -> None:
     """Refuses a folder that holds a complete run: UserError, or AlreadyDone where its settings are `config`."""
     if not (folder / MANIFEST).exists():
         return
@@ -75,14 +75,14 @@ def unfinished(folder: Path) -> bool:
     return (folder / PROGRESS).exists() and not (folder / MANIFEST).exists()
 
 
-def without_free(values: Any) -> Any:
+def without_free(values: object) -> Any:
     """The settings without those that may differ between equal runs, at any depth: FREE."""
     if not isinstance(values, Mapping):
         return values
     return {name: without_free(value) for name, value in values.items() if name not in FREE}
 
 
-def _as_json(values: Mapping[str, Any]) -> Any:
+def _as_json(values: Mapping[str, object]) -> Any:
     return json.loads(json.dumps(values))
 
 
@@ -169,7 +169,7 @@ def _names_in(path: Path) -> list[str]:
     return names
 
 
-def _are_parts(names: Any) -> TypeGuard[list[str]]:
+def _are_parts(names: object) -> TypeGuard[list[str]]:
     """Whether these may be deleted and replaced: names in the folder itself and nowhere else."""
     return isinstance(names, list) and all(isinstance(n, str) and re.fullmatch(r"\w[\w.-]*", n) for n in names)
 
@@ -192,7 +192,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def write_manifest(
-    folder: Path, command: str, config: Mapping[str, Any], about: Mapping[str, Any], seconds: Mapping[str, float]
+    folder: Path, command: str, config: Mapping[str, object], about: Mapping[str, object], seconds: Mapping[str, float]
 ) -> None:
     """What ran: resolved configuration, versions and devices, hashes (`about`), the files of the run, and under `time`
     all that differs between equal runs: when it ended (UTC) and how many seconds each stage took."""

@@ -29,7 +29,7 @@ class Sink(Protocol):
 class _Wandb:
     """Weights & Biases, and Trackio, which has the same interface."""
 
-    def __init__(self, module: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, module: Any, folder: Path, settings: Mapping[str, object]) -> None:
         self._module = module
         module.init(project=PROJECT, name=folder.name, config=dict(settings))
 
@@ -43,7 +43,7 @@ class _Wandb:
 class _MLflow:
     """MLflow: the experiment is PROJECT, the run the folder's name; where it goes is MLFLOW_TRACKING_URI's."""
 
-    def __init__(self, module: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, module: Any, folder: Path, settings: Mapping[str, object]) -> None:
         self._module = module
         module.set_experiment(PROJECT)
         module.start_run(run_name=folder.name)
@@ -56,7 +56,7 @@ class _MLflow:
         self._module.end_run()
 
 
-def open_sink(service: str | None, folder: Path, settings: Mapping[str, Any]) -> Sink | None:
+def open_sink(service: str | None, folder: Path, settings: Mapping[str, object]) -> Sink | None:
     """The sink of `logging=`; None where `service` is None.
 
     Args:
@@ -77,7 +77,9 @@ def open_sink(service: str | None, folder: Path, settings: Mapping[str, Any]) ->
         raise UserError(f"logging={service} cannot start a run: {' '.join(str(error).split())[:300]}") from error
 
 
-def send_summary(service: str | None, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+def send_summary(
+    service: str | None, folder: Path, settings: Mapping[str, object], summary: Mapping[str, object]
+) -> None:
     """Sends the numbers of a summary as a run of its own. Arguments and errors as `open_sink`."""
     sink = open_sink(service, folder, settings)
     if sink is None:

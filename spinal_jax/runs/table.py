@@ -42,7 +42,7 @@ def rows(runs: Sequence[Run], names: Mapping[Path, str]) -> list[Row]:
     ]
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
 
 

@@ -40,7 +40,7 @@ SWEPT = {
 }
 
 
-def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
+def hyperparameters(config: Mapping[str, object]) -> dict[str, bool | float | str]:
     """The settings by which runs of a sweep differ, by the names under which they are given; lists as text."""
     found = {name: value for name, value in flat(config).items() if name.partition(".")[0] in SWEPT}
     texts = {name: json.dumps(value) for name, value in found.items() if isinstance(value, list | tuple)}
@@ -67,7 +67,7 @@ class Events:
         self._writer.write(event.SerializeToString())
         self._writer.flush()
 
-    def add(self, step: int, summary: Any) -> None:
+    def add(self, step: int, summary: object) -> None:
         """Adds a summary as it is."""
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
@@ -101,7 +101,7 @@ class Events:
         self._session("session_start_info", start)
         self._in_session = True
 
-    def _session(self, name: str, info: Any) -> None:
+    def _session(self, name: str, info: object) -> None:
         content = HParamsPluginData(version=0, **{name: info}).SerializeToString()
         plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content)
         nothing = TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(), float_val=[0.0])
@@ -117,7 +117,7 @@ class Events:
             self._sink.close()
 
 
-def write_events(trace: DepthTrace, folder: Path, config: Mapping[str, Any], images: Mapping[str, bytes]) -> None:
+def write_events(trace: DepthTrace, folder: Path, config: Mapping[str, object], images: Mapping[str, bytes]) -> None:
     """TensorBoard: every column as a curve over boundaries, the summary as scalars, figures (PNG by name) as images,
     and the settings."""
     with contextlib.closing(Events(folder)) as events:
@@ -127,14 +127,14 @@ def write_events(trace: DepthTrace, folder: Path, config: Mapping[str, Any], ima
             events.image(0, f"spinal/{name}", png)
 
 
-def write_comparison_events(found: Comparison, folder: Path, config: Mapping[str, Any]) -> None:
+def write_comparison_events(found: Comparison, folder: Path, config: Mapping[str, object]) -> None:
     """TensorBoard: every column as a curve over boundaries, the summary as scalars, and the settings."""
     with contextlib.closing(Events(folder)) as events:
         events.hparams(hyperparameters(config))
         _write_numbers(events, found.columns, found.summary)
 
 
-def _write_numbers(events: Events, columns: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> None:
+def _write_numbers(events: Events, columns: Mapping[str, np.ndarray], summary: Mapping[str, object]) -> None:
     for name, values in columns.items():
         for boundary, value in enumerate(values.tolist()):
             events.scalar(boundary, f"spinal/by_boundary/{name}", value)

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float, Num
 from scipy.special import stdtrit
 
 from spinal_jax.stats.signflip import FEWEST_GROUPS, sign_flip_p
 
+if TYPE_CHECKING:
+    Numbers = np.ndarray
+else:
+    Numbers = np.ndarray | np.float64  # NumPy makes the latter of what has no axis left
 
-def pseudo_values(full: np.ndarray, without: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+
+def pseudo_values(
+    full: Num[Numbers, "*n"] | float, without: Num[np.ndarray, " G *n"], sizes: Num[np.ndarray, " G"]
+) -> Float[np.ndarray, " G *n"]:
     """[G, ...] what each group by itself says of the number: `h_j full - (h_j - 1) without_j`, `h_j = n / m_j`.
 
     Args:
@@ -45,12 +54,17 @@ class Estimate:
         share: [G], sums to 1.
     """
 
-    value: np.ndarray
-    influence: np.ndarray
-    share: np.ndarray
+    value: Float[Numbers, "*n"]
+    influence: Float[np.ndarray, " G *n"]
+    share: Float[np.ndarray, " G"]
 
     @classmethod
-    def of(cls, full: np.ndarray | float, without: np.ndarray, sizes: np.ndarray) -> Estimate:
+    def of(
+        cls,
+        full: Num[Numbers, "*n"] | float,
+        without: Num[np.ndarray, " G *n"],
+        sizes: Num[np.ndarray, " G"],
+    ) -> Estimate:
         """From the number [...], the number refitted without each group [G, ...], and the groups' sizes [G]."""
         full, share = np.asarray(full, np.float64), sizes / sizes.sum()
         keep = (1 - share).reshape(-1, *(1,) * full.ndim)
@@ -77,7 +91,7 @@ class Estimate:
         return len(self.share) - 1
 
     @property
-    def error(self) -> np.ndarray:
+    def error(self) -> Float[Numbers, " ..."]:
         """[...] delete-m_j jackknife standard error; NaN with fewer than two groups."""
         if self.degrees_of_freedom < 1:
             return np.full(np.shape(self.value), np.nan)
@@ -85,17 +99,17 @@ class Estimate:
         return np.sqrt(np.mean((h * self.influence - self.influence.sum(axis=0)) ** 2 / (h - 1), axis=0))
 
     @property
-    def half(self) -> np.ndarray:
+    def half(self) -> Float[Numbers, " ..."]:
         """[...] half of the 95 % interval, by Student's t with G - 1 degrees of freedom."""
         return t_quantile(self.degrees_of_freedom) * self.error
 
     @property
-    def pseudo_values(self) -> np.ndarray:
+    def pseudo_values(self) -> Float[np.ndarray, " G ..."]:
         """[G, ...] what each group by itself says of the number."""
         return self.value + self.influence / self.share.reshape(-1, *(1,) * np.ndim(self.value))
 
     @property
-    def p_value(self) -> np.ndarray:
+    def p_value(self) -> Float[Numbers, " ..."]:
         """[...] two-sided p-value of 0 by sign flips of the groups' pseudo-values, each weighted with its share.
 
         NaN with fewer than FEWEST_GROUPS groups, where no p-value could be below 0.05.
@@ -110,6 +124,6 @@ class Estimate:
         return sign_flip_p(share * (self.value - self.influence.sum(axis=0)) + self.influence)
 
 
-def t_quantile(degrees_of_freedom: float) -> float:
+def t_quantile(degrees_of_freedom: int | float) -> float:
     """The 0.975 quantile of Student's t; NaN below one degree of freedom."""
     return float(stdtrit(degrees_of_freedom, 0.975)) if degrees_of_freedom >= 1 else math.nan

@@ -11,8 +11,9 @@ import math
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Num
 
-from spinal_jax.stats.jackknife import Estimate
+from spinal_jax.stats.jackknife import Estimate, Numbers
 
 MASS = 0.8  # that the shortest run of blocks holds
 CLEAR = 2.0  # standard errors that the total must exceed for its place to be told, and a block to be no noise alone
@@ -20,24 +21,24 @@ RESIDUE = 0.3426  # mean of sqrt(max(0, z^2 - 1)) for a standard normal z
 TOO_LITTLE = "too little changed to say where"
 
 
-def magnitude(delta: np.ndarray, error: np.ndarray) -> np.ndarray:
+def magnitude(delta: Float[np.ndarray, "*#n"], error: Float[np.ndarray, "*#n"]) -> Float[np.ndarray, "*#n"]:
     """[...] `sqrt(max(0, delta^2 - error^2))`: the size of a difference, less what sampling error adds to it."""
     return np.sqrt(np.maximum(0.0, delta**2 - error**2))
 
 
-def share(mass: np.ndarray, terminal: tuple[int, int]) -> np.ndarray:
+def share(mass: Num[np.ndarray, "*n D"], terminal: tuple[int, int]) -> Float[np.ndarray, "*n"]:
     """[...] part of the mass [..., D] that lies in the blocks first..last, counted from 1; NaN where there is none."""
     first, last = terminal
     return _ratio(mass[..., first - 1 : last].sum(axis=-1), mass.sum(axis=-1))
 
 
-def centroid(mass: np.ndarray) -> np.ndarray:
+def centroid(mass: Num[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n"]:
     """[...] mean relative depth l / D of the mass [..., D], in (0, 1]: (D + 1) / 2D when spread evenly."""
     depth = mass.shape[-1]
     return _ratio(mass @ np.arange(1.0, depth + 1), depth * mass.sum(axis=-1))
 
 
-def shortest_run(mass: np.ndarray) -> tuple[int, int] | None:
+def shortest_run(mass: Num[np.ndarray, " D"]) -> tuple[int, int] | None:
     """(first, last) block, counted from 1, of the shortest run that holds MASS of the mass [D]; of equally short ones
     that with most. None where there is no mass."""
     total = mass.sum()
@@ -53,7 +54,10 @@ def shortest_run(mass: np.ndarray) -> tuple[int, int] | None:
 
 
 def localise_difference(
-    full: np.ndarray, without: np.ndarray, sizes: np.ndarray, terminal: tuple[int, int]
+    full: Float[np.ndarray, " D"],
+    without: Float[np.ndarray, "G D"],
+    sizes: Num[np.ndarray, " G"],
+    terminal: tuple[int, int],
 ) -> dict[str, Any]:
     """Where a signed difference lies, as `localise`, from its magnitudes less their sampling error.
 
@@ -73,11 +77,11 @@ def localise_difference(
 
 
 def localise(
-    full: np.ndarray,
-    without: np.ndarray,
-    sizes: np.ndarray,
+    full: Float[np.ndarray, " D"],
+    without: Float[np.ndarray, "G D"],
+    sizes: Num[np.ndarray, " G"],
     terminal: tuple[int, int],
-    residue: np.ndarray | None = None,
+    residue: Float[np.ndarray, " D"] | None = None,
 ) -> dict[str, Any]:
     """Where the mass lies, with delete-one-group jackknife 95 % intervals.
 
@@ -151,7 +155,7 @@ def _untold(depth: int, terminal: tuple[int, int], reason: str) -> dict[str, Any
     }
 
 
-def _mean(weight: np.ndarray, mass: np.ndarray) -> np.ndarray:
+def _mean(weight: Float[np.ndarray, " D"], mass: Num[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n"]:
     """[...] mean of a weight [D] over the mass [..., D]."""
     return _ratio(mass @ weight, mass.sum(axis=-1))
 
@@ -165,6 +169,6 @@ def _without_noise(weight: np.ndarray, mass: np.ndarray, noise: np.ndarray, valu
     return float(np.clip(left @ weight / total, 0.0, 1.0))
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: Num[Numbers, "*n"], whole: Num[Numbers, "*n"]) -> Float[np.ndarray, "*n"]:
     part, whole = np.asarray(part), np.asarray(whole)
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)

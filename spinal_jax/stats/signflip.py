@@ -10,6 +10,7 @@ import itertools
 import math
 
 import numpy as np
+from jaxtyping import Float, Num
 
 FEWEST_GROUPS = 6  # with fewer no p-value can be below 0.05, and none is given
 EXACT_GROUPS = 28  # up to here all 2^G choices are counted; beyond, DRAWS of them are drawn
@@ -17,7 +18,7 @@ DRAWS = 2**17
 ROUNDING = 1e-12  # of the sum of magnitudes: sums that differ by less are equal
 
 
-def sign_flip_p(contributions: np.ndarray) -> np.ndarray:
+def sign_flip_p(contributions: Num[np.ndarray, " G *n"]) -> Float[np.ndarray, "*n"]:
     """[...] the share of all choices of signs under which the sum over groups is at least as far from 0 as it is.
 
     Args:
@@ -55,7 +56,7 @@ def _exact(values: np.ndarray, limit: float) -> float:
     return min(1.0, 2 * float(above) / (len(one) * len(other)))
 
 
-def _sums(values: np.ndarray) -> np.ndarray:
+def _sums(values: Num[np.ndarray, " n"]) -> Float[np.ndarray, " 2**n"]:
     """[2^n] sums of the n values under all choices of signs."""
     sums = np.zeros(1)
     for value in values:
@@ -63,7 +64,9 @@ def _sums(values: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _drawn(columns: np.ndarray, limits: np.ndarray, chunk: int = 4096) -> np.ndarray:
+def _drawn(
+    columns: Num[np.ndarray, "M G"], limits: Num[np.ndarray, " M"], chunk: int = 4096
+) -> Float[np.ndarray, " M"]:
     rng, count = np.random.default_rng(0), np.zeros(len(columns))
     for _ in itertools.repeat(None, DRAWS // chunk):
         signs = rng.integers(0, 2, (chunk, columns.shape[1]), np.int8) * 2.0 - 1
@@ -71,7 +74,7 @@ def _drawn(columns: np.ndarray, limits: np.ndarray, chunk: int = 4096) -> np.nda
     return (1 + count) / (1 + DRAWS)
 
 
-def holm(p: np.ndarray) -> np.ndarray:
+def holm(p: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """[...] p-values [...] of one family after Holm's step-down correction (1979); NaN stays and does not count."""
     flat = p.ravel()
     order = np.argsort(flat)[: np.isfinite(flat).sum()]  # NaN sorts last

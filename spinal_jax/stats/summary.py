@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from spinal_jax.metrics import depth
-from spinal_jax.stats.jackknife import Estimate
+from spinal_jax.stats.jackknife import Estimate, Numbers
 
 FLAT = 3.0  # standard errors that the path must be longer than noise alone makes it
 NOISE_STEP = math.sqrt(2 / math.pi)  # mean of |z| of a standard normal z: a step of pure noise in its standard errors
@@ -19,9 +20,9 @@ FEWEST = 4  # boundaries of the terminal block that coherence needs
 class Replicates(NamedTuple):
     """A column from all groups of prompts and without each."""
 
-    full: np.ndarray  # [D + 1]
-    without: np.ndarray  # [G, D + 1], NaN where there is but one group
-    sizes: np.ndarray  # [G] what was measured of each group
+    full: Float[np.ndarray, " boundaries"]
+    without: Float[np.ndarray, "G boundaries"]  # NaN where there is but one group
+    sizes: Float[np.ndarray, " G"]  # what was measured of each group
 
 
 class Coherence(NamedTuple):
@@ -49,10 +50,10 @@ def coherence(columns: Mapping[str, Replicates], terminal: tuple[int, int]) -> C
     found, reasons = [], []
     for name, column in columns.items():
 
-        def path(x: np.ndarray) -> np.ndarray:
+        def path(x: Float[np.ndarray, "*n boundaries"]) -> Float[Numbers, "*n"]:
             return np.abs(np.diff(x[..., span], axis=-1)).sum(axis=-1)
 
-        def smooth(x: np.ndarray) -> np.ndarray:
+        def smooth(x: Float[np.ndarray, "*n boundaries"]) -> Float[Numbers, "*n"]:
             return np.apply_along_axis(depth.coherence, -1, x[..., span])
 
         found.append(Estimate.of(smooth(column.full), smooth(column.without), column.sizes))

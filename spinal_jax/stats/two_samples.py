@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float, Num
 from scipy.special import stdtrit
 from scipy.stats import rankdata
 
@@ -38,7 +39,7 @@ class Difference:
         return self.value + self.half
 
 
-def welch(one: np.ndarray, other: np.ndarray) -> Difference:
+def welch(one: Num[np.ndarray, " S"], other: Num[np.ndarray, " R"]) -> Difference:
     """Mean of `one` [S] less mean of `other` [R], with Welch's t interval."""
     if len(one) < 2 or len(other) < 2 or not (np.isfinite(one).all() and np.isfinite(other).all()):
         value = float(np.mean(one) - np.mean(other)) if len(one) and len(other) else math.nan
@@ -51,7 +52,7 @@ def welch(one: np.ndarray, other: np.ndarray) -> Difference:
     return Difference(value, math.sqrt(square), freedom)
 
 
-def permutation_p(one: np.ndarray, other: np.ndarray) -> float:
+def permutation_p(one: Num[np.ndarray, " S"], other: Num[np.ndarray, " R"]) -> float:
     """Two-sided p-value of equal distributions: the share of all ways to split the values whose Welch t is at least as
     far from 0.
 
@@ -71,7 +72,7 @@ def permutation_p(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @functools.lru_cache(maxsize=4)
-def _splits(total: int, size: int) -> tuple[np.ndarray, int]:
+def _splits(total: int, size: int) -> tuple[Bool[np.ndarray, "n {total}"], int]:
     """bool [n, total] which values a split takes, and 1 where splits are drawn and not all."""
     drawn = int(math.comb(total, size) > EXACT_SPLITS)
     if drawn:
@@ -83,7 +84,7 @@ def _splits(total: int, size: int) -> tuple[np.ndarray, int]:
     return inside, drawn
 
 
-def _t(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
+def _t(values: Num[np.ndarray, " N"], inside: Bool[np.ndarray, "n N"]) -> Float[np.ndarray, " n"]:
     """[n] |Welch t| of the values [N] inside [n, N] against those outside; infinite where nothing varies."""
     means, errors = [], []
     sums = inside @ np.stack([values, values**2], axis=1)  # [n, 2]
@@ -108,7 +109,7 @@ class RankCorrelation:
     count: int
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> RankCorrelation:
+def rank_correlation(x: Num[np.ndarray, " n"], y: Num[np.ndarray, " n"]) -> RankCorrelation:
     """Spearman's rank correlation of the pairs whose numbers are both defined.
 
     The interval is Fisher's, with the standard error `sqrt((1 + r^2 / 2) / (n - 3))` of Bonett and Wright (2000).
@@ -120,6 +121,6 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> RankCorrelation:
         return RankCorrelation(math.nan, math.nan, math.nan, count)
     r = float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
     if abs(r) > 1 - 1e-12:
-        return RankCorrelation(round(r), math.nan, math.nan, count)
+        return RankCorrelation(float(round(r)), math.nan, math.nan, count)
     half = 1.959964 * math.sqrt((1 + r * r / 2) / (count - 3))
     return RankCorrelation(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half), count)

@@ -14,7 +14,8 @@ from spinal_jax.errors import UserError
 from spinal_jax.objectives.step import TrainState
 from spinal_jax.parallel.agreement import of_leader
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
+# Orbax logs every step of a save, and shows the traceback of an error that it also raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class _Preserve:

@@ -57,6 +57,7 @@ def refused(spinal: Spinal, model: Path, prompts: Path, tmp_path: Path) -> Refus
         ("metrics.contraction.window=[0.3,0.3]", ["metrics.contraction.window", "lo < hi"]),
         ("metrics.contraction.window=0.5", ["metrics.contraction.window", "0.5", "list"]),
         ("metrics.contraction.window=[0.1,0.2]", ["[0.1, 0.2]", "more or longer prompts"]),
+        ("metrics.transport.temperature=1e-30", ["metrics.transport.temperature", "1e-30", "from 1e-06 to 1e+06"]),
         ("metrics.transport.positions=first:2", ["metrics.transport.positions", "'first:2'", "last:K"]),
         ("metrics.transport.positions=response:2", ["metrics.transport.positions", "response"]),
         ("prompts.limit=1 prompts.max_length=8", ["7 measured tokens", "more or longer prompts"]),
@@ -130,6 +131,11 @@ def change_tensors(folder: Path, **changed: np.ndarray | None) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
+def all_zero(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: np.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
 def wrong_shape(folder: Path) -> None:
     change_tensors(folder, model__layers__1__mlp__up_proj__weight=np.zeros((47, 32), np.float32))
 
@@ -168,6 +174,7 @@ def foreign_tokenizer(folder: Path) -> None:
         (other_type, ["'mamba'", "supported", "llama", "mistral"]),
         (unknown_key, ["'new_switch'", "model.ignore_keys=[new_switch]"]),
         (truncated, ["model.safetensors", "truncated"]),
+        (all_zero, ["hidden states at boundary 0 are all 0"]),
         (wrong_shape, ["model.layers.1.mlp.up_proj.weight", "(47, 32)", "48"]),
         (missing_tensor, ["model.norm.weight"]),
         (missing_shard, ["model-00002-of-00002.safetensors", "missing"]),

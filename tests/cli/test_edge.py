@@ -209,12 +209,29 @@ def test_a_fault_of_the_disk_is_one_sentence(audit_that: Callable[..., Outcome],
     assert not (tmp_path / "run").exists()
 
 
+def test_a_disk_that_tensorstore_finds_full_is_no_lack_of_memory(audit_that: Callable[..., Outcome]) -> None:
+    def job(asked: AuditConfig, folder: Path) -> int:
+        raise ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device')
+
+    assert "out of memory" not in audit_that(job).refusal("No space left on device")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")])
 def test_too_little_memory_is_one_sentence(audit_that: Callable[..., Outcome], error: Exception) -> None:
     def job(asked: AuditConfig, folder: Path) -> int:
         raise error
 
     audit_that(job).refusal("out of memory", "batch_tokens")
+
+
+def test_a_panic_in_rust_is_one_sentence(audit_that: Callable[..., Outcome], tmp_path: Path) -> None:
+    panic = type("PanicException", (BaseException,), {})  # as PyO3 makes it
+
+    def job(asked: AuditConfig, folder: Path) -> int:
+        raise panic("Onig: Regex search error: retry-limit-in-match over")
+
+    audit_that(job).refusal("retry-limit-in-match", "tokenizer.json")
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_that_may_not_grow(start: Start, model: Path, prompts: Path, tmp_path: Path) -> None:
@@ -309,6 +326,12 @@ def test_the_package_audit_is_the_function_too() -> None:
     assert spinal_jax.audit.trace.DepthTrace is spinal_jax.DepthTrace
     with pytest.raises(UserError, match="there is no 'nowhere'"):
         spinal_jax.audit("nowhere")
+    with pytest.raises(UserError, match="settings has overwrite, which belongs to the command"):
+        spinal_jax.audit("nowhere", settings={"overwrite": True})
+    with pytest.raises(UserError, match=r"settings has model\.dtype='float32', but 'bfloat16' is given too"):
+        spinal_jax.audit("nowhere", dtype="bfloat16", settings={"model": {"dtype": "float32"}})
+    with pytest.raises(UserError, match=r"metrics\.groups"):
+        spinal_jax.audit("nowhere", settings={"metrics": {"groups": 0}})
 
 
 def test_a_line_a_minute_where_there_is_no_terminal(

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from spinal_jax import data
-from spinal_jax.audit.pipeline import load, opened
+from spinal_jax.audit.pipeline import load, opened, run_audit
 from spinal_jax.audit.trace import load_trace, save_trace
 from spinal_jax.cli import main as cli
 from spinal_jax.cli.commands import COMMANDS
-from spinal_jax.config import ModelConfig, build
+from spinal_jax.config import AuditConfig, ModelConfig, build
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.config.record import defaults_of
 from spinal_jax.errors import UserError
@@ -210,6 +211,27 @@ def targets(sound: Sound) -> dict[str, Target]:
             changed["compile"] = False
             make_plan(build(PlanConfig, changed))
 
+    def measured(folder: Path, rng: random.Random) -> None:
+        """An audit of a changed model under changed settings gives numbers, or says why there is none."""
+        said = defaults_of(AuditConfig)["metrics"] | {"groups": 4}
+        source = shutil.copytree(sound.model, folder / "model")
+        if rng.random() < 0.6:
+            tensors = load_file(source / "model.safetensors")
+            changed = tensors[rng.choice(sorted(tensors))]
+            at = tuple(rng.randrange(size) for size in changed.shape)
+            where = at if rng.random() < 0.5 else at[:-1]
+            changed[where] = rng.choice((np.nan, np.inf, -np.inf, 3e38, 1e30, 1e-40, 0.0))
+            save_file(tensors, source / "model.safetensors")
+        else:
+            said = changed_json(rng, said)
+        texts = [f"{value(rng)} text number {number} of a few words, {number * number}" for number in range(12)]
+        asked = {"model": {"source": str(source)}, "metrics": said, "prompts": {"max_length": 48}}
+        trace = run_audit(build(AuditConfig, asked), texts)
+        for name, values in (*trace.columns.items(), *trace.arrays.items()):
+            assert not np.isinf(values).any(), name
+        for name in ("contraction", "transport"):
+            assert np.isfinite(trace.summary[name]) or trace.warnings, name
+
     def overrides(folder: Path, rng: random.Random) -> None:
         command = COMMANDS[rng.choice([name for name, found in COMMANDS.items() if found.record is not None])]
         names = [*_names(command.record), "hydra.run.dir", "hydra", *command.folders, "nothing.here", *TEXTS[:6]]
@@ -226,7 +248,20 @@ def targets(sound: Sound) -> dict[str, Target]:
         with _in(folder), _quiet():
             cli._compose(replace(command, job=lambda asked, out: 0), arguments)
 
-    found = (config, safetensors, gguf, tokenizer, template, prompts, preferences, runs, orbax, plan, overrides)
+    found = (
+        config,
+        safetensors,
+        gguf,
+        tokenizer,
+        template,
+        prompts,
+        preferences,
+        runs,
+        orbax,
+        plan,
+        overrides,
+        measured,
+    )
     return {target.__name__: target for target in found}
 
 

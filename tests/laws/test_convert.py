@@ -1,23 +1,16 @@
-"""Converted folders: the same tensors, read by Orbax itself, in the same bytes however often the writing was killed."""
+"""Converted folders: the same tensors, read by Orbax itself; what is not what was written is refused."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -25,55 +18,13 @@ from safetensors.numpy import save_file
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.families import read_model
-from spinal_jax.models.formats import folders, orbax
+from spinal_jax.models.formats import orbax
 from spinal_jax.models.formats.convert import convert
 from spinal_jax.models.formats.export import export
 from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.models.translate import load_decoder, parameter_shapes, places
+from spinal_jax.models.translate import load_decoder, parameter_shapes
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def write_model(folder: Path, seed: int = 0, shards: int = 2, dtype: Any = np.float32, **changed: Any) -> Path:
-    """A Hugging Face folder of a random model of CONFIG, with files that stand for a tokenizer."""
-    values = CONFIG | changed
-    family, config = read_model(values)
-    shapes = parameter_shapes(config)
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for place in places(family.rules(config), config, shapes):
-        parts = [rng.normal(size=shapes[path].shape[len(place.row) :]).astype(dtype) for path in place.paths]
-        tensors[place.name] = place.rule.join(parts, config)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(values))
-    weight_map = {}
-    for number in range(shards):
-        shard = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        part = dict(sorted(tensors.items())[number::shards])
-        save_file(part, folder / shard)
-        weight_map |= dict.fromkeys(part, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "tokenizer_config.json").write_text("{}")
-    (folder / "generation_config.json").write_text('{"do_sample": true}')
-    return folder
-
-
-def converted(source: Path, out: Path, **options: Any) -> Path:
-    return convert(open_checkpoint(str(source)), str(out), **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from .converting import BFLOAT16, CONFIG, contents, converted, refusal, write_model
 
 
 @pytest.fixture(scope="module")
@@ -84,35 +35,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(source: Path) -> Path:
     return converted(source, source.parent / "converted")
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row lies in several files, each written in several steps."""
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(orbax, "WRITE_BYTES", 700)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
-@contextmanager
-def killer(after: int) -> Iterator[Callable[..., Any]]:
-    """A progress bar that is never seen again after so many advances."""
-    left = after
-
-    def advance(amount: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-
-    @contextmanager
-    def bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        yield advance
-
-    yield bar
 
 
 def test_the_same_tensors_come_back(source: Path, folder: Path) -> None:
@@ -185,151 +107,6 @@ def test_each_parameter_keeps_its_dtype(tmp_path: Path) -> None:
         np.testing.assert_array_equal(after.tensor(name), tensors[name].astype(np.float32))
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_killed_anywhere_it_ends_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    wanted = contents(converted(source, tmp_path / "wanted"))
-    assert len([name for name in wanted if name.startswith("state/embedding/")]) > 5
-    out = tmp_path / "out"
-    kills = 0
-    while not out.exists():  # one more step each time, over everything that earlier runs left
-        with killer(after=1 + 3 * kills) as bar:
-            try:
-                converted(source, out, bar=bar)
-            except Killed:
-                kills += 1
-                with pytest.raises(UserError, match="was not finished"):
-                    open_checkpoint(f"{out}.partial")
-    assert kills > 10
-    assert contents(out) == wanted
-
-
-def test_what_is_done_is_not_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with killer(after=20) as bar, pytest.raises(Killed):
-        converted(source, tmp_path / "out", bar=bar)
-    read: list[str] = []
-    checkpoint = open_checkpoint(str(source))
-    tensor = checkpoint.tensor
-    monkeypatch.setattr(checkpoint, "tensor", lambda name: (read.append(name), tensor(name))[1])
-    total = 0
-
-    @contextmanager
-    def bar(what: str, size: int, unit: str) -> Iterator[Callable[[int], None]]:
-        nonlocal total
-        done = 0
-
-        def advance(amount: int) -> None:
-            nonlocal done
-            done += amount
-
-        yield advance
-        assert done == size  # what was skipped counts as done
-        total += 1
-
-    convert(checkpoint, str(tmp_path / "out"), bar=bar)
-    assert total == 3
-    assert 0 < len(read) <= len(checkpoint.names()) - 18
-
-
-def test_half_written_files_of_a_killed_run_do_not_stay(source: Path, folder: Path, tmp_path: Path) -> None:
-    with killer(after=10) as bar, pytest.raises(Killed):
-        converted(source, tmp_path / "out", bar=bar)
-    state = tmp_path / "out.partial" / "state"
-    (state / "embedding" / "0.0.__lock").write_bytes(b"half")
-    (state / "stacks.0.mlp.up.weight").mkdir(exist_ok=True)
-    (state / "stacks.0.mlp.up.weight" / ".zarray.__lock").write_bytes(b"")
-    assert contents(converted(source, tmp_path / "out")) == contents(folder)
-
-
-@pytest.mark.parametrize("renames", [0, 1])
-def test_killed_while_it_takes_the_place_of_another(
-    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
-) -> None:
-    """Before the old folder is set aside, or after: it is never lost, and the next run ends as if nothing had been."""
-    other = write_model(tmp_path / "other", seed=1)
-    out = converted(other, tmp_path / "out")
-    rename, left = os.rename, renames
-
-    def dying(before: Any, after: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        rename(before, after)
-
-    monkeypatch.setattr(folders.os, "rename", dying)
-    with pytest.raises(Killed):
-        converted(source, out, overwrite=True)
-    monkeypatch.undo()
-    assert contents(tmp_path / ("out" if renames == 0 else "out.replaced")) != contents(folder)
-    assert contents(converted(source, out, overwrite=True)) == contents(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
-
-
-@pytest.mark.parametrize("deleted", [0, 1, 3, 6])  # entries of the seven that the folder has
-def test_killed_while_it_clears_what_was_there(
-    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
-) -> None:
-    """What is half deleted is still known as ours, when an old folder goes and when what another run left does."""
-    other = write_model(tmp_path / "other", seed=1)
-    out = converted(other, tmp_path / "out")
-
-    def dying(left: int) -> None:
-        rmtree, unlink = shutil.rmtree, Path.unlink
-
-        def count(remove: Callable[..., None]) -> Callable[..., None]:
-            def counting(path: Path, *more: Any, **options: Any) -> None:
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    raise Killed
-                remove(path, *more, **options)
-
-            return counting
-
-        monkeypatch.setattr(folders.shutil, "rmtree", count(rmtree))
-        monkeypatch.setattr(Path, "unlink", count(unlink))
-
-    dying(deleted)
-    with pytest.raises(Killed):
-        converted(source, out, overwrite=True)
-    monkeypatch.undo()
-    assert contents(out) == contents(folder)
-    assert contents(converted(other, out, overwrite=True)) != contents(folder)
-
-    with killer(after=10) as bar, pytest.raises(Killed):
-        converted(other, tmp_path / "new", bar=bar)
-    dying(deleted % 2)  # it has state/ and the record
-    with pytest.raises(Killed):
-        converted(source, tmp_path / "new", overwrite=True)
-    monkeypatch.undo()
-    assert contents(converted(source, tmp_path / "new", overwrite=True)) == contents(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other", "out"]
-
-
-def test_a_real_sigkill(source: Path, folder: Path, tmp_path: Path) -> None:
-    """In another process, which dies within a write."""
-    script = f"""
-import os, signal, sys
-from spinal_jax.models.formats import orbax
-from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.models.formats.convert import convert
-write, left = orbax.ParameterFile.write, 9
-def dying(self, row, values, progress):
-    global left
-    left -= 1
-    if left == 0:
-        self._store[row].write(values)  # begun, and not waited for
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, row, values, progress)
-orbax.ParameterFile.write = dying
-convert(open_checkpoint({str(source)!r}), {str(tmp_path / "out")!r})
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "out").exists()
-    assert contents(converted(source, tmp_path / "out")) == contents(folder)
-
-
 def test_memory_is_that_of_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of a stack, nor of several copies: as far as NumPy's own allocations show it."""
     monkeypatch.setattr(orbax, "CHUNK_BYTES", 1 << 16)
@@ -354,86 +131,6 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path, monkeypatch: pytest.Monkey
         tracemalloc.stop()
 
 
-def refusal(source: Path | str, out: Path | str, **options: Any) -> str:
-    """The one line with which a conversion is refused."""
-    with pytest.raises(UserError) as error:
-        converted(Path(source), Path(out), **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_what_is_there_is_replaced_only_when_asked(source: Path, folder: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", seed=1)
-    out = converted(other, tmp_path / "out")
-    first = contents(out)
-    assert "already holds a complete checkpoint; set overwrite=true" in refusal(source, out)
-    assert contents(out) == first
-    with killer(after=10) as bar, pytest.raises(Killed):
-        converted(source, out, overwrite=True, bar=bar)
-    assert contents(out) == first
-    assert contents(converted(source, out, overwrite=True)) == contents(folder)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_not_ours_is_never_replaced(source: Path, tmp_path: Path, overwrite: bool) -> None:
-    mine = tmp_path / "out"
-    mine.mkdir()
-    (mine / "thesis.tex").write_text("years of work")
-    assert "was not written by spinal convert or export" in refusal(source, mine, overwrite=overwrite)
-    file = tmp_path / "file"
-    file.write_text("work")
-    assert "was not written by spinal" in refusal(source, file, overwrite=overwrite)
-    for before, name in (("out", "new.partial"), ("new.partial", "new.replaced")):
-        shutil.move(tmp_path / before, tmp_path / name)
-        assert f"{name} is in the way" in refusal(source, tmp_path / "new", overwrite=overwrite)
-        assert (tmp_path / name / "thesis.tex").exists()
-
-
-def test_an_empty_folder_may_be_named(source: Path, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    assert contents(converted(source, tmp_path / "out")) == contents(folder)
-
-
-def test_source_and_out_stay_apart(source: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "outer" / "model"
-    shutil.copytree(source, moved)
-    link = tmp_path / "link"
-    link.symlink_to(moved)
-    for out in (moved, moved / "inner", link / "inner"):
-        assert "lies inside the source" in refusal(moved, out, overwrite=True)
-    assert "holds the source" in refusal(moved, moved.parent, overwrite=True)
-    assert contents(moved) == contents(source)
-
-
-def test_an_unfinished_conversion_of_something_else_is_not_mixed_in(source: Path, folder: Path, tmp_path: Path) -> None:
-    for options in ({"dtype": "bfloat16"}, {}):
-        origin = source if options else write_model(tmp_path / "other", seed=1)
-        with killer(after=10) as bar, pytest.raises(Killed):
-            converted(origin, tmp_path / "out", bar=bar, overwrite=True, **options)
-        assert "unfinished checkpoint of another source or with other settings" in refusal(source, tmp_path / "out")
-    assert contents(converted(source, tmp_path / "out", overwrite=True)) == contents(folder)
-
-
-def test_two_runs_never_write_one_output_folder(source: Path, folder: Path, tmp_path: Path) -> None:
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    assert f"{partial} is in use by another run" in refusal(source, out)
-    os.close(descriptor)
-
-    @contextmanager
-    def overtaken(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Another conversion begins and ends while this one still hashes its source."""
-        if what == "hash source":
-            converted(source, out)
-        yield lambda amount: None
-
-    assert "already holds a complete checkpoint" in refusal(source, out, bar=overtaken)
-    assert contents(out) == contents(folder)
-    assert not partial.exists()
-
-
 def test_sources_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
@@ -451,17 +148,6 @@ def test_sources_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:
     assert "model.norm.weight has the dtype int8" in refusal(broken, tmp_path / "out2")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out2.partial").exists()
-
-
-def test_a_disk_that_cannot_be_written(source: Path, folder: Path, tmp_path: Path) -> None:
-    """After the cause is gone the same command goes on."""
-    with killer(after=10) as bar, pytest.raises(Killed):
-        converted(source, tmp_path / "out", bar=bar)
-    state = tmp_path / "out.partial" / "state"
-    (state / "stacks.0.mlp.down.weight").write_text("not a folder")
-    assert "stacks.0.mlp.down.weight cannot be written" in refusal(source, tmp_path / "out")
-    (state / "stacks.0.mlp.down.weight").unlink()
-    assert contents(converted(source, tmp_path / "out")) == contents(folder)
 
 
 def test_keys_that_are_to_be_ignored_are_remembered(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -221,3 +222,20 @@ def test_reading_and_drawing_saved_traces_imports_no_jax(name: str) -> None:
             inner = found.target.removeprefix("spinal_jax.")
             if found.target in KNOWN and inner not in reached:
                 waiting.append(inner)
+
+
+def test_what_contributing_tells_a_newcomer_is_so() -> None:
+    """The files to read first are there, and a new family or command touches no more files than the table says."""
+    root = ROOT.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\d\. `([^`]+)`", text, re.MULTILINE)
+    assert len(named) == 5
+    assert all((root / name).is_file() for name in named)
+    counts = dict(re.findall(r"^\| (an? [\w ]+) \| (\d+) \|", text, re.MULTILINE))
+    families = {i.module for i in IMPORTS if re.match(r"spinal_jax\.models\.families\.\w", i.target)}
+    outside = {module for module in families if not module.startswith("models.families.")}
+    assert (counts["a model family"], outside) == ("2", {"models.families"})
+    records = {name.rpartition(".")[2]: name for name in MODULES if name.startswith("config.")}
+    for name in ("attribute", "watch", "plan"):
+        users = {i.module for i in IMPORTS if i.target == f"spinal_jax.{records[name]}" and i.module.startswith("cli.")}
+        assert (counts["a command"], len(users)) == ("2", 1), name

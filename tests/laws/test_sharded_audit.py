@@ -46,7 +46,7 @@ from spinal_jax.parallel import placement
 from spinal_jax.parallel.mesh import make_mesh
 from spinal_jax.parallel.placement import Replicas, Shards, choose
 
-from .test_convert import converted, write_model
+from .converting import converted, write_model
 from .test_trace import pool
 
 # Sums over devices come in another order: roundings of float32, of which fits keep what a ratio of them does.
