@@ -334,7 +334,9 @@ def _run(
         _check_lens(devices.largest(lens_error), model)
         sources = stores if plan.leaves else [OnDevices(devices, each) for each in grams]
         with bar("spectra", spectra_count(boundaries, settings), "boundary") as advance:
-            resolution = contraction.resolution(contraction.product_dtype(model.dtype, dtype, jax.default_backend()))
+            backend = jax.default_backend()
+            products = contraction.product_dtype(model.dtype, dtype, backend)
+            resolution = contraction.resolution(products, backend)
             spectra = all_spectra(sources, plan, settings, boundaries, config.width, workers, advance, resolution)
         return spectra if devices.leads else None, sums
 

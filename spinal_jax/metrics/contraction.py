@@ -7,11 +7,13 @@ matrix is summed batch by batch, and its eigenvalues are taken in float64.
 An eigenvalue of a Gram sum is known to about `eps s_1^2`, eps that of the sum, so a singular value is resolved above
 `sqrt(eps) s_1`: 1.5e-8 s_1 for a float64 sum, 3.5e-4 s_1 for a float32 sum. The hidden states are float32 themselves,
 which resolves 1.2e-7 s_1 (`resolution`). Massive directions of trained models are 10 to 1,000 times the middle of the
-spectrum, which a float32 sum does not resolve safely, so sums are float64 (`gram_dtype`).
+spectrum, which a float32 sum does not resolve safely, so sums are float64 (`gram_dtype`). TPUs multiply no float64
+numbers; there products are made of pieces that float32 sums exactly (`_exact_product`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,21 +27,27 @@ from spinal_jax.metrics.tail import EPS32
 from spinal_jax.parallel.device_defaults import gram_rows
 
 STRIPE_HEIGHT = 128  # rows of a stripe of a Gram matrix, at least, where it has more than one
+EXACT_ROWS = 1024  # of hidden states in one float32 product, at most; float32 sums 2^10 products of 2^7 by 2^7 exactly
 
 
 def gram_dtype() -> np.dtype:
     """The dtype of Gram sums: float64, whatever the number of rows and the platform.
 
     Measured: a float64 sum adds 21 % of a forward on CPUs, and on H100 and H200 it is as fast as a float32 sum at
-    full precision. TPUs have no float64 unit; XLA emulates it there, in many passes.
+    full precision. On TPUs XLA emulates float64 additions, each with some twenty float32 operations.
     """
     return np.dtype(np.float64)
 
 
-def resolution(dtype: np.dtype) -> float:
-    """Which part of s_1 a singular value must exceed to be known: `max(sqrt(eps), eps32)`, eps that of the sum's
-    dtype, eps32 that of the hidden states."""
-    return max(math.sqrt(float(np.finfo(dtype).eps)), EPS32)
+def resolution(dtype: np.dtype, backend: str = "cpu") -> float:
+    """Which part of s_1 a singular value must exceed to be known: `max(sqrt(eps), eps32)`, eps that of the products'
+    dtype, eps32 that of the hidden states.
+
+    On a TPU 1.9e-6 in place of eps32: `_exact_product` rounds a number by up to eps32 / 2 of the largest in its column
+    of EXACT_ROWS rows, which moves a column by up to `sqrt(EXACT_ROWS) eps32 / 2` of its norm.
+    """
+    states = EPS32 / 2 * math.sqrt(EXACT_ROWS) if backend == "tpu" else EPS32
+    return max(math.sqrt(float(np.finfo(dtype).eps)), states)
 
 
 class Grams(NamedTuple):
@@ -80,10 +88,11 @@ def init(slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
 def product_dtype(states: np.dtype, sums: np.dtype, backend: str) -> np.dtype:
     """The arithmetic in which products of hidden states are made.
 
-    Float64 where the sums are. Bfloat16 states on GPUs and all states on TPUs take float32 instead: products of
-    bfloat16 numbers are exact there, and partial sums of at most `gram_rows` rows are added in the dtype of the sums.
+    Float64 where the sums are, on TPUs by way of `_exact_product`. Bfloat16 states on GPUs take float32 instead:
+    products of bfloat16 numbers are exact there, and partial sums of at most EXACT_ROWS rows are added in the dtype of
+    the sums.
     """
-    narrow = backend == "tpu" or (backend == "gpu" and np.dtype(states).itemsize < 4)
+    narrow = backend == "gpu" and np.dtype(states).itemsize < 4
     return np.dtype(np.float32) if narrow else np.dtype(sums)
 
 
@@ -136,7 +145,7 @@ def _add(
         for stripe, end in zip(grams.second, stripe_ends(width), strict=True):
             height = stripe.shape[2]
             left = jax.lax.dynamic_slice_in_dim(x, end - height * parts + part * height, height, axis=1)
-            outer = _outer(left, x[:, :end], products, backend).astype(sums)
+            outer = _outer(left, x[:, :end], products, sums, backend)
             so_far = jax.lax.dynamic_slice(stripe, corner, (1, 1, *outer.shape))
             second.append(jax.lax.dynamic_update_slice(stripe, so_far + outer, corner))
         first = grams.first.at[slot, boundary].add(jnp.sum(x, axis=0, dtype=sums))
@@ -145,15 +154,53 @@ def _add(
     return jax.lax.fori_loop(0, jnp.sum(begins, dtype=jnp.int32), one, grams)
 
 
-def _outer(left: Array, right: Array, products: np.dtype, backend: str) -> Array:
-    """`left.T @ right` of left [n, a], right [n, b], made in the dtype `products`."""
-    if products == np.float64 or left.dtype.itemsize == 4 or backend == "cpu":
+def _outer(left: Array, right: Array, products: np.dtype, sums: np.dtype, backend: str) -> Array:
+    """`left.T @ right` of left [n, a], right [n, b], made in the dtype `products` and added in `sums`."""
+    if backend == "tpu" and sums == np.float64:
+        product = _exact_product
+    elif products == np.float64 or left.dtype.itemsize == 4 or backend == "cpu":
         left, right = left.astype(products), right.astype(products)
-        precision = jax.lax.Precision.HIGHEST
+        product = _dot
     else:
-        precision = jax.lax.Precision.DEFAULT  # one pass of bfloat16 numbers loses nothing
+        product = _dot  # one pass of bfloat16 numbers loses nothing
+    step = len(left) if product is _dot and products == sums else EXACT_ROWS
+    parts = [product(left[at : at + step], right[at : at + step], products) for at in range(0, len(left), step)]
+    return functools.reduce(jnp.add, (part.astype(sums) for part in parts))
+
+
+def _dot(left: Array, right: Array, products: np.dtype) -> Array:
     rows = (((0,), (0,)), ((), ()))
+    precision = jax.lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     return jax.lax.dot_general(left, right, rows, precision=precision, preferred_element_type=products)
+
+
+def _exact_product(left: Array, right: Array, sums: np.dtype) -> Array:
+    """`left.T @ right` of at most EXACT_ROWS rows in float64, on matrix units that multiply bfloat16 and add float32.
+
+    Each column is rounded to multiples of 2^-24 of its largest power of two and taken apart into three pieces, whole
+    numbers of at most 2^7, as bfloat16 holds them. A product of two pieces sums to at most 2^24, which float32 adds
+    without rounding; the nine products are added in float64 (Ozaki et al. 2012, Numerical Algorithms 59).
+    """
+    (ours, tall), (theirs, wide) = _pieces(left), _pieces(right)
+    total = jnp.zeros((left.shape[1], right.shape[1]), sums)
+    for order in (4, 3, 2, 1, 0):  # the smallest first
+        for at in range(max(0, order - 2), min(order, 2) + 1):
+            whole = _dot(ours[at], theirs[order - at], np.dtype(np.float32))
+            total += (whole * (tall[:, None] * (wide * 2.0 ** (-14 - 8 * order)))).astype(sums)
+    return total
+
+
+def _pieces(x: Array) -> tuple[list[Array], Array]:
+    """Three bfloat16 arrays [n, a] of whole numbers from -128 to 128, and a power of two for each column [a], so that x
+    is `scale (pieces[0] / 2^7 + pieces[1] / 2^15 + pieces[2] / 2^23)` to 2^-24 of the scale."""
+    x = x.astype(jnp.float32)
+    exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=0))[1]
+    left, pieces = jnp.ldexp(x, 7 - exponent), []
+    for _ in range(3):
+        piece = jnp.round(left)
+        pieces.append(piece.astype(jnp.bfloat16))
+        left = (left - piece) * 256
+    return pieces, jnp.ldexp(jnp.ones_like(x[0]), exponent)
 
 
 class Split(NamedTuple):

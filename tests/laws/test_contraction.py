@@ -291,7 +291,8 @@ def test_stripes_hold_the_lower_triangle_and_rows_of_a_slot_are_multiplied_toget
         ("bfloat16", "float64", "cpu", "float64"),
         ("float32", "float64", "gpu", "float64"),
         ("bfloat16", "float64", "gpu", "float32"),
-        ("float32", "float64", "tpu", "float32"),
+        ("float32", "float64", "tpu", "float64"),
+        ("bfloat16", "float64", "tpu", "float64"),
     ],
 )
 def test_products_are_float64_but_where_tensor_cores_are_exact(
@@ -300,6 +301,39 @@ def test_products_are_float64_but_where_tensor_cores_are_exact(
     found = contraction.product_dtype(jnp.dtype(states), np.dtype(sums), backend)
     assert found == np.dtype(products)
     assert resolution(found) == (EPS32 if products == "float64" else math.sqrt(EPS32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ratio", [1e2, 1e4])
+def test_exact_pieces_give_the_spectrum_where_float64_products_are_not_to_be_had(ratio: float, dtype: str) -> None:
+    """As on a TPU: a massive direction of s_1 and massive activations of single tokens, 2,500 rows of one group."""
+    rng = np.random.default_rng(0)
+    rows = rows_of(power_law(96, 0.5, ratio), 2500, True)
+    rows[::500, 3] += 100 * np.abs(rows).max()
+    h = jnp.asarray(rows[None], dtype)
+    counted = jnp.asarray(rng.random((1, 2500)) < 0.9, jnp.float32)
+    rows = np.asarray(h[0], np.float64)[np.asarray(counted[0]) > 0]
+    exact = np.linalg.svd(rows, compute_uv=False)
+    with jax.enable_x64(True):
+        empty = init(1, 1, 96, np.dtype(np.float64))
+        found = matrices(update(empty, h, counted, jnp.zeros(1, jnp.int32), jnp.int32(0), "tpu"))
+    s = contraction.singular_values(np.asarray(found.second[0, 0]))
+    limit = resolution(np.dtype(np.float64), "tpu")
+    assert np.abs(s - exact).max() < limit * exact[0]
+    one, other = (tail_fit(each, len(rows), WINDOW, limit) for each in (s, exact))
+    assert one.alpha == pytest.approx(other.alpha, abs=1e-6)
+
+
+def test_pieces_are_whole_numbers_that_make_up_the_states() -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1024, 40)) * 10.0 ** rng.integers(-6, 6, 40), jnp.float32).at[:, 7].set(0)
+    pieces, scale = contraction._pieces(x)
+    values = [np.asarray(piece, np.float64) for piece in pieces]
+    assert all(np.array_equal(each, np.round(each)) and np.abs(each).max() <= 128 for each in values)
+    whole = np.asarray(scale, np.float64) * sum(each / 2 ** (7 + 8 * at) for at, each in enumerate(values))
+    assert (np.abs(whole - np.asarray(x)) <= 2.0**-24 * np.asarray(scale)).all()
+    largest = np.abs(np.asarray(x)).max(axis=0)
+    assert ((scale > largest) & (scale <= 2 * largest) | (largest == 0)).all()
 
 
 @settings(max_examples=60)
