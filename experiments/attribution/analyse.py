@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spinal_jax.comparison.attribution import Attribution, attribute, judged, save_attribution
+from spinal_jax.comparison.attribution import FEWEST, Attribution, attribute, judged, save_attribution
 from spinal_jax.comparison.record import load_comparison
 from spinal_jax.files import table, write_whole
 from spinal_jax.report.attribution import write_attribution_report
@@ -25,7 +25,7 @@ def main(sizes: list[str]) -> None:
     for size in sizes:
         runs, place = Path("runs/attribution") / size, HERE / size
         place.mkdir(exist_ok=True)
-        dpo, shuffled, sft = ([f"{runs}/{arm}-*"] for arm in ARMS)
+        dpo, shuffled, sft = (complete(runs, arm) for arm in ARMS)
         against = {"shuffled": attribute(dpo, shuffled, beside=sft), "sft": attribute(dpo, sft)}
         with tempfile.TemporaryDirectory() as scratch:
             for control, found in against.items():
@@ -38,9 +38,15 @@ def main(sizes: list[str]) -> None:
                     shutil.copyfile(Path(scratch) / "figures" / "runs.png", place / "runs.png")
         main = against["shuffled"]
         write(place / "correlations.csv", [{"number": n, **drop_text(c)} for n, c in main.correlations.items()])
-        write(place / "halves.csv", halves(main.arm("control", "delta_align")))
+        if len(shuffled) >= 2 * FEWEST:
+            write(place / "halves.csv", halves(main.arm("control", "delta_align")))
         write(place / "alone.csv", [alone(Path(str(run["folder"]))) for run in main.runs])
         print(size, main.sentence, against["sft"].sentence, sep="\n")
+
+
+def complete(runs: Path, arm: str) -> list[str]:
+    """The folders of an arm's runs that have ended."""
+    return [str(file.parent) for file in sorted(runs.glob(f"{arm}-*/manifest.json"))]
 
 
 def write(file: Path, rows: list[dict[str, object]]) -> None:

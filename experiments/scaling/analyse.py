@@ -1,7 +1,11 @@
-"""The tables and figures of the scaling study: python experiments/scaling/analyse.py SWEEP OUT."""
+"""The tables and figures of the scaling study: python experiments/scaling/analyse.py SWEEP OUT.
+
+From the table of runs alone, attribution.csv again: python experiments/scaling/analyse.py OUT.
+"""
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +17,11 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent))
 import figures
 
+from spinal_jax.comparison.attribution import FEWEST, UNDECIDED, judged
 from spinal_jax.files import table, write_whole
 from spinal_jax.runs.find import Run, find_runs
 from spinal_jax.stats.signflip import holm
+from spinal_jax.stats.two_samples import permutation_p
 
 # What is set against size, and how: on logarithms of both (a power law), or of the parameters alone.
 FITTED = {
@@ -29,6 +35,7 @@ FITTED = {
 # What a null arm must not show: the mean over seeds, against 0. And where DPO differs from the null arms, seed by seed.
 AGAINST_ZERO = ("delta_align", "delta_contraction_excess", "delta_transport_excess", "policy_distance_excess")
 COMPARED = ("abs_delta_align", "gradient_density", *AGAINST_ZERO)
+ATTRIBUTED = ("delta_align", "kl", "gradient_share", "accuracy")  # DPO's runs against those of each control
 SEEDS_NEEDED, SIZES_NEEDED = 3, 3
 Row = dict[str, Any]
 
@@ -222,8 +229,48 @@ def pooled(rows: Sequence[Row], names: Sequence[str] = AGAINST_ZERO) -> list[Row
     return found
 
 
+def attribution(rows: Sequence[Row]) -> list[Row]:
+    """DPO against either control at each size, as `spinal attribute same_base=false` has it: Welch's interval,
+    permutation p, with Holm's correction over sizes beside it, d_seed, and of Delta_align margin and verdict."""
+    found = []
+    for control in ("shuffled", "sft"):
+        for name in ATTRIBUTED:
+            lines = []
+            for size in sorted({row["parameters"] for row in rows}):
+                some = [row for row in rows if row["parameters"] == size]
+                one, other = (_known([row for row in some if row["arm"] == arm], name) for arm in ("dpo", control))
+                if min(len(one), len(other)) < 2:
+                    continue
+                effect, margin, verdict = judged(one, other)
+                line: Row = {"control": control, "quantity": name, "size": some[0]["size"], "parameters": size}
+                line |= {"runs_dpo": len(one), "runs_control": len(other)}
+                line |= {"mean_dpo": float(one.mean()), "sd_dpo": float(one.std(ddof=1))}
+                line |= {"mean_control": float(other.mean()), "sd_control": float(other.std(ddof=1))}
+                line |= {"effect": effect.value, "low": effect.low, "high": effect.high, "p": permutation_p(one, other)}
+                changes = name == "delta_align"
+                d_seed = line["mean_dpo"] / line["sd_dpo"] if changes else np.nan
+                verdict = verdict if min(len(one), len(other)) >= FEWEST else UNDECIDED
+                line |= {"d_seed": d_seed, "margin": margin if changes else np.nan}
+                lines.append({**line, "verdict": verdict if changes else ""})
+            for line, p in zip(lines, holm(np.array([line["p"] for line in lines])), strict=True):
+                line["p_holm"] = float(p)
+            found += lines
+    return found
+
+
+def attribute_again(out: Path) -> None:
+    """attribution.csv from the runs.csv of the same folder."""
+    with (out / "runs.csv").open(encoding="utf-8", newline="") as file:
+        rows: list[Row] = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: float(row[name] or "nan") for name in (*ATTRIBUTED, "parameters")}
+    lines = attribution([row for row in rows if not row["swept"] and row["matched"] == "True"])
+    write_whole(out / "attribution.csv", table(lines).encode())
+    print(f"{out / 'attribution.csv'}: {len(lines)} rows")
+
+
 def analyse(sweep: Path, out: Path) -> None:
-    """runs.csv, means.csv, fits.csv, against_zero.csv, pooled.csv and the figures."""
+    """runs.csv, means.csv, fits.csv, against_zero.csv, pooled.csv, attribution.csv and the figures."""
     runs = [run for run in find_runs([sweep]) if run.command == "train"]
     if incomplete := [run.folder.name for run in runs if not run.complete]:
         sys.exit(f"not complete, so nothing is analysed: {', '.join(incomplete)}; start the sweep again")
@@ -236,6 +283,7 @@ def analyse(sweep: Path, out: Path) -> None:
     tables = {"runs": rows, "means": means([row for row in rows if row["matched"]]), "fits": fits(main)}
     tables["against_zero"] = [*against_zero(main), *against_zero(less_null(main), COMPARED)]
     tables["pooled"] = [*pooled(main), *pooled(less_null(main), COMPARED)]
+    tables["attribution"] = attribution(main)
     for name, lines in tables.items():
         if lines:
             write_whole(out / f"{name}.csv", table(lines).encode())
@@ -251,6 +299,6 @@ def analyse(sweep: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python experiments/scaling/analyse.py SWEEP OUT")
-    analyse(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python experiments/scaling/analyse.py [SWEEP] OUT")
+    (analyse if len(sys.argv) == 3 else attribute_again)(*map(Path, sys.argv[1:]))

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Sequence
 from pathlib import Path
 
 from spinal_jax import config
+from spinal_jax.cli import help as pages
+from spinal_jax.cli.arguments import quoted
 from spinal_jax.cli.console import DONE, SHORT, complain, shown
-from spinal_jax.cli.registry import command
+from spinal_jax.cli.registry import COMMANDS, command
 from spinal_jax.config.attribute import AttributeConfig
+from spinal_jax.errors import UserError
+
+ARMS = {"aligned": "dpo", "control": "shuffled", "beside": "sft"}  # file of conf/arm/ whose runs are each arm
 
 
 @command(
-    "'aligned=[RUN,...]' 'control=[RUN,...]' [base=RUN]",
-    "Whether aligned runs differ from control runs of one base by more than a control run moves; loads no model.",
+    "'aligned=[RUN,...]' 'control=[RUN,...]' | experiment=attribution model.source=BASE preferences=hh ...",
+    "Whether aligned runs differ from control runs of one base by more than a control run moves. With experiment= it "
+    "first trains the runs, as spinal train with the same settings would; without, it loads no model.",
     AttributeConfig,
+    makes_runs_by="train",
 )
 def attribute(asked: AttributeConfig, folder: Path) -> int:
     from spinal_jax.comparison.attribution import attribute, save_attribution, shortfalls
@@ -40,3 +49,36 @@ def attribute(asked: AttributeConfig, folder: Path) -> int:
         complain(f"the evidence falls short of assert: {'; '.join(short)}")
         return SHORT
     return DONE
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments of `spinal attribute experiment=FILE ...`: (those of the sweep that trains, those of the attribution).
+
+    Raises:
+        UserError: the runs are to be shared among processes, of which each would judge them.
+    """
+    own = {*pages.names_of(COMMANDS["attribute"]), "hydra.run.dir"} - {"overwrite"}
+    training, judging = [], []
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name == "parallel.coordinator":
+            raise UserError(
+                "spinal attribute experiment= runs in one process; train with spinal train experiment=... in each "
+                "process, then give the folders: spinal attribute aligned=[...] control=[...]"
+            )
+        (judging if name in own else training).append(argument)
+    if not any(argument.startswith("-") for argument in training):
+        training.append("--multirun")
+    return training, judging
+
+
+def arms_of(judging: Sequence[str], sweep: Path) -> list[str]:
+    """The arguments of the attribution of a sweep's runs: each arm that is not given has the folders `ARM-*` of the
+    sweep, and the result goes into its folder `attribution` unless told otherwise."""
+    given = {argument.partition("=")[0] for argument in judging}
+    found = [*judging, "overwrite=true"]  # it is made anew of the runs, of which there may be more than last time
+    for name, arm in ARMS.items():
+        pattern = f"{glob.escape(str(sweep))}/{arm}-*"
+        if name not in given and (name != "beside" or glob.glob(pattern)):
+            found.append(f"{name}=[{quoted(pattern)}]")
+    return found if "hydra.run.dir" in given else [*found, f"hydra.run.dir={quoted(str(sweep / 'attribution'))}"]

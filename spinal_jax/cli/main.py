@@ -13,7 +13,7 @@ except KeyboardInterrupt:  # before the guard could take it
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
     from typing import Any
 
@@ -55,13 +55,44 @@ def _run(arguments: list[str]) -> int:
         if wrong := next((argument for argument in rest if argument.startswith("-")), None):
             raise UserError(f"{name} takes no option {wrong}: {COMMANDS[name].usage}")
         return COMMANDS[name].job(rest, COMMANDS[name].usage)
+    elif COMMANDS[name].makes_runs_by is not None and any(argument.startswith("experiment=") for argument in rest):
+        return _make_and_judge(COMMANDS[name], rest)
     else:
-        return _compose(COMMANDS[name], rest)
+        return _compose(COMMANDS[name], rest)[0]
     return DONE
 
 
-def _compose(command: Command, arguments: list[str]) -> int:
-    """Runs the command's job under Hydra, once or for each run of a sweep, and returns the exit code."""
+def _make_and_judge(command: Command, arguments: list[str]) -> int:
+    """`spinal attribute experiment=FILE`: the sweep that makes the runs and, where all are complete, what judges them.
+    Returns the exit code."""
+    from spinal_jax.cli.attribution_job import ARMS, arms_of, split
+    from spinal_jax.cli.commands import COMMANDS
+    from spinal_jax.cli.console import complain
+
+    assert command.makes_runs_by is not None
+    training, judging = split(arguments)
+    given = {argument.partition("=")[0] for argument in judging}
+    arms = set() if {"aligned", "control"} <= given else {*ARMS.values()}
+    code, sweep = _compose(COMMANDS[command.makes_runs_by], training, arms)
+    if sweep is None:
+        return code  # the settings were shown and nothing was run
+    if code:
+        complain("there is no attribution until all runs are complete; the same command passes over those that are")
+        return code
+    return _compose(command, arms_of(judging, sweep))[0]
+
+
+def _compose(command: Command, arguments: list[str], arms: Collection[str] = ()) -> tuple[int, Path | None]:
+    """Runs the command's job under Hydra, once or for each run of a sweep.
+
+    Args:
+        command: whose job.
+        arguments: of the command.
+        arms: files of conf/arm/ of which each run must have one; nothing where that is all the same.
+
+    Returns:
+        The exit code, and the folder of the sweep if it is one.
+    """
     from spinal_jax.cli import help as pages
     from spinal_jax.cli.arguments import hydras_arguments
     from spinal_jax.cli.console import DONE, MISTAKE, Stopped, complain, shown, worst
@@ -89,7 +120,7 @@ def _compose(command: Command, arguments: list[str]) -> int:
     sys.argv = [f"spinal {command.name}", *words]
     _BEGIN.append(begin)
     try:
-        task = _task(command, sweeps, begun, ended)
+        task = _task(command, sweeps, begun, ended, arms)
         hydra.main(version_base="1.3", config_path=str(pages.conf_folder()), config_name=command.name)(task)()
         ended += sweeps[0].outcomes() if sweeps else []
     except UserError:
@@ -114,11 +145,11 @@ def _compose(command: Command, arguments: list[str]) -> int:
     for outcome in ended:
         if outcome.message:
             complain(outcome.message)
-    return worst(ended)
+    return worst(ended), sweeps[0].folder if sweeps else None
 
 
 def _task(
-    command: Command, sweeps: list[Sweep], begun: list[Path], ended: list[Outcome]
+    command: Command, sweeps: list[Sweep], begun: list[Path], ended: list[Outcome], arms: Collection[str]
 ) -> Callable[[DictConfig], None]:
     """What Hydra is to run for each set of settings: the command's job on its record, in the run's own folder."""
     import contextlib
@@ -137,13 +168,22 @@ def _task(
         run = HydraConfig.get()
         folder = Path(run.runtime.output_dir)
         begun.append(folder)
+
+        def attempt() -> int:
+            if arms and (arm := run.runtime.choices.get("arm")) not in arms:
+                raise UserError(
+                    f"the run has {f'arm {arm}' if arm else 'no arm'}, so that it is known neither as aligned nor as "
+                    f"control; take an experiment of the arms {', '.join(sorted(arms))}, or give aligned= and control="
+                )
+            return _attempt(command, settings, folder)
+
         is_new = folder.stat().st_ctime >= started  # Hydra has made it; otherwise it stays, empty or not
         try:
             if sweeps:
                 told = list(run.overrides.task)
-                sweeps[0].run(run.job.num, told, folder, lambda: _attempt(command, settings, folder))
+                sweeps[0].run(run.job.num, told, folder, attempt)
             else:
-                ended.append(Outcome(0, _attempt(command, settings, folder)))
+                ended.append(Outcome(0, attempt()))
         except UserError as error:
             ended.append(Outcome(0, MISTAKE, str(error)))  # kept from Hydra, which would print its own words first
         except Exception as error:

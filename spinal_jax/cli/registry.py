@@ -23,6 +23,7 @@ class Command:
             `model@reference` fills `reference` from the files of `model`.
         positional: the settings that arguments without a name set, in order.
         keeps_run: whether it writes a run folder, under runs/NAME unless told.
+        makes_runs_by: the command that first makes its runs, a sweep, where `experiment=FILE` is given; None: nothing.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Command:
     groups: Mapping[str, str | None] = field(default_factory=dict)
     positional: tuple[str, ...] = ()
     keeps_run: bool = True
+    makes_runs_by: str | None = None
 
     @property
     def usage(self) -> str:
@@ -56,12 +58,13 @@ def command(
     groups: Mapping[str, str | None] | None = None,
     positional: tuple[str, ...] = (),
     keeps_run: bool = True,
+    makes_runs_by: str | None = None,
 ) -> Callable[[Job], Job]:
     """Enters the job that follows into the registry. Arguments as the attributes of `Command`."""
 
     def enter(job: Job) -> Job:
         name = job.__name__
-        COMMANDS[name] = Command(name, job, record, takes, does, groups or {}, positional, keeps_run)
+        COMMANDS[name] = Command(name, job, record, takes, does, groups or {}, positional, keeps_run, makes_runs_by)
         return job
 
     return enter

@@ -154,4 +154,4 @@ READERS: dict[str, Callable[[Path], tuple[dict[str, Value], DepthTrace | None]]]
     "compare": _compare,
     "train": _train,
 }
-APART = ("plan",)  # commands whose runs hold nothing to collect
+APART = ("plan", "attribute")  # commands whose runs hold nothing to collect

@@ -202,6 +202,30 @@ def test_the_sweeps_of_the_scaling_study() -> None:
         assert all(float(row["delta_align"]) < 0 for row in some)
 
 
+def test_the_attribution_of_the_scaling_study() -> None:
+    text, rows = page("scaling"), table(SCALING / "attribution.csv")
+    main = [row for row in rows if row["quantity"] == "delta_align"]
+    assert len(main) == 12
+    for row in main:
+        dpo, control = (f"{cell(row[f'mean_{arm}'], 3)} ± {cell(row[f'sd_{arm}'], 3)}" for arm in ("dpo", "control"))
+        effect = f"{cell(row['effect'], 3)}, {cell(row['low'], 3)} to {cell(row['high'], 3)}"
+        numbers = (cell(row["margin"], 3), *(f"{float(row[name]):.2g}" for name in ("p", "p_holm")))
+        cells = (row["size"], f"`{row['control']}`", dpo, control, effect, *numbers, cell(row["d_seed"], 1))
+        assert f"| {' | '.join(cells)} | {row['verdict']} |" in text, row
+    verdicts = {
+        control: [row["verdict"] for row in main if row["control"] == control] for control in ("shuffled", "sft")
+    }
+    assert sorted(verdicts["shuffled"]) == ["equivalent", *["undecided"] * 5]
+    assert verdicts["sft"] == ["undecided"] * 6
+    assert min(float(row["p_holm"]) for row in main) > 0.05
+    kl, accuracy = (
+        [float(row["p"]) for row in rows if (row["quantity"], row["control"]) == (name, "shuffled")]
+        for name in ("kl", "accuracy")
+    )
+    assert f"(p at least {min(kl):.2g})" in text
+    assert {f"{p:.2g}" for p in accuracy} == {"0.0079"}
+
+
 def test_the_courses_of_the_dynamics_study() -> None:
     text = page("dynamics")
     rows = table(EXPERIMENTS / "dynamics" / "runs.csv")
