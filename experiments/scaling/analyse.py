@@ -248,7 +248,7 @@ def attribution(rows: Sequence[Row]) -> list[Row]:
                 line |= {"mean_control": float(other.mean()), "sd_control": float(other.std(ddof=1))}
                 line |= {"effect": effect.value, "low": effect.low, "high": effect.high, "p": permutation_p(one, other)}
                 changes = name == "delta_align"
-                d_seed = line["mean_dpo"] / line["sd_dpo"] if changes else np.nan
+                d_seed = line["mean_dpo"] / line["sd_dpo"] if changes and line["sd_dpo"] > 0 else np.nan
                 verdict = verdict if min(len(one), len(other)) >= FEWEST else UNDECIDED
                 line |= {"d_seed": d_seed, "margin": margin if changes else np.nan}
                 lines.append({**line, "verdict": verdict if changes else ""})

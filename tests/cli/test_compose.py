@@ -107,7 +107,7 @@ def test_a_second_group_is_filled_from_the_same_files(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> CompareConfig:
-        assert cli._compose(pair, list(arguments)) == 0
+        assert cli._compose(pair, list(arguments)) == (0, None)
         return seen[-1]
 
     found = run("model=zephyr-7b-dpo", "reference=zephyr-7b-sft", "reference.dtype=bfloat16")
