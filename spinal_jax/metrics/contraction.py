@@ -8,7 +8,7 @@ An eigenvalue of a Gram sum is known to about `eps s_1^2`, eps that of the sum, 
 `sqrt(eps) s_1`: 1.5e-8 s_1 for a float64 sum, 3.5e-4 s_1 for a float32 sum. The hidden states are float32 themselves,
 which resolves 1.2e-7 s_1 (`resolution`). Massive directions of trained models are 10 to 1,000 times the middle of the
 spectrum, which a float32 sum does not resolve safely, so sums are float64 (`gram_dtype`). TPUs multiply no float64
-numbers; there products are made of pieces that float32 sums exactly (`_exact_product`).
+numbers; there products of float32 states are made of pieces that float32 sums exactly (`_exact_product`).
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def init(slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
 def product_dtype(states: np.dtype, sums: np.dtype, backend: str) -> np.dtype:
     """The arithmetic in which products of hidden states are made.
 
-    Float64 where the sums are, on TPUs by way of `_exact_product`. Bfloat16 states on GPUs take float32 instead:
-    products of bfloat16 numbers are exact there, and partial sums of at most EXACT_ROWS rows are added in the dtype of
-    the sums.
+    Float64 where the sums are, on TPUs by way of `_exact_product`. Bfloat16 states on accelerators take float32
+    instead: products of bfloat16 numbers are exact there, and partial sums of at most EXACT_ROWS rows are added in the
+    dtype of the sums.
     """
-    narrow = backend == "gpu" and np.dtype(states).itemsize < 4
+    narrow = backend in ("gpu", "tpu") and np.dtype(states).itemsize < 4
     return np.dtype(np.float32) if narrow else np.dtype(sums)
 
 
@@ -156,7 +156,7 @@ def _add(
 
 def _outer(left: Array, right: Array, products: np.dtype, sums: np.dtype, backend: str) -> Array:
     """`left.T @ right` of left [n, a], right [n, b], made in the dtype `products` and added in `sums`."""
-    if backend == "tpu" and sums == np.float64:
+    if backend == "tpu" and products == np.float64:
         product = _exact_product
     elif products == np.float64 or left.dtype.itemsize == 4 or backend == "cpu":
         left, right = left.astype(products), right.astype(products)

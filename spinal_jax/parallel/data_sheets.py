@@ -16,6 +16,8 @@ TPU_PASSES = (
     6  # bfloat16 products in one of float32 at precision HIGHEST (https://docs.jax.dev/en/latest/201/precision.html)
 )
 
+EXACT_PASSES = 9  # bfloat16 products in one of a Gram sum that is as good as float64 (metrics/contraction.py)
+
 
 @dataclass(frozen=True)
 class Device:
@@ -30,15 +32,15 @@ class Device:
     host: int  # how many one machine has, at most
     bfloat16: float
     float32: float  # products at full precision: no TensorFloat32; bfloat16 in several passes on a TPU
-    float64: float | None  # None: not in hardware
+    float64: float  # on a TPU, which has none in hardware, that of Gram sums
     memory: float | None
     bandwidth: float
     link: float | None
     source: str
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s of matrix products in a dtype. Float64 that is not in hardware counts as a tenth of float32."""
-        rates = {"bfloat16": self.bfloat16, "float32": self.float32, "float64": self.float64 or self.float32 / 10}
+        """FLOP/s of matrix products in a dtype."""
+        rates = {"bfloat16": self.bfloat16, "float32": self.float32, "float64": self.float64}
         return rates[dtype]
 
     def eigenvalues(self, width: int) -> float | None:
@@ -63,7 +65,7 @@ def _tpu(page: str, host: int, bfloat16: float, memory: float, bandwidth: float,
         host=host,
         bfloat16=bfloat16,
         float32=bfloat16 / TPU_PASSES,
-        float64=None,
+        float64=bfloat16 / EXACT_PASSES,
         memory=memory,
         bandwidth=bandwidth,
         link=link_gbit * 1e9 / 8 / 2,  # stated in Gbit/s over all links and both directions

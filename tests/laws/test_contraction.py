@@ -292,7 +292,7 @@ def test_stripes_hold_the_lower_triangle_and_rows_of_a_slot_are_multiplied_toget
         ("float32", "float64", "gpu", "float64"),
         ("bfloat16", "float64", "gpu", "float32"),
         ("float32", "float64", "tpu", "float64"),
-        ("bfloat16", "float64", "tpu", "float64"),
+        ("bfloat16", "float64", "tpu", "float32"),
     ],
 )
 def test_products_are_float64_but_where_tensor_cores_are_exact(
@@ -303,14 +303,13 @@ def test_products_are_float64_but_where_tensor_cores_are_exact(
     assert resolution(found) == (EPS32 if products == "float64" else math.sqrt(EPS32))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
-def test_exact_pieces_give_the_spectrum_where_float64_products_are_not_to_be_had(ratio: float, dtype: str) -> None:
+def test_exact_pieces_give_the_spectrum_where_float64_products_are_not_to_be_had(ratio: float) -> None:
     """As on a TPU: a massive direction of s_1 and massive activations of single tokens, 2,500 rows of one group."""
     rng = np.random.default_rng(0)
     rows = rows_of(power_law(96, 0.5, ratio), 2500, True)
     rows[::500, 3] += 100 * np.abs(rows).max()
-    h = jnp.asarray(rows[None], dtype)
+    h = jnp.asarray(rows[None])
     counted = jnp.asarray(rng.random((1, 2500)) < 0.9, jnp.float32)
     rows = np.asarray(h[0], np.float64)[np.asarray(counted[0]) > 0]
     exact = np.linalg.svd(rows, compute_uv=False)
