@@ -287,7 +287,10 @@ def floats(name: str, values: Any) -> np.ndarray:
     known = isinstance(values, list) and all(type(value) in (float, int, type(None)) for value in values)
     if not known:
         raise ValueError(f"column {name} is not a list of numbers and nulls")
-    return np.array([math.nan if value is None else value for value in values], np.float64)
+    found = np.array([math.nan if value is None else value for value in values], np.float64)
+    if np.isinf(found).any():
+        raise ValueError(f"column {name} holds infinity")
+    return found
 
 
 def _two_levels(value: object) -> str:

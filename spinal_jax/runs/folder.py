@@ -110,7 +110,7 @@ def held(folder: Path) -> Iterator[None]:
                     _move_up(path, folder, True)
                 shutil.rmtree(path)
             elif TEMPORARY.fullmatch(path.name):
-                path.unlink()
+                path.unlink(missing_ok=True)  # it may have been in one of those
         yield
 
 

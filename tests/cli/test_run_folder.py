@@ -304,6 +304,7 @@ def test_a_run_killed_while_it_was_written_goes(tmp_path: Path) -> None:
     a_run(tmp_path / ".writing-1", {"trace.json": "half"})
     manifest = json.loads((tmp_path / ".writing-1" / run_folder.MANIFEST).read_text())
     (tmp_path / ".writing-1" / run_folder.MANIFEST).write_text(json.dumps(manifest | {"files": ["trace.json", "gone"]}))
+    (tmp_path / ".writing-1" / ".trace.csv.7.tmp").write_text("half")
     with run_folder.held(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
