@@ -133,7 +133,7 @@ def _compose(command: Command, arguments: list[str], arms: Collection[str] = ())
             _hydras_words(error, command) if composing else f"the output folder cannot be made: {error}"
         ) from error
     except SystemExit as left:  # Hydra has said why: -p names a part that is null
-        return MISTAKE if left.code else DONE
+        return (MISTAKE if left.code else DONE), None
     except Stopped as stopped:
         if sweeps:
             stopped.kept = f"the same command with hydra.sweep.dir={shown(sweeps[0].folder)} passes over complete runs"
