@@ -237,11 +237,13 @@ def shard_sums(
     whole = tuple(axis for axis in split.rows if axis not in split.scattered)
 
     def over_devices(stripe: Array) -> Array:
-        if split.scattered:
-            # A reduce-scatter, which TPUs do not have in float64: each device gets all parts of what it keeps.
+        if split.scattered and (backend or jax.default_backend()) == "tpu":
+            # TPUs have no reduce-scatter in float64: each device gets all parts of what it keeps, and adds them.
             parts = stripe.reshape(count, 1, jax.lax.axis_size(split.scattered), -1, stripe.shape[-1])
             parts = jax.lax.all_to_all(jnp.moveaxis(parts, 2, 0), split.scattered, 0, 0, tiled=True)
             stripe = jnp.sum(parts, axis=0)
+        elif split.scattered:
+            stripe = jax.lax.psum_scatter(stripe, split.scattered, scatter_dimension=2, tiled=True)
         return jax.lax.psum(stripe, whole)
 
     return Grams(second=tuple(map(over_devices, sums.second)), first=jax.lax.psum(sums.first, split.rows))

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spinal_jax.config import ParallelConfig
@@ -61,7 +62,12 @@ def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> M
     if math.prod(sizes) != count:
         asked = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
         raise UserError(f"parallel is {asked}, but there are {count} devices; -1 for one axis takes what is left")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis that is no product of sides of the slice, as 8 of 16 x 16
+        each = jax.devices() if devices is None else list(devices)
+        return Mesh(create_device_mesh(sizes, each, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from spinal_jax.models.parts import take_apart
 from spinal_jax.models.rope import Rope
 from spinal_jax.models.translate import load_decoder
 from spinal_jax.parallel import placement
-from spinal_jax.parallel.mesh import make_mesh
+from spinal_jax.parallel.mesh import ROWS, make_mesh
 from spinal_jax.parallel.placement import Replicas, Shards, choose
 
 from .converting import converted, write_model
@@ -304,6 +305,27 @@ def test_spectra_of_the_same_sums_are_shared_by_all_devices(
         np.testing.assert_allclose(one, other, atol=1e-9 * top)
     for name, values in alone.variants.items():
         np.testing.assert_allclose(found.variants[name], values, atol=1e-9 * np.max(values), err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_gram_sums_of_a_mesh_of_tpus_are_those_of_any_other(sizes: tuple[int, int, int]) -> None:
+    """TPUs exchange parts where others have a reduce-scatter, and multiply in float32."""
+    shards = Shards(make_mesh(ParallelConfig(*sizes)))
+    width, count = 64, 3
+    stripes = contraction.stripe_count(width)
+    split = contraction.Split(ROWS, *shards.features(width // stripes))
+    assert split.scattered
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, width)), jnp.float32)
+    rows = h, jnp.ones((8, 16), jnp.float32), jnp.asarray(np.arange(8) % count, jnp.int32)
+
+    def sums(backend: str) -> list[jax.Array]:
+        add = partial(contraction.shard_sums, count=count, dtype=np.dtype(np.float64), split=split, backend=backend)
+        on_mesh = shards.by_features(lambda *rows: tuple(add(*rows)), width // stripes, stripes)
+        return jax.tree.leaves(jax.jit(on_mesh)(*rows))
+
+    with jax.enable_x64(True):
+        for ours, theirs in zip(sums("tpu"), sums("cpu"), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("table", [1, 1 << 40])
