@@ -14,7 +14,7 @@ from jax import Array
 
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.fused_attention import AnyMesh, Kernel, attend_cudnn, attend_splash, kernel_of
-from spinal_jax.models.layers import Linear, Norm
+from spinal_jax.models.layers import Linear, Norm, normal
 from spinal_jax.models.rope import rotate, rotation
 
 QUERY_BLOCK = 512  # above this many tokens in a row, scores are made for a block of queries at a time
@@ -121,6 +121,7 @@ def attend(
     window: Array | None,
     scale: Array | float,
     softcap: float | None,
+    sinks: Array | None = None,
     branches: Array | None = None,
     positions: Array | None = None,
 ) -> Array:
@@ -129,6 +130,7 @@ def attend(
     Args:
         q: [B, T, H, hd]; k: [B, T, K, hd]; v: [B, T, K, vd], where K divides H and head h reads key head h // (H / K).
         segments: [B, T]; window: scalar or None; scale: of the scores; softcap: of the scores, if any.
+        sinks: [H] a logit of each head that counts in its softmax and has no value, or None.
         branches, positions: [B, T] of prompts with several continuations (`allowed`), or None.
 
     Returns:
@@ -150,7 +152,8 @@ def attend(
         queries = start + jnp.arange(count, dtype=jnp.int32)
         mask = allowed(segments, queries, window, branches, positions)[:, None, None]
         scores = scores.reshape(batch, kv_heads, -1, count, length)
-        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = (jax.nn.softmax(scores, axis=-1) if sinks is None else softmax_with(sinks, scores)).astype(v.dtype)
         out = jnp.einsum("bkqt,bkth->bkqh", weights.reshape(batch, kv_heads, -1, length), v)
         return out.reshape(batch, heads, count, -1).transpose(0, 2, 1, 3)
 
@@ -160,6 +163,14 @@ def attend(
     starts = jnp.arange(0, length, QUERY_BLOCK, dtype=jnp.int32)
     blocks = jax.lax.map(lambda xs: block(*xs), (parts, starts))  # [T / Q, B, Q, H, vd]
     return jnp.moveaxis(blocks, 0, 1).reshape(batch, length, heads, -1)
+
+
+def softmax_with(sinks: Array, scores: Array) -> Array:
+    """Softmax of `scores` [B, K, H/K, Q, T] and, beside them, of a logit for each head in `sinks` [H], left out."""
+    sink = sinks.astype(scores.dtype).reshape(1, *scores.shape[1:3], 1, 1)
+    most = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+    weights = jnp.exp(scores - most)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - most))
 
 
 class Attention(nnx.Module):
@@ -182,6 +193,7 @@ class Attention(nnx.Module):
             return Norm(config, *shape, lead=lead, bias=config.qk_norm_bias, rngs=rngs) if shape else None
 
         self.query_norm, self.key_norm = norm(heads), norm(kv_heads)
+        self.sinks = nnx.Param(normal(rngs, (*lead, heads))) if config.sinks else None
 
     def __call__(self, x: Array, shared: Layout, layer: PerLayer) -> Array:
         config = self.config
@@ -235,6 +247,7 @@ class Attention(nnx.Module):
                 window=window,
                 scale=layer.scale,
                 softcap=config.attention_softcap,
+                sinks=None if self.sinks is None else self.sinks[...],
                 branches=branches,
                 positions=positions,
             )

@@ -13,6 +13,15 @@ NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
 QueryKeyNorm = Literal["none", "head", "heads", "full"]
 
+
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """`g sigmoid(alpha g) (u + 1)` of a gate `g`, at most `limit`, and `u`, within `limit` of 0 (gpt-oss)."""
+
+    alpha: float
+    limit: float
+
+
 MOST_EXPERTS = 1 << 14  # in a block; no model comes near
 
 
@@ -23,7 +32,8 @@ class Experts:
     `scoring` turns router logits into scores; the `per_token` best experts are kept, renormalised if `normalise`, and
     scaled by `scale`. With `groups > 1` only the experts of the best `groups_kept` groups compete, a group being worth
     the sum of its `group_top` best scores (DeepSeek). `correction_bias` shifts the scores for the choice alone. A
-    shared expert of `shared_width` serves every token, weighed by its own sigmoid with a `shared_gate` (Qwen2).
+    shared expert of `shared_width` serves every token, weighed by its own sigmoid with a `shared_gate` (Qwen2). With
+    `bias` the router and the routed experts' layers have biases (gpt-oss).
     Settings that contradict each other raise UserError.
     """
 
@@ -39,6 +49,7 @@ class Experts:
     groups_kept: int = 1
     group_top: int = 1
     correction_bias: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MOST_EXPERTS or self.width < 1:
@@ -106,11 +117,12 @@ class DecoderConfig:
     mlp_bias: bool = False  # the MLP's layers have one
     unembed_bias: bool = False  # the unembedding has one
     gated: bool = True  # the MLP multiplies its hidden features by an activated gate
-    activation: Activation = "silu"  # of the MLP
+    activation: Activation | ClampedSwiGLU = "silu"  # of the MLP
     learned_positions: bool = False  # a position embedding is added to the token embedding
     query_scale: float = 0.0  # multiplies q.k; 0 means head_dim ** -0.5
     query_growth: tuple[float, int] | None = None  # (b, p): at position t by 1 + b log(1 + floor(t / p)) (Ministral 3)
     scale_by_depth: bool = False  # divides q.k by the block's number, 1..D (GPT-2)
+    sinks: bool = False  # a learnt logit per head takes its share of the softmax and adds nothing (gpt-oss)
     attention_softcap: float | None = None  # scores are c tanh(score / c) (Gemma 2)
     final_softcap: float | None = None  # logits are c tanh(logit / c)
     logit_divisor: float = 1.0  # logits are divided by this (Granite)

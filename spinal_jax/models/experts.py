@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from spinal_jax.models.config import Activation, DecoderConfig, Experts
-from spinal_jax.models.layers import MLP, Linear, activate, normal
+from spinal_jax.models.config import Activation, ClampedSwiGLU, DecoderConfig, Experts
+from spinal_jax.models.layers import MLP, Linear, gated, normal
 
 LARGEST_BLOCK = 128  # rows of one expert multiplied at once
 
@@ -26,6 +26,9 @@ class ExpertWeights(NamedTuple):
     gate: Array  # [E, f, d]
     up: Array  # [E, f, d]
     down: Array  # [E, d, f]
+    gate_bias: Array | None = None  # [E, f]
+    up_bias: Array | None = None  # [E, f]
+    down_bias: Array | None = None  # [E, d]
 
 
 def route(experts: Experts, logits: Array, correction: Array | None) -> tuple[Array, Array]:
@@ -56,16 +59,17 @@ def route(experts: Experts, logits: Array, correction: Array | None) -> tuple[Ar
     return chosen, weight * experts.scale
 
 
-def expert_mlp(activation: Activation, weights: ExpertWeights, x: Array) -> Array:
+def expert_mlp(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, x: Array) -> Array:
     """One expert on its rows `x` [n, d]."""
     # Said here, not left to `jax.default_matmul_precision`, because a custom backward pass is traced outside of it.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
-    def multiply(rows: Array, weight: Array) -> Array:
-        return jnp.einsum("ni,oi->no", rows, weight, precision=precision)
+    def linear(rows: Array, weight: Array, bias: Array | None) -> Array:
+        y = jnp.einsum("ni,oi->no", rows, weight, precision=precision)
+        return y if bias is None else y + bias
 
-    hidden = activate(activation, multiply(x, weights.gate)) * multiply(x, weights.up)
-    return multiply(hidden, weights.down)
+    gate, up = linear(x, weights.gate, weights.gate_bias), linear(x, weights.up, weights.up_bias)
+    return linear(gated(activation, gate, up), weights.down, weights.down_bias)
 
 
 def block_rows(rows: int, experts: int) -> int:
@@ -74,7 +78,7 @@ def block_rows(rows: int, experts: int) -> int:
     return min(LARGEST_BLOCK, max(8, 1 << (share - 1).bit_length()))
 
 
-def apply_experts(activation: Activation, weights: ExpertWeights, rows: Array, sizes: Array) -> Array:
+def apply_experts(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, rows: Array, sizes: Array) -> Array:
     """Every row through its own expert.
 
     Args:
@@ -93,7 +97,7 @@ def apply_experts(activation: Activation, weights: ExpertWeights, rows: Array, s
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(activation: Activation, weights: ExpertWeights, rows: Array, sizes: Array) -> Array:
+def _apply(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, rows: Array, sizes: Array) -> Array:
     size = block_rows(rows.shape[0], sizes.shape[0])
     padded = jnp.pad(rows, ((0, size), (0, 0)))  # the last block may reach beyond the last row
 
@@ -113,13 +117,13 @@ def _apply(activation: Activation, weights: ExpertWeights, rows: Array, sizes: A
 
 
 def _forward(
-    activation: Activation, weights: ExpertWeights, rows: Array, sizes: Array
+    activation: Activation | ClampedSwiGLU, weights: ExpertWeights, rows: Array, sizes: Array
 ) -> tuple[Array, tuple[ExpertWeights, Array, Array]]:
     return _apply(activation, weights, rows, sizes), (weights, rows, sizes)
 
 
 def _backward(
-    activation: Activation, saved: tuple[ExpertWeights, Array, Array], gradient: Array
+    activation: Activation | ClampedSwiGLU, saved: tuple[ExpertWeights, Array, Array], gradient: Array
 ) -> tuple[ExpertWeights, Array, None]:
     """The same walk over the experts' blocks; what a block computes inside is computed again, not kept."""
     weights, rows, sizes = saved
@@ -159,13 +163,19 @@ class MixtureOfExperts(nnx.Module):
         assert experts is not None
         stack, width = (*lead, experts.count), config.width
         self.experts = experts
-        self.activation: Activation = config.activation
+        self.activation: Activation | ClampedSwiGLU = config.activation
+
+        def bias(*shape: int) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros((*stack, *shape), jnp.float32)) if experts.bias else None
+
         self.router = nnx.Param(normal(rngs, (*stack, width)))
+        self.router_bias = bias()
         # Not a Param: DeepSeek moves it by the experts' load, never by a gradient, and weight decay must not touch it.
         self.correction = nnx.Variable(normal(rngs, stack)) if experts.correction_bias else None
         self.gate = nnx.Param(normal(rngs, (*stack, experts.width, width)))
         self.up = nnx.Param(normal(rngs, (*stack, experts.width, width)))
         self.down = nnx.Param(normal(rngs, (*stack, width, experts.width)))
+        self.gate_bias, self.up_bias, self.down_bias = bias(experts.width), bias(experts.width), bias(width)
         self.shared = MLP(config, experts.shared_width, lead=lead, rngs=rngs) if experts.shared_width else None
         self.shared_gate = Linear(1, width, bias=False, lead=lead, rngs=rngs) if experts.shared_gate else None
 
@@ -179,12 +189,15 @@ class MixtureOfExperts(nnx.Module):
             self.router[...].astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
+        if self.router_bias is not None:
+            logits = logits + self.router_bias[...].astype(jnp.float32)
         chosen, weight = route(self.experts, logits, None if self.correction is None else self.correction[...])
         expert = chosen.reshape(-1)  # [N k]
         order = jnp.argsort(expert)
         # Gathers of permutations only, never a scatter that adds: sums come out in the same order every time.
         copies = jnp.repeat(tokens, per_token, axis=0).at[order].get(unique_indices=True)
-        weights = ExpertWeights(self.gate[...], self.up[...], self.down[...])
+        parameters = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        weights = ExpertWeights(*(None if parameter is None else parameter[...] for parameter in parameters))
         sorted_out = apply_experts(self.activation, weights, copies, jnp.bincount(expert, length=count))
         out = sorted_out.at[jnp.argsort(order)].get(unique_indices=True).reshape(-1, per_token, x.shape[-1])
         mixed = jnp.sum(weight[..., None] * out.astype(jnp.float32), axis=1).astype(x.dtype).reshape(x.shape)

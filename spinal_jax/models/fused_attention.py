@@ -47,6 +47,8 @@ def kernel_of(config: DecoderConfig, dtype: jnp.dtype, backend: str, mesh: AnyMe
         return Chosen("xla", f"no kernel computes in {jnp.dtype(dtype).name}")
     if config.latent is not None:
         return Chosen("xla", "no kernel takes latent attention, whose keys and values differ in size")
+    if config.sinks:
+        return Chosen("xla", "no kernel here takes learnt sinks")
     if config.scale_by_depth:
         return Chosen("xla", "the scale of scores differs from block to block")
     if backend == "gpu":

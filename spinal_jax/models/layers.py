@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from spinal_jax.models.config import Activation, DecoderConfig
+from spinal_jax.models.config import Activation, ClampedSwiGLU, DecoderConfig
 
 
 class Linear(nnx.Module):
@@ -96,6 +96,14 @@ def activate(kind: Activation, x: Array) -> Array:
             raise AssertionError("xIELU has parameters: it is a layer of an MLP")
 
 
+def gated(kind: Activation | ClampedSwiGLU, gate: Array, up: Array) -> Array:
+    """The hidden features of a gated MLP."""
+    if not isinstance(kind, ClampedSwiGLU):
+        return activate(kind, gate) * up
+    gate, up = jnp.minimum(gate, kind.limit), jnp.clip(up, -kind.limit, kind.limit)
+    return gate * jax.nn.sigmoid(kind.alpha * gate) * (up + 1)
+
+
 class MLP(nnx.Module):
     """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate."""
 
@@ -103,7 +111,7 @@ class MLP(nnx.Module):
         def linear(out: int, into: int) -> Linear:
             return Linear(out, into, bias=config.mlp_bias, lead=lead, rngs=rngs)
 
-        self.activation: Activation = config.activation
+        self.activation: Activation | ClampedSwiGLU = config.activation
         self.learnt = XIELU(lead=lead, rngs=rngs) if config.activation == "xielu" else None
         self.gate = linear(width, config.width) if config.gated else None
         self.up = linear(width, config.width)
@@ -113,5 +121,7 @@ class MLP(nnx.Module):
         up = self.up(x)
         if self.learnt is not None:
             return self.down(self.learnt(up))
-        hidden = activate(self.activation, up) if self.gate is None else activate(self.activation, self.gate(x)) * up
-        return self.down(hidden)
+        if self.gate is not None:
+            return self.down(gated(self.activation, self.gate(x), up))
+        assert not isinstance(self.activation, ClampedSwiGLU)
+        return self.down(activate(self.activation, up))

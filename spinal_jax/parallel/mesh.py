@@ -37,6 +37,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*\b(out|down)\.weight|.*\bdown", ("fsdp", "tensor")),  # [d, inner]
     (r".*\.weight", ("tensor", "fsdp")),  # [inner, d]
     (r".*\b(gate|up|router)", ("tensor", "fsdp")),  # [.., inner or experts, d]
+    (r".*\b(gate|up)_bias", ("fsdp", "tensor")),  # [experts, inner]
+    (r".*\bdown_bias", ("tensor", "fsdp")),  # [experts, d]
     (r".*\badapter\.a", (None, "fsdp")),
     (r".*\badapter\.b", ("fsdp", None)),
 )

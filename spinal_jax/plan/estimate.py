@@ -77,7 +77,7 @@ def _matrices(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[tuple[str, tup
     return [
         (path, s.shape)
         for path, s in shapes.items()
-        if path.startswith("stacks.") and len(s.shape) > 2 and "norm" not in path
+        if path.startswith("stacks.") and len(s.shape) > 2 and "norm" not in path and not path.endswith("bias")
     ]
 
 

@@ -10,7 +10,7 @@ from jax import Array
 
 from spinal_jax.config.training import OptimizerConfig
 
-UNDECAYED = re.compile(r".*norm\.weight|.*\.bias|.*correction")
+UNDECAYED = re.compile(r".*norm\.weight|.*[._]bias|.*correction|.*sinks")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -72,6 +72,7 @@ def test_kernels_compute_what_they_can(benchmark: ModuleType) -> None:
     for backend in ("gpu", "tpu"):
         assert "float32" in reason(llama, jnp.float32, backend)
         assert "latent" in reason(dataclasses.replace(llama, latent=latent), half, backend)
+        assert "learnt sinks" in reason(dataclasses.replace(llama, sinks=True), half, backend)
         assert "block to block" in reason(dataclasses.replace(llama, scale_by_depth=True), half, backend)
     assert "2 key heads are not shared evenly by 8" in reason(llama, half, "tpu", make_mesh(ParallelConfig(1, 1, 8)))
 

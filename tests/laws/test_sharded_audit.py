@@ -35,7 +35,7 @@ from spinal_jax.config import (
 from spinal_jax.data.packing import Plan, Positions, plan
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
-from spinal_jax.models.config import Experts, LatentAttention
+from spinal_jax.models.config import ClampedSwiGLU, Experts, LatentAttention
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.open import open_checkpoint
@@ -126,7 +126,11 @@ def test_the_trace_is_the_same_on_any_devices(
 
 
 SPARSE: dict[str, dict[str, Any]] = {
-    "mixtral": {"experts": Experts(count=6, per_token=2, width=48)},
+    "gpt-oss": {
+        "experts": Experts(count=6, per_token=2, width=48, bias=True),
+        "activation": ClampedSwiGLU(1.702, 0.05),
+        "sinks": True,
+    },
     "deepseek": {
         "kv_heads": 4,
         "head_dim": 12,

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from transformers import GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from spinal_jax.errors import UserError
+from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats.base import ReadsParts
 from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.translate import load_decoder
+
+from .reference import checkpoint_of, our_stream, pack, random_model, reference_stream, relative_errors
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [4, 8], "activation_scheme": "dynamic"}
 
@@ -75,6 +80,40 @@ def test_mxfp4_is_what_hugging_face_decodes(tmp_path: Path, lead: tuple[int, ...
     assert found.names()["e.down_proj"] == (values.shape, np.dtype(ml_dtypes.bfloat16))
     assert np.array_equal(values.astype(np.float32), wanted if lead else wanted[0])
     assert list(found.names()) == ["e.down_proj", "e.down_proj_bias"]
+
+
+@torch.no_grad()
+def test_a_gpt_oss_folder_is_the_model_of_its_decoded_weights(tmp_path: Path) -> None:
+    """Blocks and scales under the names that the published checkpoints have, against Hugging Face in float32."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 61,
+        "pad_token_id": 0,
+    }
+    model: Any = random_model(GptOssConfig(**sizes, **heads, sliding_window=5, num_experts_per_tok=2))
+    rng = np.random.default_rng(0)
+    packed = {}
+    for layer, block in enumerate(model.model.layers):
+        for name, rows, width in (("gate_up_proj", 128, 32), ("down_proj", 32, 64)):
+            blocks = rng.integers(0, 256, (4, rows, width // 32, 16), dtype=np.uint8)
+            scales = rng.integers(121, 127, (4, rows, width // 32), dtype=np.uint8)
+            whole = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
+            getattr(block.mlp.experts, name).copy_(whole.float())
+            stored = f"model.layers.{layer}.mlp.experts.{name}"
+            packed |= {f"{stored}_blocks": blocks, f"{stored}_scales": scales}
+    saved = checkpoint_of(model)
+    plain = {name: tensor for name, tensor in saved.tensors.items() if f"{name}_blocks" not in packed}
+    folder = write(tmp_path / "m", {"quant_method": "mxfp4"}, plain | packed)
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps(saved.config | {"quantization_config": settings}))
+    found = open_checkpoint(str(folder))
+    decoder = load_decoder(found, *read_checkpoint(found), np.dtype(np.float32))
+    tokens = rng.integers(0, 61, (1, 24)).astype(np.int32)
+    ours = our_stream(decoder, pack([tokens[0]], [[0]], 24, 0))
+    assert max(relative_errors([ours], [reference_stream(model, tokens)]).values()) < 1e-5
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    GptOssConfig,
     MixtralConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
@@ -76,6 +77,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_p
 MSCALE = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.707}
 MSCALE_ALL = {**YARN, "mscale_all_dim": 1.0}
 
+YARN_WHOLE = {**YARN, "truncate": False}
+
 # Every draw takes one option of each line; a line is a key, or several that make sense together only.
 SWITCHES: dict[type[PretrainedConfig], dict[str, list[Any]]] = {
     MixtralConfig: {
@@ -88,6 +91,19 @@ SWITCHES: dict[type[PretrainedConfig], dict[str, list[Any]]] = {
         "tie_word_embeddings": [False, True],
         "rms_norm_eps": [1e-5, 1e-2],
         "rope_parameters": [PLAIN, LINEAR, YARN],
+    },
+    GptOssConfig: {
+        "num_local_experts": [4, 7],
+        "num_experts_per_tok": [1, 2, 3],
+        "num_key_value_heads": [1, 2, 4],
+        "head_dim": [8, 16],
+        "blocks": [{}, {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}],
+        "sliding_window": [7, 11],
+        "attention_bias": [True, False],
+        "swiglu": [{}, {"swiglu_alpha": 0.7, "swiglu_limit": 0.4}],
+        "tie_word_embeddings": [False, True],
+        "rms_norm_eps": [1e-5, 1e-2],
+        "rope_parameters": [YARN_WHOLE, YARN, LINEAR, DYNAMIC],
     },
     Qwen3MoeConfig: {
         "num_experts": [4, 7],
@@ -307,11 +323,13 @@ def flat(decoder: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(decoder)}
 
 
-@pytest.mark.parametrize("family", [Qwen2MoeConfig, DeepseekV3Config], ids=lambda family: family.model_type)
+@pytest.mark.parametrize("family", [GptOssConfig, Qwen2MoeConfig, DeepseekV3Config], ids=lambda f: f.model_type)
 def test_gradients_are_theirs(family: type[PretrainedConfig]) -> None:
     """Of a random linear function of the logits, for every parameter, through rematerialised blocks."""
     config = tiny(family, 1)
-    config.num_experts_per_tok, config.norm_topk_prob = 2, True
+    config.num_experts_per_tok = 2
+    if hasattr(config, "norm_topk_prob"):
+        config.norm_topk_prob = True
     model = random_model(config, seed=3)
     decoder = load(checkpoint_of(model))
     generator = np.random.default_rng(0)
@@ -382,6 +400,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**V2, "topk_method": "group_limited_greedy"}, "n_group"),
     ({**V2, "moe_layer_freq": 0}, "moe_layer_freq"),
     ({"model_type": "deepseek_v2"}, "num_experts_per_tok"),
+    ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act"),
+    ({"model_type": "gpt_oss", "experts_per_token": 2}, "experts_per_token"),
+    ({"model_type": "gpt_oss", "num_experts": 8, "num_local_experts": 16}, "num_experts"),
+    ({"model_type": "gpt_oss", "swiglu_limit": 0.0}, "swiglu_limit"),
+    ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window"),
     ({"model_type": "mixtral", "attention_bias": True}, "attention_bias"),
     ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 experts per token"),
     ({"model_type": "mixtral", "num_local_experts": "8"}, "num_local_experts"),

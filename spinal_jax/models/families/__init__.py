@@ -19,6 +19,7 @@ from spinal_jax.models.families.gemma3 import GEMMA3, GEMMA3_TEXT
 from spinal_jax.models.families.glm4 import GLM4
 from spinal_jax.models.families.gpt2 import GPT2
 from spinal_jax.models.families.gpt_neox import GPT_NEOX
+from spinal_jax.models.families.gpt_oss import GPT_OSS
 from spinal_jax.models.families.granite import GRANITE
 from spinal_jax.models.families.hunyuan import HUNYUAN
 from spinal_jax.models.families.llama import LLAMA, MISTRAL
@@ -69,6 +70,7 @@ ALL = (
     ARCEE,
     HUNYUAN,
     MIXTRAL,
+    GPT_OSS,
     QWEN3_MOE,
     QWEN2_MOE,
     DEEPSEEK_V2,
