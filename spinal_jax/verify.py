@@ -91,7 +91,8 @@ def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
     """Looks at a checkpoint's names, shapes and hash, runs it, and compares it with Hugging Face's model.
 
     Both run in float32 on the same prompts. The comparison needs PyTorch; without it the report says so. A GGUF file is
-    read by transformers for it, with its own dequantisation; a converted folder is exported to a scratch folder first.
+    read by transformers for it, with its own dequantisation, where transformers knows its architecture; a converted
+    folder, and any other GGUF file, is exported to a scratch folder first.
 
     Raises:
         UserError: for a source that cannot be opened, or prompts that cannot be read.
@@ -119,13 +120,15 @@ def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
         if find_spec("torch") is None:
             missing = "residual stream and output were not compared, because torch is not installed (pip install torch)"
             return Verification(title, (*checks, Check("Hugging Face's model", None, missing)))
+        notes: list[str] = []
         try:
             with bar("PyTorch", len(tokens), "prompt") as advance:
-                theirs = list(_torch_streams(checkpoint, config, tokens, advance))
+                theirs = list(_torch_streams(checkpoint, config, tokens, advance, notes))
         except _Unreadable as error:
             return Verification(title, (*checks, Check("Hugging Face's model", None, str(error))))
     finally:
         checkpoint.close()
+    checks += [Check("Hugging Face's reading of the file", None, note) for note in notes]
     difference = compare(ours, theirs)
     tolerance = config.tolerance or (TOLERANCE if decoder.experts is None else TOLERANCE_WITH_EXPERTS)
     return Verification(title, (*checks, *judge(difference, tolerance, config.kl_tolerance)), difference)
@@ -243,13 +246,13 @@ class _Unreadable(Exception):
 
 
 def _torch_streams(
-    checkpoint: Checkpoint, config: VerifyConfig, tokens: Sequence[np.ndarray], advance: Any
+    checkpoint: Checkpoint, config: VerifyConfig, tokens: Sequence[np.ndarray], advance: Any, notes: list[str]
 ) -> Iterator[Stream]:
     """The same prompts through Hugging Face's model, one at a time: some rotary embeddings count the padding of a
     batch, and remember the longest prompt so far, which is why the shortest comes first."""
     import torch
 
-    with _reference(checkpoint, config) as model, torch.no_grad():
+    with _reference(checkpoint, config, notes) as model, torch.no_grad():
         base: Any = model.base_model
         base = getattr(base, "language_model", base)
         blocks = base.layers if hasattr(base, "layers") else base.h
@@ -277,36 +280,53 @@ def _torch_streams(
 
 
 @contextlib.contextmanager
-def _reference(checkpoint: Checkpoint, config: VerifyConfig) -> Iterator[Any]:
-    """Hugging Face's model of the checkpoint, float32, with no weight missing or left over."""
-    import torch
-    from transformers import AutoModelForCausalLM, logging
+def _reference(checkpoint: Checkpoint, config: VerifyConfig, notes: list[str]) -> Iterator[Any]:
+    """Hugging Face's model of the checkpoint, float32, with no weight missing or left over.
 
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "attn_implementation": "eager",
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "output_loading_info": True,
-    }
-    with contextlib.ExitStack() as stack:
-        if isinstance(checkpoint, GgufFile):
-            folder, options["gguf_file"] = checkpoint.path.parent, checkpoint.path.name
-        elif isinstance(checkpoint, SafetensorsFolder):
-            folder = checkpoint.folder
-        else:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spinal-verify-")))
-            folder = export(checkpoint, str(scratch / "model"), ignore_keys=config.model.ignore_keys)
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+    Of a GGUF file that transformers cannot read, the model of its export, which `notes` then says.
+    """
+    if isinstance(checkpoint, SafetensorsFolder):
+        yield _hugging_face(checkpoint.folder)
+        return
+    if isinstance(checkpoint, GgufFile):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-        except (ValueError, OSError, ImportError) as error:
-            raise _Unreadable(f"transformers cannot open it: {' '.join(str(error).split())}") from error
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            raise _Unreadable(f"transformers does not find {missing[0]} in it and would make up random values")
-        yield model.eval()
+            model = _hugging_face(checkpoint.path.parent, gguf_file=checkpoint.path.name)
+        except _Unreadable as error:
+            notes.append(f"{error}; compared with its export instead, so its names and values are taken as read here")
+        else:
+            yield model
+            return
+    with tempfile.TemporaryDirectory(prefix="spinal-verify-") as scratch:
+        yield _hugging_face(export(checkpoint, str(Path(scratch) / "model"), ignore_keys=config.model.ignore_keys))
+
+
+def _hugging_face(folder: Path, **options: Any) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, logging
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        kind: Any = AutoModelForCausalLM
+        if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # such as Mistral 3 with images
+            kind = AutoModelForImageTextToText
+        loaded = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except (ValueError, OSError, ImportError, KeyError, TypeError, NotImplementedError) as error:
+        raise _Unreadable(f"transformers cannot open it: {' '.join(str(error).split())}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise _Unreadable(f"transformers does not find {missing[0]} in it and would make up random values")
+    return model.eval()

@@ -196,8 +196,8 @@ class MixtureOfExperts(nnx.Module):
         order = jnp.argsort(expert)
         # Gathers of permutations only, never a scatter that adds: sums come out in the same order every time.
         copies = jnp.repeat(tokens, per_token, axis=0).at[order].get(unique_indices=True)
-        parameters = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
-        weights = ExpertWeights(*(None if parameter is None else parameter[...] for parameter in parameters))
+        biases = (None if b is None else b[...] for b in (self.gate_bias, self.up_bias, self.down_bias))
+        weights = ExpertWeights(self.gate[...], self.up[...], self.down[...], *biases)
         sorted_out = apply_experts(self.activation, weights, copies, jnp.bincount(expert, length=count))
         out = sorted_out.at[jnp.argsort(order)].get(unique_indices=True).reshape(-1, per_token, x.shape[-1])
         mixed = jnp.sum(weight[..., None] * out.astype(jnp.float32), axis=1).astype(x.dtype).reshape(x.shape)

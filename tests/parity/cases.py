@@ -338,6 +338,17 @@ def ministral3(draw: Draw) -> dict[str, Any]:
     return fields | {"rope_parameters": kind}
 
 
+def mistral3(draw: Draw) -> dict[str, Any]:
+    kind = draw("mistral", "ministral3")
+    text = {"mistral": mistral, "ministral3": ministral3}[kind](draw)
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    return {
+        "text_config": text | {"model_type": kind},
+        "vision_config": vision | {"num_attention_heads": 1, "image_size": 8, "patch_size": 4},
+        "tie_word_embeddings": text["tie_word_embeddings"],
+    }
+
+
 def arcee(draw: Draw) -> dict[str, Any]:
     return llama(draw) | {"hidden_act": draw("relu2", "relu2", "silu"), "hidden_size": 64}
 
@@ -374,6 +385,7 @@ CASES: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "apertus": apertus,
     "exaone4": exaone4,
     "ministral3": ministral3,
+    "mistral3": mistral3,
     "arcee": arcee,
     "hunyuan_v1_dense": hunyuan,
 }

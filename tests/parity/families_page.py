@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from spinal_jax.models.families import ALL
+from spinal_jax.models.families import ALL, REFUSED
 from spinal_jax.models.formats.gguf_architectures import ARCHITECTURES
-from spinal_jax.models.formats.splitters import REFUSED, SPLITTERS
+from spinal_jax.models.formats.splitters import REFUSED as NO_SPLITTERS
+from spinal_jax.models.formats.splitters import SPLITTERS
 from spinal_jax.models.translate import Family
 
 from .cases import CASES, SEEDS
@@ -47,6 +48,8 @@ SOURCES = {
 }
 
 TAIL = """
+Refused by name: {refusals}.
+
 ## Sources
 
 | source | what is read | what was compared |
@@ -65,8 +68,13 @@ that step. `router_aux_loss_coef` of a mixture of experts is read and not used: 
 def page() -> str:
     """The page's text."""
     sources = "\n".join(f"| {name} | {read} | {tried} |" for name, (read, tried) in SOURCES.items())
-    tail = TAIL.format(sources=sources, known=_names(SPLITTERS), refused=_names(REFUSED))
+    tail = TAIL.format(sources=sources, known=_names(SPLITTERS), refused=_names(NO_SPLITTERS), refusals=_refusals())
     return HEAD + "\n".join(_row(family, name) for family in ALL for name in family.model_types) + "\n" + tail
+
+
+def _refusals() -> str:
+    reasons = {why: [name for name in REFUSED if REFUSED[name] == why] for why in REFUSED.values()}
+    return "; ".join(f"{', '.join(f'`{name}`' for name in names)} ({why})" for why, names in reasons.items())
 
 
 def _names(table: dict) -> str:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder, collect
@@ -63,7 +63,8 @@ class MemoryCheckpoint:
 
 def random_model(hf_config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A float32 model with eager attention, every parameter away from its initial value, norms and biases too."""
-    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=torch.float32).eval()
+    kind = AutoModelForImageTextToText if hf_config.model_type == "mistral3" else AutoModelForCausalLM
+    model = kind.from_config(hf_config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.state_dict().values():  # DeepSeek-V3 saves a buffer too

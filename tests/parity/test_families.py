@@ -36,7 +36,8 @@ from .test_sparse import SWITCHES as SPARSE
 # float32 on both sides: 4e-7 to 2e-6 is what is seen. Anything that is really different is off by 1e-2 and more.
 TOLERANCE = 1e-4
 
-ROTARY = sorted(CASES.keys() - {"gpt2", "gemma3"})  # gemma3's rope is that of gemma3_text
+COMPOSITE = {"gemma3", "mistral3"}  # whose ropes are those of gemma3_text, mistral and ministral3
+ROTARY = sorted(CASES.keys() - {"gpt2", *COMPOSITE})
 PARTLY_ROTARY = {"phi", "phi3", "gpt_neox", "stablelm", "glm4"}
 
 
@@ -114,7 +115,7 @@ def test_an_absent_key_means_what_their_class_says(model_type: str, saved: Memor
         if (wanted := theirs_or_none(less)) is not None:
             assert meaning(less) == meaning(wanted), key
             compared += 1
-    assert compared > 0.7 * len(saved.config) or model_type == "gemma3"
+    assert compared > 0.7 * len(saved.config) or model_type in COMPOSITE
 
 
 def test_null_means_what_their_class_says_or_is_refused(saved: MemoryCheckpoint) -> None:
@@ -267,6 +268,7 @@ def test_activations_that_nobody_knows(model_type: str, saved: MemoryCheckpoint)
         ("gemma3", {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, "tie_word_embeddings"),
         ("gemma3", {"text_config": {"model_type": "gemma2"}}, "gemma2"),
         ("gemma3", {"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
+        ("mistral3", {"text_config": {"model_type": "llama"}}, "'llama'"),
         ("qwen2", {"layer_types": None, "use_sliding_window": True, "sliding_window": -1}, "sliding_window"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4, "use_sliding_window": False}, "sliding_window"),
         ("llama", {"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 8}, "3 attention heads"),
@@ -358,7 +360,7 @@ def test_an_unembedding_that_should_be_the_embedding(model_type: str, saved: Mem
         load(checkpoint)
 
 
-@pytest.mark.parametrize("model_type", sorted(CASES.keys() - {"gemma3"}), indirect=True)
+@pytest.mark.parametrize("model_type", sorted(CASES.keys() - COMPOSITE), indirect=True)
 def test_the_bare_model_without_its_head(model_type: str, saved: MemoryCheckpoint) -> None:
     """Some checkpoints, the published GPT-2 among them, leave out the first part of every name."""
     prefix = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}.get(model_type, "model.")
@@ -399,6 +401,8 @@ def test_what_other_releases_left_in_files(
 
 
 def test_a_family_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"'gemma4_text' is not supported: its blocks have heads of two sizes"):
+        family_of("gemma4_text")
     with pytest.raises(UserError, match=r"'mamba' is not supported; supported are .*llama"):
         family_of("mamba")
 

@@ -60,11 +60,13 @@ def test_fp8_is_the_product_with_the_factor_of_its_block(
     assert "quantization_config" not in found.config
 
 
-def test_fp8_with_one_factor_for_a_tensor(tmp_path: Path) -> None:
+def test_fp8_with_one_factor_for_a_tensor_and_one_for_what_it_multiplies(tmp_path: Path) -> None:
     weight = np.arange(12, dtype=np.float32).reshape(3, 4).astype(ml_dtypes.float8_e4m3fn)
     settings = FP8 | {"weight_block_size": None}
-    folder = write(tmp_path / "m", settings, {"w": weight, "w_scale_inv": np.asarray([0.5], np.float32)})
-    assert np.array_equal(open_checkpoint(str(folder)).tensor("w"), weight.astype(np.float32) * 0.5)
+    factors = {"l.weight_scale_inv": np.asarray([0.5], np.float32), "l.activation_scale": np.ones(1, np.float32)}
+    found = open_checkpoint(str(write(tmp_path / "m", settings, {"l.weight": weight, **factors})))
+    assert list(found.names()) == ["l.weight"]
+    assert np.array_equal(found.tensor("l.weight"), weight.astype(np.float32) * 0.5)
 
 
 @pytest.mark.parametrize("lead", [(3,), ()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from spinal_jax.models.formats.convert import convert
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.verify import Difference, Stream, Verification, compare, judge, verify
 
-from . import test_gguf_models
+from . import test_gguf_families, test_gguf_models
 from .cases import draw_config
 from .reference import random_model
 from .test_gguf_tokens import byte_level, byte_level_keys  # noqa: F401 (a fixture)
@@ -81,7 +82,7 @@ def test_the_right_model_passes(folder: Path, prompts: Path) -> None:
     assert sum(line.strip().split(" ")[0] in map(str, range(depth + 1)) for line in lines) == depth + 1
 
 
-@pytest.mark.parametrize("family", ["gemma3", "deepseek_v2", "longrope"])
+@pytest.mark.parametrize("family", ["mistral3", "deepseek_v2", "longrope"])
 def test_models_that_need_care_pass(tmp_path: Path, prompts: Path, family: str) -> None:
     """A text part, experts, and frequencies that go by the length of the prompt, two of which exceed the limit."""
     if family == "longrope":
@@ -90,8 +91,8 @@ def test_models_that_need_care_pass(tmp_path: Path, prompts: Path, family: str) 
         config = draw_config("llama", 0)
         config.head_dim, config.max_position_embeddings = 16, 60
         config.rope_parameters = scaling | factors | {"factor": 4.0}
-    elif family == "gemma3":
-        config = draw_config("gemma3", 0)
+    elif family == "mistral3":
+        config = draw_config("mistral3", 0)
     else:
         (kind,) = [kind for kind in SWITCHES if kind.model_type == family]
         config = tiny(kind, 0)
@@ -114,6 +115,23 @@ def test_a_converted_folder_and_a_gguf_file_pass(
     single = test_gguf_models.export(case, test_gguf_models.random_model(case), tmp_path / "model.gguf")
     result = verify(settings(single, prompts))
     assert [check.passed for check in result.checks] == [None, True, True, True, True], str(result)
+
+
+def test_a_gguf_file_that_transformers_cannot_read_is_compared_with_its_export(
+    tmp_path: Path,
+    prompts: Path,
+    byte_level: Any,  # noqa: F811
+) -> None:
+    keys = {key: value for key, value in byte_level_keys(byte_level).items() if key.startswith("tokenizer.")}
+    vocabulary = {"vocab_size": len(keys["tokenizer.ggml.tokens"])}
+    test_gguf_families.exported(
+        dataclasses.replace(test_gguf_families.CASES["olmo2"], config=vocabulary, keys=keys), tmp_path / "model.gguf"
+    )
+    result = verify(settings(tmp_path / "model.gguf", prompts))
+    assert result.passed
+    assert check(result, "Hugging Face's reading of the file") is None
+    assert check(result, "residual stream and logits") is True
+    assert "compared with its export instead" in str(result)
 
 
 def test_a_wrong_weight_fails_from_its_layer_on(folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spinal_jax.errors import UserError
@@ -24,6 +25,7 @@ from spinal_jax.models.families.granite import GRANITE
 from spinal_jax.models.families.hunyuan import HUNYUAN
 from spinal_jax.models.families.llama import LLAMA, MISTRAL
 from spinal_jax.models.families.ministral3 import MINISTRAL3
+from spinal_jax.models.families.mistral3 import MISTRAL3
 from spinal_jax.models.families.mixtral import MIXTRAL
 from spinal_jax.models.families.olmo import OLMO, OLMOE
 from spinal_jax.models.families.olmo2 import OLMO2
@@ -67,6 +69,7 @@ ALL = (
     APERTUS,
     EXAONE4,
     MINISTRAL3,
+    MISTRAL3,
     ARCEE,
     HUNYUAN,
     MIXTRAL,
@@ -78,9 +81,17 @@ ALL = (
 )
 FAMILIES: dict[str, Family] = {name: family for family in ALL for name in family.model_types}
 
+_GEMMA4 = (
+    "its blocks have heads of two sizes, values that are normed or are the keys, keys and values of earlier blocks, "
+    "embeddings of their own and a second, sparse MLP beside the dense one"
+)
+REFUSED = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4)
+
 
 def family_of(model_type: str) -> Family:
     """The family of a config.json's `model_type`; UserError lists the supported ones."""
+    if model_type in REFUSED:
+        raise UserError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise UserError(
             f"model_type {shorten_middle(model_type)!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
@@ -109,6 +120,9 @@ def read_checkpoint(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> tuple
             f"{checkpoint.source} has tensors of {there} blocks, but its config.json says that there are "
             f"{decoder.depth}: num_hidden_layers is wrong or a file is missing"
         )
+    if decoder.family == "mistral3" and checkpoint.config.get("tie_word_embeddings") is None:
+        # Published files do not say; Hugging Face's class then ties the two unless there is an lm_head of its own.
+        decoder = replace(decoder, tied=not any(name.endswith("lm_head.weight") for name in checkpoint.names()))
     return family, decoder
 
 

@@ -91,7 +91,7 @@ def export(
                         del joined  # before the next tensor is read
                         advance(tensor.size)
         embedding = next(tensor for tensor in planned if tensor.place.paths == ("embedding",))
-        described = exported_config(checkpoint.config, embedding.info.dtype)
+        described = exported_config(checkpoint.config, embedding.info.dtype, config.tied)
         (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         folders.write_companions(checkpoint, partial)
         if len(shards) > 1:
@@ -108,23 +108,31 @@ def export(
     return folder
 
 
-def exported_config(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+def exported_config(config: Mapping[str, Any], dtype: np.dtype, tied: bool) -> dict[str, Any]:
     """config.json for the weights that are written: of a composite model its text part, and with their dtype."""
     exported = dict(config)
-    if "text_config" in config:  # Gemma 3 with images
-        kept = {key: config[key] for key in ("tie_word_embeddings", *_TOKENS) if config.get(key) is not None}
+    if "text_config" in config:
+        text = config["text_config"]
+        kind = text.get("model_type", _TEXT_KINDS[config["model_type"]])
         exported = {
-            "architectures": ["Gemma3ForCausalLM"],
-            "tie_word_embeddings": True,
-            **kept,
-            **config["text_config"],
-            "model_type": f"{config['model_type']}_text",
+            "architectures": [_CLASSES[kind]],
+            **{key: config[key] for key in _TOKENS if config.get(key) is not None},
+            **text,
+            "tie_word_embeddings": tied,
+            "model_type": kind,
         }
     if dtype.name != exported.get("dtype", exported.get("torch_dtype")):
         exported = {key: value for key, value in exported.items() if key != "torch_dtype"} | {"dtype": dtype.name}
     return exported
 
 
+# What the text part of a composite model is where its config does not say so, and the classes of text parts.
+_TEXT_KINDS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_CLASSES = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

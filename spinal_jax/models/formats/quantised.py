@@ -29,6 +29,7 @@ Decode = Callable[[str, Bounds], np.ndarray]  # a block of a tensor, by name
 _KEY = "quantization_config"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FP4 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_FP4_PAIRS = np.stack([_FP4[np.arange(256) & 15], _FP4[np.arange(256) >> 4]], axis=-1)  # of a byte
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
@@ -104,7 +105,7 @@ def _fp8(inner: SafetensorsFolder, settings: Mapping[str, Any]) -> tuple[dict[st
             infos[name] = TensorInfo(info.shape, np.dtype(np.float32))
         elif info.dtype in _FLOAT8:
             raise UserError(f"{inner.source}: {name} is float8, but there is no {name}_scale_inv beside it")
-        elif name.removesuffix("_scale_inv") not in scales:
+        elif name.removesuffix("_scale_inv") not in scales and not _of_activations(name, scales):
             infos[name] = info
 
     def decode(name: str, bounds: Bounds) -> np.ndarray:
@@ -118,6 +119,12 @@ def _fp8(inner: SafetensorsFolder, settings: Mapping[str, Any]) -> tuple[dict[st
         return values
 
     return infos, set(scales), decode
+
+
+def _of_activations(name: str, scales: Collection[str]) -> bool:
+    """Whether a tensor is the factor that FP8 arithmetic applies to what a scaled weight is multiplied with."""
+    layer, _, last = name.rpartition(".")
+    return last == "activation_scale" and f"{layer}.weight" in scales
 
 
 def _mxfp4(inner: SafetensorsFolder) -> tuple[dict[str, TensorInfo], set[str], Decode]:
@@ -145,8 +152,10 @@ def _mxfp4(inner: SafetensorsFolder) -> tuple[dict[str, TensorInfo], set[str], D
         values = np.empty((math.prod(lead), groups * 32, rows), _BFLOAT16)
         each = zip(blocks.reshape(-1, rows, groups, 16), scales.reshape(-1, rows, groups), strict=True)
         for number, (block, exponent) in enumerate(each):
-            pairs = np.stack([_FP4[block & 15], _FP4[block >> 4]], axis=-1).reshape(rows, groups, 32)
-            values[number] = np.ldexp(pairs, exponent.astype(np.int32)[..., None] - 127).reshape(rows, -1).T
+            pairs = _FP4_PAIRS[block].reshape(rows, groups, 32)
+            pairs *= np.ldexp(np.float32(1), exponent.astype(np.int32) - 128)[..., None]  # half, which float32 holds
+            pairs *= 2
+            values[number] = pairs.reshape(rows, -1).T
         return values.reshape(*lead, groups * 32, rows)[tuple(slice(*each) for each in bounds)]
 
     return dict(sorted(infos.items())), packed, decode

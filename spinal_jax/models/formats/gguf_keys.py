@@ -1,0 +1,244 @@
+"""The metadata of a GGUF file, read key by key, and the parts of a config.json that most architectures share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spinal_jax.errors import UserError
+from spinal_jax.models.hf_config import LARGEST, LARGEST_REAL, MOST_BLOCKS, shown
+
+Config = dict[str, Any]
+
+# Tensors that hold no parameter but the divisors of rotary frequencies: they become part of the config.
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+class Keys:
+    """One file's metadata, read key by key without the architecture's prefix; `done` refuses what nobody read."""
+
+    def __init__(
+        self,
+        path: Path,
+        architecture: str,
+        metadata: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        read_tensor: Callable[[str], np.ndarray],
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.shapes = shapes
+        self._prefix = f"{architecture}."
+        self._read_tensor = read_tensor
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or the default. A list with one value for each block must hold the same for all of them."""
+        self._read.add(key)
+        value = self.metadata.get(self._prefix + key, default)
+        if isinstance(value, np.ndarray | list):
+            distinct = set(np.asarray(value).tolist())
+            if len(distinct) != 1:
+                raise UserError(f"{self.path}: {self._prefix}{key} differs between blocks, which is not supported")
+            value = distinct.pop()
+        if value is not None and (wrong := _not_a_setting(key, value)):
+            raise UserError(f"{self.path}: {self._prefix}{key} is {shown(value)}, which is not {wrong}")
+        return value
+
+    def blocks(self, key: str, depth: int) -> list[Any] | None:
+        """The values of a key that holds one for each block, or None where it holds a single one or is absent."""
+        value = self.metadata.get(self._prefix + key)
+        if not isinstance(value, np.ndarray | list):
+            return None
+        self._read.add(key)
+        if len(value) != depth:
+            raise self.refusal(key, f"which has not one value for each of {depth} blocks")
+        return np.asarray(value).tolist()
+
+    def need(self, key: str) -> Any:
+        """The value of a key that must be there; a size is at least 1."""
+        if (value := self.get(key)) is None:
+            raise UserError(f"{self.path} lacks {self._prefix}{key}")
+        if type(value) is int and value < 1:
+            raise self.refusal(key, "but must be at least 1")
+        return value
+
+    def ignore(self, *keys: str) -> None:
+        """Takes keys as read that change nothing in the forward pass."""
+        self._read.update(keys)
+
+    def factors(self, tensor: str) -> np.ndarray | None:
+        """One of ROPE_FACTORS, or None where the file has it not."""
+        if tensor not in self.shapes:
+            return None
+        self._read.add(tensor)
+        return self._read_tensor(tensor).reshape(-1)
+
+    def refusal(self, key: str, why: str) -> UserError:
+        """The error that names a key and its value."""
+        return UserError(f"{self.path}: {self._prefix}{key} is {shown(self.metadata.get(self._prefix + key))}, {why}")
+
+    def done(self) -> None:
+        """Refuses every key of the architecture and every table of rotary factors that was not read."""
+        for name in sorted(self.metadata):
+            if name.startswith(self._prefix) and (key := name.removeprefix(self._prefix)) not in self._read:
+                raise self.refusal(key, "a setting that is not known for this architecture")
+        for tensor in ROPE_FACTORS:
+            if tensor in self.shapes and tensor not in self._read:
+                raise UserError(f"{self.path} has {tensor}, which is not known for {self._prefix[:-1]}")
+
+
+# Which settings are no whole numbers: real numbers by a part of their name, and the few that are no numbers at all.
+_REAL = re.compile(r"epsilon|freq_base|factor|softcapping|scale|beta|multiplier|clamp")
+_TEXT, _FLAGS = ("rope.scaling.type",), ("rope.scaling.finetuned", "attention.causal")
+
+
+def _not_a_setting(key: str, value: Any) -> str:
+    """What the value of a key would have to be, or nothing where it is that."""
+    if key in _TEXT:
+        return "" if isinstance(value, str) else "a name"
+    if key in _FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if _REAL.search(key):
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_REAL
+        return "" if finite else "a finite number"
+    most = MOST_BLOCKS if key == "block_count" else LARGEST
+    return "" if type(value) is int and 0 <= value <= most else f"a whole number from 0 to {most}"
+
+
+def decoder(keys: Keys, experts: bool = False) -> tuple[Config, int]:
+    """The keys that the Llama-like configs share, and the size of a head; `experts`: whether there may be some."""
+    width, heads = keys.need("embedding_length"), keys.need("attention.head_count")
+    head_dim = keys.get("attention.key_length", width // heads)
+    if (value_length := keys.get("attention.value_length", head_dim)) != head_dim:
+        raise keys.refusal(
+            "attention.value_length", f"but keys have {head_dim}; they must be equal, not {value_length}"
+        )
+    if not experts and (keys.get("expert_count", 0) or keys.get("expert_used_count", 0)):
+        raise keys.refusal("expert_count", "but experts are not supported in files of this architecture")
+    keys.ignore("vocab_size", "tensor_data_layout")
+    config = {
+        "vocab_size": vocabulary(keys),
+        "hidden_size": width,
+        "intermediate_size": keys.need("feed_forward_length"),
+        "num_hidden_layers": keys.need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+        "max_position_embeddings": keys.need("context_length"),
+        **tokens(keys),
+    }
+    return config, head_dim
+
+
+def rms_decoder(keys: Keys, experts: bool = False) -> tuple[Config, int]:
+    """As `decoder`, for RMS norms."""
+    config, head_dim = decoder(keys, experts)
+    return config | {"rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon")}, head_dim
+
+
+def vocabulary(keys: Keys) -> int:
+    if "token_embd.weight" not in keys.shapes:
+        raise UserError(f"{keys.path} lacks the tensor token_embd.weight")
+    return keys.shapes["token_embd.weight"][0]
+
+
+def tokens(keys: Keys) -> Config:
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    given = {name: keys.metadata.get(f"tokenizer.ggml.{short}_token_id") for name, short in ids.items()}
+    return {
+        "tie_word_embeddings": "output.weight" not in keys.shapes,
+        **{name: token if type(token) is int else None for name, token in given.items()},
+    }
+
+
+def require_derived_head(keys: Keys, config: Config, head_dim: int) -> None:
+    """Refuses a head size that the family's config.json has no key for."""
+    if head_dim * config["num_attention_heads"] != config["hidden_size"]:
+        raise keys.refusal("attention.key_length", "but heads of this architecture share the width equally")
+
+
+def rope(keys: Keys, head_dim: int) -> Config:
+    """`rope_theta` and `rope_scaling` of a head that is rotated whole."""
+    if keys.get("rope.dimension_count", head_dim) != head_dim:
+        raise keys.refusal("rope.dimension_count", f"but a head has {head_dim} features, all of them rotated")
+    theta = keys.get("rope.freq_base", 10000.0)
+    scaling = rope_scaling(keys)
+    factors = keys.factors("rope_freqs.weight")
+    if factors is not None and np.any(factors != 1):
+        if scaling is not None:
+            raise keys.refusal("rope.scaling.type", "but the file also has rope_freqs.weight; one of the two must go")
+        scaling = frequency_factors(keys, factors, theta)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def rope_scaling(keys: Keys) -> Config | None:
+    """The scaling that metadata states; as in llama.cpp, a factor without a type is linear."""
+    keys.ignore("rope.scaling.finetuned")
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0))
+    original = keys.get("rope.scaling.original_context_length")
+    kind = keys.get("rope.scaling.type", "linear" if factor not in (0, 1) else "none")
+    if kind == "none":
+        return None
+    if kind == "linear" and factor:
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn" and factor and original:
+        if keys.get("rope.scaling.yarn_ext_factor", 1.0) != 1:
+            raise keys.refusal("rope.scaling.yarn_ext_factor", "but only 1 is supported")
+        stored = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
+        found = {name: keys.get(f"rope.scaling.{key}") for name, key in stored.items()}
+        given = {name: value for name, value in found.items() if value is not None}
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **given}
+    raise keys.refusal("rope.scaling.type", f"with factor {factor}, which is not a rope scaling that is supported")
+
+
+def frequency_factors(keys: Keys, factors: np.ndarray, theta: float) -> Config:
+    """The scaling whose frequencies are divided by a stored table.
+
+    Llama 3.1 and later store the table and not what it was computed from. Where it is that of their published
+    setting the config says so; any other table is handed on as it is.
+    """
+    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
+    wavelengths = 2 * math.pi * theta ** (np.arange(factors.size) / factors.size)
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-4):  # the table is float32 of float32 powers
+        ends = {"low_freq_factor": low, "high_freq_factor": high}
+        return {"rope_type": "llama3", "factor": factor, **ends, "original_max_position_embeddings": original}
+    table = factors.tolist()
+    return {
+        "rope_type": "longrope",
+        "short_factor": table,
+        "long_factor": table,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": keys.need("context_length"),
+    }
+
+
+def partial_rotary(keys: Keys, head_dim: int) -> float:
+    """The share of a head that is rotated, such that int(head_dim * share) is the stored number of features."""
+    count = keys.get("rope.dimension_count", head_dim)
+    share = count / head_dim
+    return share if int(head_dim * share) == count else math.nextafter(share, 2)
+
+
+def rope_parameters(keys: Keys, head_dim: int) -> Config:
+    """`rope`, as transformers 5 spells it."""
+    both = rope(keys, head_dim)
+    return {"rope_theta": both["rope_theta"], **(both["rope_scaling"] or {"rope_type": "default"})}
+
+
+def layer_types(keys: Keys, depth: int, period: int) -> list[str]:
+    """Which blocks slide: by a flag for each, or all but the last of each stored period; else of `period`."""
+    key = "attention.sliding_window_pattern"
+    flags = keys.blocks(key, depth)
+    if flags is None:
+        every = keys.get(key, period)
+        flags = [every != 0 and (block + 1) % every != 0 for block in range(depth)]
+    elif not all(flag in (0, 1) for flag in flags):
+        raise keys.refusal(key, "which is not true or false for each block")
+    return ["sliding_attention" if flag else "full_attention" for flag in flags]
