@@ -13,6 +13,10 @@ from spinal_jax.config.parallel import ProcessesConfig
 from spinal_jax.config.record import about, require, require_above
 from spinal_jax.errors import UserError
 
+# Largest decay rate of a moment in bfloat16. Its 8 bits drop a relative change below 2^-9, so the moment stands still
+# while a gradient differs from it by less than 2^-9 / (1 - decay): 4 % here, but 200 % at 0.999.
+COARSEST = 0.95
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -56,6 +60,9 @@ class OptimizerConfig:
     beta1: float = field(default=0.9, metadata=about("Adam beta1"))
     beta2: float = field(default=0.999, metadata=about("Adam beta2"))
     eps: float = field(default=1e-8, metadata=about("Adam epsilon"))
+    first_moment: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata=about("dtype of the mean of gradients, of adamw, lion and sgd")
+    )
     clip: float | None = field(
         default=1.0, metadata=about("gradient clipping threshold (global norm); null: no clipping")
     )
@@ -70,6 +77,12 @@ class OptimizerConfig:
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more steps")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "null or a number above 0")
+        if self.first_moment == "bfloat16":
+            has_one = self.name != "adafactor"
+            require(has_one, "optimizer.first_moment", self.first_moment, "float32 with adafactor, which has no moment")
+            name = "beta2" if self.name == "lion" else "beta1"
+            right = f"at most {COARSEST} with first_moment=bfloat16, which rounds smaller changes away"
+            require(getattr(self, name) <= COARSEST, f"optimizer.{name}", getattr(self, name), right)
 
 
 @dataclass(frozen=True)

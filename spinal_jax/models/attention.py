@@ -1,6 +1,7 @@
 """Causal self-attention over packed rows, with grouped queries, windows, soft-caps and rotary positions.
 
-Scores are made by XLA, unless a kernel of the accelerator computes the model's attention (`fused_attention`).
+Scores are made by XLA, unless a kernel of the accelerator computes the model's attention (`fused_attention`) or, in
+training on a CPU, tiles of queries do (`tiled_attention`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.fused_attention import AnyMesh, Kernel, attend_cudnn, attend_splash, kernel_of
 from spinal_jax.models.layers import Linear, Norm, normal
 from spinal_jax.models.rope import rotate, rotation
+from spinal_jax.models.tiled_attention import FORBIDDEN, attend_tiled
 
 QUERY_BLOCK = 512  # above this many tokens in a row, scores are made for a block of queries at a time
 
@@ -31,6 +33,7 @@ class Layout(NamedTuple):
     kernel: Kernel  # what computes attention
     mesh: AnyMesh | None  # devices that share the rows and heads of a kernel
     growth: Array | None  # [B, T] multiplies the queries of a position
+    bias: Array | None  # [B, T, T] float32, for `attend_tiled`; None: another way of computing attention
 
 
 class PerLayer(NamedTuple):
@@ -50,8 +53,11 @@ def layout(
     dtype: jnp.dtype,
     backend: str,
     mesh: AnyMesh | None = None,
+    *,
+    tiled: bool = False,
 ) -> Layout:
-    """The shared part of a forward in a dtype; `positions`, `segments`, `lengths` and `branches` are [B, T]."""
+    """The shared part of a forward in a dtype; `positions`, `segments`, `lengths` and `branches` are [B, T]. `tiled`:
+    attention is `attend_tiled`."""
     turns = [rotation(rope, positions, lengths) for rope in config.ropes]
     if turns and -1 in config.layer_rope:
         turns.append((jnp.ones_like(turns[0][0]), jnp.zeros_like(turns[0][1])))
@@ -63,6 +69,10 @@ def layout(
     cos = jnp.stack([c for c, _ in turns]) if turns else nothing
     sin = jnp.stack([s for _, s in turns]) if turns else nothing
     kernel = kernel_of(config, dtype, backend, mesh).kernel
+    bias = None
+    if tiled and not config.sinks:  # which `attend_tiled` does not know
+        seen = allowed(segments, jnp.arange(segments.shape[1], dtype=jnp.int32), None, branches, positions)
+        bias = jnp.where(seen, 0.0, FORBIDDEN)
     return Layout(
         segments=segments,
         positions=positions,
@@ -72,6 +82,7 @@ def layout(
         kernel="xla" if kernel == "splash" and branches is not None else kernel,  # which has no mask of its own
         mesh=mesh,
         growth=growth,
+        bias=bias,
     )
 
 
@@ -220,7 +231,14 @@ class Attention(nnx.Module):
         v, window = split(self.value(x), None), layer.window if any(config.windows) else None
         branches, positions = shared.branches, shared.positions
         scale, softcap = query_scale(config), config.attention_softcap
-        if shared.kernel == "cudnn":
+        if shared.bias is not None:
+            bias = shared.bias
+            if window is not None:
+                back = positions[:, :, None] - positions[:, None, :]
+                bias = jnp.where((window == 0) | (back < window), bias, FORBIDDEN)
+            scaled = (q.astype(jnp.float32) * layer.scale).astype(q.dtype)
+            out: Array = attend_tiled(softcap, scaled, k, v, bias)
+        elif shared.kernel == "cudnn":
             mask = None
             if window is not None or branches is not None:
                 row = jnp.arange(x.shape[1], dtype=jnp.int32)

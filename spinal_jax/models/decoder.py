@@ -23,6 +23,7 @@ from spinal_jax.models.experts import MixtureOfExperts
 from spinal_jax.models.fused_attention import AnyMesh
 from spinal_jax.models.latent import MultiHeadLatentAttention
 from spinal_jax.models.layers import MLP, Norm, normal
+from spinal_jax.models.tiled_attention import KEPT
 
 Remat = Literal["none", "all_but_linear", "blocks"]
 
@@ -139,6 +140,7 @@ class Decoder(nnx.Module):
         lengths: Array | None = None,
         branches: Array | None = None,
         remat: Remat = "none",
+        training: bool = False,
         backend: str | None = None,
         mesh: AnyMesh | None = None,
     ) -> tuple[Array, Any]:
@@ -155,7 +157,8 @@ class Decoder(nnx.Module):
             branches: int [B, T], which continuation of its segment's prompt a token belongs to; 0 for the prompt, which
                 all of them share. Default: no segment has more than one.
             remat: what the backward pass computes again instead of keeping it: nothing, all but the results of linear
-                layers, or whole blocks.
+                layers and of attention, or whole blocks.
+            training: whether attention is computed as suits a backward pass on a CPU (`tiled_attention`).
             backend: the kind of device that this is for, by which attention is computed; None: JAX's default.
             mesh: the devices that share the work, each of which then runs kernels that XLA does not split, or
                 `fused_attention.ALONE`; None: not known, and such kernels run where there is one device alone.
@@ -181,7 +184,8 @@ class Decoder(nnx.Module):
             if self.positions is not None:
                 h = h + look_up(self.positions[...], positions)
             at = backend or jax.default_backend()
-            shared = layout(config, positions, segments, lengths, branches, h.dtype, at, mesh)
+            tiled = training and at == "cpu"
+            shared = layout(config, positions, segments, lengths, branches, h.dtype, at, mesh, tiled=tiled)
             state = None
             if tap is not None:
                 state = tap.init(jax.ShapeDtypeStruct(h.shape, h.dtype), config.depth + 1)
@@ -193,7 +197,11 @@ class Decoder(nnx.Module):
                 h = block(h, shared, layer)
                 return (h, state if tap is None else tap.update(state, h, index)), None
 
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "all_but_linear" else None
+            policies = jax.checkpoint_policies
+            products = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+            )
+            keep = products if remat == "all_but_linear" else None
             body = step if remat == "none" else jax.checkpoint(step, prevent_cse=False, policy=keep)
             layers, done = per_layer(config), 0
             for stack, (_, count) in zip(self.stacks, config.stacks, strict=True):

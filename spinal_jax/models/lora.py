@@ -33,43 +33,38 @@ ALL = "all-linear"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def adapted(scale: float, x: Array, weight: Array, a: Array, b: Array) -> Array:
-    """`x (W + scale B A)^T` [..., out] for a frozen weight, in float32.
+def adapted(scale: float, x: Array, merged: Array, a: Array, b: Array) -> Array:
+    """`x (W + scale B A)^T` [..., out] for a frozen weight W, in float32.
 
-    The sum `W + scale B A` is made once a call, so that the forward pass costs no more than that of the base and a
-    product of two small matrices. No gradient flows to W: the backward pass has the one large product for x, and four
-    with the rank as one side for A and B.
+    The forward pass costs no more than that of the base. No gradient flows to W: the backward pass has the one large
+    product for x, and four with the rank as one side for A and B.
 
     Args:
         scale: alpha / rank.
         x: [..., in]
-        weight: W [out, in], frozen.
+        merged: `W + scale B A` [out, in]; its own dependence on A and B carries no gradient.
         a: A [rank, in]
         b: B [out, rank]
     """
-    return _adapted_forward(scale, x, weight, a, b)[0]
+    return _adapted_forward(scale, x, merged, a, b)[0]
 
 
 def _adapted_forward(
-    scale: float, x: Array, weight: Array, a: Array, b: Array
+    scale: float, x: Array, merged: Array, a: Array, b: Array
 ) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    return jnp.einsum("...i,oi->...o", x, _merged(scale, weight, a, b), precision="highest"), (x, weight, a, b)
+    return jnp.einsum("...i,oi->...o", x, merged, precision="highest"), (x, merged, a, b)
 
 
 def _adapted_backward(
     scale: float, saved: tuple[Array, Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array, Array, Array]:
-    x, weight, a, b = saved
+    x, merged, a, b = saved
     # Said here, not left to `jax.default_matmul_precision`, because a custom backward pass is traced outside of it.
     product = partial(jnp.einsum, precision="highest")
-    to_x = product("...o,oi->...i", gradient, _merged(scale, weight, a, b))
+    to_x = product("...o,oi->...i", gradient, merged)
     to_a = product("...r,...i->ri", product("...o,or->...r", gradient, b), x) * scale
     to_b = product("...o,...r->or", gradient, product("...i,ri->...r", x, a)) * scale
-    return to_x, jnp.zeros_like(weight), to_a, to_b
-
-
-def _merged(scale: float, weight: Array, a: Array, b: Array) -> Array:
-    return weight + jnp.einsum("or,ri->oi", b * scale, a, precision="highest")
+    return to_x, jnp.zeros_like(merged), to_a, to_b
 
 
 adapted.defvjp(_adapted_forward, _adapted_backward)
@@ -85,13 +80,14 @@ class Adapter(nnx.Module):
         self.a = nnx.LoRAParam(draw.astype(weight.dtype))
         self.b = nnx.LoRAParam(jnp.zeros((*lead, out, rank), weight.dtype))
         self.scale = scale
+        self.is_merged = False  # whether W holds `scale B A` already, of the same A and B
 
     def __call__(self, x: Array, weight: Array) -> Array:
         """`x (W + scale B A)^T`. In less than float32 the sum would be rounded to the weight's precision, which hides
         small adapters, and the two products stay apart."""
         a, b = self.a[...], self.b[...]
         if x.dtype == jnp.float32:
-            return adapted(self.scale, x, weight, a, b)
+            return adapted(self.scale, x, weight if self.is_merged else weight + self.delta(), a, b)
         low = jnp.einsum("...i,ri->...r", x, a) * self.scale
         return jnp.einsum("...i,oi->...o", x, weight) + jnp.einsum("...r,or->...o", low, b)
 
@@ -150,3 +146,18 @@ def merge(model: Decoder) -> None:
             weight = layer.weight[...]
             layer.weight[...] = (weight.astype(jnp.float32) + layer.adapter.delta()).astype(weight.dtype)
             layer.adapter = None
+
+
+def sum_once(model: Decoder) -> None:
+    """Adds every adapter to its weight and leaves it there, for gradients of the adapters: the sum is then made once
+    for any number of forward and backward passes in float32."""
+    for _, layer in _linears(model):
+        if isinstance(layer.adapter, Adapter):
+            layer.weight[...] = layer.weight[...] + layer.adapter.delta()
+
+
+def expect_sums(model: Decoder) -> None:
+    """Says of every adapter that its weight holds it already (`sum_once`)."""
+    for _, layer in _linears(model):
+        if isinstance(layer.adapter, Adapter):
+            layer.adapter.is_merged = True

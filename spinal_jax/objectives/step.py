@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
 from spinal_jax.config.training import ObjectiveConfig
 from spinal_jax.metrics.gradient import BlockNorms, block_norms
+from spinal_jax.models import lora
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Remat
 from spinal_jax.models.parts import Parts, cast
@@ -21,6 +23,7 @@ from spinal_jax.objectives.losses import Scores, preference_loss, sequence_score
 from spinal_jax.objectives.responses import ResponseBatch
 
 Arrays = dict[str, Array]
+MERGED = ".merged"  # ends the name of a frozen weight that holds its adapter
 
 
 class TrainState(NamedTuple):
@@ -61,6 +64,9 @@ class Updated(NamedTuple):
 class Steps(NamedTuple):
     """The compiled functions of a run."""
 
+    # (parameters, fixed): in float32 the frozen weights with their adapters added, by names under which `first` and
+    # `more` find them in `fixed`; of equal `parameters`, so once a step. Empty where no adapters are trained.
+    merge: Callable[[Arrays, Arrays], Arrays]
     first: Callable[..., tuple[Arrays, Sums]]  # (parameters, fixed, batch, normaliser)
     more: Callable[..., tuple[Arrays, Sums]]  # (parameters, fixed, batch, normaliser, gradients, sums): adds to both
     update: Callable[..., Updated]  # (state, gradients, sums)
@@ -91,7 +97,10 @@ def make_steps(
     """
 
     def scores(parameters: Arrays, fixed: Arrays, batch: ResponseBatch, remat: Remat) -> Scores:
-        model = parts.assemble(cast({**fixed, **parameters}, dtype))
+        merged = {name.removesuffix(MERGED): x for name, x in fixed.items() if name.endswith(MERGED)}
+        model = parts.assemble(cast({**fixed, **merged, **parameters}, dtype))
+        if merged:
+            lora.expect_sums(model)
         h, _ = model.forward(
             batch.tokens,
             positions=batch.positions,
@@ -99,6 +108,7 @@ def make_steps(
             lengths=batch.lengths,
             branches=batch.branches,
             remat=remat,
+            training=True,
             mesh=mesh,
         )
         trains_lens = not parameters.keys().isdisjoint({"embedding", "unembedding.weight", "unembedding.bias"})
@@ -109,6 +119,15 @@ def make_steps(
     ) -> tuple[Array, Sums]:
         sums = summed(scores(parameters, fixed, batch, remat), batch, objective)
         return sums.loss / normaliser, sums
+
+    def merge(parameters: Arrays, fixed: Arrays) -> Arrays:
+        adapted = [name for name in fixed if name.removesuffix("weight") + "adapter.a" in parameters]
+        if dtype != "float32" or not adapted:
+            return {}
+        model = parts.assemble({**fixed, **parameters})
+        lora.sum_once(model)
+        arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+        return {name + MERGED: arrays[name] for name in adapted}
 
     gradient = jax.grad(partial(loss, remat=remat), has_aux=True)
 
@@ -133,6 +152,7 @@ def make_steps(
         return Updated(state=after, norm=norm, norms=norms, fine=fine)
 
     return Steps(
+        merge=jax.jit(merge),
         first=jax.jit(gradient),
         more=jax.jit(more, donate_argnames=("gradients", "sums")),
         update=jax.jit(update, donate_argnames="state"),

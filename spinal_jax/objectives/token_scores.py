@@ -3,7 +3,9 @@ pass holds logits of the whole vocabulary.
 
 With `z = lens(x)`, `log p(t) = z_t - log sum_v exp(z_v)` and `d log p(t) / d z = onehot(t) - p`. The forward pass runs
 through the tiles with a running maximum and keeps one number a position, the log of the sum. The backward pass computes
-a tile's logits again, and from them the gradients of `x` and of that tile of the unembedding.
+a tile's logits again, and from them the gradients of `x` and of that tile of the unembedding. Where the unembedding is
+frozen the forward pass sums `d log p(t) / d x` beside the rest, as attention sums values, and the backward pass only
+multiplies it by the gradient of `log p(t)`.
 """
 
 from __future__ import annotations
@@ -43,10 +45,17 @@ class _Tiles(NamedTuple):
 
 
 class _ToTiles(NamedTuple):
-    """Gradients of `_Tiles`, float32; of size 0 where they are not wanted."""
+    """Gradients of `_Tiles`, float32; that of an absent bias has size 0."""
 
     weight: Array
     bias: Array
+
+
+class _Pulls(NamedTuple):
+    """What the gradient of log p(t) for x is made of, [R, C, d]: `target - all / mass`."""
+
+    target: Array  # gradient of the token's logit
+    all: Array  # sum of exp(z - top) times the gradient of z
 
 
 class _Running(NamedTuple):
@@ -57,6 +66,7 @@ class _Running(NamedTuple):
     moment: Array  # sum of exp(z - top) (z - top)
     total: Array  # sum of z
     target: Array  # the logit of the token
+    pulls: _Pulls | None  # where the gradient of x alone is wanted
 
 
 def _tiles(lens: Lens, positions: int) -> _Tiles:
@@ -113,39 +123,58 @@ def token_scores(trains_lens: bool, lens: Lens, x: Array, targets: Array, weight
         targets: int32 [R, T] the tokens they predict.
         weight: [R, T] 0 where a position does not count, which come last in a row.
     """
-    return _forward(trains_lens, lens, x, targets, weight)[0]
+    return _scores(lens, x, targets, weight, pulls=False)[0]
 
 
-def _forward(
-    trains_lens: bool, lens: Lens, x: Array, targets: Array, weight: Array
-) -> tuple[TokenScores, tuple[Lens, Array, Array, Array, Array]]:
+def _scores(
+    lens: Lens, x: Array, targets: Array, weight: Array, *, pulls: bool
+) -> tuple[TokenScores, Array, Array | None]:
+    """(scores, log of the normaliser [R, T], the gradient of log p for `x` [R, T, d] if `pulls`)."""
     rows, length = targets.shape
     chunked = (_chunks(x), _chunks(targets), _chunks(weight))
     tiles = _tiles(lens, rows * chunked[1].shape[2])
 
-    def some(x: Array, targets: Array) -> tuple[TokenScores, Array]:
+    def pulled(
+        before: _Pulls, shrink: Array, z: Array, odds: Array, pullback: Any, own: Array, place: Array, here: Array
+    ) -> _Pulls:
+        """The sums with a tile more: `place` [R, C] is the token's row in it, if it is `here`."""
+        (slope,) = pullback(jnp.ones_like(z))[:1]
+        at = jnp.take_along_axis(slope, place[..., None], axis=-1)
+        scaled = pullback(odds)[0].astype(x.dtype)
+        read = jnp.einsum("rcw,wd->rcd", scaled, own, precision=_precision(x), preferred_element_type=jnp.float32)
+        target = at * jnp.take(own, place, axis=0).astype(jnp.float32)
+        return _Pulls(
+            target=jnp.where(here[..., None], target, before.target), all=before.all * shrink[..., None] + read
+        )
+
+    def some(x: Array, targets: Array) -> tuple[TokenScores, Array, Array | None]:
         def step(running: _Running, index: Array) -> tuple[_Running, None]:
-            z, _, _ = _tile(lens, tiles, index, x)
+            z, pullback, own = _tile(lens, tiles, index, x)
             top = jnp.maximum(running.top, jnp.max(z, axis=-1))
             above = z - top[..., None]
             odds, shrink, sink = jnp.exp(above), jnp.exp(running.top - top), running.top - top
-            at = jnp.take_along_axis(z, (targets // tiles.number)[..., None], axis=-1)[..., 0]
+            place, here = targets // tiles.number, targets % tiles.number == index
+            at = jnp.take_along_axis(z, place[..., None], axis=-1)[..., 0]
             real = jnp.where(z > LOWEST, z, 0.0) if tiles.number * tiles.width > lens.vocab_size else z
             return _Running(
                 top=top,
                 mass=running.mass * shrink + jnp.sum(odds, axis=-1),
                 moment=(running.moment + running.mass * sink) * shrink + jnp.sum(odds * above, axis=-1),
                 total=running.total + jnp.sum(real, axis=-1),
-                target=jnp.where(targets % tiles.number == index, at, running.target),
+                target=jnp.where(here, at, running.target),
+                pulls=None
+                if running.pulls is None
+                else pulled(running.pulls, shrink, z, odds, pullback, own, place, here),
             ), None
 
-        nothing = jnp.zeros(targets.shape, jnp.float32)
+        nothing, empty = jnp.zeros(targets.shape, jnp.float32), jnp.zeros(x.shape, jnp.float32)
         start = _Running(
             top=jnp.full(targets.shape, LOWEST, jnp.float32),
             mass=nothing,
             moment=nothing,
             total=nothing,
             target=nothing,
+            pulls=_Pulls(target=empty, all=empty) if pulls else None,
         )
         end, _ = jax.lax.scan(step, start, jnp.arange(tiles.number, dtype=jnp.int32))
         log_mass = jnp.log(end.mass)
@@ -155,23 +184,44 @@ def _forward(
             logit=end.total / lens.vocab_size,
             correct=(end.target >= end.top).astype(jnp.float32),
         )
-        return scores, end.top + log_mass
+        pull = None if end.pulls is None else end.pulls.target - end.pulls.all / end.mass[..., None]
+        return scores, end.top + log_mass, pull
 
-    def step(nothing: None, part: tuple[Array, Array, Array]) -> tuple[None, tuple[TokenScores, Array]]:
-        x, targets, weight = part
+    def none(x: Array, targets: Array) -> tuple[TokenScores, Array, Array | None]:
         zeros = jnp.zeros(targets.shape, jnp.float32)
         empty = TokenScores(logp=zeros, entropy=zeros, logit=zeros, correct=zeros)
-        return None, jax.lax.cond(jnp.any(weight > 0), some, lambda *_: (empty, zeros), x, targets)
+        return empty, zeros, jnp.zeros(x.shape, jnp.float32) if pulls else None
 
-    _, (scores, normaliser) = jax.lax.scan(step, None, chunked)
-    scores = TokenScores(*(_joined(y, length) for y in scores))
-    return scores, (lens, x, targets, weight, _joined(normaliser, length))
+    def step(nothing: None, part: tuple[Array, Array, Array]) -> tuple[None, tuple[TokenScores, Array, Array | None]]:
+        x, targets, weight = part
+        return None, jax.lax.cond(jnp.any(weight > 0), some, none, x, targets)
+
+    _, found = jax.lax.scan(step, None, chunked)
+    joined: tuple[TokenScores, Array, Array | None] = jax.tree.map(lambda y: _joined(y, length), found)
+    return joined
 
 
-def _backward(
-    trains_lens: bool, saved: tuple[Lens, Array, Array, Array, Array], gradient: TokenScores
-) -> tuple[Lens, Array, None, None]:
-    lens, x, targets, weight, normaliser = saved
+class _Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    lens: Lens
+    x: Array
+    targets: Array
+    weight: Array
+    normaliser: Array  # [R, T]
+    pull: Array | None  # [R, T, d] the gradient of log p for x, where the lens is frozen
+
+
+def _forward(trains_lens: bool, lens: Lens, x: Array, targets: Array, weight: Array) -> tuple[TokenScores, _Saved]:
+    scores, normaliser, pull = _scores(lens, x, targets, weight, pulls=not trains_lens)
+    return scores, _Saved(lens, x, targets, weight, normaliser, pull)
+
+
+def _backward(trains_lens: bool, saved: _Saved, gradient: TokenScores) -> tuple[Lens, Array, None, None]:
+    lens, x, targets, weight, normaliser, pull = saved
+    if pull is not None:
+        to_x = (gradient.logp[..., None] * pull).astype(x.dtype)
+        return jax.tree.map(jnp.zeros_like, lens), to_x, None, None
     rows, length = targets.shape
     chunked = tuple(map(_chunks, (x, targets, weight, normaliser, gradient.logp)))
     tiles = _tiles(lens, rows * chunked[1].shape[2])
@@ -187,10 +237,9 @@ def _backward(
             to_scores, to_own_bias = pullback(to_z)
             to_scores = to_scores.astype(x.dtype)
             to_x += jnp.einsum("rcw,wd->rcd", to_scores, own, precision=precision, preferred_element_type=jnp.float32)
-            if trains_lens:
-                found = jnp.einsum("rcw,rcd->wd", to_scores, x, precision=precision, preferred_element_type=jnp.float32)
-                to_weight = to_weight.at[:, index].add(found)
-                to_bias = to_bias.at[:, index].add(to_own_bias) if tiles.bias is not None else to_bias
+            found = jnp.einsum("rcw,rcd->wd", to_scores, x, precision=precision, preferred_element_type=jnp.float32)
+            to_weight = to_weight.at[:, index].add(found)
+            to_bias = to_bias.at[:, index].add(to_own_bias) if tiles.bias is not None else to_bias
             return (_ToTiles(to_weight, to_bias), to_x), None
 
         start = (sums, jnp.zeros(x.shape, jnp.float32))
@@ -206,17 +255,16 @@ def _backward(
             *(sums, x, targets, normaliser, pull),
         )
 
-    wanted = (tiles.weight.shape, (tiles.width, tiles.number if tiles.bias is not None else 0))
-    shapes = wanted if trains_lens else ((0,), (0,))
-    start = _ToTiles(jnp.zeros(shapes[0], jnp.float32), jnp.zeros(shapes[1], jnp.float32))
+    start = _ToTiles(
+        jnp.zeros(tiles.weight.shape, jnp.float32),
+        jnp.zeros((tiles.width, tiles.number if tiles.bias is not None else 0), jnp.float32),
+    )
     (to_weight, to_bias), to_x = jax.lax.scan(step, start, chunked)
-    to_lens = jax.tree.map(jnp.zeros_like, lens)
-    if trains_lens:
-        vocab = lens.unembed.shape[0]
-        leaves = [to_weight.reshape(-1, x.shape[-1])[:vocab].astype(lens.unembed.dtype)]
-        if lens.bias is not None:
-            leaves.append(to_bias.reshape(-1)[:vocab].astype(lens.bias.dtype))
-        to_lens = jax.tree.unflatten(jax.tree.structure(lens), leaves)
+    vocab = lens.unembed.shape[0]
+    leaves = [to_weight.reshape(-1, x.shape[-1])[:vocab].astype(lens.unembed.dtype)]
+    if lens.bias is not None:
+        leaves.append(to_bias.reshape(-1)[:vocab].astype(lens.bias.dtype))
+    to_lens = jax.tree.unflatten(jax.tree.structure(lens), leaves)
     return to_lens, _joined(to_x, length), None, None
 
 

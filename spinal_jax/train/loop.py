@@ -88,13 +88,14 @@ def optimise(task: Task, state: TrainState, start: int, stop: int) -> Iterator[S
         normaliser = np.float32(task.normaliser(step))
         gradients: Arrays | None = None
         sums: Sums | None = None
+        fixed = {**task.fixed, **task.steps.merge(state.parameters, task.fixed)}
         for batch in task.batches(step, reference):
             if gradients is None:
-                gradients, sums = task.steps.first(state.parameters, task.fixed, batch, normaliser)
+                gradients, sums = task.steps.first(state.parameters, fixed, batch, normaliser)
             else:
-                gradients, sums = task.steps.more(state.parameters, task.fixed, batch, normaliser, gradients, sums)
+                gradients, sums = task.steps.more(state.parameters, fixed, batch, normaliser, gradients, sums)
         updated = task.steps.update(state, gradients, sums)
-        del gradients
+        del gradients, fixed
         state = updated.state
         host_sums, norm, norms, fine = to_host((sums, updated.norm, updated.norms, updated.fine))
         if not fine:

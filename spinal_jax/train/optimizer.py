@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -38,15 +39,20 @@ def decayed(parameters: Mapping[str, Array]) -> dict[str, bool]:
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the named method. Its moments are float32, like the parameters."""
-    rate, decay = schedule(config, steps), config.weight_decay
+    """Clipping by the global norm, then the named method. Its moments are float32, like the parameters, but for the
+    first where `first_moment` says bfloat16. Second moments are always float32: with a decay of 0.999 their changes
+    are too small for bfloat16."""
+    rate, decay, first = schedule(config, steps), config.weight_decay, jnp.dtype(config.first_moment)
     match config.name:
         case "adamw":
-            method = optax.adamw(rate, config.beta1, config.beta2, config.eps, weight_decay=decay, mask=decayed)
+            method = optax.adamw(
+                rate, config.beta1, config.beta2, config.eps, mu_dtype=first, weight_decay=decay, mask=decayed
+            )
         case "adafactor":
             method = optax.adafactor(rate, weight_decay_rate=decay or None, weight_decay_mask=decayed)
         case "lion":
-            method = optax.lion(rate, config.beta1, config.beta2, weight_decay=decay, mask=decayed)
+            method = optax.lion(rate, config.beta1, config.beta2, mu_dtype=first, weight_decay=decay, mask=decayed)
         case "sgd":
-            method = optax.chain(optax.add_decayed_weights(decay, decayed), optax.sgd(rate, config.beta1 or None))
+            descent = optax.sgd(rate, config.beta1 or None, accumulator_dtype=first)
+            method = optax.chain(optax.add_decayed_weights(decay, decayed), descent)
     return method if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), method)
