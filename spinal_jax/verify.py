@@ -26,6 +26,7 @@ from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder, collect
 from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.formats.expert_tensors import ExpertsApart
 from spinal_jax.models.formats.export import export
 from spinal_jax.models.formats.folders import Bar, no_bar, read_record
 from spinal_jax.models.formats.gguf import GgufFile
@@ -224,11 +225,18 @@ def _hash(checkpoint: Checkpoint, bar: Bar) -> Check:
     if folder is not None and checkpoint.kind != "adapter" and (record := read_record(folder)) is not None:
         same = digest == record["sha256"]
         return Check("hash", same, f"sha256 {digest} is {'' if same else 'not '}what spinal.json recorded")
-    if isinstance(checkpoint, SafetensorsFolder) and (wrong := _wrong_blobs(checkpoint.folder)) is not None:
+    whole = _plain_folder(checkpoint)
+    if whole is not None and (wrong := _wrong_blobs(whole)) is not None:
         if wrong:
             return Check("hash", False, f"{wrong[0]} is not the file that the hub sent")
         return Check("hash", True, f"sha256 {digest}; each file is the one that the hub sent")
     return Check("hash", None, f"sha256 {digest}, and nothing here says what it should be")
+
+
+def _plain_folder(checkpoint: Checkpoint) -> Path | None:
+    """The Hugging Face folder that the checkpoint reads as it lies."""
+    inner = checkpoint.inner if isinstance(checkpoint, ExpertsApart) else checkpoint
+    return inner.folder if isinstance(inner, SafetensorsFolder) else None
 
 
 def _wrong_blobs(folder: Path) -> list[str] | None:
@@ -285,8 +293,8 @@ def _reference(checkpoint: Checkpoint, config: VerifyConfig, notes: list[str]) -
 
     Of a GGUF file that transformers cannot read, the model of its export, which `notes` then says.
     """
-    if isinstance(checkpoint, SafetensorsFolder):
-        yield _hugging_face(checkpoint.folder)
+    if (plain := _plain_folder(checkpoint)) is not None:
+        yield _hugging_face(plain)
         return
     if isinstance(checkpoint, GgufFile):
         try:

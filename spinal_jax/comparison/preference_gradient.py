@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ SKETCH = 2**14
 MOST_AT_ONCE = 8  # pairs that are packed together
 
 Advance = Callable[[int], None]
+Layers = tuple[tuple[int, ...], ...]  # the blocks that each stack of parameters holds
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def preference_gradient(
         mesh: the devices on which the model lies, of which each takes some rows of a micro-batch; None: one device.
             Processes that share it must all call this, with equal arguments, and all get the result.
     """
-    depth = model.config.depth
+    depth, layers = model.config.depth, model.config.layers_of_stacks
     steps, arrays = _steps(model, objective)
     one = np.float32(1)
     total: Arrays | None = None
@@ -115,13 +117,13 @@ def preference_gradient(
         gradient, sums = found
         accurate.append(float(sums.accurate))
         margins.append(float(sums.chosen) - float(sums.rejected))
-        norms, sketch = (_on_host(x, mesh).astype(np.float64) for x in _described(gradient, depth))
+        norms, sketch = (_on_host(x, mesh).astype(np.float64) for x in _described(gradient, layers))
         squares.append(norms**2)
         sketches.append(sketch)
         counts.append(len(members))
         total = gradient if total is None else _add(total, gradient)
     assert total is not None
-    norms = jax.tree.map(lambda x: _on_host(x, mesh).astype(np.float64), _all_norms(total, depth))
+    norms = jax.tree.map(lambda x: _on_host(x, mesh).astype(np.float64), _all_norms(total, layers))
     pairs = np.array(counts, np.float64)
     count = pairs.sum()
     without = np.zeros((0, depth))
@@ -183,19 +185,20 @@ def _add(a: Arrays, b: Arrays) -> Arrays:
     return jax.tree.map(jnp.add, a, b)
 
 
-def _described(gradient: Arrays, depth: int) -> tuple[Array, Array]:
+def _described(gradient: Arrays, layers: Layers) -> tuple[Array, Array]:
     """Norms [D] of the blocks' gradients, and their sketches [D, SKETCH]."""
-    return _norms(gradient, depth), _sketch(gradient)
+    return _norms(gradient, layers), _sketch(gradient, layers)
 
 
-_norms = jax.jit(lambda gradient, depth: block_norms(gradient, depth).blocks, static_argnums=1)
+_norms = jax.jit(lambda gradient, layers: block_norms(gradient, layers).blocks, static_argnums=1)
 _all_norms = jax.jit(block_norms, static_argnums=1)
 
 
-@jax.jit
-def _sketch(gradient: Arrays) -> Array:
-    """[D, SKETCH] of the parameters by block. Linear, with the same signs at every call."""
-    stacks: dict[int, Array] = {}
+@partial(jax.jit, static_argnums=1)
+def _sketch(gradient: Arrays, layers: Layers) -> Array:
+    """[D, SKETCH] of the parameters by block; `layers` are the blocks that each stack holds. Linear, with the same
+    signs at every call."""
+    sketch = jnp.zeros((sum(map(len, layers)), SKETCH), jnp.float32)
     begin: dict[int, int] = {}
     for number, (path, g) in enumerate(sorted(gradient.items())):
         if not path.startswith("stacks."):
@@ -208,6 +211,6 @@ def _sketch(gradient: Arrays) -> Array:
         length = -(-(behind + flat.shape[1]) // SKETCH) * SKETCH
         signed = jnp.pad(flat * signs, ((0, 0), (behind, length - behind - flat.shape[1])))
         part = jnp.sum(signed.reshape(len(flat), -1, SKETCH), axis=1)
-        stacks[stack] = stacks.get(stack, jnp.zeros_like(part)) + part
+        sketch = sketch.at[jnp.array(layers[stack])].add(part)
         begin[stack] = begin.get(stack, 0) + flat.shape[1]
-    return jnp.concatenate([stacks[stack] for stack in sorted(stacks)])
+    return sketch

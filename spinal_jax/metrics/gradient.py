@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,14 +18,14 @@ class BlockNorms(NamedTuple):
     unembedding: Array
 
 
-def block_norms(gradient: Mapping[str, Array], depth: int) -> BlockNorms:
-    """Norms from a gradient by parameter path, its blocks stacked over depth (`stacks.0.attention.query.weight`
-    [blocks, ...]); float64 is not needed because squares of float32 gradients neither overflow nor all vanish once the
-    largest is divided out.
+def block_norms(gradient: Mapping[str, Array], layers: Sequence[Sequence[int]]) -> BlockNorms:
+    """Norms from a gradient by parameter path, its blocks stacked (`stacks.0.attention.query.weight` [blocks, ...]);
+    float64 is not needed because squares of float32 gradients neither overflow nor all vanish once the largest is
+    divided out.
 
     Args:
         gradient: by path; parameters that were not differentiated are missing.
-        depth: D.
+        layers: the blocks that each stack holds, counted from 0.
     """
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in gradient.values()])).astype(jnp.float32)
     unit = jnp.where(largest > 0, largest, 1.0)
@@ -33,15 +33,13 @@ def block_norms(gradient: Mapping[str, Array], depth: int) -> BlockNorms:
     def squares(g: Array, lead: int) -> Array:  # [...] -> the first `lead` axes
         return jnp.sum(jnp.square(g.astype(jnp.float32) / unit), axis=tuple(range(lead, g.ndim)))
 
-    stacks: dict[int, Array] = {}
+    blocks = jnp.zeros(sum(map(len, layers)), jnp.float32)
     apart = {name: jnp.zeros((), jnp.float32) for name in BlockNorms._fields[1:]}
     for path, g in gradient.items():
         root, _, rest = path.partition(".")
         if root == "stacks":
-            stack = int(rest.partition(".")[0])
-            stacks[stack] = squares(g, 1) + stacks.get(stack, jnp.zeros(g.shape[0], jnp.float32))
+            blocks = blocks.at[jnp.array(layers[int(rest.partition(".")[0])])].add(squares(g, 1))
         else:
             name = "embedding" if root == "positions" else root
             apart[name] = apart[name] + squares(g, 0)
-    blocks = jnp.concatenate([stacks[stack] for stack in sorted(stacks)]) if stacks else jnp.zeros(depth, jnp.float32)
     return BlockNorms(*(jnp.sqrt(x) * unit for x in (blocks, *apart.values())))

@@ -197,6 +197,7 @@ class Attention(nnx.Module):
         self.query = linear(heads * dim, config.width, config.qkv_bias)
         self.key = linear(kv_heads * dim, config.width, config.qkv_bias)
         self.value = linear(kv_heads * dim, config.width, config.qkv_bias)
+        self.gate = linear(heads * dim, config.width, config.qkv_bias) if config.attention_gate else None
         self.out = linear(config.width, heads * dim, config.out_bias)
 
         def norm(count: int) -> Norm | None:
@@ -269,4 +270,5 @@ class Attention(nnx.Module):
                 branches=branches,
                 positions=positions,
             )
-        return self.out(out.reshape(*x.shape[:2], -1))
+        out = out.reshape(*x.shape[:2], -1)
+        return self.out(out if self.gate is None else out * jax.nn.sigmoid(self.gate(x)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.rope import Rope
@@ -23,6 +22,7 @@ class ClampedSwiGLU:
 
 
 MOST_EXPERTS = 1 << 14  # in a block; no model comes near
+LONGEST_PERIOD = 8  # blocks of a pattern that repeats over depth; each is compiled
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,39 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """A gated delta net (arXiv 2412.06464): a short convolution and a recurrent state for each value head.
+
+    Each of `key_heads` query and key heads of `key_dim` features serves `value_heads / key_heads` value heads of
+    `value_dim` features. The convolution looks `kernel` tokens back, the present one included.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    def __post_init__(self) -> None:
+        if self.value_heads % self.key_heads:
+            raise UserError(f"{self.value_heads} value heads cannot share {self.key_heads} key heads equally")
+
+
+class BlockKind(NamedTuple):
+    """What decides which parameters a block has."""
+
+    sparse: bool  # its MLP is a mixture of experts
+    delta: bool  # a gated delta net takes the place of attention
+
+
+class Stack(NamedTuple):
+    """Blocks of one kind whose parameters are stacked: row r holds block `layers[r]`, counted from 0."""
+
+    kind: BlockKind
+    layers: range
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer. Widths are in units of features, `windows` in tokens (0: unlimited).
 
@@ -130,6 +163,9 @@ class DecoderConfig:
     experts: Experts | None = None  # the mixture in place of the dense MLP
     expert_layers: tuple[bool, ...] = ()  # [D] which blocks are sparse; empty: none, or all when `experts` is set
     latent: LatentAttention | None = None  # multi-head latent attention in place of grouped queries
+    attention_gate: bool = False  # a sigmoid of the input multiplies what attention reads (Qwen3-Next)
+    delta: DeltaNet | None = None  # the gated delta net that some blocks have in place of attention (Qwen3-Next)
+    delta_layers: tuple[bool, ...] = ()  # [D] which blocks; empty: none
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -141,7 +177,7 @@ class DecoderConfig:
             raise UserError(f"a {self.family} model cannot divide its logits by {self.logit_divisor}")
         if self.heads % self.kv_heads:
             raise UserError(f"{self.heads} attention heads cannot share {self.kv_heads} key heads equally")
-        for name in ("windows", "layer_rope", "expert_layers"):
+        for name in ("windows", "layer_rope", "expert_layers", "delta_layers"):
             values = getattr(self, name)
             if len(values) != self.depth and (values or name == "windows"):
                 raise ValueError(f"{name} has {len(values)} entries for {self.depth} blocks")
@@ -152,14 +188,47 @@ class DecoderConfig:
         return self.expert_layers or (self.experts is not None,) * self.depth
 
     @property
-    def stacks(self) -> tuple[tuple[bool, int], ...]:
-        """Runs of blocks that share one parameter structure, as (sparse, how many), in order of depth."""
-        return tuple((sparse, len(list(run))) for sparse, run in groupby(self.sparse_layers))
+    def kinds(self) -> tuple[BlockKind, ...]:
+        """[D] of the blocks."""
+        delta = self.delta_layers or (False,) * self.depth
+        return tuple(BlockKind(*kind) for kind in zip(self.sparse_layers, delta, strict=True))
 
-    def stack_of(self, layer: int) -> tuple[int, int]:
-        """(which stack, which row of it) holds block `layer` (0-based)."""
-        for index, (_, count) in enumerate(self.stacks):
-            if layer < count:
-                return index, layer
-            layer -= count
-        raise IndexError(layer)
+    @property
+    def groups(self) -> tuple[tuple[Stack, ...], ...]:
+        """The blocks in order of depth, as patterns that repeat: a scan over the rows of a group's stacks runs one
+        block of each stack at every turn."""
+        kinds, groups, start = self.kinds, [], 0
+        while start < self.depth:
+            period, turns = _pattern(kinds, start)
+            end = start + period * turns
+            groups.append(tuple(Stack(kinds[i], range(i, end, period)) for i in range(start, start + period)))
+            start = end
+        return tuple(groups)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Those of all groups, as the decoder numbers them."""
+        return tuple(stack for group in self.groups for stack in group)
+
+    @property
+    def layers_of_stacks(self) -> tuple[tuple[int, ...], ...]:
+        """The blocks that each stack holds, counted from 0."""
+        return tuple(tuple(stack.layers) for stack in self.stacks)
+
+    @property
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """[D] (which stack, which row of it) holds a block."""
+        held = {layer: (i, row) for i, stack in enumerate(self.stacks) for row, layer in enumerate(stack.layers)}
+        return tuple(held[layer] for layer in range(self.depth))
+
+
+def _pattern(kinds: tuple[BlockKind, ...], start: int) -> tuple[int, int]:
+    """(period, turns) of the pattern that covers most blocks from `start` on; the shortest of those that do."""
+    best = (1, 1)
+    for period in range(1, min(LONGEST_PERIOD, (len(kinds) - start) // 2) + 1):
+        turns = 1
+        while kinds[start : start + period] == kinds[start + turns * period : start + (turns + 1) * period]:
+            turns += 1
+        if turns > 1 and period * turns > best[0] * best[1]:
+            best = (period, turns)
+    return best

@@ -1,9 +1,9 @@
 """The one decoder that every family is a setting of, and the tap that reads its residual stream.
 
 The residual stream has D + 1 boundaries: boundary 0 enters block 1 (embedding, with the family's scale and learned
-positions), boundary l leaves block l, always before the final norm. `Decoder.forward` runs one `lax.scan` per run of
-equal blocks and hands every boundary to a `Tap`, so compile time does not grow with depth and nothing is kept that the
-tap does not keep.
+positions), boundary l leaves block l, always before the final norm. `Decoder.forward` runs one `lax.scan` per pattern
+of blocks that repeats (`DecoderConfig.groups`) and hands every boundary to a `Tap`, so compile time does not grow with
+depth and nothing is kept that the tap does not keep.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from jax import Array
 
 from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.attention import Attention, Layout, PerLayer, layout, per_layer
-from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.config import BlockKind, DecoderConfig
+from spinal_jax.models.delta_net import GatedDeltaNet
 from spinal_jax.models.experts import MixtureOfExperts
 from spinal_jax.models.fused_attention import AnyMesh
 from spinal_jax.models.latent import MultiHeadLatentAttention
@@ -62,30 +63,30 @@ def collect(function: Callable[[Array], Any]) -> Tap:
 class Block(nnx.Module):
     """One residual block; see `DecoderConfig` for what `parallel`, `pre_norm` and `post_norm` switch."""
 
-    def __init__(self, config: DecoderConfig, *, sparse: bool, lead: tuple[int, ...], rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, kind: BlockKind, *, lead: tuple[int, ...], rngs: nnx.Rngs):
         def norm(present: bool) -> Norm | None:
             return Norm(config, config.width, lead=lead, rngs=rngs) if present else None
 
         self.parallel = config.parallel
         self.residual_scale = config.residual_scale
         self.attention_norm = norm(config.pre_norm)
-        self.attention = (
-            Attention(config, lead=lead, rngs=rngs)
-            if config.latent is None
-            else MultiHeadLatentAttention(config, lead=lead, rngs=rngs)
-        )
+        self.delta = GatedDeltaNet(config, lead=lead, rngs=rngs) if kind.delta else None
+        attention = Attention if config.latent is None else MultiHeadLatentAttention
+        self.attention = None if kind.delta else attention(config, lead=lead, rngs=rngs)
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm and not config.shared_norm)
         self.mlp = (
             MixtureOfExperts(config, lead=lead, rngs=rngs)
-            if sparse
+            if kind.sparse
             else MLP(config, config.mlp_width, lead=lead, rngs=rngs)
         )
         self.mlp_post_norm = norm(config.post_norm)
 
     def __call__(self, h: Array, shared: Layout, layer: PerLayer) -> Array:
+        mixer = self.delta if self.attention is None else self.attention
+        assert mixer is not None
         into_attention = h if self.attention_norm is None else self.attention_norm(h)
-        attended = self.attention(into_attention, shared, layer)
+        attended = mixer(into_attention, shared, layer)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         after = h + self._scaled(attended)
@@ -120,7 +121,7 @@ class Decoder(nnx.Module):
             nnx.Param(normal(rngs, (config.max_positions, config.width))) if config.learned_positions else None
         )
         self.stacks = nnx.List(
-            [Block(config, sparse=sparse, lead=(count,), rngs=rngs) for sparse, count in config.stacks]
+            [Block(config, stack.kind, lead=(len(stack.layers),), rngs=rngs) for stack in config.stacks]
         )
         self.final_norm = Norm(config, config.width, rngs=rngs)
         self.unembedding = Unembedding(config, rngs=rngs)
@@ -191,11 +192,11 @@ class Decoder(nnx.Module):
                 state = tap.init(jax.ShapeDtypeStruct(h.shape, h.dtype), config.depth + 1)
                 state = tap.update(state, h, jnp.int32(0))
 
-            def step(carry: tuple[Array, Any], xs: tuple[Block, PerLayer, Array]) -> tuple[tuple[Array, Any], None]:
+            def step(carry: tuple[Array, Any], xs: tuple[Block, PerLayer, Array]) -> tuple[Array, Any]:
                 h, state = carry
                 block, layer, index = xs
                 h = block(h, shared, layer)
-                return (h, state if tap is None else tap.update(state, h, index)), None
+                return h, state if tap is None else tap.update(state, h, index)
 
             policies = jax.checkpoint_policies
             products = policies.save_from_both_policies(
@@ -203,12 +204,19 @@ class Decoder(nnx.Module):
             )
             keep = products if remat == "all_but_linear" else None
             body = step if remat == "none" else jax.checkpoint(step, prevent_cse=False, policy=keep)
-            layers, done = per_layer(config), 0
-            for stack, (_, count) in zip(self.stacks, config.stacks, strict=True):
-                part = jax.tree.map(lambda x, a=done, b=done + count: x[a:b], layers)
-                index = jnp.arange(done + 1, done + count + 1, dtype=jnp.int32)
-                (h, state), _ = jax.lax.scan(body, (h, state), (stack, part, index))
-                done += count
+
+            def turn(carry: tuple[Array, Any], blocks: Any) -> tuple[tuple[Array, Any], None]:
+                for xs in blocks:
+                    carry = body(carry, xs)
+                return carry, None
+
+            layers, parameters = per_layer(config), iter(self.stacks)
+            for group in config.groups:
+                xs = []
+                for stack in group:
+                    part = jax.tree.map(lambda x, at=stack.layers: x[at.start : at.stop : at.step], layers)
+                    xs.append((next(parameters), part, jnp.asarray(stack.layers, jnp.int32) + 1))
+                (h, state), _ = jax.lax.scan(turn, (h, state), xs)
         return h, state
 
     def unembed_weights(self) -> tuple[Array, Array | None]:

@@ -88,6 +88,22 @@ def fused(
     return Rule(hf, tuple(ours), split, join)
 
 
+def by_head(hf: str, ours: Sequence[str], heads: int, sizes: Sequence[int]) -> Rule:
+    """Several of our arrays stacked head by head: of each head `sizes[0]` rows of one, then `sizes[1]` of the next."""
+
+    def split(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
+        if tensor.shape[0] != heads * sum(sizes):
+            raise ValueError(f"it has {tensor.shape[0]} rows, not {heads} times {' + '.join(map(str, sizes))}")
+        parts = np.split(tensor.reshape(heads, sum(sizes), *tensor.shape[1:]), np.cumsum(sizes)[:-1], axis=1)
+        return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
+
+    def join(parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
+        apart = [part.reshape(heads, size, *part.shape[1:]) for part, size in zip(parts, sizes, strict=True)]
+        return np.concatenate(apart, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    return Rule(hf, tuple(ours), split, join)
+
+
 def without_prefix(prefix: str) -> tuple[tuple[str, str], ...]:
     """`Family.renamed` for checkpoints of the model without its head, whose names lack the first part, `prefix`."""
     return ((rf"^(?!{prefix}\.|lm_head\.)", f"{prefix}."),)
@@ -107,6 +123,7 @@ class Family:
     rules: Callable[[DecoderConfig], list[Rule]]
     ignored: tuple[str, ...] = ()  # patterns of tensors that hold no parameter, such as saved rotary tables
     renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) from other names in use to those of the rules
+    experts_apart: bool = False  # its rules have a tensor for each expert; files may have one for all
 
 
 @dataclass(frozen=True)
@@ -133,12 +150,12 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
 def places(rules: Sequence[Rule], config: DecoderConfig, shapes: Mapping[str, Any]) -> Iterator[Place]:
     """Every tensor that the checkpoint must hold, rule by rule. A block rule applies to the blocks whose stack has such
     a parameter, so a family with dense and sparse blocks states both. `{e}` counts the second axis of the parameter."""
+    rows = config.rows
     for rule in rules:
         if "{i}" not in rule.hf:
             yield Place(rule, rule.hf, rule.ours, ())
             continue
-        for layer in range(config.depth):
-            stack, row = config.stack_of(layer)
+        for layer, (stack, row) in enumerate(rows):
             paths = tuple(path.replace("block.", f"stacks.{stack}.", 1) for path in rule.ours)
             if paths[0] not in shapes:
                 continue

@@ -102,7 +102,10 @@ def longest_unit(examples: Iterable[Example], shares_up_to: int) -> int:
 
 def shareable(config: DecoderConfig) -> int:
     """Tokens of the longest sequence whose prompt may be shared: beyond the length of pretraining, `dynamic` and
-    `longrope` rotations depend on how long a sequence is."""
+    `longrope` rotations depend on how long a sequence is. The state of a delta net goes from token to token of a row,
+    so that no prompt of its models is shared."""
+    if config.delta is not None:
+        return 0
     bounds = [rope.original_positions for rope in config.ropes if rope.kind in ("dynamic", "longrope")]
     return min(bounds, default=UNBOUNDED)
 

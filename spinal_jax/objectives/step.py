@@ -138,7 +138,7 @@ def make_steps(
 
     def update(state: TrainState, gradients: Arrays, sums: Sums) -> Updated:
         norm = jnp.asarray(optax.tree.norm(gradients))
-        norms = block_norms(gradients, config.depth)
+        norms = block_norms(gradients, config.layers_of_stacks)
 
         def step(state: TrainState) -> TrainState:
             with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats

@@ -19,6 +19,7 @@ from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.delta_net import CHUNK
 from spinal_jax.models.translate import KEEP_FLOAT32
 from spinal_jax.parallel.data_sheets import Device
 from spinal_jax.plan.layout import DeviceLayout
@@ -90,8 +91,23 @@ def forward_flops(config: DecoderConfig, shapes: Mapping[str, jax.ShapeDtypeStru
     """Of the blocks, for rows of `length` tokens: every token with every active weight, and all scores of a row, of
     which causality discards half after they are made."""
     tokens = rows * length
-    attention = 2 * config.depth * config.heads * tokens * length * sum(head_dims(config))
-    return 2 * tokens * active_weights(config, shapes) + attention
+    attention = 2 * attention_blocks(config) * config.heads * tokens * length * sum(head_dims(config))
+    return 2 * tokens * active_weights(config, shapes) + attention + tokens * _state_flops(config, length)
+
+
+def attention_blocks(config: DecoderConfig) -> int:
+    """How many blocks have attention, not a delta net."""
+    return config.depth - sum(config.delta_layers)
+
+
+def _state_flops(config: DecoderConfig, length: int) -> float:
+    """Of the delta nets, for a token of a row of that length: the products within a chunk and those with the state."""
+    delta = config.delta
+    if delta is None:
+        return 0.0
+    chunk, heads = min(CHUNK, length), delta.value_heads
+    within = 2 * delta.key_heads * 2 * chunk * delta.key_dim + heads * chunk * (3 * delta.value_dim + delta.key_dim)
+    return sum(config.delta_layers) * (within + 3 * 2 * heads * delta.key_dim * delta.value_dim)
 
 
 def stages(
@@ -117,7 +133,7 @@ def stages(
     unembed = config.vocab_size * width * item
     for batch in work.batches:
         tokens = batch.height * batch.length
-        scores = config.depth * config.heads * tokens * batch.length
+        scores = attention_blocks(config) * config.heads * tokens * batch.length
         flops["forward"] += forward_flops(config, shapes, batch.height, batch.length) / n
         traffic["forward"] += weights + (tokens * ends * item + SCORE_PASSES * 4 * scores) / n
         flops["gram"] += passes * share * 2 * tokens * width**2 * boundaries / n

@@ -141,7 +141,11 @@ def test_a_sketch_keeps_inner_products() -> None:
     a = rng.normal(size=shape).astype(np.float32)
     b = (0.3 * a + rng.normal(size=shape)).astype(np.float32)
     one, other = (
-        np.asarray(module._sketch({"stacks.0.x": jnp.asarray(x[:, :999]), "stacks.0.y": jnp.asarray(x[:, 999:])}))
+        np.asarray(
+            module._sketch(
+                {"stacks.0.x": jnp.asarray(x[:, :999]), "stacks.0.y": jnp.asarray(x[:, 999:])}, (tuple(range(200)),)
+            )
+        )
         for x in (a, b)
     )
     assert one.shape == (200, module.SKETCH)
@@ -171,16 +175,17 @@ def test_norms_by_block_survive_tiny_and_huge_gradients() -> None:
         "final_norm.weight": rng.normal(size=(3,)),
     }
     for scale in (1e-30, 1.0, 1e25):
-        found = block_norms({k: jnp.asarray(scale * v, jnp.float32) for k, v in gradient.items()}, 3)
+        found = block_norms({k: jnp.asarray(scale * v, jnp.float32) for k, v in gradient.items()}, ((0, 2), (1,)))
         up, norm = gradient["stacks.0.mlp.up.weight"], gradient["stacks.0.norm.weight"]
         blocks = [np.sqrt(np.sum(up[i] ** 2) + np.sum(norm[i] ** 2)) for i in (0, 1)]
-        blocks.append(np.linalg.norm(gradient["stacks.1.norm.weight"]))
+        blocks.insert(1, np.linalg.norm(gradient["stacks.1.norm.weight"]))  # which lies between the others
         np.testing.assert_allclose(np.asarray(found.blocks, np.float64) / scale, blocks, rtol=1e-6)
         both = np.sqrt(np.sum(gradient["embedding"] ** 2) + np.sum(gradient["positions"] ** 2))
         assert float(found.embedding) / scale == pytest.approx(both, rel=1e-6)
         assert float(found.final_norm) / scale == pytest.approx(np.linalg.norm(gradient["final_norm.weight"]), rel=1e-6)
         assert float(found.unembedding) == 0
-    nothing = block_norms({"embedding": jnp.zeros((2, 2))}, 3)
+    nothing = block_norms({"embedding": jnp.zeros((2, 2))}, ((0, 1, 2),))
+    assert nothing.blocks.shape == (3,)
     assert not np.asarray(nothing.blocks).any()
     assert float(nothing.embedding) == 0
 

@@ -359,6 +359,32 @@ def hunyuan(draw: Draw) -> dict[str, Any]:
     return fields | {"rope_parameters": kind | ({"alpha": 50.0} if kind["rope_type"] == "dynamic" else {})}
 
 
+def delta_net(draw: Draw, depth: int) -> dict[str, Any]:
+    """The gated delta nets of Qwen3-Next and Qwen3.5, and which blocks have one."""
+    odd = ["full_attention", "linear_attention", "linear_attention", "full_attention"][:depth]
+    heads = draw((2, 4), (2, 2), (1, 3))
+    return {
+        "layer_types": draw(odd, ["linear_attention"] * depth, None, odd[::-1]),
+        "linear_num_key_heads": heads[0],
+        "linear_num_value_heads": heads[1],
+        "linear_key_head_dim": draw(8, 12),
+        "linear_value_head_dim": draw(6, 8, 16),
+        "linear_conv_kernel_dim": draw(4, 2, 3),
+    }
+
+
+def qwen3_5_text(draw: Draw) -> dict[str, Any]:
+    part = draw(0.25, 0.5, 1.0)
+    fields = grouped(draw) | {
+        "head_dim": draw(16, 32, 24),
+        "attention_bias": draw(False, True),
+        "rms_norm_eps": draw(1e-6, 1e-3),
+        "hidden_act": draw("silu", "silu", "gelu"),
+    }
+    fields |= delta_net(draw, fields["num_hidden_layers"])
+    return fields | {"rope_parameters": rope(draw, int(part * head(fields)), partial_rotary_factor=part)}
+
+
 CASES: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "llama": llama,
     "mistral": mistral,
@@ -388,6 +414,7 @@ CASES: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "mistral3": mistral3,
     "arcee": arcee,
     "hunyuan_v1_dense": hunyuan,
+    "qwen3_5_text": qwen3_5_text,
 }
 
 

@@ -13,7 +13,7 @@ from spinal_jax.models.translate import Family
 
 from .cases import CASES, SEEDS
 from .gguf_names import MODEL_TYPES
-from .reference import LENGTHS
+from .reference import COMPOSITES, LENGTHS, LONG
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -24,9 +24,10 @@ Made by `python -m tests.parity.families_page` from the registry of families and
 Every family is compared with Hugging Face PyTorch in float32, on random tiny models in which each parameter is moved
 from its initial value: the residual stream at every boundary and the logits, relative to the largest value of each.
 Prompts have {", ".join(map(str, LENGTHS[:-1]))} and {LENGTHS[-1]} tokens (longer than any window), padded on the right
-and packed into rows. The error must be below 1e-5. Every tensor of a checkpoint is read once and comes back bit for
-bit. A key of config.json that a family does not know is an error that names it. `spinal verify` makes the same
-comparison for a checkpoint of yours.
+and packed into rows; {", ".join(map(str, LONG[:-1]))} and {LONG[-1]} where blocks have a recurrent state, longer than
+the chunks in which that is computed. The error must be below 1e-5. Every tensor of a checkpoint is read once and
+comes back bit for bit. A key of config.json that a family does not know is an error that names it. `spinal verify`
+makes the same comparison for a checkpoint of yours.
 
 | model_type | what it is | GGUF | configurations tried |
 | --- | --- | --- | --- |
@@ -36,9 +37,10 @@ SOURCES = {
     "Hugging Face folder or hub id": ("safetensors, in shards or one", "every family above"),
     "FP8 in blocks (`quant_method: fp8`)": ("dequantised to float32 as it is loaded", "element by element"),
     "MXFP4 (`quant_method: mxfp4`)": ("exact in bfloat16", "Hugging Face's own decoding, bit for bit"),
+    "all experts in one tensor (`experts.gate_up_proj`)": ("as a tensor for each", "bit for bit"),
     "PEFT adapter folder": (
         "LoRA, rsLoRA, DoRA, `modules_to_save`, biases, trained tokens, merged in float32",
-        "every tensor that PEFT merges, to 1e-6",
+        "every tensor that PEFT merges, and the states that both give, to 1e-6",
     ),
     "`.gguf`, in one or several parts": (
         "every type that the gguf package dequantises",
@@ -84,7 +86,8 @@ def _names(table: dict) -> str:
 def _row(family: Family, model_type: str) -> str:
     about = " ".join((sys.modules[family.decoder_config.__module__].__doc__ or "").split("\n\n")[0].split()).rstrip(".")
     files = ", ".join(f"`{name}`" for name in ARCHITECTURES if model_type in MODEL_TYPES[name])
-    tried = f"{len(SEEDS)}, each with other switches" if model_type in CASES else "in `tests/parity/test_sparse.py`"
+    elsewhere = "test_delta_net" if model_type in COMPOSITES else "test_sparse"
+    tried = f"{len(SEEDS)}, each with other switches" if model_type in CASES else f"in `tests/parity/{elsewhere}.py`"
     return f"| `{model_type}` | {about} | {files} | {tried} |"
 
 

@@ -6,10 +6,11 @@ tokens of the batch and all features.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from spinal_jax.models.translate import load_decoder
 transformers.utils.logging.disable_progress_bar()
 
 LENGTHS = (40, 23, 17)  # tokens of the prompts compared; the shorter two fit into one packed row
+LONG = (150, 83, 67)  # where blocks have a recurrent state, which is computed in chunks of 64 tokens
+COMPOSITES = ("mistral3", "qwen3_5", "qwen3_5_moe")  # whose text part AutoModelForCausalLM would make alone
 
 
 @dataclass
@@ -63,13 +66,15 @@ class MemoryCheckpoint:
 
 def random_model(hf_config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A float32 model with eager attention, every parameter away from its initial value, norms and biases too."""
-    kind = AutoModelForImageTextToText if hf_config.model_type == "mistral3" else AutoModelForCausalLM
-    model = kind.from_config(hf_config, attn_implementation="eager", dtype=torch.float32).eval()
+    auto: Any = AutoModelForImageTextToText if hf_config.model_type in COMPOSITES else AutoModelForCausalLM
+    model = auto.from_config(hf_config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.state_dict().values():  # DeepSeek-V3 saves a buffer too
+        for name, parameter in model.state_dict().items():  # DeepSeek-V3 saves a buffer too
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 0:
+            if name.endswith(".A_log"):
+                parameter.copy_(noise - 2)  # a memory of some tokens to hundreds; theirs begins with next to none
+            elif parameter.ndim == 0:
                 parameter.mul_(1.25)  # xIELU's constants, saved with the model
             elif parameter.ndim == 1:
                 parameter.add_(0.3 * noise)
@@ -157,6 +162,22 @@ def reference_stream(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarra
     return Stream(torch.stack(seen).float().numpy(), logits.float().numpy())
 
 
+@contextlib.contextmanager
+def in_float64(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A copy of the model that computes in float64, also where their code asks for float32 by name."""
+    named = torch.float32, torch.float, torch.Tensor.float
+    wide: Any = copy.deepcopy(model).double()
+    for module in wide.modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"  # the fused kernels take no float64
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    try:
+        yield wide
+    finally:
+        torch.float32, torch.float, torch.Tensor.float = named  # type: ignore[method-assign]
+
+
 class Rows(NamedTuple):
     """What `Decoder.forward` takes, each [B, T]."""
 
@@ -213,15 +234,17 @@ def assert_parity(
     tolerance: float,
     *,
     seed: int = 0,
-    lengths: tuple[int, int, int] = LENGTHS,
+    lengths: tuple[int, int, int] | None = None,
     checkpoint: MemoryCheckpoint | None = None,
 ) -> float:
     """Builds a random model of `hf_config` and compares it with ours, at every boundary and at the logits.
 
     Theirs is one right-padded batch, or a prompt at a time where the rotary embedding depends on the length of the
     sequence (there they would count the padding). Ours is run twice: the same batch, and packed rows that hold several
-    prompts. Both spellings of config.json, with `rope_parameters` and with `rope_theta` and `rope_scaling`, must mean
-    the same. `checkpoint` replaces what the model would be saved as.
+    prompts. A model with a recurrent state is compared with theirs in float64, and may differ by twice what theirs in
+    float32 does at its worst boundary where that is above `tolerance`: decays, and norms of heads that read next to
+    nothing, enlarge what is rounded. Both spellings of config.json, with `rope_parameters` and with `rope_theta` and
+    `rope_scaling`, must mean the same. `checkpoint` replaces what the model would be saved as.
 
     Returns:
         the largest relative error seen; raises AssertionError if above `tolerance`.
@@ -230,6 +253,7 @@ def assert_parity(
     saved = checkpoint or checkpoint_of(model)
     decoder = load(saved)
     assert translate(old_style(saved.config)) == decoder.config
+    lengths = lengths or (LENGTHS if decoder.config.delta is None else LONG)
     random = np.random.default_rng(seed)
     prompts = [random.integers(0, decoder.config.vocab_size, n).astype(np.int32) for n in lengths]
     width = lengths[0]
@@ -240,13 +264,19 @@ def assert_parity(
         part = slice(start, start + length)
         return Stream(stream.residual[:, row, part], stream.logits[row, part])
 
-    if any(rope.kind in ("dynamic", "longrope") for rope in decoder.config.ropes):
-        # A copy for each: the module keeps frequencies from call to call.
-        theirs = [cut(reference_stream(copy.deepcopy(model), p[None]), 0, 0, len(p)) for p in prompts]
-    else:
+    def reference(model: PreTrainedModel) -> list[Stream]:
+        if any(rope.kind in ("dynamic", "longrope") for rope in decoder.config.ropes):
+            # A copy for each: the module keeps frequencies from call to call.
+            return [cut(reference_stream(copy.deepcopy(model), p[None]), 0, 0, len(p)) for p in prompts]
         padded = reference_stream(model, batch.tokens, batch.segments > 0)
-        theirs = [cut(padded, row, 0, n) for row, n in enumerate(lengths)]
+        return [cut(padded, row, 0, n) for row, n in enumerate(lengths)]
 
+    theirs = reference(model)
+    if decoder.config.delta is not None:
+        with in_float64(model) as wide:
+            exact = reference(wide)
+        tolerance = max(tolerance, 2 * max(relative_errors(theirs, exact).values()))
+        theirs = exact
     ours = our_stream(decoder, batch)
     unpacked = relative_errors([cut(ours, row, 0, n) for row, n in enumerate(lengths)], theirs)
     ours = our_stream(decoder, pack(prompts, [[0], [1, 2], [2, 1]], width, padding=0))

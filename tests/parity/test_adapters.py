@@ -27,7 +27,7 @@ from spinal_jax.models.formats.memory import random_checkpoint
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.translate import load_decoder
 
-from .reference import our_stream, pack, random_model, reference_stream, relative_errors
+from .reference import MemoryCheckpoint, load, our_stream, pack, random_model, reference_stream, relative_errors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # peft's own
@@ -121,7 +121,7 @@ def merged(folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_folder_is_what_peft_merges(tmp_path: Path, name: str) -> None:
-    """Every tensor, and the states and logits, to 1e-6 of the largest."""
+    """Every tensor, and the states and logits of our model of each, to 1e-6 of the largest."""
     adapter = adapted(tmp_path, *CASES[name])
     theirs = merged(tmp_path)
     ours = open_checkpoint(str(adapter))
@@ -137,9 +137,14 @@ def test_a_folder_is_what_peft_merges(tmp_path: Path, name: str) -> None:
             changed += key not in before or not np.array_equal(ours.base.tensor(key), found)  # type: ignore[attr-defined]
     assert changed > 0
     tokens = np.random.default_rng(0).integers(0, 97, (1, 24)).astype(np.int32)
-    stream = our_stream(load_decoder(ours, family, config, jnp.dtype(jnp.float32)), pack(list(tokens), [[0]], 24, 0))
+    rows = pack(list(tokens), [[0]], 24, 0)
+    stream = our_stream(load_decoder(ours, family, config, jnp.dtype(jnp.float32)), rows)
+    tensors = {key: value.numpy() for key, value in theirs.state_dict().items() if key in ours.names()}
+    same = our_stream(load(MemoryCheckpoint(dict(ours.config), tensors)), rows)
+    errors = relative_errors([stream], [same])
+    assert max(errors.values()) < 1e-6, errors
+    # Beside the rounding of merging stands that of the two forward passes.
     errors = relative_errors([stream], [reference_stream(theirs, tokens)])
-    # The two models' own rounding stands beside that of merging.
     assert max(errors.values()) < 5e-6, errors
 
 

@@ -21,7 +21,9 @@ from transformers import (
     MixtralConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -78,6 +80,33 @@ MSCALE = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.707}
 MSCALE_ALL = {**YARN, "mscale_all_dim": 1.0}
 
 YARN_WHOLE = {**YARN, "truncate": False}
+QUARTER = {**PLAIN, "partial_rotary_factor": 0.25}
+YARN_HALF = {**YARN, "partial_rotary_factor": 0.5}
+DELTA: dict[str, list[Any]] = {
+    "num_experts": [4, 7],
+    "num_experts_per_tok": [1, 3],
+    "moe_intermediate_size": [24],
+    "shared_expert_intermediate_size": [20, 40],
+    "num_hidden_layers": [3, 5],
+    "blocks": [
+        {},
+        {"num_hidden_layers": 4, "layer_types": ["full_attention", "linear_attention"] * 2},
+        {"num_hidden_layers": 5, "layer_types": ["linear_attention"] * 3 + ["full_attention", "linear_attention"]},
+    ],
+    "heads": [
+        {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        {"linear_num_key_heads": 3, "linear_num_value_heads": 3},
+    ],
+    "linear_key_head_dim": [8],
+    "linear_value_head_dim": [6, 12],
+    "linear_conv_kernel_dim": [4, 3],
+    "num_key_value_heads": [1, 2],
+    "head_dim": [16],
+    "attention_bias": [False, True],
+    "tie_word_embeddings": [False, True],
+    "rms_norm_eps": [1e-6, 1e-2],
+    "rope_parameters": [QUARTER, YARN_HALF],
+}
 
 # Every draw takes one option of each line; a line is a key, or several that make sense together only.
 SWITCHES: dict[type[PretrainedConfig], dict[str, list[Any]]] = {
@@ -130,6 +159,12 @@ SWITCHES: dict[type[PretrainedConfig], dict[str, list[Any]]] = {
         "qkv_bias": [True, False],
         "rope_parameters": [PLAIN, LINEAR],
     },
+    Qwen3NextConfig: {
+        **DELTA,
+        "norm_topk_prob": [False, True],
+        "dense": [{}, {"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}],
+    },
+    Qwen3_5MoeTextConfig: DELTA,
     DeepseekV2Config: {
         "q_lora_rank": [None, 14],
         "choice": [
@@ -323,7 +358,9 @@ def flat(decoder: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(decoder)}
 
 
-@pytest.mark.parametrize("family", [GptOssConfig, Qwen2MoeConfig, DeepseekV3Config], ids=lambda f: f.model_type)
+@pytest.mark.parametrize(
+    "family", [GptOssConfig, Qwen2MoeConfig, DeepseekV3Config, Qwen3NextConfig], ids=lambda f: f.model_type
+)
 def test_gradients_are_theirs(family: type[PretrainedConfig]) -> None:
     """Of a random linear function of the logits, for every parameter, through rematerialised blocks."""
     config = tiny(family, 1)

@@ -21,6 +21,7 @@ from spinal_jax import verify as verify_module
 from spinal_jax.config import ModelConfig, PromptsConfig, VerifyConfig
 from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.formats.byte_level import byte_tokenizer
 from spinal_jax.models.formats.convert import convert
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.verify import Difference, Stream, Verification, compare, judge, verify
@@ -28,6 +29,7 @@ from spinal_jax.verify import Difference, Stream, Verification, compare, judge, 
 from . import test_gguf_families, test_gguf_models
 from .cases import draw_config
 from .reference import random_model
+from .test_delta_net import composite
 from .test_gguf_tokens import byte_level, byte_level_keys  # noqa: F401 (a fixture)
 from .test_sparse import SWITCHES, tiny
 
@@ -82,9 +84,9 @@ def test_the_right_model_passes(folder: Path, prompts: Path) -> None:
     assert sum(line.strip().split(" ")[0] in map(str, range(depth + 1)) for line in lines) == depth + 1
 
 
-@pytest.mark.parametrize("family", ["mistral3", "deepseek_v2", "longrope"])
+@pytest.mark.parametrize("family", ["mistral3", "deepseek_v2", "longrope", "qwen3_5_moe"])
 def test_models_that_need_care_pass(tmp_path: Path, prompts: Path, family: str) -> None:
-    """A text part, experts, and frequencies that go by the length of the prompt, two of which exceed the limit."""
+    """Text parts, experts, a recurrent state; frequencies by the length of the prompt, two of which are too long."""
     if family == "longrope":
         scaling = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 15}
         factors = {"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]}
@@ -93,10 +95,15 @@ def test_models_that_need_care_pass(tmp_path: Path, prompts: Path, family: str) 
         config.rope_parameters = scaling | factors | {"factor": 4.0}
     elif family == "mistral3":
         config = draw_config("mistral3", 0)
+    elif family == "qwen3_5_moe":
+        config = composite(family, 300)
     else:
         (kind,) = [kind for kind in SWITCHES if kind.model_type == family]
         config = tiny(kind, 0)
-    result = verify(settings(write_model(tmp_path / "model", config), prompts))
+    write_model(tmp_path / "model", config)
+    if family == "qwen3_5_moe":  # whose class of tokenizers has bytes
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+    result = verify(settings(tmp_path / "model", prompts))
     assert result.passed, str(result)
     assert result.difference is not None
     assert result.difference.residual.max() < 1e-5

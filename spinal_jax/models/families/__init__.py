@@ -33,6 +33,8 @@ from spinal_jax.models.families.olmo3 import OLMO3
 from spinal_jax.models.families.phi import PHI
 from spinal_jax.models.families.phi3 import PHI3
 from spinal_jax.models.families.qwen import QWEN2, QWEN3
+from spinal_jax.models.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT
+from spinal_jax.models.families.qwen3_next import QWEN3_NEXT
 from spinal_jax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from spinal_jax.models.families.seed_oss import SEED_OSS
 from spinal_jax.models.families.smollm3 import SMOLLM3
@@ -76,6 +78,10 @@ ALL = (
     GPT_OSS,
     QWEN3_MOE,
     QWEN2_MOE,
+    QWEN3_NEXT,
+    QWEN3_5_TEXT,
+    QWEN3_5_MOE_TEXT,
+    QWEN3_5,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
 )

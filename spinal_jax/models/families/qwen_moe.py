@@ -129,5 +129,9 @@ def shared_rules(config: DecoderConfig, hf: str) -> list[Rule]:
     ]
 
 
-QWEN3_MOE = Family(("qwen3_moe",), qwen3_config, rules, llama.ROTARY_TABLES, without_prefix("model"))
-QWEN2_MOE = Family(("qwen2_moe",), qwen2_config, rules, llama.ROTARY_TABLES, without_prefix("model"))
+QWEN3_MOE = Family(
+    ("qwen3_moe",), qwen3_config, rules, llama.ROTARY_TABLES, without_prefix("model"), experts_apart=True
+)
+QWEN2_MOE = Family(
+    ("qwen2_moe",), qwen2_config, rules, llama.ROTARY_TABLES, without_prefix("model"), experts_apart=True
+)

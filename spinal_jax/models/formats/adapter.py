@@ -229,7 +229,9 @@ class AdapterFolder:
             )
         merged = weight + np.float32(scale) * (b @ a)
         if "lora_magnitude_vector" in read:
-            merged *= (read["lora_magnitude_vector"].reshape(-1) / np.linalg.norm(merged, axis=1))[:, None]
+            # Summed in float64: NumPy's and PyTorch's sums of float32 differ by more than the last bit.
+            lengths = np.sqrt(np.einsum("oi,oi->o", merged, merged, dtype=np.float64)).astype(np.float32)
+            merged *= (read["lora_magnitude_vector"].reshape(-1) / lengths)[:, None]
         return np.ascontiguousarray(merged.T if turned else merged)
 
 

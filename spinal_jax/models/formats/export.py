@@ -127,11 +127,18 @@ def exported_config(config: Mapping[str, Any], dtype: np.dtype, tied: bool) -> d
 
 
 # What the text part of a composite model is where its config does not say so, and the classes of text parts.
-_TEXT_KINDS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_TEXT_KINDS = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from spinal_jax.errors import UserError
 from spinal_jax.models.formats.adapter import AdapterFolder, base_of, is_adapter
 from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.formats.expert_tensors import apart
 from spinal_jax.models.formats.folders import COMPANIONS, read_record
 from spinal_jax.models.formats.quantised import dequantised
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
@@ -78,7 +79,7 @@ def adapter_base(source: str, revision: str | None = None, base: str | None = No
 def _folder(path: Path, source: str, base: str | None, revision: str | None = None) -> Checkpoint:
     """A Hugging Face folder: a whole model, or an adapter on its base."""
     if not is_adapter(path):
-        return dequantised(SafetensorsFolder(path, source, revision))
+        return apart(dequantised(SafetensorsFolder(path, source, revision)))
     name, base_revision = (base, None) if base is not None else base_of(path)
     if (relative := path / name).is_dir() and not Path(name).expanduser().exists():
         name = str(relative)

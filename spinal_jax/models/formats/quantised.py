@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.formats.base import Bounds, Checkpoint, TensorInfo
+from spinal_jax.models.formats.base import Bounds, TensorInfo
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.hf_config import shown
 
@@ -33,7 +33,7 @@ _FP4_PAIRS = np.stack([_FP4[np.arange(256) & 15], _FP4[np.arange(256) >> 4]], ax
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
-def dequantised(folder: SafetensorsFolder) -> Checkpoint:
+def dequantised(folder: SafetensorsFolder) -> SafetensorsFolder | Dequantised:
     """The folder, its block-scaled weights as plain ones where config.json says that it has such. Errors: UserError."""
     settings = folder.config.get(_KEY)
     if settings is None:
