@@ -114,9 +114,12 @@ def _lines(log: Path) -> list[Mapping[str, Any]]:
 
 
 def _events(root: Path) -> list[Mapping[str, Any]]:
-    """Scalars of TensorBoard's files below `root`: `train/loss` is `loss`, `eval/loss` is `eval_loss`."""
+    """Scalars of TensorBoard's files below `root`: `train/loss` is `loss`, `eval/loss` is `eval_loss`. Those of a
+    watch are left out."""
+    from spinal_jax.runs.tensorboard import EVENTS
+
     found: list[Mapping[str, Any]] = []
-    for folder in sorted({path.parent for path in root.rglob("*tfevents*")}):
+    for folder in sorted({path.parent for path in root.rglob("*tfevents*") if not path.name.startswith(EVENTS)}):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

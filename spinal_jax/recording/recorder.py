@@ -18,7 +18,7 @@ from jax import Array
 
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.measure import Measurement, Reference, keep, measure
-from spinal_jax.audit.trace import DepthTrace
+from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.onset import Rules
 from spinal_jax.config import MetricsConfig, ModelConfig, PromptsConfig, to_mapping
 from spinal_jax.errors import UserError
@@ -44,7 +44,8 @@ class Recorder:
     >>> recorder.close()
 
     Measuring runs on the devices of the parameters, before `recorder(...)` returns; comparing and writing run in a
-    thread beside the training.
+    thread beside the training. A recorder of the same settings and folder goes on with what is there: it measures
+    `model` again, which the first traced parameters must have been, and leaves out steps that have a trace.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Recorder:
         Raises:
             UserError: the model or the prompts cannot be read, or the folder holds something else.
         """
+        self._source = os.fspath(model)
         if every is not None and every < 1:
             raise UserError(f"every is {every}; it takes a number of steps above 0, or None")
         named = isinstance(prompts, (str, os.PathLike))
@@ -89,15 +91,13 @@ class Recorder:
         self._prompts = pipeline.prompts_record(found, asked)
         about = {"model": {"source": self.name}, "prompts": to_mapping(asked), "metrics": to_mapping(self.settings)}
         self.series = TraceSeries(Path(folder), {"source": f"recorder of {self.name}", **about}, Rules(warmup_steps))
-        if self.series.steps:
-            self.series.close()
-            raise UserError(f"{folder} holds the traces of another recording; choose another folder")
         self._structure: Parts | None = None
         self._reference: Reference | None = None
         self._first: DepthTrace | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spinal-recorder")
         self._pending: Future[None] | None = None
-        self._lines: dict[int, dict[str, Any]] = {}
+        self._lines = {line["step"]: line for line in self.series.logged()}
+        self._latest = self.series.steps[-1] if self.series.steps else -1
         self._began, self._spent, self._last = time.monotonic(), 0.0, 0.0
 
     def __call__(self, step: int, parameters: Any, metrics: Mapping[str, Any] | None = None) -> bool:
@@ -105,14 +105,16 @@ class Recorder:
 
         Args:
             step: how many updates the parameters have had; ascending.
-            parameters: as `mapping` takes them. They are read, never changed, and stay where they are.
+            parameters: a `spinal_jax` decoder, or what `mapping` takes. They are read, never changed. Under our names
+                they stay where they are; under Hugging Face's they pass through the memory of the host.
             metrics: numbers known at this step, by TRL's names.
 
         Returns:
             Whether a trace was taken.
 
         Raises:
-            UserError: parameters that are missing or have another shape.
+            UserError: parameters that are missing or have another shape, or a folder whose first trace is not that of
+                `model`.
         """
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         if numbers:
@@ -123,40 +125,70 @@ class Recorder:
         self._trace(step, parameters, {name: value for name, value in numbers.items() if "rewards/" in name})
         self._last = time.monotonic() - begin
         self._spent += self._last
+        self._latest = step
         return True
 
     def _is_due(self, step: int) -> bool:
-        if self._reference is None:
-            return True
+        if self._latest < 0 or step <= self._latest:
+            return self._latest < 0
         if self.every is not None:
             return step % self.every == 0
         elapsed = time.monotonic() - self._began
         return self._spent + self._last <= SHARE * elapsed
 
     def _trace(self, step: int, parameters: Any, beside: Mapping[str, float]) -> None:
-        given = parameters if self.mapping is None else self.mapping(parameters)
-        model, digest = self._assemble(given), f"step {step} of a recording"
+        model, digest = self._assemble(parameters), f"step {step} of a recording"
         if self._reference is None:
-            self._reference = keep(model, self.plan, self.settings, alone=True)
-            assert self._reference.measurement is not None
-            self._first = self._record(step, digest, self._reference.measurement)
+            self._keep_reference(step, model)
+        assert self._reference is not None
+        assert self._first is not None
         measurement = measure(model, self.plan, self.settings, None, self._reference)
         del model
-        assert self._first is not None
         first = self._first
-        trace = first if not self.series.steps and self._pending is None else self._record(step, digest, measurement)
+        trace = first if self._latest < 0 else self._record(step, digest, measurement)
         policy = measurement.policy
         assert policy is not None
         self.wait()
-        self._pending = self._worker.submit(lambda: (self.series.add(step, trace, first, policy, beside), None)[1])
+        lines = [self._lines[number] for number in sorted(self._lines)]
+
+        def write() -> None:
+            self.series.add(step, trace, first, policy, beside)
+            self.series.metrics(lines)
+
+        self._pending = self._worker.submit(write)
+
+    def _keep_reference(self, step: int, model: Decoder) -> None:
+        """Measures what all are compared with: the parameters of step `step`, or where traces are there, the model."""
+        steps = self.series.steps
+        if steps:
+            step = steps[0]
+            with pipeline.opened(ModelConfig(source=self._source)) as (checkpoint, family, decoder):
+                model = pipeline.load(checkpoint, family, decoder, "float32")
+        self._reference = keep(model, self.plan, self.settings, alone=True)
+        assert self._reference.measurement is not None
+        self._first = self._record(step, f"step {step} of a recording", self._reference.measurement)
+        if steps:
+            saved = load_trace(self.series.trace_folder(step))
+            alike = {
+                name: np.allclose(values, self._first.columns[name], rtol=1e-4, atol=1e-6, equal_nan=True)
+                for name, values in saved.columns.items()
+            }
+            if not all(alike.values()):
+                raise UserError(
+                    f"{self.series.folder} cannot be gone on with: its first trace, of step {step}, is not that of "
+                    f"{self._source}"
+                )
 
     def _record(self, step: int, digest: str, measurement: Measurement) -> DepthTrace:
         sha256 = hashlib.sha256(f"{self.name} {digest}".encode()).hexdigest()
         about = pipeline.model_record(f"{self.name}, step {step}", self.name, None, "float32", sha256)
         return pipeline.depth_trace(about, self._prompts, self.config, self.settings, self.plan, measurement)
 
-    def _assemble(self, given: Parameters) -> Decoder:
+    def _assemble(self, parameters: Any) -> Decoder:
         """The decoder of a mapping by our paths, whose arrays stay where they are, or by Hugging Face's names."""
+        given: Any = parameters if self.mapping is None else self.mapping(parameters)
+        if isinstance(given, Decoder):
+            given = {".".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(given))}
         shapes = parameter_shapes(self.config)
         if shapes.keys() <= given.keys():
             arrays: dict[str, Array] = {name: jnp.asarray(given[name]) for name in shapes}
@@ -184,6 +216,7 @@ class Recorder:
         self._worker.shutdown()
         if self._reference is not None:
             self._reference.close()
+        if self.series.steps:
             self.series.metrics([self._lines[step] for step in sorted(self._lines)])
             self.series.report()
         self.series.close()

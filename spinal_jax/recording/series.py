@@ -106,6 +106,11 @@ class TraceSeries:
         save_onset(self.detected, self.folder / ONSET)
         return self.detected
 
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, as an earlier run left them."""
+        file = self.folder / METRICS
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
     def metrics(self, lines: list[dict[str, Any]]) -> None:
         """Writes metrics.jsonl anew, a line for each mapping."""
         write_whole(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,9 +13,12 @@ from typing import Any
 import jax
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spinal_jax.models.formats.byte_level import byte_tokenizer
+from spinal_jax.models.formats.convert import convert
+from spinal_jax.models.formats.open import open_checkpoint
 
 from .conftest import Spinal, Start
 
@@ -89,13 +93,13 @@ def audited(source: Path, step: int, folder: Path, spinal: Spinal) -> dict[str, 
     }
 
 
-def write_checkpoints(root: Path, steps: tuple[int, ...], last: int) -> None:
+def write_checkpoints(root: Path, steps: tuple[int, ...], last: int, size: float = 0.03) -> None:
     """Weights that move further at every step, saved by transformers with what its Trainer leaves beside them."""
     model = LlamaForCausalLM.from_pretrained(tiny(root.with_name("base")))
     for step in steps:
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+                parameter += size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
         folder = root / f"checkpoint-{step}"
         model.save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
@@ -156,6 +160,52 @@ def test_traces_are_audits_and_a_killed_watch_ends_in_the_same_files(
     assert not (again / "report.html").exists()
     assert spinal(*asked).code == 0
     assert contents(again) == contents(run)
+
+
+def test_orbax_steps_and_metrics_of_tensorboard(spinal: Spinal, tmp_path: Path) -> None:
+    """Steps that `spinal convert` wrote give the columns of the folders that it read; what was logged to TensorBoard is
+    picked up, and the watch's own events, which lie below, are not."""
+    folders, steps = tmp_path / "folders", tmp_path / "steps"
+    write_checkpoints(folders, (2, 4), last=4)
+    (folders / "runs").mkdir()
+    with SummaryWriter(folders / "runs") as writer:
+        for step in (1, 2, 3, 4):
+            writer.add_scalar("train/rewards/margins", 0.25 * step, step)
+            writer.add_scalar("eval/loss", 1 / step, step)
+    for step in (2, 4):
+        with contextlib.closing(open_checkpoint(str(folders / f"checkpoint-{step}"))) as checkpoint:
+            convert(checkpoint, str(steps / str(step)))
+        (folders / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    for root in (folders, steps):
+        assert spinal("watch", str(root), *ASKED, "once=true", f"hydra.run.dir={root / 'watch'}").code == 0
+    for step in (2, 4):
+        for name in ("trace.csv", "comparison.csv"):
+            found = [(root / "watch" / "traces" / f"step_{step:06}" / name).read_bytes() for root in (folders, steps)]
+            assert found[0] == found[1], (step, name)
+    for _ in range(2):  # a second look finds the first one's events
+        lines = [json.loads(line) for line in (folders / "watch" / "metrics.jsonl").read_text().splitlines()]
+        assert lines == [
+            {"step": n, "eval_loss": pytest.approx(1 / n), "rewards/margins": 0.25 * n} for n in (1, 2, 3, 4)
+        ]
+        (folders / "watch" / "report.html").unlink()
+        assert spinal("watch", str(folders), *ASKED, "once=true", f"hydra.run.dir={folders / 'watch'}").code == 0
+    saved = json.loads((folders / "watch" / "onset.json").read_text())
+    assert [record["rewards/margins"] for record in saved["records"]] == [0.5, 1.0]
+
+
+def test_a_destabilised_run_is_acted_on_once_and_the_stop_file_ends_the_watch(spinal: Spinal, tmp_path: Path) -> None:
+    """Training has not ended; the command makes the file for which the watch looks."""
+    out, stop, told, script = (tmp_path / name for name in ("out", "stop", "told", "act.sh"))
+    write_checkpoints(out, (2, 4, 6, 8), last=100, size=3.0)
+    script.write_text(f'#!/bin/sh\necho "$SPINAL_STEP $SPINAL_EVIDENCE" >> {told}\ntouch {stop}\nexit 3\n')
+    script.chmod(0o755)
+    asked = (f"reference.source={tmp_path / 'base'}", f"stop_file={stop}", f"on_destabilisation={script}")
+    ended = spinal("watch", str(out), *ASKED, *asked, "poll_seconds=0.1", f"hydra.run.dir={tmp_path / 'watch'}")
+    assert ended.code == 0
+    broke = json.loads((tmp_path / "watch" / "onset.json").read_text())["destabilisation"]
+    assert told.read_text() == f"{broke['step']} {broke['evidence']}\n"
+    assert "on_destabilisation ended with exit code 3" in ended.err
+    assert [path.name for path in sorted((tmp_path / "watch" / "traces").iterdir())][-1] == "step_000008"
 
 
 def test_a_vocabulary_that_training_changed_is_refused(spinal: Spinal, tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def test_an_optax_loop_is_traced_and_names_make_no_difference(
         at = Path("traces/step_000004") / name
         assert (tmp_path / "ours" / at).read_bytes() == (tmp_path / "hf" / at).read_bytes()
     assert len((tmp_path / "ours" / "metrics.jsonl").read_text().splitlines()) == 5
-    with pytest.raises(UserError, match="another recording"):
-        Recorder(SOURCE, PROMPTS, folder=tmp_path / "ours", every=2, metrics=settings)
+    with pytest.raises(UserError, match="other settings"):
+        Recorder(SOURCE, PROMPTS, folder=tmp_path / "ours", every=2, metrics=MetricsConfig(groups=7))
 
 
 def test_parameters_of_another_shape_are_refused(base: tuple[Decoder, dict[str, Any]], tmp_path: Path) -> None:
@@ -86,3 +86,28 @@ def test_parameters_of_another_shape_are_refused(base: tuple[Decoder, dict[str, 
         pytest.raises(UserError, match=r"final_norm.weight has shape \(3,\)"),
     ):
         recorder(0, params)
+
+
+def test_a_recording_goes_on_where_it_was_cut_off(base: tuple[Decoder, dict[str, Any]], tmp_path: Path) -> None:
+    """The same files as of one recording, and none where the first traced parameters were not those of the model."""
+    start = take_apart(base[0])[1]
+    settings = MetricsConfig(groups=6)
+
+    def at(step: int, scale: float = 1.0) -> dict[str, jax.Array]:
+        return {name: x * scale * (1 + 0.01 * step * ("mlp" in name)) for name, x in start.items()}
+
+    def record(folder: Path, steps: range, scale: float = 1.0) -> list[int]:
+        with Recorder(SOURCE, PROMPTS, folder=folder, every=2, metrics=settings) as recorder:
+            return [step for step in steps if recorder(step, at(step, scale), metrics={"loss": 1.0 / (1 + step)})]
+
+    def files(folder: Path) -> dict[str, bytes]:
+        found = [path for path in sorted(folder.rglob("*")) if path.is_file() and "tfevents" not in path.name]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.name != "report.html"}
+
+    assert record(tmp_path / "whole", range(5)) == [0, 2, 4]
+    assert record(tmp_path / "cut", range(3)) == [0, 2]
+    assert record(tmp_path / "cut", range(1, 5)) == [4]  # from a checkpoint of step 1
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert record(tmp_path / "other", range(1), scale=1.1) == [0]
+    with pytest.raises(UserError, match=r"its first trace, of step 0, is not that of random:0\.3m@1"):
+        record(tmp_path / "other", range(2, 3), scale=1.1)
