@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType
 from tunix.models.llama3 import model as llama3
 from tunix.models.llama3 import params
 from tunix.sft import hooks
@@ -84,7 +85,7 @@ def load(base: str) -> llama3.Llama3:
         norm_eps=config["rms_norm_eps"],
         weight_tying=config["tie_word_embeddings"],
     )
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"))
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     return params.create_model_from_safe_tensors(base, shape, mesh)
 
 
@@ -113,7 +114,7 @@ def main(base: str, out: str, steps: str = "20", prompts: str | None = None) -> 
     settings = DPOTrainingConfig(eval_every_n_steps=1_000_000, max_steps=int(steps))
     trainer = DPOTrainer(model, reference, optax.adamw(1e-4), settings)
     trainer.with_training_hooks(DepthTraces(Recorder(base, prompts, folder=out, every=10, mapping=named)))
-    with jax.make_mesh((1, 1), ("fsdp", "tp")):
+    with jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2):
         trainer.train(pairs(model.config.vocab_size, int(steps)))
 
 

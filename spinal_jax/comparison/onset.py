@@ -294,13 +294,14 @@ def destabilisation(course: Course, after: Change | None) -> Change | None:
     return min(changes, default=None, key=lambda change: (change.known, change.start))
 
 
-def last_healthy(course: Course, after: Change | None) -> int:
-    """The step of the last record without a drawdown beyond NOISE_SE errors, before a destabilisation if there is
-    one."""
+def last_healthy(course: Course, after: Change | None) -> int | None:
+    """The step of the last record without a drawdown beyond NOISE_SE errors, before a destabilisation if there is one;
+    None where there is no such record, as where the first checkpoint of a watched run is already broken."""
     sound = ~np.any([fall.errors > NOISE_SE for fall in drawdowns(course, after)], axis=0)
     broke = destabilisation(course, after)
     last = len(course.steps) if broke is None else broke.start
-    return course.steps[int(np.flatnonzero(sound[:last])[-1])]
+    healthy = np.flatnonzero(sound[:last])
+    return course.steps[int(healthy[-1])] if len(healthy) else None
 
 
 def detect(records: Sequence[StepRecord], beside: Sequence[Mapping[str, float]], rules: Rules) -> dict[str, Any]:

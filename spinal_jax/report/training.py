@@ -189,20 +189,17 @@ def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Picture]:
 def headline(run: TrainingRun) -> str:
     """What happened, in one sentence of plain words."""
     began, broke, last = run.onset["onset"], run.onset["destabilisation"], run.steps[-1]
+    healthy = run.onset["healthy"]
+    before = "no trace is healthy" if healthy is None else f"the last healthy trace is that of step {healthy}"
     if began is None and broke is not None:
-        return (
-            f"{no_onset_sentence(run.onset)}. The run destabilised at step {broke['step']}; the last healthy "
-            f"trace is that of step {run.onset['healthy']}."
-        )
+        return f"{no_onset_sentence(run.onset)}. The run destabilised at step {broke['step']}; {before}."
     if began is None:
         return f"{no_onset_sentence(run.onset)}."
     way = "contraction" if began["change"] > 0 else "expansion"
     text = f"A footprint of {way} began at step {began['step']}"
     if broke is None:
         return f"{text}, and up to step {last} nothing destabilised."
-    return f"{text}, and it destabilised at step {broke['step']}; the last healthy trace is that of step " + (
-        f"{run.onset['healthy']}."
-    )
+    return f"{text}, and it destabilised at step {broke['step']}; {before}."
 
 
 def evidence(run: TrainingRun) -> list[tuple[str, str]]:

@@ -349,7 +349,7 @@ def test_devices_differ_in_how_many_rows_an_expert_has() -> None:
     wanted = jax.tree.map(
         lambda *parts: sum(parts), *(alone(weights, x[i : i + 1], sizes[i : i + 1]) for i in range(devices))
     )
-    for a, b in zip(ours, wanted, strict=True):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
