@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from spinal_jax.models.attention import Layout, PerLayer
-from spinal_jax.models.config import Activation, DecoderConfig
+from spinal_jax.models.config import Activation, ClampedSwiGLU, DecoderConfig
 from spinal_jax.models.layers import Linear, Norm, activate, normal
 
 CHUNK = 64  # tokens
@@ -41,6 +41,7 @@ class GatedDeltaNet(nnx.Module):
             return nnx.Param(normal(rngs, (*lead, channels, delta.kernel), delta.kernel**-0.5))
 
         self.delta = delta
+        assert not isinstance(config.activation, ClampedSwiGLU)  # which has two inputs
         self.activation: Activation = config.activation
         self.query, self.key, self.value = linear(keys, width), linear(keys, width), linear(values, width)
         self.query_filter, self.key_filter, self.value_filter = filters(keys), filters(keys), filters(values)
