@@ -48,10 +48,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "experts": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
     # Nothing is shared where a state goes from token to token; each sequence begins its own.
     "recurrent": Qwen3_5TextConfig(
-        **SIZES | {"num_hidden_layers": 4},
+        **SIZES,
+        layer_types=["linear_attention", "full_attention"],
         num_key_value_heads=2,
         head_dim=8,
-        rms_norm_eps=1e-3,
+        rms_norm_eps=1e-2,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=8,
@@ -171,7 +172,8 @@ def test_loss_and_gradients_with_shared_prompts(
         assert theirs_off < ROUNDED[family]
         allowed = max(TOLERANCE, 2 * theirs_off)
     ours = MemoryCheckpoint("gradients", checkpoint.config, {**fixed, **gradients}, None)  # type: ignore[arg-type]
-    assert metrics(jax.device_get(sums), "dpo")["loss"] == pytest.approx(loss, abs=1e-6)
+    found = metrics(jax.device_get(sums), "dpo")["loss"]
+    assert found == pytest.approx(loss, abs=1e-6, rel=1e-6 if family == "recurrent" else 0)
     # Of a stack of experts that Hugging Face keeps in one array, the sum tells as much as the parts.
     off = errors({name: ours.tensor(name) for name in ours.names() if name in expected}, expected)
     assert len(off) >= 8
