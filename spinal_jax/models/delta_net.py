@@ -40,7 +40,6 @@ class GatedDeltaNet(nnx.Module):
         def filters(channels: int) -> nnx.Param:
             return nnx.Param(normal(rngs, (*lead, channels, delta.kernel), delta.kernel**-0.5))
 
-        assert not isinstance(config.activation, ClampedSwiGLU)
         self.delta = delta
         assert not isinstance(config.activation, ClampedSwiGLU)  # which has two inputs
         self.activation: Activation = config.activation
