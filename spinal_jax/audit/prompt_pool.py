@@ -21,6 +21,7 @@ from spinal_jax.metrics.tail import MIN_RANKS, fitted_ranks
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.parallel import device_defaults
 from spinal_jax.parallel.agreement import gathered, own_part
+from spinal_jax.parallel.distributed import check_same
 from spinal_jax.stats.groups import assign_groups
 
 if TYPE_CHECKING:
@@ -80,12 +81,14 @@ def prompt_pool(
     """Tokenises the prompts and groups them. Processes that share a run each tokenise a part and tell the others.
 
     Raises:
-        UserError: too few tokens are left for a fit at any layer.
+        UserError: too few tokens are left for a fit at any layer, or processes have different prompts or tokenizers.
     """
     limit = asked.max_length
     terminal_block(decoder.depth, settings.terminal)  # refuses what this depth does not have
     if decoder.learned_positions and limit > decoder.max_positions:
         raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
+    if jax.process_count() > 1:  # before any tokens are exchanged: parts of different texts would make one pool
+        check_same({"prompts": _sha256(repr(prompts.prompts)), "tokenizer": _sha256(_described(tokenizer))})
     part, exchange = (own_part(len(prompts.prompts)), gathered) if jax.process_count() > 1 else (None, None)
     tokens = data.tokenise_prompts(prompts, tokenizer, limit, asked.chat_template, part, exchange)
     if (top := max(int(ids.max()) for ids in tokens.ids)) >= decoder.vocab_size:
@@ -178,3 +181,13 @@ def tokens_sha256(sequences: Sequence[TokenSequence]) -> str:
 def batches_sha256(work: Plan) -> str:
     """Hex digest over how the prompts are packed."""
     return hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+def _described(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All of a tokenizer that says how a prompt becomes tokens: merges and rules too, where it has them as one text."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))  # type: ignore[attr-defined]
+    return repr((rules, tokenizer.chat_template))

@@ -232,7 +232,7 @@ def test_what_one_process_refuses_ends_all(
     several: Several, model: Path, write_model: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     """A file that is missing on one machine, one that is another there, and weights of which one number differs."""
-    for number, text in enumerate(("some words to say\n" * 9, "", "other words to say\n" * 9)):
+    for number, text in enumerate(("some words to say\n" * 9, "", "same words to say\n" * 9)):
         (tmp_path / str(number)).mkdir()
         if text:
             (tmp_path / str(number) / "own.txt").write_text(text)
