@@ -24,7 +24,8 @@ from spinal_jax.models.translate import parameter_shapes, places
 
 from . import test_gguf_models
 from .cases import CASES, draw_config
-from .reference import checkpoint_of, random_model, translate
+from .reference import COMPOSITES, checkpoint_of, random_model, translate
+from .test_delta_net import composite
 from .test_gguf_tokens import byte_level, byte_level_keys  # noqa: F401 (a fixture)
 from .test_sparse import SWITCHES, tiny
 
@@ -33,7 +34,9 @@ SPARSE = {config.model_type: config for config in SWITCHES}
 
 def config_of(model_type: str, number: int) -> PretrainedConfig:
     """A tiny config of a family."""
-    return draw_config(model_type, number) if model_type in CASES else tiny(SPARSE[model_type], number)
+    if model_type in CASES:
+        return draw_config(model_type, number)
+    return composite(model_type) if model_type in COMPOSITES else tiny(SPARSE[model_type], number)
 
 
 def known_names(checkpoint: Checkpoint) -> dict[str, str]:
@@ -65,7 +68,7 @@ def test_there_and_back_is_bit_identical(tmp_path: Path, model_type: str) -> Non
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "after", output_loading_info=True)
     assert not any(info.values()), info
     assert model.dtype == dtype
-    if model_type not in ("gemma3", "mistral3"):  # of which only the text part is kept
+    if model_type not in ("gemma3", *COMPOSITES):  # of which only the text part is kept
         assert after.config == before.config
 
 
