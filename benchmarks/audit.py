@@ -296,7 +296,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
     }
     alone = DeviceLayout("one", 1, 1, 1)
     one, shapes = replace(plan, batches=plan.batches[:1]), parameter_shapes(decoder)
-    work = estimate.stages(decoder, shapes, one, config.metrics, config.model.dtype, alone, jax.default_backend())
+    work = estimate.audit_stages(decoder, shapes, one, config.metrics, config.model.dtype, alone, jax.default_backend())
     dtypes = {stage.name: stage.dtype for stage in work}
     peak = peak_of(args.peak, jax.devices()[0].device_kind)
     return {

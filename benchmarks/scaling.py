@@ -25,7 +25,7 @@ from flax import nnx
 
 from spinal_jax.audit.measure import measure
 from spinal_jax.config import MetricsConfig
-from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan
+from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan_batches
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.byte_level import SIZES
@@ -95,7 +95,7 @@ def pool(count: int) -> Plan:
     """Prompts of equal length in batches of one shape, whatever their number."""
     ids = np.random.default_rng(0).integers(0, 256, (count, LENGTH), np.int32)
     sequences = [TokenSequence(each, number % SETTINGS.groups) for number, each in enumerate(ids)]
-    found = plan(sequences, Positions.parse(SETTINGS.transport.positions), 1, BATCH_TOKENS)
+    found = plan_batches(sequences, Positions.parse(SETTINGS.transport.positions), 1, BATCH_TOKENS)
     assert {(b.height * b.length, b.measured) for b in found.batches} == {(BATCH_TOKENS, 4 * BATCH_TOKENS // LENGTH)}
     return found
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinal_jax.audit.pipeline import bars, load, opened, run_audit
+from spinal_jax.audit.pipeline import load, opened, run_audit
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.config import AuditConfig, ModelConfig, build, merged
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.progress import bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

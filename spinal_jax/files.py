@@ -28,7 +28,7 @@ SCRATCH = ".writing-"  # begins the name of a folder in which a run's files wait
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # name of a file that is being written
 
 
-class Record:
+class Document:
     """What a document is written from: an attribute for each of its sections, of which these are always there."""
 
     columns: Mapping[str, np.ndarray]
@@ -127,11 +127,11 @@ def locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def difference(one: object, other: object, name: str = "") -> tuple[str, Any, Any] | None:
+def first_difference(one: object, other: object, name: str = "") -> tuple[str, Any, Any] | None:
     """The first place where two documents differ: its dotted name, and what it holds in each. None where they agree."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = sorted(one.keys() | other)
-        found = (difference(one.get(key), other.get(key), f"{name}.{key}".removeprefix(".")) for key in keys)
+        found = (first_difference(one.get(key), other.get(key), f"{name}.{key}".removeprefix(".")) for key in keys)
         return next(filter(None, found), None)
     return None if one == other else (name, one, other)
 
@@ -223,7 +223,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def document(schema: str, sections: Mapping[str, tuple[str, ...]], record: Record) -> str:
+def document(schema: str, sections: Mapping[str, tuple[str, ...]], record: Document) -> str:
     """The text of a document: equal records give equal bytes; NaN is null.
 
     Args:

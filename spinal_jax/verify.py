@@ -28,11 +28,12 @@ from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats.base import Checkpoint
 from spinal_jax.models.formats.expert_tensors import ExpertsApart
 from spinal_jax.models.formats.export import export
-from spinal_jax.models.formats.folders import Bar, no_bar, read_record
+from spinal_jax.models.formats.folders import read_record
 from spinal_jax.models.formats.gguf import GgufFile
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.translate import load_decoder, parameter_shapes
+from spinal_jax.progress import Bar, no_bar
 
 # Random tiny models differ by 1e-6. Experts round apart where a router's weights are scaled up.
 TOLERANCE, TOLERANCE_WITH_EXPERTS = 1e-4, 2e-4
@@ -53,7 +54,7 @@ class Stream(NamedTuple):
     logits: np.ndarray  # [T, V]
 
 
-class Difference(NamedTuple):
+class ForwardDifference(NamedTuple):
     """How far two models are apart on the same prompts."""
 
     residual: np.ndarray  # [D + 1] largest difference of a boundary, over its largest value
@@ -67,7 +68,7 @@ class Verification:
 
     title: str
     checks: tuple[Check, ...]
-    difference: Difference | None = None  # from Hugging Face's model, where that could be run
+    difference: ForwardDifference | None = None  # from Hugging Face's model, where that could be run
 
     @property
     def passed(self) -> bool:
@@ -130,12 +131,12 @@ def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
     finally:
         checkpoint.close()
     checks += [Check("Hugging Face's reading of the file", None, note) for note in notes]
-    difference = compare(ours, theirs)
+    difference = forward_difference(ours, theirs)
     tolerance = config.tolerance or (TOLERANCE if decoder.experts is None else TOLERANCE_WITH_EXPERTS)
     return Verification(title, (*checks, *judge(difference, tolerance, config.kl_tolerance)), difference)
 
 
-def compare(ours: Sequence[Stream], theirs: Sequence[Stream]) -> Difference:
+def forward_difference(ours: Sequence[Stream], theirs: Sequence[Stream]) -> ForwardDifference:
     """The difference of two models over all prompts. A value that is not a number counts as infinitely wrong."""
 
     def relative(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:  # over all but the first axis
@@ -149,10 +150,10 @@ def compare(ours: Sequence[Stream], theirs: Sequence[Stream]) -> Difference:
     for a, b in zip(ours, theirs, strict=True):
         p, q = (log_softmax(stream.logits.astype(np.float64), axis=-1) for stream in (b, a))
         kl.append(np.sum(np.exp(p) * (p - q), axis=-1))
-    return Difference(residual, float(logits), np.nan_to_num(np.concatenate(kl), nan=np.inf))
+    return ForwardDifference(residual, float(logits), np.nan_to_num(np.concatenate(kl), nan=np.inf))
 
 
-def judge(difference: Difference, tolerance: float, kl_tolerance: float) -> tuple[Check, Check]:
+def judge(difference: ForwardDifference, tolerance: float, kl_tolerance: float) -> tuple[Check, Check]:
     """Whether residuals and logits agree within `tolerance`, and output distributions within `kl_tolerance` nats."""
     worst = int(np.argmax(difference.residual))
     stream = max(float(difference.residual.max()), difference.logits)

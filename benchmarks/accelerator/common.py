@@ -115,11 +115,11 @@ def prompt_ids(vocabulary: int, count: int, longest: int = LONGEST) -> list[np.n
 
 def planned(decoder: Any, count: int, batch_tokens: int) -> Any:
     """The plan of an audit of random prompts."""
-    from spinal_jax.data.packing import Positions, TokenSequence, plan
+    from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
 
     ids = prompt_ids(decoder.vocab_size, count)
     sequences = [TokenSequence(each, number % GROUPS) for number, each in enumerate(ids)]
-    return plan(sequences, Positions.parse(f"last:{LAST}"), 1, batch_tokens, groups=GROUPS)
+    return plan_batches(sequences, Positions.parse(f"last:{LAST}"), 1, batch_tokens, groups=GROUPS)
 
 
 def alone() -> Any:

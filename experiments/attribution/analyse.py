@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spinal_jax.comparison.attribution import FEWEST, Attribution, attribute, judged, save_attribution
+from spinal_jax.comparison.attribution import MIN_RUNS, Attribution, attribute, judge_effect, save_attribution
 from spinal_jax.comparison.record import load_comparison
 from spinal_jax.files import table, write_whole
 from spinal_jax.report.attribution import write_attribution_report
@@ -38,7 +38,7 @@ def main(sizes: list[str]) -> None:
                     shutil.copyfile(Path(scratch) / "figures" / "runs.png", place / "runs.png")
         main = against["shuffled"]
         write(place / "correlations.csv", [{"number": n, **drop_text(c)} for n, c in main.correlations.items()])
-        if len(shuffled) >= 2 * FEWEST:
+        if len(shuffled) >= 2 * MIN_RUNS:
             write(place / "halves.csv", halves(main.arm("control", "delta_align")))
         write(place / "alone.csv", [alone(Path(str(run["folder"]))) for run in main.runs])
         print(size, main.sentence, against["sft"].sentence, sep="\n")
@@ -71,7 +71,7 @@ def halves(control: np.ndarray) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for half in combinations(range(len(control)), len(control) // 2):
         rest = [at for at in range(len(control)) if at not in half]
-        found, margin, verdict = judged(control[list(half)], control[rest])
+        found, margin, verdict = judge_effect(control[list(half)], control[rest])
         row: dict[str, object] = {"half": " ".join(map(str, half)), "effect": found.value, "low": found.low}
         rows.append(row | {"high": found.high, "margin": margin, "verdict": verdict})
     return rows

@@ -17,7 +17,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent))
 import figures
 
-from spinal_jax.comparison.attribution import FEWEST, UNDECIDED, judged
+from spinal_jax.comparison.attribution import MIN_RUNS, UNDECIDED, judge_effect
 from spinal_jax.files import table, write_whole
 from spinal_jax.runs.find import Run, find_runs
 from spinal_jax.stats.signflip import holm
@@ -241,7 +241,7 @@ def attribution(rows: Sequence[Row]) -> list[Row]:
                 one, other = (_known([row for row in some if row["arm"] == arm], name) for arm in ("dpo", control))
                 if min(len(one), len(other)) < 2:
                     continue
-                effect, margin, verdict = judged(one, other)
+                effect, margin, verdict = judge_effect(one, other)
                 line: Row = {"control": control, "quantity": name, "size": some[0]["size"], "parameters": size}
                 line |= {"runs_dpo": len(one), "runs_control": len(other)}
                 line |= {"mean_dpo": float(one.mean()), "sd_dpo": float(one.std(ddof=1))}
@@ -249,7 +249,7 @@ def attribution(rows: Sequence[Row]) -> list[Row]:
                 line |= {"effect": effect.value, "low": effect.low, "high": effect.high, "p": permutation_p(one, other)}
                 changes = name == "delta_align"
                 d_seed = line["mean_dpo"] / line["sd_dpo"] if changes and line["sd_dpo"] > 0 else np.nan
-                verdict = verdict if min(len(one), len(other)) >= FEWEST else UNDECIDED
+                verdict = verdict if min(len(one), len(other)) >= MIN_RUNS else UNDECIDED
                 line |= {"d_seed": d_seed, "margin": margin if changes else np.nan}
                 lines.append({**line, "verdict": verdict if changes else ""})
             for line, p in zip(lines, holm(np.array([line["p"] for line in lines])), strict=True):

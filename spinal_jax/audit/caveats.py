@@ -14,7 +14,7 @@ HEAVY = 0.25  # share of the rows of one prompt or one group above which interva
 WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
 
 
-def caveats(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
+def trace_warnings(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
     """Sentences that a reader of the numbers must know."""
     lines = list(work.notes)
     if work.rows < 4 * width:

@@ -23,7 +23,7 @@ from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import Placing
 from spinal_jax.parallel.placement import Shards
 
-Grams = tuple[contraction.Grams, ...]  # of the rows that count, and of each of `metrics.variants.skip`
+AllGrams = tuple[contraction.Grams, ...]  # of the rows that count, and of each of `metrics.variants.skip`
 
 # Compiled once for the shapes of a model and a batch, however often `measure` is called; what is summed is donated.
 jit_forward_step = jax.jit(
@@ -71,7 +71,7 @@ class Devices(ABC):
         """A batch of the host."""
 
     @abstractmethod
-    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
+    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> AllGrams:
         """`number` sums of nothing yet."""
 
     @abstractmethod
@@ -86,12 +86,12 @@ class Devices(ABC):
     def forward_step(
         self,
         model: Decoder,
-        grams: Grams,
+        grams: AllGrams,
         lens_error: Array,
         batch: TokenBatch,
         skips: tuple[int, ...],
         groups: int,
-    ) -> tuple[Grams, Array, Array]:
+    ) -> tuple[AllGrams, Array, Array]:
         """`forward_step`, compiled; `grams` is donated."""
 
     @abstractmethod

@@ -14,8 +14,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from spinal_jax.audit.device_base import (
+    AllGrams,
     Devices,
-    Grams,
     as_float64,
     by_device,
     clear_slot,
@@ -63,7 +63,7 @@ class OnMesh(Devices):
     def batch(self, batch: TokenBatch) -> TokenBatch:
         return jax.tree.map(lambda x: self.places.of_parts(x, self.places.batch), batch)
 
-    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
+    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> AllGrams:
         shardings = gram_shardings(width, self.places)
         init = jax.jit(contraction.init, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
         return tuple(init(slots, boundaries, width, dtype) for _ in range(number))
@@ -77,12 +77,12 @@ class OnMesh(Devices):
     def forward_step(
         self,
         model: Decoder,
-        grams: Grams,
+        grams: AllGrams,
         lens_error: Array,
         batch: TokenBatch,
         skips: tuple[int, ...],
         groups: int,
-    ) -> tuple[Grams, Array, Array]:
+    ) -> tuple[AllGrams, Array, Array]:
         return jit_forward_step(model, grams, lens_error, batch, skips=skips, groups=groups, shards=self.shards)
 
     def lens_step(

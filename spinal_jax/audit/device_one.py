@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from spinal_jax.audit.device_base import (
+    AllGrams,
     Devices,
-    Grams,
     as_float64,
     clear_slot,
     jit_forward_step,
@@ -49,7 +49,7 @@ class OneDevice(Devices):
     def batch(self, batch: TokenBatch) -> TokenBatch:
         return jax.tree.map(jnp.asarray, batch)
 
-    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
+    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> AllGrams:
         return tuple(contraction.init(slots, boundaries, width, dtype) for _ in range(number))
 
     def lens_error(self) -> Array:
@@ -61,12 +61,12 @@ class OneDevice(Devices):
     def forward_step(
         self,
         model: Decoder,
-        grams: Grams,
+        grams: AllGrams,
         lens_error: Array,
         batch: TokenBatch,
         skips: tuple[int, ...],
         groups: int,
-    ) -> tuple[Grams, Array, Array]:
+    ) -> tuple[AllGrams, Array, Array]:
         return jit_forward_step(model, grams, lens_error, batch, skips=skips, groups=groups)
 
     def lens_step(

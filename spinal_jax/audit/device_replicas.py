@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from spinal_jax.audit.device_base import Devices, Grams, as_float64, by_device, no_error, on_host, static
+from spinal_jax.audit.device_base import AllGrams, Devices, as_float64, by_device, no_error, on_host, static
 from spinal_jax.audit.forward_step import forward_step
 from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, lens_step, position_steps
 from spinal_jax.audit.spectra import BoundarySums, Worker
@@ -53,7 +53,7 @@ class OnReplicas(Devices):
         parts = jax.tree.map(lambda x: np.asarray(x).reshape(self.rows, -1, *x.shape[1:]), batch)
         return jax.device_put(parts, self.replicas.each)
 
-    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
+    def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> AllGrams:
         def init() -> contraction.Grams:
             sums = contraction.init(slots, boundaries, width, dtype)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.rows, *x.shape)), sums)
@@ -69,12 +69,12 @@ class OnReplicas(Devices):
     def forward_step(
         self,
         model: Decoder,
-        grams: Grams,
+        grams: AllGrams,
         lens_error: Array,
         batch: TokenBatch,
         skips: tuple[int, ...],
         groups: int,
-    ) -> tuple[Grams, Array, Array]:
+    ) -> tuple[AllGrams, Array, Array]:
         return _forward_each(skips, groups)(model, grams, lens_error, batch)
 
     def lens_step(

@@ -126,7 +126,7 @@ def _add(
         contraction.shard_sums,
         count=groups,
         dtype=sums.first.dtype,
-        split=contraction.Split(ROWS, *shards.features(height)),
+        split=contraction.GramAxes(ROWS, *shards.features(height)),
         backend=backend,
     )
     second, first = shards.by_features(lambda *rows: tuple(add(*rows)), height, stripes)(h, counted, place)

@@ -33,7 +33,7 @@ class GramHome:
 
     @property
     def slots(self) -> int | None:
-        """Groups in a batch at most, as `data.packing.plan` takes it."""
+        """Groups in a batch at most, as `data.packing.plan_batches` takes it."""
         return None if self.where == "devices" else SLOTS
 
     def __str__(self) -> str:

@@ -40,11 +40,11 @@ from spinal_jax.metrics.depth import summary, terminal_block
 from spinal_jax.metrics.tail import MIN_RANKS, effective_rank, fitted_ranks, spike, tail_fit, tail_slopes
 from spinal_jax.metrics.transport import Lens
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.models.formats.folders import Bar
 from spinal_jax.models.parts import take_apart
+from spinal_jax.progress import Bar, no_bar
 from spinal_jax.stats.groups import Groups
 from spinal_jax.stats.jackknife import Estimate
-from spinal_jax.stats.summary import Replicates, coherence
+from spinal_jax.stats.summary import Replicates, coherence_estimate
 
 if TYPE_CHECKING:
     from spinal_jax.audit.resume import Progress
@@ -53,7 +53,7 @@ LENS_TOLERANCE = 1e-4  # largest probability by which the lens at boundary D may
 
 
 @dataclass(frozen=True)
-class Curve:
+class DepthCurve:
     """The numbers of one pool of prompts."""
 
     columns: dict[str, np.ndarray]  # [D + 1] each
@@ -74,10 +74,10 @@ class PolicyDistance:
 class Measurement:
     """An audit's numbers: of all prompts, without each group, and the jackknife standard errors from the two."""
 
-    whole: Curve
+    whole: DepthCurve
     reasons: Mapping[str, str]  # by name of a summary number that is NaN, why
-    without: tuple[Curve, ...]  # G of them; groups without rows are left out
-    errors: Curve
+    without: tuple[DepthCurve, ...]  # G of them; groups without rows are left out
+    errors: DepthCurve
     singular_values: np.ndarray  # [D + 1, d]
     singular_values_without: np.ndarray  # [G, D + 1, d]
     contraction_half: np.ndarray  # [D + 1] mean alpha of two halves of the groups, NaN where there is but one group
@@ -89,7 +89,7 @@ class Measurement:
 
 
 class Reference:
-    """A model that others are measured against on the same batches (`keep`); to be closed.
+    """A model that others are measured against on the same batches (`keep_reference`); to be closed.
 
     Attributes:
         measured: whether its own numbers are known. Not until a first model is measured against it, because one pass
@@ -162,7 +162,7 @@ def measure(
 
     Args:
         model: the checkpoint.
-        plan: the batches (`spinal_jax.data.packing.plan`).
+        plan: the batches (`spinal_jax.data.packing.plan_batches`).
         settings: what to measure.
         bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
         reference: also measure the distance from this model; if its own measurement is missing, it is made here.
@@ -196,7 +196,7 @@ def measure(
             watch(number, tuple(each[:, real] for each in steps))
         return jax.block_until_ready(devices.lens_step(lenses, sums, both, batch, settings))
 
-    spectra, sums = _run(model, plan, settings, bar or _no_bar, sums, read, devices, progress)
+    spectra, sums = _run(model, plan, settings, bar or no_bar, sums, read, devices, progress)
     own, across = _read_out(sums, devices)
     if reference is not None:
         reference.measured = True
@@ -208,7 +208,7 @@ def measure(
     return replace(_finish(spectra, own[0], plan, settings), policy=_policy(across, plan.groups))
 
 
-def keep(
+def keep_reference(
     model: Decoder,
     plan: Plan,
     settings: MetricsConfig,
@@ -236,7 +236,7 @@ def keep(
         return jax.block_until_ready(devices.lens_step((lens,), sums, (x,), batch, settings)) if alone else sums
 
     try:
-        kept.spectra, sums = _run(model, plan, settings, bar or _no_bar, sums, read, devices)
+        kept.spectra, sums = _run(model, plan, settings, bar or no_bar, sums, read, devices)
         kept.measured = alone
         if alone and kept.spectra is not None:
             kept.measurement = _finish(kept.spectra, _read_out(sums, devices)[0][0], plan, settings)
@@ -250,10 +250,6 @@ def _lens(model: Decoder, plan: Plan, settings: MetricsConfig) -> Lens:
     """What reads distributions over the tokens of the plan's vocabulary."""
     lens, vocabulary = model.head(settings.transport.temperature), plan.vocabulary
     return lens if vocabulary is None else lens.over(vocabulary.ids, vocabulary.rows)
-
-
-def _no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-    return contextlib.nullcontext(lambda amount: None)
 
 
 def _read_out(sums: LensSums, devices: Devices) -> tuple[tuple[TransportSums, ...], PairSums | None]:
@@ -359,9 +355,9 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
         raise UserError(f"the hidden states at boundary {flat[0]} are {equal}, so they have no spectrum to measure")
     resolution = spectra.resolution
     everything = over_groups(sums)
-    whole = curve(spectra.whole, int(total), everything, window, resolution, terminal)
+    whole = depth_curve(spectra.whole, int(total), everything, window, resolution, terminal)
     without = tuple(
-        curve(s, int(total), over_groups(sums, g), window, resolution, terminal)
+        depth_curve(s, int(total), over_groups(sums, g), window, resolution, terminal)
         for s, g in zip(spectra.without, drops, strict=True)
     )
     low, high = fitted_ranks(int(total), spectra.whole.shape[-1], window)
@@ -389,9 +385,9 @@ def _finish(spectra: Spectra, sums: TransportSums, plan: Plan, settings: Metrics
         each = np.array([c.columns[name] for c in without]) if without else np.full((len(rows), len(full)), np.nan)
         return Replicates(full, each, sizes[columns.column(name).counted_by])
 
-    smooth = coherence({name: replicates(name) for name in ("contraction", "transport")}, terminal)
+    smooth = coherence_estimate({name: replicates(name) for name in ("contraction", "transport")}, terminal)
     whole.summary["coherence"] = float(smooth.estimate.value)
-    errors = Curve(
+    errors = DepthCurve(
         {k: estimate(columns.column(k), v, [c.columns[k] for c in without]).error for k, v in whole.columns.items()},
         {
             column.name: float(
@@ -446,14 +442,14 @@ def _policy(across: PairSums | None, groups: Groups) -> PolicyDistance | None:
     )
 
 
-def curve(
+def depth_curve(
     spectra: np.ndarray,
     rows: int,
     sums: TransportSums,
     window: tuple[float, float],
     resolution: float,
     terminal: tuple[int, int],
-) -> Curve:
+) -> DepthCurve:
     """The depth curve of a pool of prompts, or of some of its groups.
 
     Args:
@@ -479,4 +475,4 @@ def curve(
         "curvature": turning,
     }
     direct = float(sums.direct / sums.positions)
-    return Curve(found, summary(found["contraction"], found["transport"], direct, terminal))
+    return DepthCurve(found, summary(found["contraction"], found["transport"], direct, terminal))

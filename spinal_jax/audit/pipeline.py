@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 from spinal_jax import data
-from spinal_jax.audit.caveats import caveats
+from spinal_jax.audit.caveats import trace_warnings
 from spinal_jax.audit.devices import Devices, devices_of
 from spinal_jax.audit.gram_store import GramHome, gram_bytes, gram_home
 from spinal_jax.audit.measure import Measurement, measure
@@ -46,35 +45,24 @@ from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats.base import Checkpoint
 from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
-from spinal_jax.models.formats.folders import Bar as Bar
 from spinal_jax.models.formats.memory import random_checkpoint
 from spinal_jax.models.formats.open import open_checkpoint
 from spinal_jax.models.fused_attention import ALONE, TITLES, kernel_of
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.parallel.distributed import all_same, check_same
 from spinal_jax.parallel.placement import Choice, choose
+from spinal_jax.progress import Bar, Say, no_bar
 
 RANDOM = "random:"  # of a source: weights are drawn, not read
 WORLD_PROMPTS = 128  # of the controlled world's pool, where no limit is set
-PLACES = ("devices", "processes")  # of an environment, with which an audit that was cut off need not go on
-
-
-def bars(show: bool) -> Bar:
-    """Opens progress bars for (what, how much, unit)."""
-
-    @contextlib.contextmanager
-    def bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        with tqdm(total=total, desc=what, unit=unit, unit_scale=total > 10_000, disable=not show, leave=False) as shown:
-            yield lambda amount: (shown.update(amount), None)[1]
-
-    return bar
+HARDWARE_KEYS = ("devices", "processes")  # of an environment, with which an audit that was cut off need not go on
 
 
 def run_audit(
     config: AuditConfig,
     texts: Sequence[str] | None = None,
     bar: Bar | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
     folder: Path | None = None,
 ) -> DepthTrace:
     """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line, and
@@ -83,12 +71,12 @@ def run_audit(
     Processes that share the run each tokenise a part of the pool, tell each other what they have found, and make arrays
     of their own rows alone. All but the first raise NotLeader in the end.
     """
-    bar = bar or bars(False)
+    bar = bar or no_bar
     prompts = read_prompt_set(config.prompts, texts)
     with opened(config.model) as (checkpoint, family, decoder):
         choice = choose_devices(config.parallel, decoder, config.model.dtype, config.metrics)
         devices = devices_of(choice)
-        home = home_of(decoder, config.model.dtype, config.metrics, devices)
+        home = audit_gram_home(decoder, config.model.dtype, config.metrics, devices)
         tokens = prompt_pool(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
         name = config.model.name or model_name(config.model.source)
 
@@ -109,7 +97,7 @@ def run_audit(
             about |= {
                 "prompts": {**pool, "tokens_sha256": tokens_sha256(tokens.sequences)},
                 "metrics": to_mapping(config.metrics),
-                "environment": {key: value for key, value in environment().items() if key not in PLACES},
+                "environment": {key: value for key, value in environment().items() if key not in HARDWARE_KEYS},
             }
             if saved.there:  # what an audit is compared with that was cut off; otherwise hashed while the weights load
                 saved.check({**about, "model": models(checkpoint.sha256())}, config.overwrite)
@@ -124,7 +112,7 @@ def run_audit(
             work = saved.plan(here, tokens.pack)
             if work.leaves and home.where == "devices":
                 home = GramHome("file", "as where the audit was begun")
-        check_alike(checkpoint, work, choice)
+        check_processes_agree(checkpoint, work, choice)
         if say:
             say(start_line(name, config.model.dtype, decoder, work, choice, home))
         with ThreadPoolExecutor(1) as background:  # the digest takes every byte of the weights, as the load does
@@ -230,7 +218,7 @@ def depth_trace(
             "degrees_of_freedom": len(found.rows) - 1,
         },
         environment=environment(),
-        warnings=tuple(caveats(found, work, decoder.width, settings.contraction.window)),
+        warnings=tuple(trace_warnings(found, work, decoder.width, settings.contraction.window)),
         arrays={
             "singular_values": found.singular_values,
             "groups/singular_values": found.singular_values_without.astype(np.float32),
@@ -242,7 +230,7 @@ def depth_trace(
     )
 
 
-def check_alike(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
+def check_processes_agree(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
     """UserError where processes that share a run were given different things. Of the weights this compares names and
     shapes; `check_weights` compares their values."""
     check_same(
@@ -301,17 +289,22 @@ def _random(config: ModelConfig) -> Checkpoint:
 
 def choose_devices(asked: AuditParallelConfig, decoder: DecoderConfig, dtype: str, settings: MetricsConfig) -> Choice:
     """The devices for an audit of a model with this shape. Errors: UserError."""
-    table = decoder.vocab_size * decoder.width * jnp.dtype(dtype).itemsize
-    return choose(asked, weight_bytes(decoder, dtype) + gram_bytes(decoder, settings), table)
+    table_bytes = unembedding_bytes(decoder, dtype)
+    return choose(asked, weight_bytes(decoder, dtype) + gram_bytes(decoder, settings), table_bytes)
 
 
-def home_of(decoder: DecoderConfig, dtype: str, settings: MetricsConfig, devices: Devices) -> GramHome:
+def audit_gram_home(decoder: DecoderConfig, dtype: str, settings: MetricsConfig, devices: Devices) -> GramHome:
     """Where the Gram sums of an audit of this model are kept."""
     return gram_home(decoder, settings, weight_bytes(decoder, dtype), devices)
 
 
+def unembedding_bytes(decoder: DecoderConfig, dtype: str) -> int:
+    """Size of the unembedding in bytes."""
+    return decoder.vocab_size * decoder.width * jnp.dtype(dtype).itemsize
+
+
 def weight_bytes(decoder: DecoderConfig, dtype: str) -> int:
-    """Of the parameters in a dtype."""
+    """Size of all parameters in bytes."""
     return sum(math.prod(shape.shape) for shape in parameter_shapes(decoder).values()) * jnp.dtype(dtype).itemsize
 
 
@@ -325,7 +318,7 @@ def load(
 ) -> Decoder:
     """The weights, with a progress bar over what is read; where `devices` want them."""
     size = sum(info.dtype.itemsize * math.prod(info.shape) for info in checkpoint.names().values())
-    with (bar or bars(False))("load weights", size, "B") as advance:
+    with (bar or no_bar)("load weights", size, "B") as advance:
         placing = None if devices is None else devices.placing
         return load_decoder(checkpoint, family, decoder, jnp.dtype(dtype), advance, placing)
 

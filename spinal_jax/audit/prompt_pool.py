@@ -13,7 +13,7 @@ import numpy as np
 from spinal_jax import data
 from spinal_jax.audit.devices import Devices, OneDevice
 from spinal_jax.config import MetricsConfig, PromptsConfig
-from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan
+from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan_batches
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import terminal_block
@@ -56,7 +56,7 @@ class PromptPool:
             slots: groups in a batch at most, where their sums leave the devices; None: they stay.
             among: which of the prompts go into batches; None: all.
         """
-        return plan(
+        return plan_batches(
             self.sequences,
             Positions.parse(self.settings.transport.positions),
             self.settings.contraction.skip,

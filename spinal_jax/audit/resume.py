@@ -27,7 +27,7 @@ from spinal_jax.audit.devices import Devices
 from spinal_jax.audit.gram_store import FileStore
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
-from spinal_jax.files import difference, load_json_file, malformed, write_whole
+from spinal_jax.files import first_difference, load_json_file, malformed, write_whole
 from spinal_jax.parallel.agreement import StopRequests, check_shared, of_each
 
 # Orbax logs every step of a save, and shows the traceback of an error that it also raises.
@@ -46,7 +46,7 @@ class Leg:
     replicas: int | None  # of jax.pmap, each with sums of its own
     batch_tokens: int
     rows: int  # how many devices share the rows of a batch
-    slots: int | None  # as `data.packing.plan` takes it
+    slots: int | None  # as `data.packing.plan_batches` takes it
     batches: int = 0  # that were done when the next leg began
     inherited: tuple[int, ...] = ()  # groups of the records that its files of Gram sums begin with
     opened: tuple[tuple[int, int], ...] = ()  # (slot, group) of sums on the leg before's devices: the last of these
@@ -79,7 +79,7 @@ class Saved:
 
         `about` is everything on which the sums depend, but for the devices.
         """
-        if not self.there or not (differs := difference(self._about, json.loads(json.dumps(about)))):
+        if not self.there or not (differs := first_difference(self._about, json.loads(json.dumps(about)))):
             return
         if not overwrite:
             name, saved, own = differs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +26,8 @@ from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
 from spinal_jax.parallel.agreement import gathered
 from spinal_jax.parallel.device_defaults import eigenvalues_on_device
+from spinal_jax.progress import Advance
 
-Advance = Callable[[int], None]
 Items = list[tuple[int, list[int]]]  # a boundary, and which replicates of it
 
 

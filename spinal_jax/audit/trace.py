@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from spinal_jax.errors import UserError
-from spinal_jax.files import Record, check_boundaries, document, floats, load_record, read, save_record
+from spinal_jax.files import Document, check_boundaries, document, floats, load_record, read, save_record
 from spinal_jax.metrics import columns
 from spinal_jax.wording import number, plus_minus, sparkline
 
@@ -46,7 +46,7 @@ UNITS = {column.name: column.unit for column in (*columns.SUMMARY, *columns.TRAC
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DepthTrace(Record):
+class DepthTrace(Document):
     """What one audit measured, by boundary 0..D (docs/method.md).
 
     Attributes:

@@ -78,7 +78,7 @@ def _group(command: Command, argument: str) -> str:
     chosen = next((choice for group, choice in command.groups.items() if group in (name, f"{folder}@{name}")), None)
     if chosen is not None and file.strip() in ("null", ""):
         raise UserError(
-            f"{name} is {file!r}; it takes {', '.join(pages.files_of(folder))}, or settings as {name}.NAME="
+            f"{name} is {file!r}; it takes {', '.join(pages.group_files(folder))}, or settings as {name}.NAME="
         )
     if name == "hydra":
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from spinal_jax import config
 from spinal_jax.cli import help as pages
 from spinal_jax.cli.arguments import quoted
-from spinal_jax.cli.console import DONE, SHORT, complain, shown
+from spinal_jax.cli.console import DONE, SHORT, complain, short_path
 from spinal_jax.cli.registry import COMMANDS, command
 from spinal_jax.config.attribute import AttributeConfig
 from spinal_jax.errors import UserError
@@ -24,8 +24,8 @@ ARMS = {"aligned": "dpo", "control": "shuffled", "beside": "sft"}  # file of con
     AttributeConfig,
     makes_runs_by="train",
 )
-def attribute(asked: AttributeConfig, folder: Path) -> int:
-    from spinal_jax.comparison.attribution import attribute, save_attribution, shortfalls
+def attribute_command(asked: AttributeConfig, folder: Path) -> int:
+    from spinal_jax.comparison.attribution import attribute, attribution_shortfalls, save_attribution
     from spinal_jax.report.attribution import write_attribution_report
     from spinal_jax.runs import folder as run_folder
 
@@ -44,14 +44,14 @@ def attribute(asked: AttributeConfig, folder: Path) -> int:
         write_attribution_report(scratch)
         run_folder.write_manifest(scratch, "attribute", config.to_mapping(asked), {}, {})
     print(found)
-    print(f"  report    {shown(folder / 'report.html')}", flush=True)
-    if short := shortfalls(found, **config.to_mapping(asked.assert_)):
+    print(f"  report    {short_path(folder / 'report.html')}", flush=True)
+    if short := attribution_shortfalls(found, **config.to_mapping(asked.assert_)):
         complain(f"the evidence falls short of assert: {'; '.join(short)}")
         return SHORT
     return DONE
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Arguments of `spinal attribute experiment=FILE ...`: (those of the sweep that trains, those of the attribution).
 
     Raises:

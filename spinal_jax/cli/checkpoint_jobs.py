@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 
 from spinal_jax import config
-from spinal_jax.cli.console import DONE, FAILED, shown, stages
+from spinal_jax.cli.console import DONE, FAILED, short_path, stages
 from spinal_jax.cli.registry import command
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.errors import UserError
@@ -24,7 +24,7 @@ from spinal_jax.files import malformed
     ("model.source",),
     keeps_run=False,
 )
-def convert(asked: config.ConvertConfig, folder: Path) -> int:
+def convert_command(asked: config.ConvertConfig, folder: Path) -> int:
     from spinal_jax.models.formats.convert import convert
     from spinal_jax.models.formats.open import open_checkpoint
 
@@ -38,7 +38,7 @@ def convert(asked: config.ConvertConfig, folder: Path) -> int:
             overwrite=asked.overwrite,
             bar=stages({}),
         )
-    print(shown(out), flush=True)
+    print(short_path(out), flush=True)
     return DONE
 
 
@@ -50,7 +50,7 @@ def convert(asked: config.ConvertConfig, folder: Path) -> int:
     ("model.source",),
     keeps_run=False,
 )
-def export(asked: config.ExportConfig, folder: Path) -> int:
+def export_command(asked: config.ExportConfig, folder: Path) -> int:
     from spinal_jax.models.formats.export import export
     from spinal_jax.models.formats.open import open_checkpoint
 
@@ -65,7 +65,7 @@ def export(asked: config.ExportConfig, folder: Path) -> int:
             overwrite=asked.overwrite,
             bar=stages({}),
         )
-    print(shown(out), flush=True)
+    print(short_path(out), flush=True)
     return DONE
 
 
@@ -77,7 +77,7 @@ def export(asked: config.ExportConfig, folder: Path) -> int:
     ("model.source",),
     keeps_run=False,
 )
-def verify(asked: config.VerifyConfig, folder: Path) -> int:
+def verify_command(asked: config.VerifyConfig, folder: Path) -> int:
     from spinal_jax.verify import verify
 
     result = verify(asked, stages({}))
@@ -94,13 +94,13 @@ def verify(asked: config.VerifyConfig, folder: Path) -> int:
     {"model": "any", "metrics": "default"},
     ("model.source",),
 )
-def plan(asked: PlanConfig, folder: Path) -> int:
+def plan_command(asked: PlanConfig, folder: Path) -> int:
     from spinal_jax.runs import folder as run_folder
 
     run_folder.check_free(folder, asked.overwrite, config.to_mapping(asked))
     from spinal_jax.plan.plan import make_plan
     from spinal_jax.plan.record import FILE
-    from spinal_jax.plan.text import text_of
+    from spinal_jax.plan.text import plan_text
 
     seconds: dict[str, float] = {}
     with stages(seconds)("plan", 1, "plan") as advance:
@@ -109,20 +109,20 @@ def plan(asked: PlanConfig, folder: Path) -> int:
     with run_folder.writing(folder, asked.overwrite) as scratch:
         found.save(scratch)
         run_folder.write_manifest(scratch, "plan", config.to_mapping(asked), found.about(), seconds)
-    print(text_of(found))
-    print(f"written to {shown(folder / FILE)}", flush=True)
+    print(plan_text(found))
+    print(f"written to {short_path(folder / FILE)}", flush=True)
     return DONE
 
 
 @command("DIR", "Draws figures and page of a finished run again, from its saved files alone.")
-def report(arguments: list[str], usage: str) -> int:
+def report_command(arguments: list[str], usage: str) -> int:
     if len(arguments) != 1:
         raise UserError(f"report takes one run folder: {usage}")
     from spinal_jax.report import draw_report
 
     folder = Path(arguments[0])
     with malformed(folder):
-        print(shown(draw_report(folder)))
+        print(short_path(draw_report(folder)))
     return DONE
 
 
@@ -130,20 +130,20 @@ def report(arguments: list[str], usage: str) -> int:
     "DIR... [out=DIR]",
     "Joins all runs below folders into one table (runs.csv, runs.parquet) and one page (index.html).",
 )
-def collect(arguments: list[str], usage: str) -> int:
+def collect_command(arguments: list[str], usage: str) -> int:
     out = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
     folders = [argument for argument in arguments if not argument.startswith("out=")]
     if not folders or len(out) > 1:
         raise UserError(f"collect takes folders that hold runs, and one out=DIR at most: {usage}")
-    from spinal_jax.report.collect import collect
+    from spinal_jax.report.collect import collect_runs
 
     with malformed("one of the runs"):
-        print(collect(folders, *out))
+        print(collect_runs(folders, *out))
     return DONE
 
 
 @command("bash|zsh|fish", 'A script that completes commands and settings: eval "$(spinal completion bash)".')
-def completion(arguments: list[str], usage: str) -> int:
+def completion_command(arguments: list[str], usage: str) -> int:
     from spinal_jax.cli.completion import SHELLS, script
 
     if len(arguments) != 1:

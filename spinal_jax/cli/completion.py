@@ -52,5 +52,5 @@ def words(command: Command) -> list[str]:
         found += [f"{setting.name}={choice}" for choice in setting.choices if " " not in str(choice)]
         found += [f"{setting.name}="] if not setting.choices else []
     for part, folder in command.folders.items():
-        found += [f"{part}={file}" for file in pages.files_of(folder)]
+        found += [f"{part}={file}" for file in pages.group_files(folder)]
     return found

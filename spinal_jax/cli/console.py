@@ -8,14 +8,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spinal_jax.audit.pipeline import Bar
+    from spinal_jax.progress import Advance, Bar
 
 DONE, FAILED, MISTAKE, SHORT, UNFORESEEN = 0, 1, 2, 3, 70  # exit codes; 70 is EX_SOFTWARE of sysexits.h
 SEVERITY = (UNFORESEEN, FAILED, MISTAKE, SHORT, DONE)  # the worst first
@@ -78,7 +78,7 @@ def stages(seconds: dict[str, float]) -> Bar:
     from tqdm import tqdm
 
     @contextlib.contextmanager
-    def stage(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def stage(what: str, total: int, unit: str) -> Iterator[Advance]:
         begin = time.perf_counter()
         lines = None if sys.stderr.isatty() else Lines(what, total, unit)
         with tqdm(
@@ -131,6 +131,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def shown(path: Path) -> str:
+def short_path(path: Path) -> str:
     """The path as one would type it here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -49,7 +49,7 @@ def guarded(run: Callable[[], int]) -> None:
             except Exception as error:
                 if console.STOPS:  # a library has caught the interrupt and raised an error of its own
                     _end(console.STOPS[0])
-                code, message = judged(error)
+                code, message = describe_error(error)
                 complain(message)
             except BaseException as error:
                 if type(error).__name__ != "PanicException":  # as PyO3 passes on a panic in Rust; it is no Exception
@@ -71,7 +71,7 @@ def _end(stopped: Stopped) -> None:
     os._exit(128 + stopped.number)  # all is cleared up, and JAX may crash when Python ends with work in flight
 
 
-def judged(error: Exception) -> tuple[int, str]:
+def describe_error(error: Exception) -> tuple[int, str]:
     """The exit code of an error that is no UserError, and one sentence. An unforeseen one leaves a report file, or with
     SPINAL_DEBUG=1 shows its traceback."""
     _debug(error)

@@ -27,7 +27,7 @@ def conf_folder() -> Path:
     return next(path for path in (package / "conf", package.parent / "conf") if (path / "model" / "any.yaml").exists())
 
 
-def files_of(group: str) -> list[str]:
+def group_files(group: str) -> list[str]:
     """The names of the files of conf/ that a group chooses from."""
     return sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
 
@@ -76,7 +76,7 @@ def help_text(command: Command) -> str:
     return "\n".join(lines) + HYDRA_HELP.format(command=command.name, quoting=QUOTING[0].upper() + QUOTING[1:])
 
 
-def shown(value: object) -> str:
+def default_text(value: object) -> str:
     """A default as one would type it."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
@@ -87,11 +87,11 @@ def _rows(command: Command) -> Iterator[tuple[str, str, str]]:
     for setting in settings(command):
         if setting.optional and (top := setting.name.partition(".")[0]) != part:
             part = top
-            yield part, "null", f"nothing; with {part}={'|'.join(files_of(part))}:"
+            yield part, "null", f"nothing; with {part}={'|'.join(group_files(part))}:"
         text = setting.help
         if setting.choices:
             text += f": {', '.join(map(str, setting.choices[:-1]))} or {setting.choices[-1]}"
-        yield setting.name, shown(setting.default), text + (f" [{setting.unit}]" if setting.unit else "")
+        yield setting.name, default_text(setting.default), text + (f" [{setting.unit}]" if setting.unit else "")
 
 
 def _groups(command: Command, width: int) -> Iterator[str]:
@@ -99,7 +99,7 @@ def _groups(command: Command, width: int) -> Iterator[str]:
     parts: dict[str, list[str]] = {}
     for part, folder in sorted(command.folders.items()):
         parts.setdefault(folder, []).append(part)
-    choices = {folder: files_of(folder) for folder in parts}
+    choices = {folder: group_files(folder) for folder in parts}
     if any(len(files) > 1 for files in choices.values()):
         yield from ("", "groups of settings")
     for folder, names in parts.items():

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from spinal_jax import config
-from spinal_jax.cli.console import DONE, FAILED, SHORT, Stopped, complain, shown, stages
+from spinal_jax.cli.console import DONE, FAILED, SHORT, Stopped, complain, short_path, stages
 from spinal_jax.cli.registry import command
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.errors import NotLeader
 
-Job = Callable[[dict[str, Any], Path, bool], int]  # (settings, folder, whether this process leads) -> exit code
+SharedJob = Callable[[dict[str, Any], Path, bool], int]  # (settings, folder, whether this process leads) -> exit code
 
 
 @command(
@@ -27,7 +27,7 @@ Job = Callable[[dict[str, Any], Path, bool], int]  # (settings, folder, whether 
     {"model": "any", "prompts": "default", "metrics": "default"},
     ("model.source",),
 )
-def audit(asked: config.AuditConfig, folder: Path) -> int:
+def audit_command(asked: config.AuditConfig, folder: Path) -> int:
     return _together(_audit, asked, folder)
 
 
@@ -46,7 +46,7 @@ def audit(asked: config.AuditConfig, folder: Path) -> int:
     },
     ("model.source", "reference.source"),
 )
-def compare(asked: config.CompareConfig, folder: Path) -> int:
+def compare_command(asked: config.CompareConfig, folder: Path) -> int:
     return _together(_compare, asked, folder)
 
 
@@ -54,15 +54,15 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _together(job: Job, asked: config.AuditConfig | config.CompareConfig | TrainConfig, folder: Path) -> int:
+def _together(job: SharedJob, asked: config.AuditConfig | config.CompareConfig | TrainConfig, folder: Path) -> int:
     """Runs a job, with other processes where the settings say so."""
     if asked.parallel.coordinator is None:
         return job(config.to_mapping(asked), folder, True)
     from spinal_jax.cli.together import together
-    from spinal_jax.parallel.distributed import place_of
+    from spinal_jax.parallel.distributed import cluster_spec
     from spinal_jax.runs.folder import held
 
-    place, settings = place_of(asked.parallel), config.to_mapping(asked)
+    place, settings = cluster_spec(asked.parallel), config.to_mapping(asked)
 
     def own() -> int:
         if place.process != 0:
@@ -75,11 +75,11 @@ def _together(job: Job, asked: config.AuditConfig | config.CompareConfig | Train
 
 
 def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
-    """`audit` in one process, which writes the folder if it is the one that leads."""
+    """`audit_command` in one process, which writes the folder if it is the one that leads."""
     from spinal_jax.runs import folder as run_folder
 
     asked = config.build(config.AuditConfig, settings)
-    goes_on = asked.checkpoint_every is not None and run_folder.unfinished(folder)
+    goes_on = asked.checkpoint_every is not None and run_folder.has_progress(folder)
     if leads:
         run_folder.check_free(folder, asked.overwrite or goes_on, config.to_mapping(asked))
     from spinal_jax.audit.pipeline import run_audit
@@ -94,7 +94,7 @@ def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     try:
         trace = run_audit(asked, bar=bar, say=_say if leads else None, folder=folder)
     except Stopped as stopped:
-        if asked.checkpoint_every is not None and run_folder.unfinished(folder):
+        if asked.checkpoint_every is not None and run_folder.has_progress(folder):
             stopped.kept = "the same command goes on from what was saved last"
         raise
     with run_folder.writing(folder, asked.overwrite or goes_on) as scratch:
@@ -112,12 +112,12 @@ def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     rate = trace.prompts["tokens"] / seconds["audit"]
     print(trace)
     print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in seconds.items())} ({rate:,.0f} tokens/s in the audit)")
-    print(f"  report    {shown(folder / 'report.html')}", flush=True)
+    print(f"  report    {short_path(folder / 'report.html')}", flush=True)
     return DONE
 
 
 def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
-    """`compare` in one process, which writes the folder if it is the one that leads."""
+    """`compare_command` in one process, which writes the folder if it is the one that leads."""
     from spinal_jax.runs import folder as run_folder
 
     asked = config.build(config.CompareConfig, settings)
@@ -127,7 +127,7 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     from spinal_jax.comparison.flow import run_compare
     from spinal_jax.comparison.ranking import rank, save_ranking
     from spinal_jax.comparison.record import save_comparison
-    from spinal_jax.comparison.verdict import shortfalls
+    from spinal_jax.comparison.verdict import comparison_shortfalls
     from spinal_jax.report.comparison import write_comparison_report
     from spinal_jax.runs.sinks import send_summary
     from spinal_jax.runs.tensorboard import hyperparameters, write_comparison_events
@@ -157,8 +157,8 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     print(first)
     if others:
         print(rank(found))
-    print(f"  report    {shown(folder / 'report.html')}", flush=True)
-    if short := shortfalls(first, **config.to_mapping(asked.assert_)):
+    print(f"  report    {short_path(folder / 'report.html')}", flush=True)
+    if short := comparison_shortfalls(first, **config.to_mapping(asked.assert_)):
         complain(f"the evidence falls short of assert: {'; '.join(short)}")
         return SHORT
     return DONE
@@ -179,12 +179,12 @@ def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     },
     ("model.source",),
 )
-def train(asked: TrainConfig, folder: Path) -> int:
+def train_command(asked: TrainConfig, folder: Path) -> int:
     return _together(_train, asked, folder)
 
 
 def _train(settings: dict[str, Any], folder: Path, leads: bool) -> int:
-    """`train` in one process, which prints if it is the one that leads."""
+    """`train_command` in one process, which prints if it is the one that leads."""
     from spinal_jax.runs import folder as run_folder
 
     asked = config.build(TrainConfig, settings)
@@ -198,12 +198,12 @@ def _train(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     except Diverged as error:
         if not leads:
             raise NotLeader from error
-        complain(f"{error}; the state before it is saved in {shown(folder / 'checkpoints')}")
+        complain(f"{error}; the state before it is saved in {short_path(folder / 'checkpoints')}")
         return FAILED
     except Stopped as stopped:
         stopped.kept = "the same command goes on from the last checkpoint"
         raise
     print(trained)
     print(f"  seconds   {', '.join(f'{k} {v:.1f}' for k, v in trained.seconds.items())}")
-    print(f"  report    {shown(folder / 'report.html')}", flush=True)
+    print(f"  report    {short_path(folder / 'report.html')}", flush=True)
     return DONE

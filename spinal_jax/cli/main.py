@@ -65,12 +65,12 @@ def _run(arguments: list[str]) -> int:
 def _make_and_judge(command: Command, arguments: list[str]) -> int:
     """`spinal attribute experiment=FILE`: the sweep that makes the runs and, where all are complete, what judges them.
     Returns the exit code."""
-    from spinal_jax.cli.attribution_job import ARMS, arms_of, split
+    from spinal_jax.cli.attribution_job import ARMS, arms_of, split_arguments
     from spinal_jax.cli.commands import COMMANDS
     from spinal_jax.cli.console import complain
 
     assert command.makes_runs_by is not None
-    training, judging = split(arguments)
+    training, judging = split_arguments(arguments)
     given = {argument.partition("=")[0] for argument in judging}
     arms = set() if {"aligned", "control"} <= given else {*ARMS.values()}
     code, sweep = _compose(COMMANDS[command.makes_runs_by], training, arms)
@@ -95,7 +95,7 @@ def _compose(command: Command, arguments: list[str], arms: Collection[str] = ())
     """
     from spinal_jax.cli import help as pages
     from spinal_jax.cli.arguments import hydras_arguments
-    from spinal_jax.cli.console import DONE, MISTAKE, Stopped, complain, shown, worst
+    from spinal_jax.cli.console import DONE, MISTAKE, Stopped, complain, short_path, worst
     from spinal_jax.errors import UserError
 
     words = hydras_arguments(command, arguments)
@@ -136,7 +136,9 @@ def _compose(command: Command, arguments: list[str], arms: Collection[str] = ())
         return (MISTAKE if left.code else DONE), None
     except Stopped as stopped:
         if sweeps:
-            stopped.kept = f"the same command with hydra.sweep.dir={shown(sweeps[0].folder)} passes over complete runs"
+            stopped.kept = (
+                f"the same command with hydra.sweep.dir={short_path(sweeps[0].folder)} passes over complete runs"
+            )
         raise
     finally:
         _BEGIN.pop()
@@ -159,7 +161,7 @@ def _task(
     from hydra.core.hydra_config import HydraConfig
 
     from spinal_jax.cli.console import MISTAKE, Outcome
-    from spinal_jax.cli.guard import judged
+    from spinal_jax.cli.guard import describe_error
     from spinal_jax.errors import UserError
 
     started = time.time()
@@ -187,7 +189,7 @@ def _task(
         except UserError as error:
             ended.append(Outcome(0, MISTAKE, str(error)))  # kept from Hydra, which would print its own words first
         except Exception as error:
-            ended.append(Outcome(0, *judged(error)))
+            ended.append(Outcome(0, *describe_error(error)))
         finally:
             with contextlib.suppress(FileNotFoundError):  # another process that shares the run has been here
                 if is_new and not any(folder.iterdir()):
@@ -300,11 +302,11 @@ def _hydras_words(error: Exception, command: Command) -> str:
     from yaml import MarkedYAMLError
 
     from spinal_jax.cli import help as pages
-    from spinal_jax.cli.console import shown
+    from spinal_jax.cli.console import short_path
 
     if isinstance(error, MarkedYAMLError):
         mark = error.problem_mark
-        at = f"{shown(Path(mark.name))}, line {mark.line + 1}: " if mark else ""
+        at = f"{short_path(Path(mark.name))}, line {mark.line + 1}: " if mark else ""
         return f"{at}this is no YAML ({error.problem})"
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     first, *others = lines or [type(error).__name__]

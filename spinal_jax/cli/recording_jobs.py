@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from spinal_jax.cli.console import DONE, Stopped, shown, stages
+from spinal_jax.cli.console import DONE, Stopped, short_path, stages
 from spinal_jax.cli.registry import command
 from spinal_jax.config.watch import WatchConfig
 
@@ -17,15 +17,17 @@ from spinal_jax.config.watch import WatchConfig
     {"prompts": "default", "metrics": "default"},
     ("dir",),
 )
-def watch(asked: WatchConfig, folder: Path) -> int:
+def watch_command(asked: WatchConfig, folder: Path) -> int:
     from spinal_jax.recording.watch import run_watch
 
     try:
         watched = run_watch(asked, folder, stages({}), say=lambda line: print(line, file=sys.stderr))
     except Stopped as stopped:
-        stopped.kept = f"the traces so far are in {shown(folder)}; hydra.run.dir={shown(folder)} goes on from there"
+        stopped.kept = (
+            f"the traces so far are in {short_path(folder)}; hydra.run.dir={short_path(folder)} goes on from there"
+        )
         raise
     print(watched)
     if watched.steps:
-        print(f"  report    {shown(folder / 'report.html')}", flush=True)
+        print(f"  report    {short_path(folder / 'report.html')}", flush=True)
     return DONE

@@ -1,4 +1,4 @@
-"""The registry of commands. A command is one entry: `@command(...)` over its job, whose name is the command's."""
+"""The registry of commands. A command is one entry: `@command(...)` over its job, `NAME_command`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def command(
     """Enters the job that follows into the registry. Arguments as the attributes of `Command`."""
 
     def enter(job: Job) -> Job:
-        name = job.__name__
+        name = job.__name__.removesuffix("_command")
         COMMANDS[name] = Command(name, job, record, takes, does, groups or {}, positional, keeps_run, makes_runs_by)
         return job
 

@@ -15,14 +15,16 @@ from typing import Any
 
 from spinal_jax.cli.console import MISTAKE, Stopped, complain
 from spinal_jax.errors import NotLeader, StoppedElsewhere, UserError
-from spinal_jax.parallel.distributed import Place, start
+from spinal_jax.parallel.distributed import ClusterSpec, start
 from spinal_jax.parallel.peers import SILENCE, PeerEnded, Peers, code_of, in_words
 
 OWN = ("process", "start_timeout")  # of the parallel settings, what processes need not have alike
 _RUNS: list[int] = []  # how many runs this process has shared: a sweep has several
 
 
-def together(place: Place, settings: Mapping[str, Any], timeout: int, folder: Path, job: Callable[[], int]) -> int:
+def together(
+    place: ClusterSpec, settings: Mapping[str, Any], timeout: int, folder: Path, job: Callable[[], int]
+) -> int:
     """The exit code of process 0, after `job` has run in all processes of a run.
 
     Where one of them fails, refuses something, gets a signal or is gone, this ends the process: JAX's own shutdown
@@ -85,9 +87,9 @@ def _run(peers: Peers, settings: Mapping[str, Any], job: Callable[[], int]) -> i
     except Exception as error:
         if cause := peers.cause(SILENCE + 5 if _is_exchange(error) else 0):
             raise PeerEnded(cause) from error
-        from spinal_jax.cli.guard import judged
+        from spinal_jax.cli.guard import describe_error
 
-        code, message = judged(error)
+        code, message = describe_error(error)
         peers.report("refused" if code == MISTAKE else "failed", f"failed ({message})")
         complain(message)
         raise _Left(code) from None

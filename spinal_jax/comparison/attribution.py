@@ -17,16 +17,22 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from spinal_jax.comparison.attribution_runs import BY_BOUNDARY, AttributedRun, check_alike, folders_of, read_run
+from spinal_jax.comparison.attribution_runs import (
+    BY_BOUNDARY,
+    AttributedRun,
+    check_comparable_runs,
+    folders_of,
+    read_attributed_run,
+)
 from spinal_jax.errors import UserError
 from spinal_jax.files import plain, table, undefined, write_whole
 from spinal_jax.stats.signflip import holm
-from spinal_jax.stats.two_samples import Difference, permutation_p, rank_correlation, welch
+from spinal_jax.stats.two_samples import MeanDifference, permutation_p, rank_correlation, welch
 from spinal_jax.wording import number, plus_minus
 
 SCHEMA = "spinal-attribution/1"
 ATTRIBUTABLE, EQUIVALENT, UNDECIDED = "attributable", "equivalent", "undecided"
-FEWEST = 5  # runs of an arm that a verdict needs
+MIN_RUNS = 5  # runs of an arm that a verdict needs
 MARGIN_QUANTILE = 0.95  # of |x| over the controls
 MOST_RUNS = 1000  # of an arm, beyond which it is said that no number of runs would decide
 # Changes from the base, of which a single control run has some by itself: these have a margin and a verdict.
@@ -144,7 +150,7 @@ def attribute(
     arms = {"aligned": aligned, "control": control, "beside": beside}
     at = None if base is None else os.fspath(base)
     runs = [
-        read_run(folder, arm, at, step)
+        read_attributed_run(folder, arm, at, step)
         for arm, given in arms.items()
         for folder in folders_of([os.fspath(path) for path in given])
     ]
@@ -152,9 +158,9 @@ def attribute(
         count = sum(run.arm == arm for run in runs)
         if count < 2:
             raise UserError(
-                f"{arm} has {count} run{'s' * (count != 1)}; an arm takes 2 or more, and {FEWEST} for a verdict"
+                f"{arm} has {count} run{'s' * (count != 1)}; an arm takes 2 or more, and {MIN_RUNS} for a verdict"
             )
-    check_alike(runs, same_base)
+    check_comparable_runs(runs, same_base)
     return attributed(runs, margin, {"base": at, "step": step, "same_base": same_base})
 
 
@@ -169,7 +175,7 @@ def attributed(
     }
     main = effects["delta_align"]
     fewest = min(len(by_arm["aligned"]), len(by_arm["control"]))
-    verdict = main["verdict"] if fewest >= FEWEST else UNDECIDED
+    verdict = main["verdict"] if fewest >= MIN_RUNS else UNDECIDED
     more = 0.0 if verdict != UNDECIDED else more_runs(by_arm, main)
     boundaries = {name: _by_boundary(by_arm, name) for name in BY_BOUNDARY}
     correlations = {name: _correlation(runs, name) for name in GEOMETRY}
@@ -198,7 +204,9 @@ def verdict_of(low: float, high: float, margin: float) -> str:
     return EQUIVALENT if -margin < low and high < margin else UNDECIDED
 
 
-def judged(aligned: np.ndarray, control: np.ndarray, margin: float | None = None) -> tuple[Difference, float, str]:
+def judge_effect(
+    aligned: np.ndarray, control: np.ndarray, margin: float | None = None
+) -> tuple[MeanDifference, float, str]:
     """(effect, margin, verdict) of a change, from its values over the runs of both arms; a margin of None is the
     MARGIN_QUANTILE of its magnitude over the controls."""
     found = welch(aligned, control)
@@ -213,7 +221,7 @@ def _values(runs: Sequence[AttributedRun], name: str) -> np.ndarray:
 
 def _effect(name: str, aligned: np.ndarray, control: np.ndarray, margin: float | None) -> dict[str, Any]:
     """The record of one number; NaN where a run lacks it."""
-    found, margin, verdict = judged(aligned, control, margin if name == "delta_align" else None)
+    found, margin, verdict = judge_effect(aligned, control, margin if name == "delta_align" else None)
     effect: dict[str, Any] = {
         "effect": found.value,
         "low": found.low,
@@ -238,7 +246,7 @@ def more_runs(by_arm: Mapping[str, Sequence[AttributedRun]], main: Mapping[str, 
     present = max(len(by_arm["aligned"]), len(by_arm["control"]))
     clear = abs(abs(main["effect"]) - main["margin"])
     variances = np.array([main["sd_aligned"], main["sd_control"]]) ** 2
-    for count in range(max(FEWEST, min(len(by_arm["aligned"]), len(by_arm["control"]))), MOST_RUNS + 1):
+    for count in range(max(MIN_RUNS, min(len(by_arm["aligned"]), len(by_arm["control"]))), MOST_RUNS + 1):
         square = variances.sum() / count
         freedom = square**2 / np.sum((variances / count) ** 2 / (count - 1)) if square > 0 else math.inf
         if float(stdtrit(freedom, 0.975)) * math.sqrt(square) < clear:
@@ -302,9 +310,9 @@ def _warnings(
     runs: Sequence[AttributedRun], by_arm: Mapping[str, Sequence[AttributedRun]], fewest: int
 ) -> tuple[str, ...]:
     lines = []
-    if fewest < FEWEST:
+    if fewest < MIN_RUNS:
         lines.append(
-            f"An arm has {fewest} runs: a verdict needs {FEWEST}, so that it is undecided whatever the numbers."
+            f"An arm has {fewest} runs: a verdict needs {MIN_RUNS}, so that it is undecided whatever the numbers."
         )
     if len({run.reference for run in runs}) > 1:
         lines.append("Runs have bases of their own: the spread between runs holds that of bases too.")
@@ -360,7 +368,7 @@ def load_attribution(path: str | os.PathLike[str]) -> Attribution:
     )
 
 
-def shortfalls(found: Attribution, *, verdict: str | None = None) -> list[str]:
+def attribution_shortfalls(found: Attribution, *, verdict: str | None = None) -> list[str]:
     """Where the evidence falls short of what was asked for, a phrase each."""
     if verdict is not None and found.verdict != verdict:
         return [f"the verdict is {found.verdict!r}, not {verdict!r}"]

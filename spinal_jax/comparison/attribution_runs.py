@@ -30,7 +30,7 @@ FROM_SUMMARY = (
 # Settings in which the arms of one study may differ: what is trained towards, on which labels, in which order.
 OF_THE_ARM = ("objective.", "seed", "preferences.seed", "preferences.shuffle_labels", "preferences.label_noise")
 # Settings that change nothing but where and how fast a run computes, or what it writes beside its last trace.
-FREE = (
+FREE_SETTINGS = (
     *("parallel.", "overwrite", "cache", "hydra.", "log_every", "eval_every", "eval_examples", "trace_every"),
     *("save_every", "max_to_keep", "micro_tokens", "remat"),
 )
@@ -78,7 +78,7 @@ def _natural(path: str) -> tuple[int, str]:
     return len(path), path
 
 
-def read_run(folder: str, arm: str, base: str | None, step: int | None) -> AttributedRun:
+def read_attributed_run(folder: str, arm: str, base: str | None, step: int | None) -> AttributedRun:
     """The numbers of one run.
 
     Args:
@@ -168,7 +168,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder / SETTINGS} cannot be read: {error}") from error
-    return {name: value for name, value in flat(config).items() if not name.startswith((*FREE, "model.name"))}
+    return {name: value for name, value in flat(config).items() if not name.startswith((*FREE_SETTINGS, "model.name"))}
 
 
 def _measured(found: Comparison) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _measured(found: Comparison) -> dict[str, Any]:
     }
 
 
-def check_alike(runs: Sequence[AttributedRun], same_base: bool) -> None:
+def check_comparable_runs(runs: Sequence[AttributedRun], same_base: bool) -> None:
     """UserError that names the first run which does not match the first one, and in what: base, prompts, settings of
     the measurement, or training budget."""
     first = runs[0]

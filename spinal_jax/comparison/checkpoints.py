@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from spinal_jax import data
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import Devices, devices_of
-from spinal_jax.audit.measure import Measurement, keep, measure
+from spinal_jax.audit.measure import Measurement, keep_reference, measure
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.compare import BothModels
 from spinal_jax.comparison.preference_gradient import (
@@ -43,6 +43,7 @@ from spinal_jax.parallel.agreement import own_part
 from spinal_jax.parallel.device_defaults import pair_tokens
 from spinal_jax.parallel.distributed import check_same
 from spinal_jax.parallel.mesh import row_multiple
+from spinal_jax.progress import Bar, no_bar
 from spinal_jax.stats.groups import assign_groups
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class _Side:
     checkpoint: Checkpoint
     family: Family
     decoder: DecoderConfig
-    bar: pipeline.Bar
+    bar: Bar
 
     def load(self, devices: Devices) -> Decoder:
         return pipeline.load(self.checkpoint, self.family, self.decoder, self.config.dtype, self.bar, devices)
@@ -91,7 +92,7 @@ class _Pairs:
 def measure_checkpoints(
     config: CompareConfig,
     texts: Sequence[str] | None = None,
-    bar: pipeline.Bar | None = None,
+    bar: Bar | None = None,
     say: Callable[[str], None] | None = None,
 ) -> MeasuredPair:
     """Measures both checkpoints that `config` names by their sources, one in memory at a time.
@@ -104,7 +105,7 @@ def measure_checkpoints(
         UserError: for anything the caller can mend, before any weights are read: tokenizers, vocabularies or (unless
             `config.align` is "relative") depths that differ, and whatever `run_audit` refuses.
     """
-    bar = bar or pipeline.bars(False)
+    bar = bar or no_bar
     prompts = pipeline.read_prompt_set(config.prompts, texts)
     config = with_reference(config)
     with _opened(config.model, "aligned", bar) as ours, _opened(config.reference, "reference", bar) as theirs:
@@ -113,7 +114,7 @@ def measure_checkpoints(
         larger = max((ours, theirs), key=lambda side: (side.decoder.depth + 1) * side.decoder.width**2)
         choice = pipeline.choose_devices(config.parallel, larger.decoder, larger.config.dtype, config.metrics)
         devices = devices_of(choice)
-        home = pipeline.home_of(larger.decoder, larger.config.dtype, config.metrics, devices)
+        home = pipeline.audit_gram_home(larger.decoder, larger.config.dtype, config.metrics, devices)
         work, theirs_work = (
             pipeline.plan_prompts(
                 prompts,
@@ -134,7 +135,7 @@ def measure_checkpoints(
         mesh = None if devices.shards is None else devices.shards.mesh
         pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs), mesh)
         for side, plan in ((ours, work), (theirs, theirs_work)):
-            pipeline.check_alike(side.checkpoint, plan, choice)
+            pipeline.check_processes_agree(side.checkpoint, plan, choice)
             pipeline.check_weights(side.checkpoint, side.checkpoint.sha256())
         if say:
             for side in (ours, theirs):
@@ -158,7 +159,9 @@ def measure_checkpoints(
         with contextlib.ExitStack() as stack:
             weights = theirs.load(devices)
             if joint:
-                kept = stack.enter_context(keep(weights, theirs_work, config.metrics, theirs.bar, devices=devices))
+                kept = stack.enter_context(
+                    keep_reference(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
+                )
                 reference = None
             else:
                 kept = reference = None
@@ -192,7 +195,7 @@ def _gradient(
     weights: Decoder,
     pairs: _Pairs,
     known: np.ndarray,
-    bar: pipeline.Bar,
+    bar: Bar,
     mesh: Mesh | None,
 ) -> PreferenceGradient:
     """The preference gradient with these weights as the policy; `known` are log-probabilities under the reference."""
@@ -244,7 +247,7 @@ def with_reference(config: CompareConfig) -> CompareConfig:
 
 
 @contextlib.contextmanager
-def _opened(asked: ComparedConfig, role: str, bar: pipeline.Bar) -> Iterator[_Side]:
+def _opened(asked: ComparedConfig, role: str, bar: Bar) -> Iterator[_Side]:
     assert asked.source is not None
     config = ModelConfig(
         source=asked.source,

@@ -14,13 +14,13 @@ import numpy as np
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison import robustness
-from spinal_jax.comparison.paired import Align, Curve, check, curve, difference, resampled
+from spinal_jax.comparison.paired import Align, check, paired_difference, replicates, resampled
 from spinal_jax.comparison.record import BOTH, METRICS, Comparison
 from spinal_jax.comparison.score import EQUAL, Part, Weights, coherence_of, combined
 from spinal_jax.comparison.verdict import NO_CHANGE, UNDETERMINED, summarised
 from spinal_jax.metrics.columns import column
 from spinal_jax.stats import signflip
-from spinal_jax.stats.jackknife import Estimate
+from spinal_jax.stats.jackknife import Estimate, Replicates
 from spinal_jax.stats.localisation import localise, localise_difference, share
 from spinal_jax.wording import number
 
@@ -110,7 +110,7 @@ def compare_traces(
     arrays: dict[str, np.ndarray] = {}
     places: dict[str, dict[str, Any]] = {}
     for name in METRICS:
-        ours, theirs = curve(aligned, name), resampled(curve(reference, name), aligned.depth, name)
+        ours, theirs = replicates(aligned, name), resampled(replicates(reference, name), aligned.depth, name)
         _put(columns, f"aligned_{name}", ours.estimate, column(name).bounds)
         _put(columns, f"reference_{name}", theirs.estimate, column(name).bounds)
         changes[name] = delta = ours.estimate - theirs.estimate
@@ -119,7 +119,7 @@ def compare_traces(
         columns[f"delta_{name}_p_holm"] = signflip.holm(delta.p_value)
         arrays[f"groups/delta_{name}"] = delta.pseudo_values
         if name in ("contraction", "transport"):
-            apart = difference(ours, theirs)
+            apart = paired_difference(ours, theirs)
             places[f"delta_{name}"] = localise_difference(
                 apart.full[1:], apart.without[:, 1:], apart.sizes, (first, last)
             )
@@ -145,7 +145,7 @@ def compare_traces(
         ],
         [(weights.gradient, _less(concentration, at_reference))],
     )
-    counts = robustness.sign_counts(robustness.grid(aligned, reference))
+    counts = robustness.sign_counts(robustness.robustness_grid(aligned, reference))
     words = summarised(aligned, reference, delta_align, (gained, moved), counts)
     p = float(delta_align.p_value)
     summary: dict[str, Any] = {
@@ -153,7 +153,7 @@ def compare_traces(
         "terminal": [first, last],
         "delta_align_se": float(delta_align.error),
         "p_value": p,
-        "p_value_by": signflip.method(groups),
+        "p_value_by": signflip.sign_flip_method(groups),
         "delta_contraction_p": float(gained.p_value),
         "delta_transport_p": float(moved.p_value),
         **_interval("spinal_gain", gain.value, gain.half),
@@ -216,8 +216,8 @@ def _parts(
     reference: DepthTrace,
     delta_align: Estimate,
     parts: tuple[Estimate, Estimate],
-    policy: Curve,
-    gradient: Curve,
+    policy: Replicates,
+    gradient: Replicates,
 ) -> dict[str, Part]:
     """The numbers of the summary by name, each with its error and the reason why it is undefined where it is."""
     terminal = aligned.terminal
@@ -225,14 +225,14 @@ def _parts(
     unmeasured = "it needs both models, not only their traces"
     no_pairs = "" if extras.gradient_norm is not None else NO_GRADIENT
     pairs = np.ones(2) if extras.pairs is None else np.asarray(extras.pairs, np.float64)
-    positions = curve(aligned, "transport").sizes
+    positions = replicates(aligned, "transport").sizes
     reference_norm = _curve(
         extras.reference_gradient_norm, extras.reference_gradient_norm_without, extras.pairs, aligned.depth
     )
 
     def of(value: float | None, without: np.ndarray | None, sizes: np.ndarray) -> Estimate:
         found = _curve(None if value is None else np.array([value]), _column(without), sizes, 1)
-        return found.of(lambda x: x[..., 0])
+        return found.apply(lambda x: x[..., 0])
 
     return {
         "delta_align": Part(delta_align, _unless(delta_align, undefined)),
@@ -240,13 +240,13 @@ def _parts(
         "delta_transport": Part(parts[1], _unless(parts[1], undefined)),
         "coherence": coherence_of(aligned),
         "coherence_reference": coherence_of(reference),
-        "gradient_concentration": Part(gradient.of(lambda norms: share(norms[..., 1:], terminal)), no_pairs),
+        "gradient_concentration": Part(gradient.apply(lambda norms: share(norms[..., 1:], terminal)), no_pairs),
         "gradient_concentration_reference": Part(
-            reference_norm.of(lambda norms: share(norms, terminal)),
+            reference_norm.apply(lambda norms: share(norms, terminal)),
             no_pairs or ("" if extras.reference_gradient_norm is not None else NO_REFERENCE_GRADIENT),
         ),
         "output_distance": Part(
-            policy.of(lambda distance: distance[..., -1]), "" if extras.policy_distance is not None else unmeasured
+            policy.apply(lambda distance: distance[..., -1]), "" if extras.policy_distance is not None else unmeasured
         ),
         "kl": Part(of(extras.kl, extras.kl_without, positions), "" if extras.kl is not None else unmeasured),
         "reward_accuracy": Part(
@@ -282,23 +282,23 @@ def _interval(name: str, value: float, half: float, bounds: tuple[float, float] 
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-def _policy(extras: BothModels, trace: DepthTrace) -> Curve:
-    sizes = curve(trace, "transport").sizes
+def _policy(extras: BothModels, trace: DepthTrace) -> Replicates:
+    sizes = replicates(trace, "transport").sizes
     return _curve(extras.policy_distance, extras.policy_distance_without, sizes, trace.boundaries)
 
 
-def _gradient(extras: BothModels, depth: int) -> Curve:
+def _gradient(extras: BothModels, depth: int) -> Replicates:
     """By boundary: that of block l at boundary l, NaN at 0."""
     found = _curve(extras.gradient_norm, extras.gradient_norm_without, extras.pairs, depth)
     full, without = (np.concatenate([np.full_like(x[..., :1], np.nan), x], axis=-1) for x in found[:2])
-    return Curve(full, without, found.sizes)
+    return Replicates(full, without, found.sizes)
 
 
 def _column(without: np.ndarray | None) -> np.ndarray | None:
     return None if without is None else np.asarray(without, np.float64).reshape(-1, 1)
 
 
-def _curve(full: np.ndarray | None, without: np.ndarray | None, sizes: np.ndarray | None, length: int) -> Curve:
+def _curve(full: np.ndarray | None, without: np.ndarray | None, sizes: np.ndarray | None, length: int) -> Replicates:
     """What was measured, NaN where nothing was; ValueError where it does not fit the traces."""
     sizes = np.ones(2) if sizes is None else np.asarray(sizes, np.float64)
     full = np.full(length, np.nan) if full is None else np.asarray(full, np.float64)
@@ -306,7 +306,7 @@ def _curve(full: np.ndarray | None, without: np.ndarray | None, sizes: np.ndarra
         without = np.full((len(sizes), length), np.nan)
     if full.shape != (length,) or without.shape != (len(sizes), length):
         raise ValueError(f"shapes {full.shape} and {without.shape} do not fit {len(sizes)} groups and {length} values")
-    return Curve(full, np.asarray(without, np.float64), sizes)
+    return Replicates(full, np.asarray(without, np.float64), sizes)
 
 
 def _vocabulary_words(aligned: DepthTrace, reference: DepthTrace, left_out: tuple[int, int]) -> list[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,12 @@ from spinal_jax.comparison.record import Comparison
 from spinal_jax.comparison.score import Weights
 from spinal_jax.comparison.sources import holds_trace, saved_trace
 from spinal_jax.errors import UserError
+from spinal_jax.progress import Bar, Say, bars, no_bar
 
 if TYPE_CHECKING:
     from spinal_jax.config import CompareConfig, ComparedConfig
 
-Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
-Source = DepthTrace | str | os.PathLike[str]
+TraceSource = DepthTrace | str | os.PathLike[str]
 IN_MEMORY = "(a trace in memory)"  # what the settings say in place of a path
 # Settings of the command that say what becomes of a comparison, and not what it is.
 OF_THE_COMMAND = ("others", "other_references", "names", "assert", "overwrite")
@@ -48,7 +47,7 @@ def run_compare(
     config: CompareConfig,
     texts: Sequence[str] | None = None,
     bar: Bar | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
     traces: tuple[DepthTrace | None, DepthTrace | None] = (None, None),
 ) -> Compared:
     """Compares what `config` names: two checkpoints, which are measured first, or two saved traces.
@@ -63,7 +62,7 @@ def run_compare(
     Raises:
         UserError: for anything the caller can mend, in one sentence.
     """
-    bar = bar or _no_bar
+    bar = bar or no_bar
     both: BothModels | None = None
     left_out = (0, 0)
     found = None
@@ -102,8 +101,8 @@ def run_compare(
 
 
 def compare(
-    aligned: Source,
-    reference: Source,
+    aligned: TraceSource,
+    reference: TraceSource,
     prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
     preferences: str | os.PathLike[str] | None = None,
@@ -175,8 +174,6 @@ def compare(
     texts = None if named or prompts is None else list(prompts)
     bar = None
     if not all(saved):
-        from spinal_jax.audit.pipeline import bars
-
         bar = bars(progress)
     elif named or preferences is not None:
         what = "prompts" if named else "preferences"
@@ -188,7 +185,3 @@ def compare(
 def _trace_of(side: ComparedConfig) -> DepthTrace:
     assert side.trace is not None
     return saved_trace(side.trace, side.step)
-
-
-def _no_bar(what: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
-    return nullcontext(lambda amount: None)

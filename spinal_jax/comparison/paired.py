@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.columns import column
-from spinal_jax.stats.jackknife import Estimate
+from spinal_jax.stats.jackknife import Replicates
 
 Align = Literal["equal", "relative"]
 
 
-class Curve(NamedTuple):
-    """A column of a trace, from all groups of prompts and without each."""
-
-    full: Float[np.ndarray, " boundaries"]
-    without: Float[np.ndarray, "G boundaries"]  # NaN where there is but one group
-    sizes: Float[np.ndarray, " G"]  # what was measured of each group
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate.of(self.full, self.without, self.sizes)
-
-    def of(self, number: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-        """Of what `number` [..., D + 1] -> [...] makes of the column."""
-        return Estimate.of(number(self.full), number(self.without), self.sizes)
-
-
-def curve(trace: DepthTrace, name: str) -> Curve:
+def replicates(trace: DepthTrace, name: str) -> Replicates:
     """A column of `trace` with its replicates. UserError where the trace was read without its arrays."""
     sizes = _array(trace, f"groups/{column(name).counted_by}")
     without = _array(trace, f"groups/{name}")
     if len(without) != len(sizes):  # an only group cannot be left out
         without = np.full((len(sizes), trace.boundaries), np.nan)
-    return Curve(trace.columns[name], without.astype(np.float64), sizes.astype(np.float64))
+    return Replicates(trace.columns[name], without.astype(np.float64), sizes.astype(np.float64))
 
 
 def _array(trace: DepthTrace, name: str) -> np.ndarray:
@@ -50,7 +33,7 @@ def _array(trace: DepthTrace, name: str) -> np.ndarray:
     return trace.arrays[name]
 
 
-def resampled(found: Curve, depth: int, name: str) -> Curve:
+def resampled(found: Replicates, depth: int, name: str) -> Replicates:
     """The curve at the relative depths l / D of a model with `depth` blocks.
 
     States (contraction, entropy, effective rank) are interpolated linearly. Transport is a length: the path up to a
@@ -62,7 +45,7 @@ def resampled(found: Curve, depth: int, name: str) -> Curve:
         return found
     if column(name).place == "turn":
         nothing = np.full(depth + 1, np.nan)
-        return Curve(nothing, np.full((len(found.sizes), depth + 1), np.nan), found.sizes)
+        return Replicates(nothing, np.full((len(found.sizes), depth + 1), np.nan), found.sizes)
     at = np.arange(depth + 1) * ((len(found.full) - 1) / depth)
     low = np.minimum(np.floor(at + 1e-9).astype(int), len(found.full) - 2)
     part = np.clip(at - low, 0.0, 1.0)
@@ -77,13 +60,13 @@ def resampled(found: Curve, depth: int, name: str) -> Curve:
             return np.concatenate([np.full_like(between[..., :1], np.nan), np.diff(between, axis=-1)], axis=-1)
         return between
 
-    return Curve(interpolate(found.full), interpolate(found.without), found.sizes)
+    return Replicates(interpolate(found.full), interpolate(found.without), found.sizes)
 
 
-def difference(aligned: Curve, reference: Curve) -> Curve:
+def paired_difference(aligned: Replicates, reference: Replicates) -> Replicates:
     """Aligned minus reference, group by group. Swapping them changes every sign and nothing else."""
     share = (aligned.sizes / aligned.sizes.sum() + reference.sizes / reference.sizes.sum()) / 2
-    return Curve(aligned.full - reference.full, aligned.without - reference.without, share)
+    return Replicates(aligned.full - reference.full, aligned.without - reference.without, share)
 
 
 def check(aligned: DepthTrace, reference: DepthTrace, align: Align, same_prompts: bool) -> list[str]:

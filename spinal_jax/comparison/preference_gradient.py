@@ -10,7 +10,7 @@ SKETCH; that touches the intervals alone, and far less than they are wide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,11 +29,11 @@ from spinal_jax.models.parts import take_apart
 from spinal_jax.objectives.responses import Example, ResponseBatch, Shape, choose_shape, micro_batches
 from spinal_jax.objectives.step import Arrays, Steps, make_steps
 from spinal_jax.parallel.mesh import on_all, placed, row_multiple, shard_rows
+from spinal_jax.progress import Advance
 
 SKETCH = 2**14
 MOST_AT_ONCE = 8  # pairs that are packed together
 
-Advance = Callable[[int], None]
 Layers = tuple[tuple[int, ...], ...]  # the blocks that each stack of parameters holds
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from spinal_jax.errors import UserError
 from spinal_jax.files import (
-    Record,
+    Document,
     check_boundaries,
     document,
     floats,
@@ -74,7 +74,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Record):
+class Comparison(Document):
     """What `spinal_jax.compare` found, by boundary 0..D and for the terminal block (docs/method.md).
 
     Attributes:

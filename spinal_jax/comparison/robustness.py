@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.paired import Curve, curve, resampled
+from spinal_jax.comparison.paired import replicates, resampled
 from spinal_jax.metrics.tail import tail_slopes
-from spinal_jax.stats.jackknife import Estimate
+from spinal_jax.stats.jackknife import Estimate, Replicates
 
 WINDOWS = ((0.05, 0.50), (0.10, 0.40), (0.10, 0.50), (0.10, 0.70), (0.20, 0.60))
 
 
-def grid(aligned: DepthTrace, reference: DepthTrace) -> list[dict[str, Any]]:
+def robustness_grid(aligned: DepthTrace, reference: DepthTrace) -> list[dict[str, Any]]:
     """Delta_align for each window of the fit x each way in which contraction was measured x each of transport.
 
     A trace measures in more than one way when it holds `variants/NAME/singular_values` [D+1, d] (with
@@ -30,7 +30,7 @@ def grid(aligned: DepthTrace, reference: DepthTrace) -> list[dict[str, Any]]:
     """
     first, last = aligned.terminal
 
-    def change(a: Curve, b: Curve, name: str) -> Estimate:
+    def change(a: Replicates, b: Replicates, name: str) -> Estimate:
         return (a.estimate - resampled(b, aligned.depth, name).estimate).mean(first, last)
 
     gained = []
@@ -102,11 +102,11 @@ def _record(
 MEASURED = "as measured"
 
 
-def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, tuple[float, float], Curve]]:
+def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, tuple[float, float], Replicates]]:
     """(how, window, alpha) of `trace` in every way that both traces can give."""
     low, high = trace.settings["window"]
     own = (float(low), float(high))
-    yield MEASURED, own, curve(trace, "contraction")
+    yield MEASURED, own, replicates(trace, "contraction")
     for name in ("", *_variants("singular_values", trace, other)):
         prefix = f"variants/{name}/" if name else ""
         if not all(f"{prefix}singular_values" in t.arrays for t in (trace, other)):
@@ -119,17 +119,17 @@ def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, t
         alphas = tail_slopes(trace.arrays[f"{prefix}singular_values"], count, windows, resolution)
         without = _replicates(f"{prefix}groups/singular_values", sizes, trace, other)
         if without is None:
-            sizes, replicates = np.ones_like(sizes), np.full((len(windows), len(sizes), trace.boundaries), np.nan)
+            sizes, refitted = np.ones_like(sizes), np.full((len(windows), len(sizes), trace.boundaries), np.nan)
         else:
-            replicates = tail_slopes(without, count, windows, resolution)
-            alphas[np.isnan(replicates).any(axis=1)] = np.nan
-        for window, alpha, each in zip(windows, alphas, replicates, strict=True):
-            yield name or MEASURED, window, Curve(alpha, each, sizes)
+            refitted = tail_slopes(without, count, windows, resolution)
+            alphas[np.isnan(refitted).any(axis=1)] = np.nan
+        for window, alpha, each in zip(windows, alphas, refitted, strict=True):
+            yield name or MEASURED, window, Replicates(alpha, each, sizes)
 
 
-def _transports(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, Curve]]:
+def _transports(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, Replicates]]:
     """(how, L) of `trace` in every way that both traces can give."""
-    yield MEASURED, curve(trace, "transport")
+    yield MEASURED, replicates(trace, "transport")
     for name in _variants("transport", trace, other):
         prefix = f"variants/{name}/"
         sizes = trace.arrays.get(f"{prefix}groups/positions", trace.arrays["groups/positions"]).astype(np.float64)
@@ -137,7 +137,7 @@ def _transports(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, Cur
         if without is None:
             sizes, without = np.ones_like(sizes), np.full((len(sizes), trace.boundaries), np.nan)
         full = trace.arrays[f"{prefix}transport"].astype(np.float64)
-        yield name, Curve(full, without.astype(np.float64), sizes)
+        yield name, Replicates(full, without.astype(np.float64), sizes)
 
 
 def _variants(of: str, trace: DepthTrace, other: DepthTrace) -> list[str]:

@@ -6,9 +6,9 @@ import math
 from typing import NamedTuple
 
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.paired import curve
+from spinal_jax.comparison.paired import replicates
 from spinal_jax.stats.jackknife import Estimate, t_quantile
-from spinal_jax.stats.summary import Replicates, coherence
+from spinal_jax.stats.summary import coherence_estimate
 
 
 class Weights(NamedTuple):
@@ -43,8 +43,8 @@ class Scored(NamedTuple):
 
 def coherence_of(trace: DepthTrace) -> Part:
     """S_coh of one checkpoint, and why it is undefined where it is."""
-    columns = {name: Replicates(*curve(trace, name)) for name in ("contraction", "transport")}
-    found = coherence(columns, trace.terminal)
+    columns = {name: replicates(trace, name) for name in ("contraction", "transport")}
+    found = coherence_estimate(columns, trace.terminal)
     return Part(found.estimate, f"{trace.model['name']}: {found.reason}" if found.reason else "")
 
 

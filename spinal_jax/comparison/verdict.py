@@ -136,7 +136,7 @@ def summarised(
     }
 
 
-def shortfalls(
+def comparison_shortfalls(
     found: Comparison,
     *,
     verdict: str | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spinal_jax.data.documents import DocumentSet, read_documents, tokenise_documents
-from spinal_jax.data.order import examples_of, order, split
+from spinal_jax.data.order import examples_of, order, split_examples
 from spinal_jax.data.pair_tokens import Completion, TokenPair, tokenise_pairs
 from spinal_jax.data.pairs import PairSet, PreferencePair, read_pairs
 from spinal_jax.data.prompts import SHIPPED, Prompt, PromptSet, prompts_of, read_prompts
@@ -30,7 +30,7 @@ __all__ = [
     "read_pairs",
     "read_prompts",
     "source_of",
-    "split",
+    "split_examples",
     "stem",
     "token_ids",
     "tokenise_documents",

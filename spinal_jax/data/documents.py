@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spinal_jax.data.pair_tokens import Completion, required_eos
-from spinal_jax.data.sources import Source, asked, digest, field_of, json_object, rows, text_of
+from spinal_jax.data.sources import Source, asked, field_of, json_object, read_rows, string_of, texts_sha256
 from spinal_jax.data.spans import encode
 from spinal_jax.errors import UserError
 
@@ -47,10 +47,10 @@ def read_documents(
     source = str(path)
     texts: list[str] = []
     skipped = 0
-    for row in rows(Source(path), "corpus", offset, limit, {}, as_text=format == "text"):
+    for row in read_rows(Source(path), "corpus", offset, limit, {}, as_text=format == "text"):
         text = row.text
         if not row.blank and format == "jsonl":
-            text = text_of(field_of(json_object(row, " or corpus.format=text"), field, row.where), field, row.where)
+            text = string_of(field_of(json_object(row, " or corpus.format=text"), field, row.where), field, row.where)
         if text.strip():
             texts.append(text)
         else:
@@ -60,7 +60,7 @@ def read_documents(
         raise UserError(
             f"{source!r} has no document among the rows asked for ({wanted}; {skipped} empty ones left out)"
         )
-    return DocumentSet(tuple(texts), source, format, skipped, digest(texts))
+    return DocumentSet(tuple(texts), source, format, skipped, texts_sha256(texts))
 
 
 def tokenise_documents(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from spinal_jax.data.sources import shown, text_of
+from spinal_jax.data.sources import json_start, string_of
 from spinal_jax.errors import UserError
 
 Turn = tuple[str, str]  # (role, content)
@@ -36,18 +36,18 @@ def turns_of(messages: object, field: str, where: str) -> list[Turn]:
     if isinstance(messages, dict) and all(isinstance(column, list) for column in messages.values()):
         messages = _transposed(messages, field, where)
     if not isinstance(messages, list):
-        raise UserError(f"{where}: {field!r} must be a list of messages, not {shown(messages)}")
+        raise UserError(f"{where}: {field!r} must be a list of messages, not {json_start(messages)}")
     turns: list[Turn] = []
     for message in messages:
         if isinstance(message, dict) and {"from", "value"} <= message.keys():
             message = {"role": message["from"], "content": message["value"]}
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where}: a message of {field!r} must be {{"role", "content"}}, not {shown(message)}')
+            raise UserError(f'{where}: a message of {field!r} must be {{"role", "content"}}, not {json_start(message)}')
         role = message["role"]
         role = _SAME.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             right = ", ".join(ROLES[:-1]) + f" or {ROLES[-1]}"
-            raise UserError(f"{where}: a role in {field!r} must be {right}, not {shown(role)}")
+            raise UserError(f"{where}: a role in {field!r} must be {right}, not {json_start(role)}")
         calls = [_call(message[name]) for name in _CALLS if message.get(name)]
         content = message["content"]
         content = "" if content is None and calls else content_of(content, where)
@@ -58,18 +58,18 @@ def turns_of(messages: object, field: str, where: str) -> list[Turn]:
 def content_of(content: object, where: str) -> str:
     """The text of a message's content: a string, or a list of text parts."""
     if not isinstance(content, list):
-        return text_of(content, "content", where)
+        return string_of(content, "content", where)
     texts = []
     for part in content:
         kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
         if isinstance(part, str):
-            texts.append(text_of(part, "content", where))
+            texts.append(string_of(part, "content", where))
         elif kind in ("text", "input_text", "output_text"):
-            texts.append(text_of(part.get("text"), "text", where))
+            texts.append(string_of(part.get("text"), "text", where))
         elif isinstance(kind, str):
-            raise UserError(f"{where}: a message has a part of type {shown(kind)}; only text parts can be read")
+            raise UserError(f"{where}: a message has a part of type {json_start(kind)}; only text parts can be read")
         else:
-            raise UserError(f"{where}: 'content' must be a string or a list of text parts, not {shown(content)}")
+            raise UserError(f"{where}: 'content' must be a string or a list of text parts, not {json_start(content)}")
     return "".join(texts)
 
 
@@ -93,5 +93,5 @@ def _transposed(columns: dict[str, list[Any]], field: str, where: str) -> list[d
 
 def _call(value: object) -> str:
     if isinstance(value, str):
-        return text_of(value, "tool_calls", "")
+        return string_of(value, "tool_calls", "")
     return json.dumps(value, ensure_ascii=False, default=str)

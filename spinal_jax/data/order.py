@@ -36,7 +36,7 @@ def examples_of(step: int, batch_size: int, count: int, seed: int) -> np.ndarray
     return np.array([order(count, seed, int(place // count))[place % count] for place in places], dtype=np.int64)
 
 
-def split(examples: Sequence[T], train: int | None, held_out: int) -> tuple[tuple[T, ...], tuple[T, ...]]:
+def split_examples(examples: Sequence[T], train: int | None, held_out: int) -> tuple[tuple[T, ...], tuple[T, ...]]:
     """The first `train` examples (None: all that are not held out) and the last `held_out`.
 
     Raises `UserError` if there are not as many, or none is left to train on.

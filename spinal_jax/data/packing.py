@@ -250,7 +250,7 @@ class Plan:
         return batch
 
 
-def plan(
+def plan_batches(
     sequences: Sequence[TokenSequence],
     selector: Positions,
     skip: int,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spinal_jax.data.presets import PAIRS, Sides, mapped
-from spinal_jax.data.sources import Source, asked, digest, json_object, rows
+from spinal_jax.data.sources import Source, asked, json_object, read_rows, texts_sha256
 from spinal_jax.errors import UserError
 
 
@@ -33,7 +33,7 @@ class PairSet:
 
     `dropped` counts rows by reason: `empty` (no prompt, or a response of white space alone), `identical` (two equal
     responses), `no_prompt` (dialogues that part before any reply) and `tie` (neither response is preferred).
-    `shortened` counts pairs of which a response lost the turns that follow it. `sha256` is the `sources.digest` of
+    `shortened` counts pairs of which a response lost the turns that follow it. `sha256` is the `texts_sha256` of
     prompt, chosen and rejected, pair by pair.
     """
 
@@ -76,7 +76,7 @@ def read_pairs(
     counts: dict[str, int] = {}
     dropped = {"empty": 0, "identical": 0, "no_prompt": 0}
     shortened = 0
-    for row in rows(source, "preferences", offset, limit, counts):
+    for row in read_rows(source, "preferences", offset, limit, counts):
         if row.blank:
             continue
         record = json_object(row)
@@ -89,7 +89,7 @@ def read_pairs(
     if not kept:
         found = f"{asked(offset, limit)}; {counted(dropped) or 'there are none'}"
         raise UserError(f"{source.shown!r} has no preference pair among the rows asked for ({found})")
-    sha256 = digest(text for pair in kept for text in (pair.prompt, pair.chosen, pair.rejected))
+    sha256 = texts_sha256(text for pair in kept for text in (pair.prompt, pair.chosen, pair.rejected))
     return PairSet(tuple(kept), source.shown, format, sha256, dropped, shortened)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spinal_jax.data.messages import Turn, ending_before_reply, turns_of
-from spinal_jax.data.sources import field_of, shown, text_of
+from spinal_jax.data.sources import field_of, json_start, string_of
 from spinal_jax.data.transcripts import ASSISTANT, MARKER, transcript, turns
 from spinal_jax.errors import UserError
 
@@ -55,7 +55,7 @@ def from_value(value: object, field: str, where: str) -> Asked:
     """A prompt from a field that holds a text or messages, cut before the assistant's at the end."""
     if isinstance(value, list | dict):
         return from_turns(ending_before_reply(turns_of(value, field, where), field, where))
-    return from_text(text_of(value, field, where))
+    return from_text(string_of(value, field, where))
 
 
 def mapped(record: Record, fields: Mapping[str, str], where: str) -> Record:
@@ -78,7 +78,7 @@ def mapped(record: Record, fields: Mapping[str, str], where: str) -> Record:
 
 
 def hh_pair(record: Record, where: str) -> Sides | str:
-    chosen, rejected = (text_of(field_of(record, field, where), field, where) for field in ("chosen", "rejected"))
+    chosen, rejected = (string_of(field_of(record, field, where), field, where) for field in ("chosen", "rejected"))
     if not (chosen.strip() and rejected.strip()):
         return "empty"
     for field, text in (("chosen", chosen), ("rejected", rejected)):
@@ -96,21 +96,21 @@ def trl_pair(record: Record, where: str) -> Sides | str:
     for field, value in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(value, list | dict):
             raise UserError(f"{where}: {field!r} holds messages but the other response does not; give two of a kind")
-    chosen, rejected = text_of(chosen, "chosen", where), text_of(rejected, "rejected", where)
+    chosen, rejected = string_of(chosen, "chosen", where), string_of(rejected, "rejected", where)
     if isinstance(prompt, list | dict) or (system is not None and prompt is not None):
         given = turns_of(prompt, "prompt", where) if isinstance(prompt, list | dict) else None
-        asked = [("user", text_of(prompt, "prompt", where))] if given is None else given
+        asked = [("user", string_of(prompt, "prompt", where))] if given is None else given
         return _replies(_ending_with_user([*_system(system, where), *asked], where), chosen, rejected)
     if prompt is None:
         return _from_texts(chosen, rejected)
-    said = from_text(text_of(prompt, "prompt", where))
+    said = from_text(string_of(prompt, "prompt", where))
     return Sides(prompt=said.text, chosen=chosen, rejected=rejected, turns=said.turns)
 
 
 def helpsteer3_pair(record: Record, where: str) -> Sides | str:
     """`context`, and of `response1` and `response2` the first where `overall_preference` is below 0; 0 is a tie."""
     asked = _ending_with_user(turns_of(field_of(record, "context", where), "context", where), where)
-    one, two = (text_of(field_of(record, name, where), name, where) for name in ("response1", "response2"))
+    one, two = (string_of(field_of(record, name, where), name, where) for name in ("response1", "response2"))
     preference = _number(field_of(record, "overall_preference", where), "overall_preference", where)
     if preference == 0:
         return "tie"
@@ -119,11 +119,11 @@ def helpsteer3_pair(record: Record, where: str) -> Sides | str:
 
 def shp_pair(record: Record, where: str) -> Sides | str:
     """`history`, and of `human_ref_A` and `human_ref_B` the first where `labels` is 1."""
-    asked = (("user", text_of(field_of(record, "history", where), "history", where)),)
-    a, b = (text_of(field_of(record, name, where), name, where) for name in ("human_ref_A", "human_ref_B"))
+    asked = (("user", string_of(field_of(record, "history", where), "history", where)),)
+    a, b = (string_of(field_of(record, name, where), name, where) for name in ("human_ref_A", "human_ref_B"))
     label = field_of(record, "labels", where)
     if label not in (0, 1):
-        raise UserError(f"{where}: 'labels' must be 1 (A is preferred) or 0 (B is), not {shown(label)}")
+        raise UserError(f"{where}: 'labels' must be 1 (A is preferred) or 0 (B is), not {json_start(label)}")
     return _replies(asked, a, b) if label else _replies(asked, b, a)
 
 
@@ -132,11 +132,11 @@ def nectar_pair(record: Record, where: str) -> Sides | str:
     asked = nectar_prompt(record, where)
     answers = field_of(record, "answers", where)
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-        raise UserError(f"{where}: 'answers' must be a list of {{answer, rank}}, not {shown(answers)}")
+        raise UserError(f"{where}: 'answers' must be a list of {{answer, rank}}, not {json_start(answers)}")
     ranked = [
         (
             _number(field_of(each, "rank", where), "rank", where),
-            text_of(field_of(each, "answer", where), "answer", where),
+            string_of(field_of(each, "answer", where), "answer", where),
         )
         for each in answers
     ]
@@ -149,7 +149,7 @@ def nectar_pair(record: Record, where: str) -> Sides | str:
 def orca_pair(record: Record, where: str) -> Sides | str:
     """`system` and `question`, with `chosen` and `rejected` as texts."""
     asked = orca_prompt(record, where).turns
-    chosen, rejected = (text_of(field_of(record, name, where), name, where) for name in ("chosen", "rejected"))
+    chosen, rejected = (string_of(field_of(record, name, where), name, where) for name in ("chosen", "rejected"))
     return _replies(asked, chosen, rejected)
 
 
@@ -178,7 +178,7 @@ PAIRS: dict[str, Callable[[Record, str], Sides | str]] = {
 
 
 def hh_prompt(record: Record, where: str) -> Asked | None:
-    chosen = text_of(field_of(record, "chosen", where), "chosen", where)
+    chosen = string_of(field_of(record, "chosen", where), "chosen", where)
     if not chosen.strip():
         return None
     cut = chosen.rfind(ASSISTANT)
@@ -200,19 +200,19 @@ def helpsteer3_prompt(record: Record, where: str) -> Asked:
 
 
 def shp_prompt(record: Record, where: str) -> Asked:
-    return from_turns((("user", text_of(field_of(record, "history", where), "history", where)),))
+    return from_turns((("user", string_of(field_of(record, "history", where), "history", where)),))
 
 
 def nectar_prompt(record: Record, where: str) -> Asked:
     """A transcript that ends with "Assistant:" and white space, which a reply begins with."""
-    text = text_of(field_of(record, "prompt", where), "prompt", where).rstrip()
+    text = string_of(field_of(record, "prompt", where), "prompt", where).rstrip()
     if text and not text.endswith(ASSISTANT):
         raise UserError(f"{where}: 'prompt' does not end with {ASSISTANT!r}, as those of Nectar do")
     return from_text(text)
 
 
 def orca_prompt(record: Record, where: str) -> Asked:
-    question = text_of(field_of(record, "question", where), "question", where)
+    question = string_of(field_of(record, "question", where), "question", where)
     return from_turns((*_system(record.get("system"), where), ("user", question)))
 
 
@@ -297,7 +297,7 @@ def _from_messages(prompt: object, system: object, chosen: object, rejected: obj
     if not asked:
         if prompt is None:
             raise UserError(f"{where} has no field 'prompt', and 'chosen' and 'rejected' share no message")
-        asked = [("user", text_of(prompt, "prompt", where))]
+        asked = [("user", string_of(prompt, "prompt", where))]
     if not any(role == "system" for role, _ in asked):
         asked = [*_system(system, where), *asked]
     shortened = any(len(side) > same + 1 for side in sides)
@@ -342,11 +342,11 @@ def _reply(content: str) -> str:
 
 def _system(content: object, where: str) -> Turns:
     """The system's turn, where there is something in it."""
-    text = "" if content is None else text_of(content, "system", where)
+    text = "" if content is None else string_of(content, "system", where)
     return (("system", text),) if text.strip() else ()
 
 
 def _number(value: object, field: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: {field!r} must be a number, not {shown(value)}")
+        raise UserError(f"{where}: {field!r} must be a number, not {json_start(value)}")
     return float(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spinal_jax.data.presets import PROMPTS, Asked, from_value
-from spinal_jax.data.sources import Row, Source, asked, digest, field_of, json_object, rows, valid
+from spinal_jax.data.sources import Row, Source, asked, field_of, json_object, read_rows, texts_sha256, valid
 from spinal_jax.errors import UserError
 
 SHIPPED = "spinal_jax/prompts/default.jsonl"
@@ -37,7 +37,7 @@ class Prompt:
 class PromptSet:
     """The prompts of one source in its order, where they came from, and how many empty rows and blank lines were left.
 
-    `sha256` is the `sources.digest` of the texts: equal digests mean equal prompts in equal order. `undecodable` counts
+    `sha256` is the `texts_sha256` of the texts: equal digests mean equal prompts in equal order. `undecodable` counts
     the bytes that are no UTF-8 and became U+FFFD.
     """
 
@@ -80,7 +80,7 @@ def read_prompts(
     prompts: list[Prompt] = []
     counts: dict[str, int] = {}
     skipped = 0
-    for row in rows(source, "prompts", offset, limit, counts, as_text=format == "text"):
+    for row in read_rows(source, "prompts", offset, limit, counts, as_text=format == "text"):
         said = None if row.blank else _read(row, format, field)
         if said is None or not any(content.strip() for _, content in said.turns):
             skipped += 1
@@ -91,7 +91,7 @@ def read_prompts(
         raise UserError(
             f"{source.shown!r} has no prompt among the rows asked for ({wanted}; {skipped} empty ones left out)"
         )
-    sha256 = digest(prompt.text for prompt in prompts)
+    sha256 = texts_sha256(prompt.text for prompt in prompts)
     return PromptSet(tuple(prompts), source.shown, format, skipped, sha256, counts.get("undecodable", 0))
 
 
@@ -104,7 +104,9 @@ def prompts_of(texts: Sequence[str]) -> PromptSet:
     )
     if not kept:
         raise UserError("prompts is an empty list; give at least one text that is not blank")
-    return PromptSet(kept, "a list of texts", "text", len(texts) - len(kept), digest(prompt.text for prompt in kept))
+    return PromptSet(
+        kept, "a list of texts", "text", len(texts) - len(kept), texts_sha256(prompt.text for prompt in kept)
+    )
 
 
 def _read(row: Row, format: str, field: str) -> Asked | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spinal_jax.data.tables import HubDataset, files_of, hub_rows, table_rows
+from spinal_jax.data.tables import HubDataset, data_files, hub_rows, table_rows
 from spinal_jax.data.textfiles import File, items, kind_of, lines, starts_array
 from spinal_jax.errors import UserError
 
@@ -71,7 +71,7 @@ def stem(source: str) -> str:
     return name
 
 
-def rows(
+def read_rows(
     source: Source, key: str, offset: int, limit: int | None, counts: dict[str, int], *, as_text: bool = False
 ) -> Iterator[Row]:
     """Rows `offset` to `offset + limit`; a row of a text file is a line that is not blank, and blank ones among them
@@ -126,7 +126,7 @@ def _files(source: Source, key: str) -> tuple[list[File], list[str]]:
         if source.split is not None:
             raise UserError(f"{key}.split is {source.split!r}, but {source.shown!r} is one file, which has no splits")
         return [path], [source.shown]
-    found = files_of(path, source.split, source.shown, key)
+    found = data_files(path, source.split, source.shown, key)
     return list(found), [f"{source.shown}/{p.relative_to(path).as_posix()}" for p in found]
 
 
@@ -151,7 +151,7 @@ def asked(offset: int, limit: int | None) -> str:
     return f"offset={offset}, limit={'null' if limit is None else limit}"
 
 
-def digest(texts: Iterable[str]) -> str:
+def texts_sha256(texts: Iterable[str]) -> str:
     """The hex SHA-256 over texts in order, each as its UTF-8 length in 8 bytes, big-endian, then its UTF-8 bytes.
 
     Equal digests mean equal texts in equal order.
@@ -177,7 +177,7 @@ def json_object(row: Row, otherwise: str = "") -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{row.where} is not JSON: {row.text[:60]!r}; give one object a line{otherwise}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{row.where} must hold a JSON object, not {shown(value)}")
+        raise UserError(f"{row.where} must hold a JSON object, not {json_start(value)}")
     return value
 
 
@@ -188,14 +188,14 @@ def field_of(record: dict[str, Any], field: str, where: str) -> Any:
     return record[field]
 
 
-def text_of(value: object, field: str, where: str) -> str:
+def string_of(value: object, field: str, where: str) -> str:
     """The value of a field that must be a string, as valid Unicode."""
     if not isinstance(value, str):
-        raise UserError(f"{where}: {field!r} must be a string, not {shown(value)}")
+        raise UserError(f"{where}: {field!r} must be a string, not {json_start(value)}")
     return valid(value)
 
 
-def shown(value: object) -> str:
+def json_start(value: object) -> str:
     """The beginning of a value, as JSON."""
     try:
         return json.dumps(value, default=lambda item: f"<{type(item).__name__}>")[:60]

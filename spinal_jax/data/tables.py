@@ -71,7 +71,7 @@ def _batches(reader: Any) -> Iterator[Any]:
             yield reader.get_batch(number)
 
 
-def files_of(folder: Path, split: str | None, source: str, key: str) -> list[Path]:
+def data_files(folder: Path, split: str | None, source: str, key: str) -> list[Path]:
     """The data files of a folder, in the order of their rows.
 
     A folder is what `save_to_disk` of the datasets library writes, for one split or several, or holds parquet, Arrow or

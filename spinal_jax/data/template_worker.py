@@ -45,7 +45,7 @@ class Dict:
         return dict.fromkeys(*args, **kwargs)
 
 
-def environment():
+def template_environment():
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(message)
 
@@ -100,7 +100,7 @@ def main():
     start = limit(settings["memory"], settings["seconds"])
     start()
     try:
-        template = environment().from_string(settings["template"])
+        template = template_environment().from_string(settings["template"])
         answer(text="")
     except Exception as error:
         answer(error=said(error))

@@ -22,7 +22,7 @@ from spinal_jax.data.documents import DocumentSet
 from spinal_jax.data.order import order
 from spinal_jax.data.pairs import PairSet, PreferencePair
 from spinal_jax.data.prompts import Prompt, PromptSet
-from spinal_jax.data.sources import digest
+from spinal_jax.data.sources import texts_sha256
 from spinal_jax.data.transcripts import transcript
 from spinal_jax.data.words import CURT, GREETINGS, KIND, RELATIONS, Relation, Style, forms
 from spinal_jax.errors import UserError
@@ -66,7 +66,7 @@ class World:
         """
         _above_zero("documents", count)
         texts = tuple(self._document(index) for index in range(count))
-        return DocumentSet(texts, f"World(seed={self.seed})", "world", 0, digest(texts))
+        return DocumentSet(texts, f"World(seed={self.seed})", "world", 0, texts_sha256(texts))
 
     def pairs(self, count: int, split: Literal["train", "test"] = "train") -> PairSet:
         """The first `count` preference pairs; no question of one split is in another.
@@ -77,7 +77,7 @@ class World:
             raise UserError(f"the world has no pairs of the split {split!r}; choose train or test")
         _above_zero("pairs", count)
         pairs = tuple(self._pair(index, split) for index in range(count))
-        sha256 = digest(text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected))
+        sha256 = texts_sha256(text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected))
         return PairSet(pairs, repr(self), "world", sha256, {"empty": 0, "identical": 0, "no_prompt": 0})
 
     def prompts(self, count: int) -> PromptSet:
@@ -90,7 +90,7 @@ class World:
             raise UserError(f"the world has {most} prompts for audits, not {count}")
         questions = [self._question(index, "audit") for index in range(count)]
         prompts = tuple(Prompt(question.prompt, question.turns) for question in questions)
-        return PromptSet(prompts, repr(self), "world", 0, digest(prompt.text for prompt in prompts))
+        return PromptSet(prompts, repr(self), "world", 0, texts_sha256(prompt.text for prompt in prompts))
 
     def _question(self, index: int, split: Split) -> _Question:
         questions = _questions()[split]

@@ -3,7 +3,7 @@
 
 Sections of JSON and CSV, units and titles of tables and figures, the weights of the jackknife and what a comparison
 subtracts all come from here. A new column of the depth trace is an entry of TRACE and its value in
-`audit.measure.curve`.
+`audit.measure.depth_curve`.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _pieces(x: Array) -> tuple[list[Array], Array]:
     return pieces, jnp.ldexp(jnp.ones_like(x[0]), exponent)
 
 
-class Split(NamedTuple):
+class GramAxes(NamedTuple):
     """How devices share the work of a Gram sum: names of the axes of a `jax.shard_map`."""
 
     rows: tuple[str, ...]  # hidden states are split along these
@@ -212,7 +212,7 @@ class Split(NamedTuple):
 
 
 def shard_sums(
-    h: Array, counted: Array, slots: Array, *, count: int, dtype: np.dtype, split: Split, backend: str | None = None
+    h: Array, counted: Array, slots: Array, *, count: int, dtype: np.dtype, split: GramAxes, backend: str | None = None
 ) -> Grams:
     """What one boundary adds to the sums of all devices, within a `jax.shard_map`.
 

@@ -39,11 +39,11 @@ def terminal_block(depth: int, asked: Terminal = "third") -> tuple[int, int]:
     return first, last
 
 
-def coherence(series: Float[np.ndarray, " n"]) -> float:
+def curve_coherence(series: Float[np.ndarray, " n"]) -> float:
     """`1 - sum|second differences| / (2 sum|first differences|)`, clipped to [0, 1].
 
     1 for a straight ramp or a constant, 0 for a zigzag. NaN where a value of `series` [n] is. Whether a series moves
-    beyond its noise at all is for `stats.summary.coherence` to say.
+    beyond its noise at all is for `stats.summary.coherence_estimate` to say.
     """
     first = np.diff(series)
     length = float(np.sum(np.abs(first)))
@@ -79,7 +79,7 @@ def summary(
     return {
         "contraction": float(np.mean(alpha)),
         "transport": float(np.mean(steps)),
-        "coherence": (coherence(alpha) + coherence(steps)) / 2,
+        "coherence": (curve_coherence(alpha) + curve_coherence(steps)) / 2,
         "directness": min(1.0, direct / length) if length > 0 else 1.0,
         "path_length": float(np.sum(transport[1:])),
     }

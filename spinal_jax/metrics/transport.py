@@ -29,7 +29,7 @@ from jax import Array
 from spinal_jax.parallel.device_defaults import logit_tile_bytes
 
 LEAST = -1e30  # a masked logit: finite, so that its product with a mass of 0 is 0
-CHUNK = 1024  # least tokens in a chunk of vocabulary, where the tile allows
+MIN_CHUNK_TOKENS = 1024  # least tokens in a chunk of vocabulary, where the tile allows
 
 
 class Pair(NamedTuple):
@@ -145,7 +145,7 @@ def lens_stats(
     top_k = None if top_k is None else min(top_k, lenses[0].vocab_size)
     budget = logit_tile_bytes(backend or jax.default_backend())
     budget //= 4 * boundaries * len(lenses)  # positions x tokens
-    tile = min(positions, max(8, budget // CHUNK))
+    tile = min(positions, max(8, budget // MIN_CHUNK_TOKENS))
     tiles = -(-positions // tile)
     tile = -(-positions // tiles)  # even tiles
     chunks = _even_chunks(vocab, -(-vocab // max(128, budget // tile)))

@@ -19,7 +19,7 @@ from spinal_jax.models.attention import Layout, PerLayer
 from spinal_jax.models.config import Activation, ClampedSwiGLU, DecoderConfig
 from spinal_jax.models.layers import Linear, Norm, activate, normal
 
-CHUNK = 64  # tokens
+CHUNK_LENGTH = 64  # tokens
 EPSILON = 1e-6  # added to the squared length of queries and keys
 
 # Float32 whatever the model's dtype: the state sums over a whole sequence.
@@ -72,7 +72,7 @@ class GatedDeltaNet(nnx.Module):
         log_decay = -jnp.exp(self.decay_log[...].astype(jnp.float32)) * speed
         by_key = (*x.shape[:2], delta.key_heads, groups)
         read = delta_rule(
-            q, k, v.reshape(*by_key, -1), log_decay.reshape(by_key), rate.reshape(by_key), segments, CHUNK
+            q, k, v.reshape(*by_key, -1), log_decay.reshape(by_key), rate.reshape(by_key), segments, CHUNK_LENGTH
         )
         read = self.norm(read.astype(x.dtype).reshape(*x.shape[:2], delta.value_heads, -1))
         gate = self.gate(x).reshape(read.shape).astype(jnp.float32)

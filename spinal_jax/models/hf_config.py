@@ -61,7 +61,7 @@ MOST_ROTATED = 1 << 16
 LARGEST_REAL = float(np.finfo(np.float32).max)
 
 
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value of a config as a message shows it: shortened, and whatever its size or nesting."""
     if isinstance(value, int) and abs(value) > 2**63:
         return f"a whole number of {value.bit_length()} bits"
@@ -92,7 +92,7 @@ class HFConfig:
         self.read: set[str] = set(ignore)
         self.path = path  # where in config.json the keys stand, such as "text_config."
         named = self.values.get("model_type", "")
-        self.model_type = model_type or (named if isinstance(named, str) else shown(named))
+        self.model_type = model_type or (named if isinstance(named, str) else value_text(named))
         self._ignore = frozenset(ignore)
         self._sections: list[HFConfig] = []
 
@@ -106,7 +106,7 @@ class HFConfig:
         values = self._typed(key, Mapping, "a config of its own", None)
         part = HFConfig(values, self._ignore, path=f"{self.path}{key}.", model_type=model_type)
         if (given := part.get("model_type", model_type)) != model_type:
-            raise UserError(f"config.json: {key}.model_type is {shown(given)}; supported is {model_type}")
+            raise UserError(f"config.json: {key}.model_type is {value_text(given)}; supported is {model_type}")
         self._sections.append(part)
         return part
 
@@ -126,7 +126,7 @@ class HFConfig:
             state = "has no value for" if key in self.values else "lacks"
             raise UserError(f"config.json {state} {self.path + key!r}, which a {self.model_type} model needs")
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise UserError(f"config.json: {self.path}{key} is {shown(value)}, which is not {what}")
+            raise UserError(f"config.json: {self.path}{key} is {value_text(value)}, which is not {what}")
         return value
 
     def integer(self, key: str, default: int | None = None, *, low: int = 0, high: int = LARGEST) -> int:
@@ -162,7 +162,7 @@ class HFConfig:
         return float(value)
 
     def _outside(self, key: str, value: Any, what: str) -> UserError:
-        return UserError(f"config.json: {self.path}{key} is {shown(value)}, which is not {what}")
+        return UserError(f"config.json: {self.path}{key} is {value_text(value)}, which is not {what}")
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """True or false, required where there is no default for null and absence."""
@@ -172,7 +172,9 @@ class HFConfig:
         """The entry of `table` that the key names."""
         name = self._typed(key, str, "a name", default)
         if name not in table:
-            raise UserError(f"config.json: {self.path}{key} is {shown(name)}; supported are {', '.join(sorted(table))}")
+            raise UserError(
+                f"config.json: {self.path}{key} is {value_text(name)}; supported are {', '.join(sorted(table))}"
+            )
         return table[name]
 
     def softcap(self, key: str) -> float | None:
@@ -218,7 +220,7 @@ class HFConfig:
 
     def refusal(self, key: str, why: str) -> UserError:
         """The error that names a key and its value."""
-        return UserError(f"config.json: {self.path}{key} is {shown(self.values.get(key))}, {why}")
+        return UserError(f"config.json: {self.path}{key} is {value_text(self.values.get(key))}, {why}")
 
     def done(self, harmless: frozenset[str] = HARMLESS) -> None:
         """Refuses keys that nobody read, so that nothing in a checkpoint is silently left out."""
@@ -226,7 +228,7 @@ class HFConfig:
         for key in sorted(self.values):
             if key not in self.read and key not in harmless:
                 raise UserError(
-                    f"config.json has the key {self.path + key!r} ({shown(self.values[key])}), which the "
+                    f"config.json has the key {self.path + key!r} ({value_text(self.values[key])}), which the "
                     f"{self.model_type} family here does not know; if it cannot change the forward pass, pass "
                     f"model.ignore_keys=[{key}]"
                 )
@@ -263,11 +265,14 @@ class HFConfig:
         new = self._mapping("rope_parameters")
         if section is not None and new is not None:
             if unknown := sorted(set(new) - {"full_attention", "sliding_attention"}):
-                raise UserError(f"config.json: rope_parameters has {shown(unknown[0])}, which is no type of layer here")
+                raise UserError(
+                    f"config.json: rope_parameters has {value_text(unknown[0])}, which is no type of layer here"
+                )
             new = HFConfig(new, path=f"{self.path}rope_parameters.")._mapping(section)
         if old and new and _spelling(old) != _spelling(new):
             raise UserError(
-                f"config.json contradicts itself: rope_scaling is {shown(old)}, rope_parameters is {shown(new)}"
+                f"config.json contradicts itself: rope_scaling is {value_text(old)}, "
+                f"rope_parameters is {value_text(new)}"
             )
         name = "rope_scaling" if not new else "rope_parameters" if section is None else f"rope_parameters.{section}"
         scaling = HFConfig(
@@ -286,7 +291,9 @@ class HFConfig:
             )
         kind = self._agreed("rope_type", scaling.get("rope_type"), scaling.get("type"), "default")
         if not isinstance(kind, str) or kind not in kinds:
-            raise UserError(f"config.json: {scaling.path}rope_type is {shown(kind)}; supported are {', '.join(kinds)}")
+            raise UserError(
+                f"config.json: {scaling.path}rope_type is {value_text(kind)}; supported are {', '.join(kinds)}"
+            )
         dim = int(head_dim * partial)
         if dim > MOST_ROTATED:
             raise UserError(f"config.json: heads of {head_dim} features are beyond what a rotary embedding is made for")
@@ -365,7 +372,9 @@ class HFConfig:
     def _agreed(self, key: str, first: Any, second: Any, default: Any) -> Any:
         """The value given in two possible places, which must not differ."""
         if first is not None and second is not None and first != second:
-            raise UserError(f"config.json contradicts itself: {key} is both {shown(first)} and {shown(second)}")
+            raise UserError(
+                f"config.json contradicts itself: {key} is both {value_text(first)} and {value_text(second)}"
+            )
         return first if first is not None else second if second is not None else default
 
 

@@ -29,7 +29,7 @@ ALIASES = {
     "up_proj": "mlp.up",
     "down_proj": "mlp.down",
 }
-ALL = "all-linear"
+ALL_LINEAR = "all-linear"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -125,10 +125,10 @@ def attach(model: Decoder, rank: int, alpha: float, targets: Sequence[str], seed
     chosen: set[str] = set()
     for target in targets:
         wanted = ALIASES.get(target, target)
-        found = [name for name in names if target == ALL or name == wanted or name.endswith(f".{wanted}")]
+        found = [name for name in names if target == ALL_LINEAR or name == wanted or name.endswith(f".{wanted}")]
         if not found:
             raise UserError(
-                f"lora.targets has {target!r}, which is no linear layer of this model; there are {ALL}, "
+                f"lora.targets has {target!r}, which is no linear layer of this model; there are {ALL_LINEAR}, "
                 + ", ".join(names)
             )
         chosen.update(found)

@@ -20,9 +20,10 @@ from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.formats.base import Bounds, Checkpoint, ReadsParts
 from spinal_jax.models.hf_config import HFConfig
+from spinal_jax.progress import Advance
 
-Split = Callable[[np.ndarray, DecoderConfig], Sequence[np.ndarray]]
-Join = Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]
+SplitTensor = Callable[[np.ndarray, DecoderConfig], Sequence[np.ndarray]]
+JoinTensor = Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]
 Placing = Callable[[str, tuple[int, ...]], Sharding]  # where a parameter lies, by its path and shape
 
 # A router's correction bias decides which experts run; DeepSeek-V3 keeps it in float32 beside bfloat16 weights.
@@ -46,8 +47,8 @@ class Rule:
 
     hf: str
     ours: tuple[str, ...]
-    split: Split = as_it_is
-    join: Join = lambda parts, config: parts[0]
+    split: SplitTensor = as_it_is
+    join: JoinTensor = lambda parts, config: parts[0]
 
 
 def same(hf: str, ours: str) -> Rule:
@@ -127,7 +128,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorTarget:
     """One tensor of the checkpoint and the rows of our stacked parameters that it fills."""
 
     rule: Rule
@@ -147,27 +148,27 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(abstract))}
 
 
-def places(rules: Sequence[Rule], config: DecoderConfig, shapes: Mapping[str, Any]) -> Iterator[Place]:
+def tensor_targets(rules: Sequence[Rule], config: DecoderConfig, shapes: Mapping[str, Any]) -> Iterator[TensorTarget]:
     """Every tensor that the checkpoint must hold, rule by rule. A block rule applies to the blocks whose stack has such
     a parameter, so a family with dense and sparse blocks states both. `{e}` counts the second axis of the parameter."""
     rows = config.rows
     for rule in rules:
         if "{i}" not in rule.hf:
-            yield Place(rule, rule.hf, rule.ours, ())
+            yield TensorTarget(rule, rule.hf, rule.ours, ())
             continue
         for layer, (stack, row) in enumerate(rows):
             paths = tuple(path.replace("block.", f"stacks.{stack}.", 1) for path in rule.ours)
             if paths[0] not in shapes:
                 continue
             if "{e}" not in rule.hf:
-                yield Place(rule, rule.hf.format(i=layer), paths, (row,))
+                yield TensorTarget(rule, rule.hf.format(i=layer), paths, (row,))
                 continue
             for expert in range(shapes[paths[0]].shape[1]):
-                yield Place(rule, rule.hf.format(i=layer, e=expert), paths, (row, expert))
+                yield TensorTarget(rule, rule.hf.format(i=layer, e=expert), paths, (row, expert))
 
 
 def parts_of(
-    place: Place, tensor: np.ndarray, config: DecoderConfig, shapes: Mapping[str, Any]
+    place: TensorTarget, tensor: np.ndarray, config: DecoderConfig, shapes: Mapping[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters that a tensor fills at `place.row`, by path. UserError where its shape is not what they need."""
     try:
@@ -189,7 +190,7 @@ def load_decoder(
     family: Family,
     config: DecoderConfig,
     dtype: jnp.dtype,
-    progress: Callable[[int], None] = lambda size: None,
+    progress: Advance = lambda size: None,
     placing: Placing | None = None,
 ) -> Decoder:
     """The checkpoint as a `Decoder` whose parameters have `dtype`, and lie where `placing` says or on one device.
@@ -267,7 +268,7 @@ def _pieces(shape: tuple[int, ...], sharding: Sharding | None) -> list[_Piece]:
 
 
 def _blocks(
-    place: Place,
+    place: TensorTarget,
     bounds: Mapping[str, Bounds],
     checkpoint: Checkpoint,
     name: str,
@@ -302,15 +303,15 @@ def assemble(config: DecoderConfig, parameters: Mapping[str, Any]) -> Decoder:
 
 def match(
     checkpoint: Checkpoint, family: Family, config: DecoderConfig, shapes: Mapping[str, Any]
-) -> tuple[list[Place], dict[str, str]]:
+) -> tuple[list[TensorTarget], dict[str, str]]:
     """The tensors that the config needs, and the name in the checkpoint of each by the name that the rules have.
 
     Raises UserError for a checkpoint whose tensors are not exactly the ones this config needs. What is made on the way
     is bounded by the tensors that are there, whatever the config asks for.
     """
     stored = _known_names(checkpoint, family)
-    wanted: list[Place] = []
-    rest = places(family.rules(config), config, shapes)
+    wanted: list[TensorTarget] = []
+    rest = tensor_targets(family.rules(config), config, shapes)
     for place in rest:
         if place.name not in stored:
             more = (other.name for other in islice(rest, 100_000) if other.name not in stored)

@@ -76,7 +76,7 @@ def _pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
         tokens.append(kept)
         dropped.append(lost)
     # A file's last rows are held out; the world has test pairs of its own.
-    train, held_out = data.split(tokens[0], None, asked.held_out) if len(sets) == 1 else tokens
+    train, held_out = data.split_examples(tokens[0], None, asked.held_out) if len(sets) == 1 else tokens
     single = config.objective.kind == "sft"
     flipped = _flips(asked, len(train), 0.5 if asked.shuffle_labels else asked.label_noise, "train")
     tossed = _flips(asked, len(held_out), 0.5 if asked.shuffle_labels else 0.0, "held out")
@@ -124,7 +124,7 @@ def _documents(asked: CorpusConfig | None, tokenizer: PreTrainedTokenizerBase) -
         assert asked.path is not None
         found = data.read_documents(asked.path, asked.format, asked.field, asked.limit)
     pieces: Sequence[data.Completion] = data.tokenise_documents(found, tokenizer, asked.max_length)
-    train, held_out = data.split([(piece,) for piece in pieces], None, asked.held_out)
+    train, held_out = data.split_examples([(piece,) for piece in pieces], None, asked.held_out)
     return Examples(
         train, held_out, tuple(range(len(train))), found.source, found.sha256, {"empty": found.skipped_empty}
     )

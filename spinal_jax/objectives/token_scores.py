@@ -22,7 +22,7 @@ from spinal_jax.metrics.transport import Lens
 # Logits of a tile: about what a CPU's caches hold, enough to fill the machine elsewhere.
 TILE_BYTES = {"cpu": 2**25}
 TILE_BYTES_ELSEWHERE = 2**29
-CHUNK = 128  # positions of a row at a time; chunks without any position that counts are skipped
+CHUNK_TOKENS = 128  # positions of a row at a time; chunks without any position that counts are skipped
 LOWEST = -1e30  # below any logit; its difference to another is finite
 
 
@@ -101,7 +101,7 @@ def _precision(x: Array) -> jax.lax.Precision:
 def _chunks(x: Array) -> Array:
     """[R, T, ...] to [chunks, R, C, ...], zeros behind the last position."""
     rows, length = x.shape[:2]
-    count = -(-length // CHUNK)
+    count = -(-length // CHUNK_TOKENS)
     chunk = -(-length // count)
     padded = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)))
     return jnp.moveaxis(padded.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)

@@ -18,7 +18,7 @@ HEARTBEAT = 55  # seconds without one after which JAX aborts all processes of a 
 
 
 @dataclass(frozen=True)
-class Place:
+class ClusterSpec:
     """Where this process stands among those that share a run."""
 
     coordinator: str  # HOST:PORT of process 0
@@ -33,7 +33,7 @@ class Place:
         return host == "localhost" or host.startswith("127.")
 
 
-def place_of(config: ProcessesConfig) -> Place:
+def cluster_spec(config: ProcessesConfig) -> ClusterSpec:
     """What the settings say, or with `parallel.coordinator=auto` the environment: SLURM, Open MPI or TPU metadata.
 
     Raises:
@@ -43,7 +43,7 @@ def place_of(config: ProcessesConfig) -> Place:
         assert config.coordinator is not None
         assert config.processes is not None
         assert config.process is not None
-        return Place(config.coordinator, config.processes, config.process)
+        return ClusterSpec(config.coordinator, config.processes, config.process)
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; no public name tells beforehand
 
     try:
@@ -56,10 +56,10 @@ def place_of(config: ProcessesConfig) -> Place:
             "parallel.coordinator is 'auto', but neither SLURM, Open MPI nor a TPU pod says which processes there are; "
             "give HOST:PORT of process 0, parallel.processes and parallel.process"
         )
-    return Place(coordinator, processes, process, None if devices is None else tuple(devices))
+    return ClusterSpec(coordinator, processes, process, None if devices is None else tuple(devices))
 
 
-def start(place: Place, timeout: int) -> None:
+def start(place: ClusterSpec, timeout: int) -> None:
     """Starts JAX's coordination service in process 0 and connects this process to it, after which JAX sees the devices
     of all processes. Nothing may have asked JAX for devices before.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spinal_jax.errors import UserError
-from spinal_jax.parallel.distributed import Place
+from spinal_jax.parallel.distributed import ClusterSpec
 
 INTERVAL = 1.0  # seconds between two looks at the others
 # JAX's heartbeats come every distributed.HEARTBEAT / 2 seconds, so that it may abort the processes that much later than
@@ -58,7 +58,7 @@ class Peers:
         run: a number that all processes count alike, for the runs of one sweep.
     """
 
-    def __init__(self, place: Place, run: int = 0):
+    def __init__(self, place: ClusterSpec, run: int = 0):
         from jax._src.distributed import global_state  # JAX has no public name for the client of its own service
 
         self.place = place
@@ -83,14 +83,14 @@ class Peers:
 
     def check_same(self, settings: Mapping[str, Any], timeout: float = 60.0) -> None:
         """UserError where this process was started with other settings than process 0."""
-        from spinal_jax.files import difference
+        from spinal_jax.files import first_difference
 
         if self.place.process == 0:
             self._tell("settings", settings)
             return
         key = f"{self._prefix}/settings/0"
         lead = json.loads(self._client.blocking_key_value_get(key, int(timeout * 1000)))
-        if differs := difference(json.loads(json.dumps(settings)), lead):
+        if differs := first_difference(json.loads(json.dumps(settings)), lead):
             name, ours, theirs = differs
             raise UserError(
                 f"process {self.place.process} on {socket.gethostname()} was started with {name}={_shown(ours)}, but "
@@ -201,7 +201,7 @@ class Peers:
             raise PeerEnded(self._ended)
 
 
-def in_words(end: End, place: Place) -> str:
+def in_words(end: End, place: ClusterSpec) -> str:
     """One sentence: which process, where, and what."""
     if end.how == "refused" and end.process == 0:
         return end.said

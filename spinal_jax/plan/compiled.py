@@ -114,12 +114,13 @@ def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     import numpy as np
 
     from spinal_jax.audit.abstract import abstract_arguments, lower_steps
+    from spinal_jax.audit.pipeline import unembedding_bytes
     from spinal_jax.config import ParallelConfig
     from spinal_jax.metrics import contraction
     from spinal_jax.parallel.mesh import make_mesh
     from spinal_jax.parallel.placement import Shards
     from spinal_jax.plan.shapes import decoder_of
-    from spinal_jax.plan.work import pool, table_bytes, widest
+    from spinal_jax.plan.work import pool, widest
 
     begin = time.perf_counter()
     for_tpu = why_not_tpu(config) is None
@@ -129,7 +130,7 @@ def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     shards = None
     if layout.kind == "mesh" and layout.devices > 1:
         mesh = make_mesh(ParallelConfig(layout.data, layout.fsdp, layout.tensor), devices)
-        shards = Shards.of(mesh, table_bytes(decoder, dtype))
+        shards = Shards.of(mesh, unembedding_bytes(decoder, dtype))
     work = pool(config, decoder, layout)
     batch = widest(work)
     each = layout.devices if shards is None else 1  # replicas have a part of every batch each

@@ -19,7 +19,7 @@ from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.models.delta_net import CHUNK
+from spinal_jax.models.delta_net import CHUNK_LENGTH
 from spinal_jax.models.translate import KEEP_FLOAT32
 from spinal_jax.parallel.data_sheets import Device
 from spinal_jax.plan.layout import DeviceLayout
@@ -105,12 +105,12 @@ def _state_flops(config: DecoderConfig, length: int) -> float:
     delta = config.delta
     if delta is None:
         return 0.0
-    chunk, heads = min(CHUNK, length), delta.value_heads
+    chunk, heads = min(CHUNK_LENGTH, length), delta.value_heads
     within = 2 * delta.key_heads * 2 * chunk * delta.key_dim + heads * chunk * (3 * delta.value_dim + delta.key_dim)
     return sum(config.delta_layers) * (within + 3 * 2 * heads * delta.key_dim * delta.value_dim)
 
 
-def stages(
+def audit_stages(
     config: DecoderConfig,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     work: Plan,
@@ -163,7 +163,7 @@ def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
 
 
 @dataclass(frozen=True)
-class Spectra:
+class SpectraCost:
     """Eigenvalues of the Gram sums, all of them together."""
 
     stage: Stage
@@ -184,14 +184,14 @@ def hosts(device: Device, layout: DeviceLayout) -> int:
     return -(-layout.devices // device.host)
 
 
-def spectra(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> Spectra:
+def spectra(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> SpectraCost:
     """The spectra at every boundary, whole, without each group and of halves, on so many cores; one matrix a core."""
     d, boundaries = config.width, config.depth + 1
     matrices = boundaries * sum(replicate_counts(work, settings))
     square = 8 * d * d
     reread = matrices * (REREAD * d**3 if square > HOST_CACHE else square)
     boundary = 8 * work.group_count * contraction.triangle_size(d)  # bytes of the sums of all groups at one
-    return Spectra(
+    return SpectraCost(
         stage=Stage("spectra", "float64", matrices * EIGENVALUES * d**3, reread),
         width=d,
         matrices=matrices,

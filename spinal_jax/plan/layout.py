@@ -95,7 +95,7 @@ def whole_bytes(config: PlanConfig, decoder: DecoderConfig) -> int:
     return weight_bytes(decoder, config.model.dtype) + gram_bytes(decoder, config.metrics)
 
 
-def home_of(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> GramHome:
+def planned_gram_home(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> GramHome:
     """Where an audit on such devices keeps its Gram sums."""
     share = layout.gram_share(decoder.width)
     split = layout.fsdp * layout.tensor if layout.kind == "mesh" else 1

@@ -15,7 +15,7 @@ from spinal_jax.models.translate import parameter_shapes
 from spinal_jax.parallel.data_sheets import DEVICES
 from spinal_jax.plan import estimate
 from spinal_jax.plan.compiled import Compiled, compiled, why_not_tpu
-from spinal_jax.plan.layout import USABLE, USUAL, DeviceLayout, home_of, layout_of, would_fit
+from spinal_jax.plan.layout import USABLE, USUAL, DeviceLayout, layout_of, planned_gram_home, would_fit
 from spinal_jax.plan.record import AuditPlan, Memory, memory_of
 from spinal_jax.plan.work import pool, widest
 
@@ -47,7 +47,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
         device=config.device,
         devices=config.devices,
         layout=layout,
-        sums=str(home_of(config, decoder, layout)),
+        sums=str(planned_gram_home(config, decoder, layout)),
         prompts=config.prompt_count,
         tokens=work.tokens,
         batches=len(work.batches),
@@ -55,7 +55,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
         waste=work.waste,
         rows=work.rows,
         gram_dtype=gram.name,
-        stages=estimate.stages(decoder, shapes, work, config.metrics, dtype, layout, device.kind),
+        stages=estimate.audit_stages(decoder, shapes, work, config.metrics, dtype, layout, device.kind),
         spectra=spectra,
         memory=memory,
         compiled=found,
@@ -66,7 +66,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
 
 
 def _memory(
-    config: PlanConfig, layout: DeviceLayout, found: Compiled, spectra: estimate.Spectra, shapes: Any
+    config: PlanConfig, layout: DeviceLayout, found: Compiled, spectra: estimate.SpectraCost, shapes: Any
 ) -> Memory:
     on_cpu = config.device == "cpu"
     count = layout.devices if on_cpu else 1  # what one memory holds

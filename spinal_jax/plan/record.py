@@ -64,7 +64,7 @@ class AuditPlan:
     rows: int  # N of contraction
     gram_dtype: str
     stages: tuple[estimate.Stage, ...]  # of one device
-    spectra: estimate.Spectra
+    spectra: estimate.SpectraCost
     memory: Memory | None  # None: nothing was compiled
     compiled: Compiled | None
     received: float | None  # bytes that each device has from others over the whole audit; None: nothing was compiled

@@ -11,7 +11,7 @@ from spinal_jax.plan.record import AuditPlan, memory_of
 GIB = 2**30
 
 
-def text_of(plan: AuditPlan) -> str:
+def plan_text(plan: AuditPlan) -> str:
     """The plan in tables."""
     parts = (_head, _memory, _work, _spectra, _devices, _end)
     return "\n".join(line for part in parts for line in part(plan))

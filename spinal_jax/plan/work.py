@@ -9,7 +9,7 @@ from spinal_jax.data import packing
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.parallel.device_defaults import batch_tokens
-from spinal_jax.plan.layout import DeviceLayout, home_of
+from spinal_jax.plan.layout import DeviceLayout, planned_gram_home
 
 
 def pool(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> packing.Plan:
@@ -23,15 +23,10 @@ def pool(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> pa
     most = batch_tokens("cpu" if config.device == "cpu" else "gpu") * layout.rows
     selector = packing.Positions.parse(config.metrics.transport.positions)
     skip, tokens = config.metrics.contraction.skip, config.batch_tokens or most
-    slots = home_of(config, decoder, layout).slots
-    return packing.plan(sequences, selector, skip, tokens, layout.rows, slots, groups)
+    slots = planned_gram_home(config, decoder, layout).slots
+    return packing.plan_batches(sequences, selector, skip, tokens, layout.rows, slots, groups)
 
 
 def widest(work: packing.Plan) -> packing.Packed:
     """The batch with most tokens, whose shape the others have where all prompts are equal."""
     return max(work.batches, key=lambda packed: packed.height * packed.length)
-
-
-def table_bytes(decoder: DecoderConfig, dtype: str) -> int:
-    """Of the unembedding."""
-    return decoder.vocab_size * decoder.width * (4 if dtype == "float32" else 2)

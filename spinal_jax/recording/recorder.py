@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from spinal_jax.audit import pipeline
-from spinal_jax.audit.measure import Measurement, Reference, keep, measure
+from spinal_jax.audit.measure import Measurement, Reference, keep_reference, measure
 from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.onset import Rules
 from spinal_jax.config import MetricsConfig, ModelConfig, PromptsConfig, to_mapping
@@ -164,7 +164,7 @@ class Recorder:
             step = steps[0]
             with pipeline.opened(ModelConfig(source=self._source)) as (checkpoint, family, decoder):
                 model = pipeline.load(checkpoint, family, decoder, "float32")
-        self._reference = keep(model, self.plan, self.settings, alone=True)
+        self._reference = keep_reference(model, self.plan, self.settings, alone=True)
         assert self._reference.measurement is not None
         self._first = self._record(step, f"step {step} of a recording", self._reference.measurement)
         if steps:

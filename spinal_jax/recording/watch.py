@@ -6,14 +6,13 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import Devices, devices_of
-from spinal_jax.audit.measure import Measurement, Reference, keep, measure
+from spinal_jax.audit.measure import Measurement, Reference, keep_reference, measure
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.onset import Rules, no_onset_sentence
 from spinal_jax.config import ModelConfig, to_mapping
@@ -21,10 +20,9 @@ from spinal_jax.config.watch import WatchConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.progress import Bar, Say, no_bar
 from spinal_jax.recording.checkpoints import checkpoints, has_ended, trainer_metrics
 from spinal_jax.recording.series import TraceSeries
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Watched:
         )
 
 
-def run_watch(config: WatchConfig, folder: Path, bar: pipeline.Bar | None = None, say: Say | None = None) -> Watched:
+def run_watch(config: WatchConfig, folder: Path, bar: Bar | None = None, say: Say | None = None) -> Watched:
     """Measures every complete checkpoint of `config.dir` into `folder` until training ends, `stop_file` exists, or at
     once where `once` is set. What an earlier call measured is kept.
 
@@ -62,7 +60,7 @@ def run_watch(config: WatchConfig, folder: Path, bar: pipeline.Bar | None = None
         UserError: no such folder, a checkpoint that cannot be read, other tokens than the reference's tokenizer makes,
             or the first checkpoint, which is the reference, was deleted before this call.
     """
-    bar, say = bar or pipeline.bars(False), say or (lambda line: None)
+    bar, say = bar or no_bar, say or (lambda line: None)
     root = Path(config.dir).expanduser()
     if not root.is_dir():
         raise UserError(f"dir={config.dir} is no folder; give the folder into which the trainer writes checkpoints")
@@ -87,7 +85,7 @@ def _comparable(config: WatchConfig) -> dict[str, Any]:
 class _Watch:
     """The reference, the prompts as its tokenizer makes them, and what was measured."""
 
-    def __init__(self, config: WatchConfig, root: Path, series: TraceSeries, bar: pipeline.Bar, say: Say):
+    def __init__(self, config: WatchConfig, root: Path, series: TraceSeries, bar: Bar, say: Say):
         self.config, self.root, self.series, self.bar, self.say = config, root, series, bar, say
         self.prompts = pipeline.read_prompt_set(config.prompts)
         self.plan: Plan | None = None
@@ -168,11 +166,13 @@ class _Watch:
         with pipeline.opened(asked) as (checkpoint, family, decoder):
             choice = pipeline.choose_devices(config.parallel, decoder, config.dtype, config.metrics)
             self.devices = devices_of(choice)
-            self.slots = pipeline.home_of(decoder, config.dtype, config.metrics, self.devices).slots
+            self.slots = pipeline.audit_gram_home(decoder, config.dtype, config.metrics, self.devices).slots
             self.plan = self._plan(checkpoint.tokenizer(), decoder)
             model = pipeline.load(checkpoint, family, decoder, config.dtype, self.bar, self.devices)
             about = self._about(asked, checkpoint.revision, checkpoint.sha256())
-            self.reference = keep(model, self.plan, config.metrics, self.bar, alone=True, devices=self.devices)
+            self.reference = keep_reference(
+                model, self.plan, config.metrics, self.bar, alone=True, devices=self.devices
+            )
         assert self.reference.measurement is not None
         self.first = self._trace(about, decoder, self.plan, self.reference.measurement)
 

@@ -17,8 +17,8 @@ from spinal_jax.report.comparison_figures import COLOURS
 from spinal_jax.report.figures import BLUE, HEIGHT, INK, MUTED, SHADE, VERMILLION, WIDTH, png_bytes, styled, svg_text
 from spinal_jax.report.inline import inline
 from spinal_jax.report.sections import (
-    Block,
     Cell,
+    Element,
     Page,
     Picture,
     Pictures,
@@ -162,8 +162,10 @@ def _effects(found: Attribution) -> Table:
     return Table("Effects on every number", "number", head, keys, rows, in_order=False)
 
 
-def _boundaries(found: Attribution) -> list[Block]:
-    blocks: list[Block] = [Text("p by permutation of runs; p (Holm) after Holm’s correction over boundaries.", "note")]
+def _boundaries(found: Attribution) -> list[Element]:
+    blocks: list[Element] = [
+        Text("p by permutation of runs; p (Holm) after Holm’s correction over boundaries.", "note")
+    ]
     head = [("effect", ""), ("95 % interval", ""), ("p", ""), ("p (Holm)", "")]
     for name, column in found.boundaries.items():
         rows = [

@@ -29,7 +29,7 @@ def measured(value: float, half: float = math.nan, unit: str = "") -> Cell:
     return cell(f"{text} {unit}".rstrip() if math.isfinite(value) else "–", value, width)
 
 
-def column(
+def number_cells(
     values: np.ndarray, halves: np.ndarray | None = None, most: int = 5, marked: np.ndarray | None = None
 ) -> list[Cell]:
     """Cells of one column, all with the decimals that suit its median.
@@ -102,20 +102,20 @@ def code(text: object) -> Markup:
     return Markup("<code>{}</code>").format(text)
 
 
-def digest(sha256: str | None, missing: str = "no hash") -> str | Markup:
+def sha256_markup(sha256: str | None, missing: str = "no hash") -> str | Markup:
     """A hash as the pages show it."""
     return Markup('sha256 <code class="hash">{}</code>').format(sha256) if sha256 else missing
 
 
-def environment(values: Mapping[str, object]) -> Facts:
+def environment_facts(values: Mapping[str, object]) -> Facts:
     """The environment of a measurement, sorted by name; nested records on one line."""
 
-    def shown(value: object) -> str:
+    def text(value: object) -> str:
         if isinstance(value, Mapping):
             return ", ".join(f"{name} {value[name]}" for name in sorted(value))
         return str(value)
 
-    return Facts([(name, shown(values[name])) for name in sorted(values)])
+    return Facts([(name, text(values[name])) for name in sorted(values)])
 
 
 def _places(values: np.ndarray, digits: int) -> int:
@@ -124,6 +124,6 @@ def _places(values: np.ndarray, digits: int) -> int:
     return decimals(float(np.median(seen)), digits) if len(seen) else 0
 
 
-def shown(value: float, unit: str = "") -> str:
+def number_text(value: float, unit: str = "") -> str:
     """A number with its unit; an en dash for NaN."""
     return f"{number(value)} {unit}".rstrip() if math.isfinite(value) else "–"

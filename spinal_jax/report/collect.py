@@ -11,7 +11,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.files import write_whole
 from spinal_jax.report.collect_page import render_index
 from spinal_jax.runs.find import Run, find_runs
-from spinal_jax.runs.table import KEYS, has_parquet, rows, write_csv, write_parquet
+from spinal_jax.runs.table import KEYS, has_parquet, run_rows, write_csv, write_parquet
 
 INDEX, TABLE, PARQUET = "index.html", "runs.csv", "runs.parquet"
 OURS = {INDEX: 'name="generator" content="spinal_jax"', TABLE: ",".join(KEYS)}  # what such a file of ours holds
@@ -33,7 +33,7 @@ class Collected:
         return "\n".join([*lines, *(f"  {'page' if f.name == INDEX else 'table':<10}  {f}" for f in self.files)])
 
 
-def collect(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Collected:
+def collect_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Collected:
     """Writes runs.csv, index.html and, where pyarrow is installed, runs.parquet of all runs in or below the folders.
 
     Args:
@@ -54,7 +54,7 @@ def collect(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     target.mkdir(parents=True, exist_ok=True)
     base = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
     names = {run.folder: run.folder.resolve().relative_to(base).as_posix() for run in runs}
-    table = rows(runs, names)
+    table = run_rows(runs, names)
     write_csv(table, target / TABLE)
     files = [target / TABLE]
     if has_parquet():

@@ -20,7 +20,7 @@ from spinal_jax.report import charts
 from spinal_jax.report.cells import by_row, cell, ends, measured, word
 from spinal_jax.report.figures import BLUE, GREEN, HEIGHT, MARKERS, PURPLE, VERMILLION, WIDTH, styled
 from spinal_jax.report.inline import inline
-from spinal_jax.report.sections import Block, Cell, Chart, Page, Points, Section, Table, Text, render
+from spinal_jax.report.sections import Cell, Chart, Element, Page, Points, Section, Table, Text, render
 from spinal_jax.runs.find import Run
 from spinal_jax.runs.table import swept
 from spinal_jax.wording import number
@@ -48,7 +48,7 @@ def render_index(runs: Sequence[Run], names: Mapping[Path, str], out: Path) -> s
     traced = [run for run in runs if run.trace is not None]
     lost = [names[run.folder] for run in runs if not run.complete]
     said = f"{len(runs) - len(lost)} complete" + (f", {len(lost)} incomplete" if lost else "")
-    table: list[Block] = [
+    table: list[Element] = [
         Text(
             "A run’s name leads to its report. The settings in which these runs differ come first. ± is half of a 95 % "
             "interval over groups of prompts. Shaded rows are incomplete: nothing but their settings is shown. Select "
@@ -116,7 +116,7 @@ def findings(runs: Sequence[Run], names: Mapping[Path, str]) -> list[str]:
 
 
 @styled
-def overlay_figure(runs: Sequence[Run], names: Mapping[Path, str]) -> Figure:
+def collected_figure(runs: Sequence[Run], names: Mapping[Path, str]) -> Figure:
     """Contraction and transport over relative depth, one line a run."""
     told = len(runs) <= NAMED
     figure = Figure(figsize=(WIDTH * 1.4, HEIGHT + (0.1 * len(runs) if told else 0)), layout="constrained")
@@ -165,7 +165,7 @@ def _overlay(runs: Sequence[Run], names: Mapping[Path, str]) -> Chart:
         "comparing two lines."
     )
     data = charts.stacked("relative depth (0: embeddings, 1: after the last block)", panels, height=200, joined=True)
-    return Chart("overlay", data, inline(overlay_figure(runs, names), "overlay"), words)
+    return Chart("overlay", data, inline(collected_figure(runs, names), "overlay"), words)
 
 
 def _table(runs: Sequence[Run], names: Mapping[Path, str], out: Path, lost: Sequence[str]) -> Table:

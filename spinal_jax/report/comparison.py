@@ -19,25 +19,25 @@ from spinal_jax.report import charts
 from spinal_jax.report.cells import (
     by_row,
     cell,
-    column,
-    digest,
     name_boundaries,
+    number_cells,
     percent,
+    sha256_markup,
     tile,
 )
 from spinal_jax.report.comparison_figures import comparison_figures, way
 from spinal_jax.report.comparison_tables import (
     boundaries,
-    grid,
+    localisation_table,
     models,
     moved_prompts,
     moved_tokens,
     parts,
-    places,
     ranking_table,
+    robustness_table,
 )
 from spinal_jax.report.comparison_words import (
-    caveats,
+    comparison_caveats,
     facts,
     half,
     missing,
@@ -47,10 +47,10 @@ from spinal_jax.report.comparison_words import (
 )
 from spinal_jax.report.figures import axis_label, png_bytes, svg_text
 from spinal_jax.report.inline import inline
-from spinal_jax.report.method import method
+from spinal_jax.report.method import method_section
 from spinal_jax.report.sections import (
-    Block,
     Chart,
+    Element,
     Facts,
     Page,
     Picture,
@@ -82,10 +82,10 @@ def write_comparison_report(folder: str | os.PathLike[str]) -> Path:
     found = load_comparison(folder)
     folder = Path(folder)
     folder = folder if folder.is_dir() else folder.parent
-    places = sorted(
+    folders = sorted(
         (path.parent for path in folder.glob("others/*/comparison.json")), key=lambda path: (len(path.name), path.name)
     )
-    others = [load_comparison(place) for place in places]
+    others = [load_comparison(place) for place in folders]
     target = folder / "figures"
     target.mkdir(parents=True, exist_ok=True)
     for name, figure in comparison_figures(found, _ranked(found, others)).items():
@@ -116,9 +116,9 @@ def render_comparison_report(found: Comparison, others: Sequence[Comparison] = (
         sections.append(Section("More than two checkpoints", _ranking(found, ranked, drawn)))
     sections += [
         Section("All boundaries", [Text(_TABLE_NOTE, "note"), boundaries(found)]),
-        Section("Caveats", [Points(caveats(found))]),
+        Section("Caveats", [Points(comparison_caveats(found))]),
         Section("What was compared, on what", [models(found), Facts([*facts(found), *_hashes(found)])]),
-        method(
+        method_section(
             (
                 "contraction",
                 "transport",
@@ -215,7 +215,7 @@ def _traces(found: Comparison, still: Markup) -> Chart:
     return Chart("traces", data, still, Markup(words))
 
 
-def _changes(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
+def _changes(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
     x, (first, last) = np.arange(found.boundaries), found.terminal
     panels = []
     for name in METRICS:
@@ -247,7 +247,7 @@ def _changes(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
     return [chart, *([Pictures(pictures)] if pictures else []), *lost]
 
 
-def _where(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
+def _where(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
     words = Markup(
         "<b>Where it changed.</b> Each block’s share of the whole change, for each measure. The thick bar above is the "
         "shortest run of blocks that holds 80 %."
@@ -258,20 +258,20 @@ def _where(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
         "hold 80 % of the change; beside it how many of the groups agree when each is left out.",
         "note",
     )
-    return [Pictures([picture]), places(found), note]
+    return [Pictures([picture]), localisation_table(found), note]
 
 
-def _robustness(found: Comparison, drawn: Mapping[str, Markup]) -> list[Block]:
+def _robustness(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
     tall = len({way(setting) for setting in found.robustness["settings"]}) > 3
     words = Markup(
         "<b>Does it hold?</b> Δ align under other settings of the measurement. {} Names are those of the settings; "
         "“center” is the other choice of centring."
     ).format(found.robustness["sentence"])
     picture = Picture("robustness", drawn["robustness"], words, "Point at a setting to read its values.", tall)
-    return [Pictures([picture]), grid(found)]
+    return [Pictures([picture]), robustness_table(found)]
 
 
-def _groups(found: Comparison) -> list[Block]:
+def _groups(found: Comparison) -> list[Element]:
     """The pseudo-value of each group of prompts, largest deviation first."""
     values = found.arrays.get("groups/delta_align")
     if values is None or len(values) < 2 or not np.isfinite(values).any():
@@ -285,14 +285,14 @@ def _groups(found: Comparison) -> list[Block]:
     }
     order = np.argsort(-np.abs(values - mean), kind="stable")
     total = float(np.nansum((values - mean) ** 2)) or math.nan
-    columns = [column(values[order]), column((values - mean)[order])]
+    columns = [number_cells(values[order]), number_cells((values - mean)[order])]
     columns.append(
         [
             cell(percent(share) if math.isfinite(share) else "–", share)
             for share in ((values - mean)[order] ** 2 / total).tolist()
         ]
     )
-    columns += [column(numbers[order]) for numbers in parts.values()]
+    columns += [number_cells(numbers[order]) for numbers in parts.values()]
     head = [("Δ align of the group", ""), ("less the mean", ""), ("share of the variance", "")]
     head += [(f"Δ {name}", UNITS.get(name, "")) for name in parts]
     opposite = int(np.sum(np.sign(values) == -np.sign(mean)))
@@ -306,7 +306,7 @@ def _groups(found: Comparison) -> list[Block]:
     )
     bars = charts.Line("Δ align of the group", values, "purple", look=3)
     data = charts.stacked("group", [charts.panel("Δ align", np.arange(len(values)), [bars], zero=True)], height=170)
-    blocks: list[Block] = [Text(words), Chart("groups", data, Markup(""), "Each point is a group of prompts."), table]
+    blocks: list[Element] = [Text(words), Chart("groups", data, Markup(""), "Each point is a group of prompts."), table]
     if found.moved:
         return [*blocks, Text(_PROMPTS_NOTE), moved_prompts(found), Text(_TOKENS_NOTE), moved_tokens(found)]
     return [*blocks, Text(_NO_PROMPTS, "note")]
@@ -324,7 +324,7 @@ _NO_PROMPTS = (
 )
 
 
-def _ranking(found: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[Block]:
+def _ranking(found: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[Element]:
     captions = {
         "ranking": Markup(
             "<b>Ranked by Δ align.</b> Each checkpoint against its reference, strongest contraction first. Checkpoints "
@@ -344,9 +344,9 @@ def _ranking(found: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str
 
 def _hashes(found: Comparison) -> list[tuple[str, str | Markup]]:
     return [
-        ("Weights, aligned", digest(found.aligned["sha256"])),
-        ("Weights, reference", digest(found.reference["sha256"])),
-        ("Prompts", digest(found.prompts["sha256"])),
+        ("Weights, aligned", sha256_markup(found.aligned["sha256"])),
+        ("Weights, reference", sha256_markup(found.reference["sha256"])),
+        ("Prompts", sha256_markup(found.prompts["sha256"])),
     ]
 
 

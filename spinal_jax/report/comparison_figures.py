@@ -264,7 +264,7 @@ def ranking_figure(ranked: Sequence[Comparison]) -> Figure:
 
 
 @styled
-def overlay_figure(ranked: Sequence[Comparison]) -> Figure:
+def changes_figure(ranked: Sequence[Comparison]) -> Figure:
     """Changes of contraction and of transport over relative depth, one line a comparison, in the order given."""
     rows = math.ceil(len(ranked) / 2)
     figure = Figure(figsize=(WIDTH, HEIGHT + 0.2 * rows), layout="constrained")
@@ -304,7 +304,7 @@ def comparison_figures(found: Comparison, ranked: Sequence[Comparison] = ()) -> 
         "robustness": robustness_figure(found),
     }
     if ranked:
-        drawn |= {"ranking": ranking_figure(ranked), "overlay": overlay_figure(ranked)}
+        drawn |= {"ranking": ranking_figure(ranked), "overlay": changes_figure(ranked)}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from spinal_jax.comparison.ranking import rank
 from spinal_jax.comparison.record import BOTH, LOCALISED, METRICS, Comparison
 from spinal_jax.metrics.columns import column as column_of
-from spinal_jax.report.cells import by_row, cell, column, ends, measured, percent, word
+from spinal_jax.report.cells import by_row, cell, ends, measured, number_cells, percent, word
 from spinal_jax.report.comparison_figures import MASSES, SURE, way
 from spinal_jax.report.sections import Cell, Table
 from spinal_jax.wording import number
@@ -58,7 +58,7 @@ def parts(found: Comparison) -> Table:
     return Table("The numbers of the terminal block", "quantity", head, titles, rows, in_order=False)
 
 
-def places(found: Comparison) -> Table:
+def localisation_table(found: Comparison) -> Table:
     """Where each measure changed."""
     rows = []
     for name in LOCALISED:
@@ -94,7 +94,7 @@ def boundaries(found: Comparison) -> Table:
         head.append((f"{'Δ ' if name != metric else ''}{about.label}", about.unit))
         values, low, high = (found.columns[f"{name}{end}"] for end in ("", "_low", "_high"))
         p = found.columns.get(f"{name}_p_holm", np.full(found.boundaries, np.nan))
-        columns.append(column(values, (high - low) / 2, marked=p < SURE))
+        columns.append(number_cells(values, (high - low) / 2, marked=p < SURE))
     first, last = found.terminal
     keys = list(range(found.boundaries))
     return Table(
@@ -102,7 +102,7 @@ def boundaries(found: Comparison) -> Table:
     )
 
 
-def grid(found: Comparison) -> Table:
+def robustness_table(found: Comparison) -> Table:
     """Delta_align under every setting of the measurement."""
     rows: list[list[Cell]] = []
     for setting in found.robustness["settings"]:

@@ -61,7 +61,7 @@ def summary_markdown(found: Comparison, others: Sequence[Comparison] = ()) -> st
         *(f"- {_md(term)}: {_md(words)}" for term, words in facts(found)),
         "",
     ]
-    lines += ["### Caveats", "", *(f"- {_md(caveat)}" for caveat in caveats(found))]
+    lines += ["### Caveats", "", *(f"- {_md(caveat)}" for caveat in comparison_caveats(found))]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
 
@@ -108,7 +108,7 @@ def missing(found: Comparison) -> list[tuple[str, str]]:
     return lines
 
 
-def caveats(found: Comparison) -> list[str]:
+def comparison_caveats(found: Comparison) -> list[str]:
     """What a reader must know before trusting the verdict: this comparison's warnings, then what holds for all."""
     groups, tests = found.prompts["groups"], int(np.isfinite(found.columns["delta_contraction_p"]).sum())
     said = list(found.warnings)

@@ -72,7 +72,7 @@ _FORMULAS = {
 }
 
 
-def method(names: tuple[str, ...], *more: tuple[str, str | Markup]) -> Section:
+def method_section(names: tuple[str, ...], *more: tuple[str, str | Markup]) -> Section:
     """The section that defines the quantities of these names, and what else a page has to define."""
     note = Text(
         "After SPINAL (arXiv 2601.06238). What its abstract leaves open, such as the fit window, the positions, the "

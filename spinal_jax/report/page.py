@@ -16,12 +16,21 @@ from spinal_jax.files import write_whole
 from spinal_jax.metrics import columns
 from spinal_jax.metrics.columns import TRACE
 from spinal_jax.report import charts, figures
-from spinal_jax.report.cells import by_row, code, column, describe_positions, digest, environment, name_boundaries, tile
+from spinal_jax.report.cells import (
+    by_row,
+    code,
+    describe_positions,
+    environment_facts,
+    name_boundaries,
+    number_cells,
+    sha256_markup,
+    tile,
+)
 from spinal_jax.report.inline import Target, inline
-from spinal_jax.report.method import method
+from spinal_jax.report.method import method_section
 from spinal_jax.report.sections import (
-    Block,
     Chart,
+    Element,
     Facts,
     Page,
     Picture,
@@ -73,10 +82,10 @@ def render_report(trace: DepthTrace) -> str:
             kicker="Depth trace · one checkpoint",
             heading=trace.model["name"],
             answer=[
-                Text(headline(trace), "lead"),
+                Text(trace_headline(trace), "lead"),
                 _tiles(trace),
                 Text(_how_sure(trace), "note"),
-                Points([MODEST, *caveats(trace)[:1], *trace.warnings], "limits"),
+                Points([MODEST, *trace_caveats(trace)[:1], *trace.warnings], "limits"),
             ],
             glance=[
                 Chart(
@@ -111,9 +120,9 @@ def render_report(trace: DepthTrace) -> str:
                         _table(trace),
                     ],
                 ),
-                Section("Caveats", [Points([*caveats(trace), *GENERAL])]),
+                Section("Caveats", [Points([*trace_caveats(trace), *GENERAL])]),
                 Section("What was measured, on what", [_facts(trace)]),
-                method(
+                method_section(
                     (
                         "contraction",
                         "effective_rank",
@@ -126,7 +135,7 @@ def render_report(trace: DepthTrace) -> str:
                     ),
                     ("Terminal block", f"The blocks that end at {name_boundaries(range(first, last + 1))}."),
                 ),
-                Section("Environment", [environment(trace.environment)]),
+                Section("Environment", [environment_facts(trace.environment)]),
             ],
             footer=Markup(
                 "The same numbers are in <code>trace.json</code> and <code>trace.csv</code> beside this file, the "
@@ -137,7 +146,7 @@ def render_report(trace: DepthTrace) -> str:
     )
 
 
-def headline(trace: DepthTrace) -> str:
+def trace_headline(trace: DepthTrace) -> str:
     """What was seen, in one sentence of plain words."""
     first, last = trace.terminal
     clauses = []
@@ -211,7 +220,7 @@ def _curve(trace: DepthTrace, still: Markup) -> Chart:
     return Chart("curve", data, still, words)
 
 
-def _pictures(drawn: dict[str, Markup]) -> list[Block]:
+def _pictures(drawn: dict[str, Markup]) -> list[Element]:
     words = {
         "spectra": Markup(
             "<b>Spectra behind the contraction.</b> Singular values of some boundaries against their rank. A dashed "
@@ -223,7 +232,7 @@ def _pictures(drawn: dict[str, Markup]) -> list[Block]:
         ),
     }
     hint = "Point at a boundary to read its values."
-    found: list[Block] = [
+    found: list[Element] = [
         Pictures(
             [
                 Picture(name, drawn[name], words[name], hint if name == "entropy" else "")
@@ -262,7 +271,9 @@ def _table(trace: DepthTrace) -> Table:
         if about.error:
             low, high = trace.interval(about.name)
             half = (high - low) / 2
-        cells.append(column(trace.columns[about.name], half, most=4 if about.decimals is None else about.decimals))
+        cells.append(
+            number_cells(trace.columns[about.name], half, most=4 if about.decimals is None else about.decimals)
+        )
     first, last = trace.terminal
     return Table(
         "Every quantity at every boundary",
@@ -278,7 +289,9 @@ def _facts(trace: DepthTrace) -> Facts:
     model, prompts, settings = trace.model, trace.prompts, trace.settings
     low, high = settings["window"]
     source = Markup("{}{}<br>{}").format(
-        code(model["source"]), f", revision {model['revision']}" if model["revision"] else "", digest(model["sha256"])
+        code(model["source"]),
+        f", revision {model['revision']}" if model["revision"] else "",
+        sha256_markup(model["sha256"]),
     )
     said = Markup("{:,} from {} ({} format, {}), at most {:,} tokens each, {:,} tokens together{}<br>{}").format(
         prompts["count"],
@@ -288,7 +301,7 @@ def _facts(trace: DepthTrace) -> Facts:
         prompts["max_length"],
         prompts["tokens"],
         f"; {prompts['skipped_empty']} empty skipped" if prompts["skipped_empty"] else "",
-        digest(prompts["sha256"]),
+        sha256_markup(prompts["sha256"]),
     )
     skip = {0: "Every token", 1: "Every token but the first"}.get(
         settings["skip"], f"Every token but the first {settings['skip']}"
@@ -328,7 +341,7 @@ def _facts(trace: DepthTrace) -> Facts:
     )
 
 
-def caveats(trace: DepthTrace) -> list[str]:
+def trace_caveats(trace: DepthTrace) -> list[str]:
     """What a reader must know before trusting the numbers: the trace's own conditions first, then its warnings."""
     columns, rows, width = trace.columns, trace.prompts["rows"], trace.model["width"]
     equal_n = "compare it only with a trace of equal N on the same tokens."

@@ -142,7 +142,7 @@ class Definitions:
     items: Sequence[tuple[Words, Words]]
 
 
-Block = Table | Tiles | Pictures | Chart | Text | Points | Facts | Definitions
+Element = Table | Tiles | Pictures | Chart | Text | Points | Facts | Definitions
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Section:
     """Blocks under a title. A section is folded unless `unfolded`."""
 
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Element]
     unfolded: bool = False
 
     @property
@@ -172,8 +172,8 @@ class Page:
     title: str
     kicker: str
     heading: str
-    answer: Sequence[Block]
-    glance: Sequence[Block]
+    answer: Sequence[Element]
+    glance: Sequence[Element]
     sections: Sequence[Section]
     footer: Words
     scripts: Sequence[str] = field(default=("uplot.min.js", "charts.js", "report.js"))

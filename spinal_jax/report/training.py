@@ -14,10 +14,10 @@ from markupsafe import Markup
 from spinal_jax.comparison.onset import no_onset_sentence, save_onset
 from spinal_jax.files import write_whole
 from spinal_jax.report import charts
-from spinal_jax.report.cells import by_row, code, column, digest, environment, name_boundaries, tile
+from spinal_jax.report.cells import by_row, code, environment_facts, name_boundaries, number_cells, sha256_markup, tile
 from spinal_jax.report.figures import png_bytes, svg_text
 from spinal_jax.report.inline import inline
-from spinal_jax.report.method import method
+from spinal_jax.report.method import method_section
 from spinal_jax.report.sections import (
     Chart,
     Facts,
@@ -84,7 +84,7 @@ def render_training_report(run: TrainingRun) -> str:
             kicker=f"Training run · {title} · {_kind(run)} · {run.last_step} steps",
             heading=_heading(run),
             answer=[
-                Text(headline(run), "lead"),
+                Text(training_headline(run), "lead"),
                 *(Text(Markup("<b>{}.</b> {}").format(word, text)) for word, text in evidence(run)),
                 Tiles(_tiles(run)),
                 Text(
@@ -92,7 +92,7 @@ def render_training_report(run: TrainingRun) -> str:
                     f"of a 95 % interval over {first.prompts['groups']} groups of prompts (jackknife).",
                     "note",
                 ),
-                Points(caveats(run)[:1], "limits"),
+                Points(training_caveats(run)[:1], "limits"),
             ],
             glance=[_first_and_last(run, drawn["over_training"])],
             sections=[
@@ -109,11 +109,11 @@ def render_training_report(run: TrainingRun) -> str:
                         _table(run),
                     ],
                 ),
-                Section("Caveats", [Points(caveats(run))]),
+                Section("Caveats", [Points(training_caveats(run))]),
                 Section("What was trained, on what", [Facts(_facts(run))]),
                 Section("All settings", [Facts([(code(name), value) for name, value in _flat(run.config)])]),
-                method(("contraction", "transport", "delta_align", "intervals")),
-                Section("Environment", [environment(first.environment)]),
+                method_section(("contraction", "transport", "delta_align", "intervals")),
+                Section("Environment", [environment_facts(first.environment)]),
             ],
             footer=Markup(
                 "The same numbers are in <code>onset.json</code>, <code>metrics.jsonl</code> and <code>traces/</code> "
@@ -186,7 +186,7 @@ def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Picture]:
     return [Picture(name, drawn[name], words[name]) for name in words if name in drawn]
 
 
-def headline(run: TrainingRun) -> str:
+def training_headline(run: TrainingRun) -> str:
     """What happened, in one sentence of plain words."""
     began, broke, last = run.onset["onset"], run.onset["destabilisation"], run.steps[-1]
     healthy = run.onset["healthy"]
@@ -213,7 +213,7 @@ def evidence(run: TrainingRun) -> list[tuple[str, str]]:
     return found
 
 
-def caveats(run: TrainingRun) -> list[str]:
+def training_caveats(run: TrainingRun) -> list[str]:
     """What a reader must know before trusting the verdict: the run's own conditions, then warnings of the first
     and the last trace."""
     noise, least, control = run.onset["noise_se"], run.onset["min_records"], run.onset["control"]
@@ -294,7 +294,7 @@ def _facts(run: TrainingRun) -> list[tuple[str, str | Markup]]:
             f"{data['held_out']:,} held out; {config['batch_size']} a step, seed {config['seed']}",
         ),
         traces,
-        ("Weights", digest(run.settings["weights"], "new")),
+        ("Weights", sha256_markup(run.settings["weights"], "new")),
     ]
 
 
@@ -328,12 +328,14 @@ def _table(run: TrainingRun) -> Table:
     for name, title, unit in MEASURED:
         head.append((title, unit))
         values = np.array([comparison.summary[name] for comparison in run.comparisons])
-        columns.append(column(values, np.array([_half(comparison.summary, name) for comparison in run.comparisons])))
+        columns.append(
+            number_cells(values, np.array([_half(comparison.summary, name) for comparison in run.comparisons]))
+        )
     for name, title, unit in BESIDE:
         values = run.recorded(name)
         if np.isfinite(values).any():
             head.append((title, unit))
-            columns.append(column(values))
+            columns.append(number_cells(values))
     marked = [run.onset[name]["step"] for name in ("onset", "destabilisation") if run.onset[name]]
     return Table("Every trace of the run", "step", head, run.steps.tolist(), by_row(columns), marked=marked)
 

@@ -44,7 +44,7 @@ PARTS = (
 )
 PROGRESS = "progress"  # what an audit has saved on its way
 # Settings that change nothing but where and how fast a run computes: it may go on with others.
-FREE = {"parallel", "overwrite", "cache", "checkpoint_every", "logging"}
+FREE_SETTINGS = {"parallel", "overwrite", "cache", "checkpoint_every", "logging"}
 HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REMEDY = "set overwrite=true to replace it, or choose another hydra.run.dir"
 
@@ -70,7 +70,7 @@ def check_incomplete(folder: Path, config: Mapping[str, object] | None = None) -
     raise (AlreadyDone if same else UserError)(f"{folder} already holds a complete run; {REMEDY}")
 
 
-def unfinished(folder: Path) -> bool:
+def has_progress(folder: Path) -> bool:
     """Whether an audit was cut off in the folder that can go on: what else it has left there may be replaced."""
     return (folder / PROGRESS).exists() and not (folder / MANIFEST).exists()
 
@@ -79,7 +79,7 @@ def without_free(values: object) -> Any:
     """The settings without those that may differ between equal runs, at any depth: FREE."""
     if not isinstance(values, Mapping):
         return values
-    return {name: without_free(value) for name, value in values.items() if name not in FREE}
+    return {name: without_free(value) for name, value in values.items() if name not in FREE_SETTINGS}
 
 
 def _as_json(values: Mapping[str, object]) -> Any:

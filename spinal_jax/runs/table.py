@@ -14,7 +14,7 @@ from spinal_jax.files import table, write_whole
 from spinal_jax.runs.find import Run
 
 KEYS = ("run", "command", "complete")  # the first columns
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 def swept(runs: Sequence[Run]) -> list[str]:
@@ -26,7 +26,7 @@ def swept(runs: Sequence[Run]) -> list[str]:
     return [name for name, values in seen.items() if len(values) > 1]
 
 
-def rows(runs: Sequence[Run], names: Mapping[Path, str]) -> list[Row]:
+def run_rows(runs: Sequence[Run], names: Mapping[Path, str]) -> list[TableRow]:
     """One mapping a run, all with the same keys: which run, the swept settings, and what it came to; None and NaN where
     a run does not have it. A setting and a number of one name are told apart as `setting:NAME`."""
     settings = swept(runs)
@@ -46,7 +46,7 @@ def _cell(value: object) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def write_csv(rows: Sequence[Row], file: Path) -> None:
+def write_csv(rows: Sequence[TableRow], file: Path) -> None:
     """The rows as CSV; what is not known is an empty field."""
     write_whole(file, table(rows).encode())
 
@@ -56,7 +56,7 @@ def has_parquet() -> bool:
     return importlib.util.find_spec("pyarrow") is not None
 
 
-def write_parquet(rows: Sequence[Row], file: Path) -> None:
+def write_parquet(rows: Sequence[TableRow], file: Path) -> None:
     """The rows as Parquet; a column of more than one type is one of texts, and what is not known is null."""
     import pyarrow
     from pyarrow import parquet

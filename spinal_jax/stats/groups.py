@@ -21,7 +21,7 @@ _PACKED = 1 << 21  # different words of which three fit into 64 bits
 _BLOCK, _TABLE = 1 << 22, 29  # words whose 3-grams are made at a time; bits of the largest table that counts them
 _FIRST, _AT_ONCE = 8, 512  # candidates of a gram that are compared first; and at a time
 
-Turns = tuple[tuple[str, str], ...]  # (role, content)
+Dialogue = tuple[tuple[str, str], ...]  # (role, content)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +69,7 @@ def group_of(text: str, groups: int) -> int:
     return int.from_bytes(hashed, "big") % groups
 
 
-def assign_groups(texts: Sequence[str], dialogues: Sequence[Turns], groups: int) -> tuple[np.ndarray, np.ndarray]:
+def assign_groups(texts: Sequence[str], dialogues: Sequence[Dialogue], groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Each prompt's group and each prompt's component.
 
     Args:
@@ -90,7 +90,7 @@ def assign_groups(texts: Sequence[str], dialogues: Sequence[Turns], groups: int)
     return group[component], component
 
 
-def components(dialogues: Sequence[Turns]) -> np.ndarray:
+def components(dialogues: Sequence[Dialogue]) -> np.ndarray:
     """[P] int64, the component of each prompt, numbered from 0 by first appearance.
 
     Two prompts are joined where their first turns are equal, or where the Jaccard similarity of their sets of word
@@ -142,7 +142,7 @@ class _GramSets:
     count: int  # of different shared grams
 
 
-def _gram_sets(dialogues: Sequence[Turns]) -> _GramSets:
+def _gram_sets(dialogues: Sequence[Dialogue]) -> _GramSets:
     known: dict[str, int] = {}
     words: list[np.ndarray] = []
     for turns in dialogues:

@@ -7,8 +7,9 @@ Groups of prompts differ in size, so this is the delete-m_j jackknife of Busing,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -122,6 +123,22 @@ class Estimate:
             return np.full(np.shape(self.value), np.nan)
         share = self.share.reshape(-1, *(1,) * np.ndim(self.value))
         return sign_flip_p(share * (self.value - self.influence.sum(axis=0)) + self.influence)
+
+
+class Replicates(NamedTuple):
+    """A column by boundary, from all groups of prompts and refitted without each group."""
+
+    full: Float[np.ndarray, " boundaries"]
+    without: Float[np.ndarray, "G boundaries"]  # NaN if there is only one group
+    sizes: Float[np.ndarray, " G"]  # rows, positions or pairs of each group
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate.of(self.full, self.without, self.sizes)
+
+    def apply(self, number: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+        """The estimate of `number(column)`, a function of [..., boundaries] that returns [...]."""
+        return Estimate.of(number(self.full), number(self.without), self.sizes)
 
 
 def t_quantile(degrees_of_freedom: int | float) -> float:

@@ -43,7 +43,7 @@ def sign_flip_p(contributions: Num[np.ndarray, " G *n"]) -> Float[np.ndarray, "*
     return found.reshape(shape)
 
 
-def method(groups: int) -> str:
+def sign_flip_method(groups: int) -> str:
     """How `sign_flip_p` counts for this many groups, in words."""
     return "exact" if groups <= EXACT_GROUPS else f"{DRAWS} random sign flips, seed 0"
 

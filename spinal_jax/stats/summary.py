@@ -10,19 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 from spinal_jax.metrics import depth
-from spinal_jax.stats.jackknife import Estimate, Numbers
+from spinal_jax.stats.jackknife import Estimate, Numbers, Replicates
 
-FLAT = 3.0  # standard errors that the path must be longer than noise alone makes it
+FLAT_SE = 3.0  # standard errors that the path must be longer than noise alone makes it
 NOISE_STEP = math.sqrt(2 / math.pi)  # mean of |z| of a standard normal z: a step of pure noise in its standard errors
-FEWEST = 4  # boundaries of the terminal block that coherence needs
-
-
-class Replicates(NamedTuple):
-    """A column from all groups of prompts and without each."""
-
-    full: Float[np.ndarray, " boundaries"]
-    without: Float[np.ndarray, "G boundaries"]  # NaN where there is but one group
-    sizes: Float[np.ndarray, " G"]  # what was measured of each group
+MIN_BOUNDARIES = 4  # boundaries of the terminal block that coherence needs
 
 
 class Coherence(NamedTuple):
@@ -32,7 +24,7 @@ class Coherence(NamedTuple):
     reason: str
 
 
-def coherence(columns: Mapping[str, Replicates], terminal: tuple[int, int]) -> Coherence:
+def coherence_estimate(columns: Mapping[str, Replicates], terminal: tuple[int, int]) -> Coherence:
     """S_coh: the mean over columns of `1 - sum|second differences| / (2 sum|first differences|)` over the terminal
     block.
 
@@ -54,16 +46,16 @@ def coherence(columns: Mapping[str, Replicates], terminal: tuple[int, int]) -> C
             return np.abs(np.diff(x[..., span], axis=-1)).sum(axis=-1)
 
         def smooth(x: Float[np.ndarray, "*n boundaries"]) -> Float[Numbers, "*n"]:
-            return np.apply_along_axis(depth.coherence, -1, x[..., span])
+            return np.apply_along_axis(depth.curve_coherence, -1, x[..., span])
 
         found.append(Estimate.of(smooth(column.full), smooth(column.without), column.sizes))
         steps = Estimate.of(np.diff(column.full[span]), np.diff(column.without[:, span], axis=-1), column.sizes)
         moved = Estimate.of(path(column.full), path(column.without), column.sizes)
-        if last - first + 1 < FEWEST:
-            reasons.append(f"the terminal block has {last - first + 1} boundaries and coherence needs {FEWEST}")
+        if last - first + 1 < MIN_BOUNDARIES:
+            reasons.append(f"the terminal block has {last - first + 1} boundaries and coherence needs {MIN_BOUNDARIES}")
         elif math.isnan(float(moved.value)):
             reasons.append(f"{name} is undefined in the terminal block")
-        elif float(moved.value) <= NOISE_STEP * float(steps.error.sum()) + FLAT * float(moved.error):
+        elif float(moved.value) <= NOISE_STEP * float(steps.error.sum()) + FLAT_SE * float(moved.error):
             reasons.append(f"{name} is flat within noise in the terminal block")
     mean = found[0]
     for other in found[1:]:

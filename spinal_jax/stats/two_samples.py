@@ -18,7 +18,7 @@ ROUNDING = 1e-12  # relative: statistics that differ by less are equal
 
 
 @dataclass(frozen=True)
-class Difference:
+class MeanDifference:
     """Mean of one sample less mean of another, with Welch's 95 % interval. NaN where a sample has fewer than two."""
 
     value: float
@@ -39,17 +39,17 @@ class Difference:
         return self.value + self.half
 
 
-def welch(one: Num[np.ndarray, " S"], other: Num[np.ndarray, " R"]) -> Difference:
+def welch(one: Num[np.ndarray, " S"], other: Num[np.ndarray, " R"]) -> MeanDifference:
     """Mean of `one` [S] less mean of `other` [R], with Welch's t interval."""
     if len(one) < 2 or len(other) < 2 or not (np.isfinite(one).all() and np.isfinite(other).all()):
         value = float(np.mean(one) - np.mean(other)) if len(one) and len(other) else math.nan
-        return Difference(value, math.nan, math.nan)
+        return MeanDifference(value, math.nan, math.nan)
     sizes = np.array([len(one), len(other)], np.float64)
     parts = np.array([one.var(ddof=1), other.var(ddof=1)]) / sizes
     square = float(parts.sum())
     freedom = square**2 / float(np.sum(parts**2 / (sizes - 1))) if square > 0 else float(sizes.sum() - 2)
     value = float(one.mean() - other.mean())
-    return Difference(value, math.sqrt(square), freedom)
+    return MeanDifference(value, math.sqrt(square), freedom)
 
 
 def permutation_p(one: Num[np.ndarray, " S"], other: Num[np.ndarray, " R"]) -> float:

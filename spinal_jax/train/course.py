@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from spinal_jax.audit import pipeline
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.errors import StoppedElsewhere
 from spinal_jax.models.parts import Parts
 from spinal_jax.objectives.step import TrainState
 from spinal_jax.parallel.agreement import StopRequests, of_leader
+from spinal_jax.progress import Advance, Bar, Say
 from spinal_jax.train.checkpoints import Checkpoints
 from spinal_jax.train.folder import TrainingFolder
 from spinal_jax.train.history import History
@@ -20,8 +20,6 @@ from spinal_jax.train.loop import Task, evaluate, optimise
 # By how much the loss of the first step may differ from ln 2, the reference having been computed in another order.
 FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 SAVES = 4  # parts of a run after each of which there is a checkpoint, where nothing is said
-
-Say = Callable[[str], None]
 
 
 def due(every: int | tuple[int, ...], stop: int) -> frozenset[int]:
@@ -41,7 +39,7 @@ def run_course(
     history: History,
     saved: Checkpoints,
     out: TrainingFolder | None,
-    bar: pipeline.Bar,
+    bar: Bar,
     say: Say,
 ) -> tuple[TrainState, dict[str, float]]:
     """All steps that are left, and between them a checkpoint, an evaluation and a trace where they are due."""
@@ -111,11 +109,11 @@ def run_course(
     return state, {**last, **found}
 
 
-def _heeding(bar: pipeline.Bar, requests: StopRequests) -> pipeline.Bar:
+def _heeding(bar: Bar, requests: StopRequests) -> Bar:
     """Progress of a trace that ends between batches where a process was asked to stop."""
 
     @contextlib.contextmanager
-    def opened(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def opened(what: str, total: int, unit: str) -> Iterator[Advance]:
         def advanced(amount: int) -> None:
             advance(amount)
             if what == "audit":  # whose batches all processes count alike

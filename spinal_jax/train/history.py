@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import Devices
-from spinal_jax.audit.measure import Measurement, Reference, keep, measure
+from spinal_jax.audit.measure import Measurement, Reference, keep_reference, measure
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.compare import BothModels, compare_traces
 from spinal_jax.comparison.onset import Rules, StepRecord, detect, recall, record_of, save_onset
@@ -18,6 +18,7 @@ from spinal_jax.data.packing import Plan
 from spinal_jax.errors import NotLeader
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.parallel.agreement import of_leader
+from spinal_jax.progress import Bar
 from spinal_jax.train.folder import ONSET, TRACES, TrainingFolder, trace_name
 
 
@@ -44,7 +45,7 @@ class History:
         settings: MetricsConfig,
         records: tuple[dict[str, Any], dict[str, Any]],
         out: TrainingFolder | None,
-        bar: pipeline.Bar,
+        bar: Bar,
         rules: Rules,
         devices: Devices,
     ):
@@ -64,7 +65,7 @@ class History:
         self.rules = rules
         self.model_record, self.prompts_record = records
         self.config = model.config
-        self.reference: Reference = keep(model, pool, settings, bar, alone=True, devices=devices)
+        self.reference: Reference = keep_reference(model, pool, settings, bar, alone=True, devices=devices)
         self.first = self.last = self._trace(self.reference.measurement, 0) if self.reference.measurement else None
         self.records: list[StepRecord] = []
         self.beside: list[dict[str, float]] = []
@@ -84,7 +85,7 @@ class History:
             self.detected = detect(self.records, self.beside, self.rules)
         self.health = Health(*of_leader(_health(self.detected)))
 
-    def add(self, step: int, model: Decoder, beside: dict[str, float], bar: pipeline.Bar) -> Health:
+    def add(self, step: int, model: Decoder, beside: dict[str, float], bar: Bar) -> Health:
         """Traces the policy after `step` updates, writes what is found, and returns what it says of the run.
 
         Args:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save
 from spinal_jax.errors import UserError
 from spinal_jax.files import write_whole
 from spinal_jax.objectives.responses import Example, ResponseBatch, Shape, micro_batches
+from spinal_jax.progress import Advance
 
 Score = Callable[[ResponseBatch], np.ndarray]  # log-probability [S] of each sequence
 
@@ -37,7 +38,7 @@ def fingerprint(weights: str, dtype: str, examples: Iterable[Example]) -> str:
 
 
 def score_examples(
-    examples: Sequence[Example], batch_size: int, shape: Shape, score: Score, advance: Callable[[int], None]
+    examples: Sequence[Example], batch_size: int, shape: Shape, score: Score, advance: Advance
 ) -> np.ndarray:
     """float32 [examples, sequences of each]: log-probabilities, `batch_size` examples being packed at a time."""
     found = np.zeros((len(examples), len(examples[0])), np.float32)
@@ -63,7 +64,7 @@ def cached(file: Path, count: int, width: int) -> np.ndarray:
     return found
 
 
-def keep(file: Path, logp: np.ndarray) -> None:
+def save_cached(file: Path, logp: np.ndarray) -> None:
     """Writes the file whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, save({"logp": logp}))

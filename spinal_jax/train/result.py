@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax import Array
 
-from spinal_jax.audit import pipeline
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.models import lora
 from spinal_jax.models.formats.base import Checkpoint
@@ -18,6 +17,7 @@ from spinal_jax.models.formats.memory import MemoryCheckpoint
 from spinal_jax.models.parts import Parts, take_apart
 from spinal_jax.objectives.step import Arrays, TrainState
 from spinal_jax.parallel.agreement import leads, to_host
+from spinal_jax.progress import Bar
 from spinal_jax.train.checkpoints import Checkpoints
 from spinal_jax.train.history import History
 
@@ -33,9 +33,7 @@ def chosen(
     return healthy, saved.load(healthy, state)
 
 
-def export_result(
-    checkpoint: Checkpoint, parts: Parts, arrays: Arrays, out: Path, name: str, bar: pipeline.Bar
-) -> None:
+def export_result(checkpoint: Checkpoint, parts: Parts, arrays: Arrays, out: Path, name: str, bar: Bar) -> None:
     """The model as a Hugging Face folder, adapters merged into its weights. Of several processes the first writes it,
     from a copy of the weights in its host's memory."""
     model = parts.assemble(arrays)

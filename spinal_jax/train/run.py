@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,12 @@ from spinal_jax.parallel.mesh import (
     shard_rows,
 )
 from spinal_jax.parallel.placement import Choice, Shards
+from spinal_jax.progress import Advance, Bar, Say, no_bar
 from spinal_jax.report.training import write_training_report
 from spinal_jax.runs import folder as run_folder
 from spinal_jax.train import reference as references
 from spinal_jax.train.checkpoints import Checkpoints
-from spinal_jax.train.course import Say, due, run_course
+from spinal_jax.train.course import due, run_course
 from spinal_jax.train.folder import CHECKPOINTS, MODEL, TrainingFolder
 from spinal_jax.train.history import History
 from spinal_jax.train.loop import Diverged, Lookup, Task
@@ -92,7 +93,7 @@ class Trained:
         return "\n".join(lines)
 
 
-def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None, say: Say | None = None) -> Trained:
+def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Say | None = None) -> Trained:
     """Trains what `config` says into `folder`, going on where a run with the same settings was cut off.
 
     Processes that share the run each read the weights that their devices hold, make their own rows of every batch and
@@ -112,7 +113,7 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
         StoppedElsewhere: another process was asked to stop.
     """
     seconds: dict[str, float] = {}
-    bar, say = _timed(bar or pipeline.bars(False), seconds), (say if leads() else None) or (lambda line: None)
+    bar, say = _timed(bar or no_bar, seconds), (say if leads() else None) or (lambda line: None)
     mesh = make_mesh(config.parallel)
     with contextlib.ExitStack() as stack:
         checkpoint, family, decoder = stack.enter_context(pipeline.opened(config.model))
@@ -121,7 +122,9 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
         stop = config.steps or math.ceil(config.epochs * len(examples.train) / config.batch_size)
         shape = micro_shape(config, decoder, examples, stop, mesh)
         prompts = pipeline.read_prompt_set(config.prompts)
-        choice = Choice(Shards.of(mesh, table_bytes(config, decoder)) if mesh.size > 1 else None, None)
+        choice = Choice(
+            Shards.of(mesh, pipeline.unembedding_bytes(decoder, config.model.dtype)) if mesh.size > 1 else None, None
+        )
         devices = devices_of(choice)
         slots = gram_home(decoder, config.metrics, state_bytes(config, decoder), devices).slots
         pool = pipeline.plan_prompts(
@@ -142,7 +145,7 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
             "prompts": prompts.sha256,
             "control": rules.control,
         }
-        pipeline.check_alike(checkpoint, pool, choice)
+        pipeline.check_processes_agree(checkpoint, pool, choice)
         check_same({"examples": started_with["examples"], "onset.control": repr(rules.control)})
         pipeline.check_weights(checkpoint, weights)
         out = None
@@ -153,7 +156,7 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
         model = pipeline.load(checkpoint, family, decoder, config.model.dtype, bar, devices)
         if config.lora.rank:
             lora.attach(model, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
-        parts, parameters, fixed = split(model, config, mesh)
+        parts, parameters, fixed = split_parameters(model, config, mesh)
         del model
         method = optimizer(config.optimizer, stop)
         state = begin(parameters, method, mesh)
@@ -191,11 +194,11 @@ def run_train(config: TrainConfig, folder: Path, bar: pipeline.Bar | None = None
     return trained
 
 
-def _timed(bar: pipeline.Bar, seconds: dict[str, float]) -> pipeline.Bar:
+def _timed(bar: Bar, seconds: dict[str, float]) -> Bar:
     """Progress bars that add how long each stage took to `seconds`."""
 
     @contextlib.contextmanager
-    def opened(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def opened(what: str, total: int, unit: str) -> Iterator[Advance]:
         begin = time.perf_counter()
         with bar(what, total, unit) as advance:
             yield advance
@@ -212,18 +215,13 @@ def begin(parameters: Arrays, method: optax.GradientTransformation, mesh: Mesh) 
     return TrainState(parameters, moments, placed(np.int32(0), on_all(mesh)))
 
 
-def split(model: Any, config: TrainConfig, mesh: Mesh) -> tuple[Parts, Arrays, Arrays]:
+def split_parameters(model: Any, config: TrainConfig, mesh: Mesh) -> tuple[Parts, Arrays, Arrays]:
     """(structure, parameters that are trained, float32, and those that are not), each placed on the mesh."""
     parts, arrays = take_apart(model)
     trained = parts.paths(nnx.LoRAParam if config.lora.rank else nnx.Param)
     parameters = cast({name: arrays[name] for name in sorted(trained)}, jnp.float32)
     fixed = {name: x for name, x in arrays.items() if name not in trained}
     return parts, shard_parameters(parameters, mesh), shard_parameters(fixed, mesh)
-
-
-def table_bytes(config: TrainConfig, decoder: DecoderConfig) -> int:
-    """Of the unembedding."""
-    return decoder.vocab_size * decoder.width * jnp.dtype(config.model.dtype).itemsize
 
 
 def state_bytes(config: TrainConfig, decoder: DecoderConfig) -> int:
@@ -295,7 +293,7 @@ def _reference(
     mesh: Mesh,
     stop: int,
     weights: str,
-    bar: pipeline.Bar,
+    bar: Bar,
 ) -> tuple[Lookup | None, Lookup | None, Arrays | None]:
     """Where log-probabilities under the reference come from: of training and of held-out examples, or the parameters of
     a reference that is computed beside each step."""
@@ -319,7 +317,7 @@ def _reference(
                 chosen = [some[i] for i in unknown]
                 logp[unknown] = references.score_examples(chosen, config.batch_size, shape, score, advance)
             if leads():
-                references.keep(file, logp)
+                references.save_cached(file, logp)
         return lambda numbers: logp[list(numbers)]
 
     # In the order in which the run meets them, so that examples are packed as they will be.

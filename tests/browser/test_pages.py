@@ -16,7 +16,7 @@ from spinal_jax.audit.trace import save_trace
 from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.report import draw_report
-from spinal_jax.report.collect import collect
+from spinal_jax.report.collect import collect_runs
 from tests.laws.planted import both_models, flat, simulated
 from tests.laws.test_collect import finish
 from tests.laws.test_training_report import CONFIG, write_run
@@ -56,7 +56,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     finish(folder / "comparison", "compare", {"model": {"source": "m"}})
     (folder / "cut off").mkdir()
     (folder / "cut off" / "settings.json").write_text(json.dumps({"config": CONFIG | {"seed": 1}}))
-    return {**drawn, "index": collect([folder]).files[-1]}
+    return {**drawn, "index": collect_runs([folder]).files[-1]}
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spinal_jax.cli.attribution_job import split
+from spinal_jax.cli.attribution_job import split_arguments
 from spinal_jax.cli.commands import COMMANDS
 
 from .test_compose import composing, record_of
@@ -53,7 +53,7 @@ def test_commands_are_taken(document: Path) -> None:
             name, *arguments = words
             assert name in COMMANDS, words
             if name == "attribute" and "experiment=attribution" in arguments:
-                name, arguments = "train", split(arguments)[0][:-1]  # without -m
+                name, arguments = "train", split_arguments(arguments)[0][:-1]  # without -m
             if COMMANDS[name].record is None or {"...", "-m"} & {*arguments}:
                 continue  # folders, a sweep over lists, or a line that leaves something out
             found = settings(name, *(word for word in arguments if not word.startswith("hydra")))

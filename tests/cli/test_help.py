@@ -74,7 +74,7 @@ def test_no_file_of_a_group_states_a_default_again(name: str) -> None:
     command = COMMANDS[name]
     parts = {**defaults_of(RECORDS[name]), **{k: defaults_of(v) for k, v in optional_parts(RECORDS[name]).items()}}
     for part, folder in command.folders.items():
-        for file in pages.files_of(folder) if part in parts else []:
+        for file in pages.group_files(folder) if part in parts else []:
             said = OmegaConf.to_container(OmegaConf.load(pages.conf_folder() / folder / f"{file}.yaml"))
             assert isinstance(said, dict)
             for key, value in said.items():

@@ -284,7 +284,7 @@ def test_what_cannot_be_shared_is_refused(spinal: Spinal, settings: tuple[str, .
 LOAD = """
 import json, sys
 import jax.numpy as jnp, numpy as np
-from spinal_jax.parallel.distributed import Place, start
+from spinal_jax.parallel.distributed import ClusterSpec, start
 from spinal_jax.parallel.mesh import make_mesh
 from spinal_jax.parallel.placement import Shards
 from spinal_jax.config import ParallelConfig
@@ -296,7 +296,7 @@ from spinal_jax.models.parts import take_apart
 from spinal_jax.models.translate import load_decoder
 
 service, process, sizes, *sources = sys.argv[1:]
-start(Place(service, 2, int(process)), 60)
+start(ClusterSpec(service, 2, int(process)), 60)
 read = []
 for kind, name in ((SafetensorsFolder, "_rows"), (SafetensorsFolder, "_block"), (GgufFile, "_read")):
     def counted(*of, method=getattr(kind, name)):

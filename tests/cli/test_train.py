@@ -194,7 +194,7 @@ def refused(spinal: Spinal, tmp_path: Path, changes: tuple[str, ...], *words: st
         (("optimizer.schedule=step",), ["optimizer.schedule", "'step'", "linear", "cosine", "constant"]),
         (("objective.beta=0",), ["objective.beta", "0", "above 0"]),
         (("objective.label_smoothing=0.1",), ["objective.label_smoothing", "0.1", "cdpo"]),
-        (("lora.rank=2", "lora.targets=[q_prj]"), ["lora.targets", "'q_prj'", "attention.query", lora.ALL]),
+        (("lora.rank=2", "lora.targets=[q_prj]"), ["lora.targets", "'q_prj'", "attention.query", lora.ALL_LINEAR]),
         (("preferences=null",), ["objective=dpo", "preferences=world", "preferences.path"]),
         (("objective=lm",), ["objective=lm", "corpus=world"]),
         (("parallel.data=3",), ["parallel", "3", "8 devices"]),

@@ -17,7 +17,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.convert import convert
 from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.models.translate import parameter_shapes, places
+from spinal_jax.models.translate import parameter_shapes, tensor_targets
 
 CONFIG = {
     "model_type": "llama",
@@ -41,7 +41,7 @@ def write_model(folder: Path, seed: int = 0, shards: int = 2, dtype: Any = np.fl
     shapes = parameter_shapes(config)
     rng = np.random.default_rng(seed)
     tensors = {}
-    for place in places(family.rules(config), config, shapes):
+    for place in tensor_targets(family.rules(config), config, shapes):
         parts = [rng.normal(size=shapes[path].shape[len(place.row) :]).astype(dtype) for path in place.paths]
         tensors[place.name] = place.rule.join(parts, config)
     folder.mkdir()

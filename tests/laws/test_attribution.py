@@ -16,12 +16,12 @@ from spinal_jax.comparison.attribution import (
     UNDECIDED,
     Attribution,
     attributed,
-    judged,
+    attribution_shortfalls,
+    judge_effect,
     load_attribution,
     save_attribution,
-    shortfalls,
 )
-from spinal_jax.comparison.attribution_runs import BY_BOUNDARY, AttributedRun, check_alike
+from spinal_jax.comparison.attribution_runs import BY_BOUNDARY, AttributedRun, check_comparable_runs
 from spinal_jax.errors import UserError
 from spinal_jax.stats.two_samples import permutation_p, rank_correlation, welch
 
@@ -55,7 +55,7 @@ def run(arm: str, number: int, value: float, rng: np.random.Generator, **more: A
 def verdicts(effect: float, trials: int, seed: int, **how: Any) -> np.ndarray:
     rng = np.random.default_rng(seed)
     margin = how.pop("margin", None)
-    return np.array([judged(*halves(arms(rng, effect, **how)), margin)[2] for _ in range(trials)])
+    return np.array([judge_effect(*halves(arms(rng, effect, **how)), margin)[2] for _ in range(trials)])
 
 
 def test_equal_arms_are_rarely_attributable() -> None:
@@ -179,9 +179,9 @@ def test_every_number_has_its_effect_and_boundaries_are_corrected() -> None:
 def test_runs_that_do_not_match_are_refused_by_name(more: dict[str, Any], words: str) -> None:
     rng = np.random.default_rng(13)
     runs = arms(rng, 0.0)
-    check_alike(runs, True)
+    check_comparable_runs(runs, True)
     with pytest.raises(UserError, match=words) as refused:
-        check_alike([*runs, run("control", 99, 0.0, rng, **more)], True)
+        check_comparable_runs([*runs, run("control", 99, 0.0, rng, **more)], True)
     assert str(refused.value).startswith("runs/")
 
 
@@ -193,10 +193,10 @@ def test_arms_may_differ_in_objective_labels_and_seeds_and_in_base_where_allowed
         run("beside", 0, 0.0, rng, trained=own),
         run("control", 9, 0.0, rng, trained={}, folder="x"),
     ]
-    check_alike(runs, True)
+    check_comparable_runs(runs, True)
     assert any("their budget" in line for line in attributed(runs).warnings)
     other = [*runs, run("control", 98, 0.0, rng, reference="ef")]
-    check_alike(other, False)
+    check_comparable_runs(other, False)
     assert any("bases of their own" in line for line in attributed(other).warnings)
 
 
@@ -210,8 +210,8 @@ def test_files_tell_the_same_and_the_gate_reads_the_verdict(tmp_path: Path) -> N
     save_attribution(found, tmp_path / "a")
     same(load_attribution(tmp_path / "a"), found)
     assert len((tmp_path / "a" / "attribution.csv").read_text().splitlines()) == 1 + 2 * RUNS
-    assert shortfalls(found, verdict="attributable") == []
-    assert shortfalls(found, verdict="equivalent") == ["the verdict is 'attributable', not 'equivalent'"]
+    assert attribution_shortfalls(found, verdict="attributable") == []
+    assert attribution_shortfalls(found, verdict="equivalent") == ["the verdict is 'attributable', not 'equivalent'"]
     (tmp_path / "a" / "attribution.json").write_text('{"schema": "spinal-attribution/9"}')
     with pytest.raises(UserError, match="spinal-attribution/9"):
         load_attribution(tmp_path / "a")

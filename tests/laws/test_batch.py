@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinal_jax.data.packing import SLOTS, Plan, Positions, TokenBatch, TokenSequence, plan
+from spinal_jax.data.packing import SLOTS, Plan, Positions, TokenBatch, TokenSequence, plan_batches
 from spinal_jax.errors import UserError
 
 SELECTORS = ["last:1", "last:4", "stride:1", "stride:7", "all", "response:1", "response:3"]
@@ -117,7 +117,7 @@ def test_every_token_is_computed_once_and_every_position_measured_once(
     parts: list[tuple[int, int, float]], selector: str, skip: int, batch_tokens: int
 ) -> None:
     sizes, groups, starts = map(list, zip(*parts, strict=True))
-    work = plan(pool(sizes, groups, starts), Positions.parse(selector), skip, batch_tokens, slots=SLOTS)
+    work = plan_batches(pool(sizes, groups, starts), Positions.parse(selector), skip, batch_tokens, slots=SLOTS)
     check(work, selector, skip)
     assert len({(b.height, b.length, b.measured) for b in work.batches}) == 1  # one length class, one compiled step
     for packed in work.batches:
@@ -127,7 +127,9 @@ def test_every_token_is_computed_once_and_every_position_measured_once(
 @settings(max_examples=15)
 @given(st.lists(st.sampled_from([5, 512, 513, 700, 2048, 2100]), min_size=1, max_size=12), st.integers(1, 3))
 def test_long_sequences_get_shapes_of_their_own(sizes: list[int], groups: int) -> None:
-    work = plan(pool(sizes, [n % groups for n in range(len(sizes))]), Positions.parse("last:4"), 1, 2048, slots=SLOTS)
+    work = plan_batches(
+        pool(sizes, [n % groups for n in range(len(sizes))]), Positions.parse("last:4"), 1, 2048, slots=SLOTS
+    )
     check(work, "last:4", 1)
     classes = {512 if size <= 512 else 2048 if size <= 2048 else 8192 for size in sizes}
     assert len({(b.height, b.length, b.measured) for b in work.batches}) == len(classes)
@@ -141,7 +143,7 @@ def test_padding_is_below_a_tenth_of_the_tokens(most: int, batch_tokens: int) ->
     rng = np.random.default_rng(most)
     # Dialogue prompts: lengths of a log-normal kind, a median of 90 tokens, the long ones cut.
     sizes = np.clip(np.exp(rng.normal(4.5, 0.8, size=512)), 5, most).astype(int).tolist()
-    work = plan(
+    work = plan_batches(
         pool(sizes, rng.integers(0, 16, size=512).tolist()), Positions.parse("last:4"), 1, batch_tokens, slots=SLOTS
     )
     assert work.waste < 0.10
@@ -149,19 +151,19 @@ def test_padding_is_below_a_tenth_of_the_tokens(most: int, batch_tokens: int) ->
 
 def test_a_prompt_beyond_the_last_length_class_is_refused() -> None:
     with pytest.raises(UserError, match=r"131073 tokens.*prompts\.max_length"):
-        plan([TokenSequence(np.zeros(131073, np.int32), 0)], Positions.parse("all"), 1, 2048)
+        plan_batches([TokenSequence(np.zeros(131073, np.int32), 0)], Positions.parse("all"), 1, 2048)
 
 
 def test_equal_pools_give_equal_plans() -> None:
     rng = np.random.default_rng(0)
     sequences = pool(rng.integers(1, 80, size=40).tolist(), rng.integers(0, 4, size=40).tolist())
-    first, second = (plan(sequences, Positions.parse("last:4"), 1, 512) for _ in range(2))
+    first, second = (plan_batches(sequences, Positions.parse("last:4"), 1, 512) for _ in range(2))
     assert first.batches == second.batches
     assert first.visits == second.visits
 
 
 def test_a_batch_is_a_tree_of_arrays() -> None:
-    (batch,) = plan(pool([9], [0]), Positions.parse("last:4"), 1, 64)
+    (batch,) = plan_batches(pool([9], [0]), Positions.parse("last:4"), 1, 64)
     leaves, shape = jax.tree.flatten(batch)
     dtypes = {name: np.asarray(value).dtype.name for name, value in vars(batch).items()}
     assert len(leaves) == len(dtypes) == 9
@@ -217,7 +219,7 @@ def test_the_response_selector_needs_responses() -> None:
 def test_every_group_has_a_slot_of_its_own_where_nothing_leaves() -> None:
     """Padding names the slot of the last row, so that it is no group of its own."""
     groups = [n % 7 for n in range(40)]
-    work = plan(pool([20] * 40, groups), Positions.parse("last:4"), 1, 400, groups=9)
+    work = plan_batches(pool([20] * 40, groups), Positions.parse("last:4"), 1, 400, groups=9)
     assert (work.slots, work.leaves) == (9, False)
     assert all(visit.slot == visit.group for visit in work.visits)
     assert work.groups_at_once == max(len(set(batch.slots.tolist())) for batch in work) > 2

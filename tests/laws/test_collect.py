@@ -18,9 +18,9 @@ from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import collect as write
-from spinal_jax.report.collect import collect
+from spinal_jax.report.collect import collect_runs
 from spinal_jax.runs.find import find_runs
-from spinal_jax.runs.table import rows, swept
+from spinal_jax.runs.table import run_rows, swept
 
 from .test_report import Page
 from .test_training_report import CONFIG, ends, write_run
@@ -59,7 +59,7 @@ def folder(tmp_path: Path, make_trace: Maker, ends: tuple[DepthTrace, DepthTrace
 
 
 def test_the_table_has_a_row_for_each_run_and_a_column_for_what_differs(folder: Path) -> None:
-    collect([folder])
+    collect_runs([folder])
     with (folder / "runs.csv").open(newline="") as file:
         found = {row["run"]: row for row in csv.DictReader(file)}
     assert sorted(found) == ["compared", "cut off", "sweep/0", "sweep/1", "sweep/7", "trained"]
@@ -82,10 +82,10 @@ def test_the_table_has_a_row_for_each_run_and_a_column_for_what_differs(folder: 
 
 
 def test_parquet_holds_what_csv_holds(folder: Path, tmp_path: Path) -> None:
-    collect([folder], tmp_path / "out")
+    collect_runs([folder], tmp_path / "out")
     found = parquet.read_table(tmp_path / "out" / "runs.parquet").to_pylist()
     runs = find_runs([folder])
-    expected = rows(runs, {run.folder: run.folder.relative_to(folder).as_posix() for run in runs})
+    expected = run_rows(runs, {run.folder: run.folder.relative_to(folder).as_posix() for run in runs})
     assert [
         {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
         for row in expected
@@ -94,12 +94,12 @@ def test_parquet_holds_what_csv_holds(folder: Path, tmp_path: Path) -> None:
 
 def test_without_pyarrow_the_table_is_csv_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "has_parquet", lambda: False)
-    files = collect([folder], tmp_path / "out").files
+    files = collect_runs([folder], tmp_path / "out").files
     assert [file.name for file in files] == ["runs.csv", "index.html"]
 
 
 def test_the_page_lists_links_draws_and_escapes(folder: Path, tmp_path: Path) -> None:
-    collect([folder], tmp_path / "out")
+    collect_runs([folder], tmp_path / "out")
     text = (tmp_path / "out" / "index.html").read_text()
     page = Page(text)
     assert "<i>tiny" not in text
@@ -111,13 +111,13 @@ def test_the_page_lists_links_draws_and_escapes(folder: Path, tmp_path: Path) ->
         assert [line["label"] for line in panel["lines"]] == ["sweep/0", "sweep/1", "trained"]
     assert not page.open  # every element is closed
     again = tmp_path / "again" / "index.html"
-    collect([folder], again.parent)
+    collect_runs([folder], again.parent)
     assert again.read_text() == text
 
 
 def test_the_same_run_named_twice_is_one(folder: Path, tmp_path: Path) -> None:
-    once = collect([folder], tmp_path / "one")
-    twice = collect([folder, folder / "sweep", folder / "trained"], tmp_path / "two")
+    once = collect_runs([folder], tmp_path / "one")
+    twice = collect_runs([folder, folder / "sweep", folder / "trained"], tmp_path / "two")
     assert len(once.runs) == len(twice.runs) == 6
     assert (tmp_path / "one" / "runs.csv").read_text() == (tmp_path / "two" / "runs.csv").read_text()
 
@@ -136,7 +136,7 @@ def test_mistakes(prepare: str | None, folders: list[str], out: str | None, word
     if prepare is not None:
         (folder / str(out) / prepare).write_text("mine")
     with pytest.raises(UserError, match=re.escape(words)):
-        collect([folder / name for name in folders], None if out is None else folder / out)
+        collect_runs([folder / name for name in folders], None if out is None else folder / out)
     if prepare is not None:
         assert (folder / str(out) / prepare).read_text() == "mine"
 
@@ -144,4 +144,4 @@ def test_mistakes(prepare: str | None, folders: list[str], out: str | None, word
 def test_a_complete_run_that_cannot_be_read_is_named(folder: Path) -> None:
     (folder / "sweep" / "0" / "trace.json").write_text("{")
     with pytest.raises(UserError, match=r"sweep/0/trace.json"):
-        collect([folder])
+        collect_runs([folder])

@@ -35,7 +35,7 @@ def test_sections_and_units_of_a_trace_are_those_of_its_columns() -> None:
         column("alpha")
 
 
-# A new column is an entry of TRACE and its value in `audit.measure.curve`; the test's traces make their values up.
+# A new column is an entry of TRACE and its value in `audit.measure.depth_curve`; the test's traces have made-up values.
 PROGRAM = """
 from spinal_jax.metrics import columns
 

@@ -18,9 +18,9 @@ from spinal_jax.comparison.flow import compare
 from spinal_jax.comparison.ranking import rank, save_ranking
 from spinal_jax.comparison.record import BOTH, METRICS, Comparison, load_comparison, save_comparison
 from spinal_jax.comparison.score import Weights
-from spinal_jax.comparison.verdict import driver, shortfalls, verdict
+from spinal_jax.comparison.verdict import comparison_shortfalls, driver, verdict
 from spinal_jax.errors import UserError
-from spinal_jax.metrics.depth import coherence
+from spinal_jax.metrics.depth import curve_coherence
 from spinal_jax.stats.jackknife import Estimate, t_quantile
 
 from .planted import GROUPS, POSITIONS, Truth, both_models, flat, simulated
@@ -162,7 +162,9 @@ def test_the_numbers_are_those_of_the_definition(pair: Pair, both: BothModels) -
     delta = np.mean(a["contraction"][first:] - b["contraction"][first:])
     delta -= np.mean(a["transport"][first:] - b["transport"][first:])
     assert found.summary["delta_align"] == pytest.approx(delta, rel=1e-12)
-    smooth, before = ((coherence(x["contraction"][first:]) + coherence(x["transport"][first:])) / 2 for x in (a, b))
+    smooth, before = (
+        (curve_coherence(x["contraction"][first:]) + curve_coherence(x["transport"][first:])) / 2 for x in (a, b)
+    )
     assert found.summary["coherence"] == pytest.approx(smooth, rel=1e-12)
     assert found.summary["gradient_concentration"] == pytest.approx(share, rel=1e-12)
     score = 0.5 * delta + 0.2 * smooth + 0.3 * share
@@ -439,8 +441,8 @@ def test_evidence_that_falls_short_is_told(pair: Pair) -> None:
         "p_value": 0.001,
         "holds": 1.0,
     }
-    assert shortfalls(found, **enough) == []
-    assert shortfalls(found) == []
+    assert comparison_shortfalls(found, **enough) == []
+    assert comparison_shortfalls(found) == []
     more = {
         "verdict": "toward expansion",
         "delta_align_low": low + 1e-9,
@@ -448,12 +450,12 @@ def test_evidence_that_falls_short_is_told(pair: Pair) -> None:
         "p_value": 1e-9,
     }
     for name, value in more.items():
-        assert len(shortfalls(found, **{**enough, name: value})) == 1, name
-    (line,) = shortfalls(found, spinal_score_low=0.0)  # not defined
+        assert len(comparison_shortfalls(found, **{**enough, name: value})) == 1, name
+    (line,) = comparison_shortfalls(found, spinal_score_low=0.0)  # not defined
     assert "SPINALScore" in line
-    assert len(shortfalls(found, spinal_gain_low=0.0)) == 1
-    assert len(shortfalls(compare_traces(*reversed(pair)), **enough)) == 2
-    assert len(shortfalls(compare_traces(pair[0], pair[0]), holds=0.5)) == 1
+    assert len(comparison_shortfalls(found, spinal_gain_low=0.0)) == 1
+    assert len(comparison_shortfalls(compare_traces(*reversed(pair)), **enough)) == 2
+    assert len(comparison_shortfalls(compare_traces(pair[0], pair[0]), holds=0.5)) == 1
 
 
 def ladder() -> Iterator[Comparison]:

@@ -28,7 +28,7 @@ from spinal_jax.report.comparison_figures import (
     traces_figure,
     where_figure,
 )
-from spinal_jax.report.comparison_words import caveats, missing, summary_markdown
+from spinal_jax.report.comparison_words import comparison_caveats, missing, summary_markdown
 from spinal_jax.report.figures import png_bytes, svg_text
 
 from .planted import both_models, flat, simulated
@@ -158,11 +158,11 @@ def test_what_was_not_measured_is_said_with_the_command_that_measures_it(made: M
 
 def test_caveats_follow_the_comparison(made: Mapping[str, Comparison]) -> None:
     found = made["full"]
-    assert not any("can be marked significant" in line for line in caveats(found))
+    assert not any("can be marked significant" in line for line in comparison_caveats(found))
     few = replace(found, prompts={**found.prompts, "groups": 6})
-    assert "With 6 groups of prompts no p-value can be below 0.031" in caveats(few)[len(found.warnings)]
+    assert "With 6 groups of prompts no p-value can be below 0.031" in comparison_caveats(few)[len(found.warnings)]
     control = replace(found, settings={**found.settings, "same_prompts": False})
-    assert any("this is a control" in line for line in caveats(control))
+    assert any("this is a control" in line for line in comparison_caveats(control))
 
 
 def test_every_file_is_byte_stable_and_a_ranking_is_found_in_the_folder(

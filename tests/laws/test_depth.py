@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from spinal_jax.errors import UserError
-from spinal_jax.metrics.depth import Terminal, coherence, summary, terminal_block
+from spinal_jax.metrics.depth import Terminal, curve_coherence, summary, terminal_block
 
 ONE, TWO = (3, 3), (5, 6)
 SERIES = arrays(np.float64, st.integers(1, 20), elements=st.floats(-10, 10, width=32))
@@ -54,29 +54,29 @@ def test_a_terminal_block_that_does_not_exist_is_refused(asked: Terminal) -> Non
 )
 def test_coherence_by_hand(series: list[float], value: float) -> None:
     # Differences of small whole numbers are exact; one division rounds.
-    assert coherence(np.array(series, float)) == pytest.approx(value, abs=1e-15)
+    assert curve_coherence(np.array(series, float)) == pytest.approx(value, abs=1e-15)
 
 
 def test_coherence_of_a_long_zigzag_goes_to_zero() -> None:
     # n steps of size 1 have n - 1 turns of size 2: 1 - 2 (n - 1) / (2 n) = 1 / n.
-    assert coherence(np.arange(1001) % 2.0) == pytest.approx(1 / 1000, abs=1e-12)
+    assert curve_coherence(np.arange(1001) % 2.0) == pytest.approx(1 / 1000, abs=1e-12)
 
 
 def test_coherence_of_a_series_with_a_gap_is_unknown() -> None:
-    assert math.isnan(coherence(np.array([1.0, math.nan, 3.0])))
-    assert math.isnan(coherence(np.array([math.nan, math.nan])))
+    assert math.isnan(curve_coherence(np.array([1.0, math.nan, 3.0])))
+    assert math.isnan(curve_coherence(np.array([math.nan, math.nan])))
 
 
 @given(SERIES, st.floats(0.1, 10), st.floats(-5, 5))
 def test_coherence_stays_in_range_and_ignores_offset_scale_and_direction(
     series: np.ndarray, scale: float, offset: float
 ) -> None:
-    value = coherence(series)
+    value = curve_coherence(series)
     assert 0 <= value <= 1
     if np.ptp(series) > 0.1:  # below it, adding an offset rounds the steps themselves away
         # Steps of 1e-16 relative rounding against a total length above 0.1.
-        assert coherence(scale * series + offset) == pytest.approx(value, abs=1e-10)
-    assert coherence(series[::-1]) == pytest.approx(value, abs=1e-12)
+        assert curve_coherence(scale * series + offset) == pytest.approx(value, abs=1e-10)
+    assert curve_coherence(series[::-1]) == pytest.approx(value, abs=1e-12)
 
 
 def test_summary_by_hand() -> None:

@@ -14,7 +14,7 @@ from spinal_jax.data import (
     examples_of,
     order,
     read_documents,
-    split,
+    split_examples,
     tokenise_documents,
 )
 from spinal_jax.models.formats.byte_level import byte_tokenizer
@@ -87,9 +87,9 @@ def test_the_order_is_pinned_and_differs_by_epoch_and_seed():
 
 
 def test_the_last_are_held_out():
-    assert split("abcde", None, 2) == (("a", "b", "c"), ("d", "e"))
-    assert split("abcde", 2, 1) == (("a", "b"), ("e",))
-    assert split("abc", None, 0) == (("a", "b", "c"), ())
+    assert split_examples("abcde", None, 2) == (("a", "b", "c"), ("d", "e"))
+    assert split_examples("abcde", 2, 1) == (("a", "b"), ("e",))
+    assert split_examples("abc", None, 0) == (("a", "b", "c"), ())
     for train, held_out in ((None, 5), (4, 2), (0, 1), (None, -1)):
-        text = message(lambda train=train, held_out=held_out: split("abcde", train, held_out))
+        text = message(lambda train=train, held_out=held_out: split_examples("abcde", train, held_out))
         assert f"held_out={held_out}" in text

@@ -12,25 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinal_jax.data import read_prompts
-from spinal_jax.data.packing import Positions, TokenSequence, plan
+from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
 from spinal_jax.stats import groups
-from spinal_jax.stats.groups import Groups, Turns, assign_groups, components, group_of
+from spinal_jax.stats.groups import Dialogue, Groups, assign_groups, components, group_of
 
 WORDS = st.sampled_from([f"w{i}" for i in range(12)])
 TURN = st.tuples(st.sampled_from(["user", "assistant", "system"]), st.lists(WORDS, max_size=12).map(" ".join))
 
 
-def user(text: str) -> Turns:
+def user(text: str) -> Dialogue:
     return (("user", text),)
 
 
-def grams(turns: Turns) -> set[tuple[str, ...]]:
+def grams(turns: Dialogue) -> set[tuple[str, ...]]:
     spoken = [t for t in turns if t[0] != "system"]
     words = [word for role, content in spoken for word in (role, *re.findall(r"\w+", content.lower()))]
     return {tuple(words[i : i + 3]) for i in range(len(words) - 2)} or {tuple(words)}
 
 
-def by_every_pair(dialogues: list[Turns]) -> list[int]:
+def by_every_pair(dialogues: list[Dialogue]) -> list[int]:
     """The rule of docs/method.md, by comparing every prompt with every other."""
     sets = [grams(turns) for turns in dialogues]
     firsts = [next((t for t in turns if t[0] != "system"), ("", "")) for turns in dialogues]
@@ -50,7 +50,7 @@ def by_every_pair(dialogues: list[Turns]) -> list[int]:
 
 
 @given(st.lists(st.lists(TURN, max_size=4).map(tuple), min_size=1, max_size=40))
-def test_components_are_those_of_comparing_every_pair(dialogues: list[Turns]) -> None:
+def test_components_are_those_of_comparing_every_pair(dialogues: list[Dialogue]) -> None:
     assert components(dialogues).tolist() == by_every_pair(dialogues)
 
 
@@ -124,7 +124,7 @@ def test_a_component_falls_into_one_group_whatever_the_order(order: list[int]) -
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=12), st.integers(0, 3))
 def test_a_plan_knows_what_its_groups_hold(parts: list[tuple[int, int]], skip: int) -> None:
     sequences = [TokenSequence(np.arange(size, dtype=np.int32), group) for size, group in parts]
-    work = plan(sequences, Positions.parse("last:2"), skip, 64, groups=6)
+    work = plan_batches(sequences, Positions.parse("last:2"), skip, 64, groups=6)
     rows = [sum(max(0, size - skip) for size, group in parts if group == g) for g in range(6)]
     assert work.groups.rows.tolist() == work.rows_by_group(skip).tolist() == rows
     assert work.groups.positions.tolist() == [sum(min(2, s) for s, group in parts if group == g) for g in range(6)]

@@ -23,7 +23,7 @@ from spinal_jax.audit import measure as measuring
 from spinal_jax.audit.pipeline import choose_devices
 from spinal_jax.config import AuditParallelConfig, MetricsConfig, ModelConfig, ParallelConfig, build
 from spinal_jax.config.plan import PlanConfig
-from spinal_jax.data.packing import Positions, TokenSequence, plan
+from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.metrics.transport import Lens, Pair, lens_stats
@@ -37,7 +37,7 @@ from spinal_jax.plan import estimate
 from spinal_jax.plan.collectives import received_bytes
 from spinal_jax.plan.compiled import Compiled, why_not_tpu
 from spinal_jax.plan.compiled import compiled as compiled_as
-from spinal_jax.plan.layout import USABLE, DeviceLayout, home_of, layout_of, would_fit
+from spinal_jax.plan.layout import USABLE, DeviceLayout, layout_of, planned_gram_home, would_fit
 from spinal_jax.plan.shapes import decoder_of
 from spinal_jax.plan.slices import SLICES
 from spinal_jax.plan.work import pool
@@ -122,7 +122,7 @@ def test_the_hosts_share_is_what_an_audit_leaves_it(
 ) -> None:
     model, settings = make_decoder(depth=2), MetricsConfig(groups=4)
     sequences = [TokenSequence(np.arange(24, dtype=np.int32) + n, n % 3) for n in range(18)]  # of 4 groups one is empty
-    work = plan(sequences, Positions.parse("last:4"), 1, 96)
+    work = plan_batches(sequences, Positions.parse("last:4"), 1, 96)
     taken, values = [], contraction.singular_values
     monkeypatch.setattr(contraction, "singular_values", lambda *a: (taken.append(1), values(*a))[1])
     measuring.measure(model, work, settings)
@@ -191,10 +191,10 @@ def test_sums_without_room_on_the_devices_are_kept_by_the_host() -> None:
     config = planned(model={"source": "llama-3-8b", "dtype": "bfloat16"}, device="v5e")
     decoder = decoder_of(config.model)
     layout = layout_of(config, decoder)
-    assert home_of(config, decoder, layout).where == "host"
+    assert planned_gram_home(config, decoder, layout).where == "host"
     assert pool(config, decoder, layout).slots == 2
     roomy = dataclasses.replace(config, device="h200")
-    assert home_of(roomy, decoder, layout).where == "devices"
+    assert planned_gram_home(roomy, decoder, layout).where == "devices"
     assert pool(roomy, decoder, layout).slots == 16
 
 
@@ -236,7 +236,7 @@ def test_work_is_shared_evenly_and_grows_with_the_prompts() -> None:
 
     def total(count: int, layout: DeviceLayout) -> dict[str, float]:
         work = pool(planned(prompt_count=count, device="v5e", batch_tokens=4096), decoder, layout)
-        found = estimate.stages(decoder, shapes, work, settings, "float32", layout, "tpu")
+        found = estimate.audit_stages(decoder, shapes, work, settings, "float32", layout, "tpu")
         return {stage.name: stage.flops * layout.devices for stage in found}
 
     one = total(512, DeviceLayout("one", 1, 1, 1))

@@ -17,7 +17,7 @@ from spinal_jax.audit.devices import Devices, OneDevice, OnMesh, OnReplicas
 from spinal_jax.audit.measure import Measurement, measure
 from spinal_jax.audit.resume import Leg, Saved
 from spinal_jax.config import MetricsConfig, ParallelConfig, VariantsConfig
-from spinal_jax.data.packing import Plan, Positions, plan
+from spinal_jax.data.packing import Plan, Positions, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.parallel.mesh import make_mesh
@@ -67,7 +67,7 @@ def run(
     sequences = pool(count=80 * (count or devices.rows))
 
     def pack(batch_tokens: int, rows: int, slots: int | None, among: Sequence[int] | None = None) -> Plan:
-        return plan(sequences, Positions.parse("last:4"), 1, batch_tokens, rows, slots, groups=16, among=among)
+        return plan_batches(sequences, Positions.parse("last:4"), 1, batch_tokens, rows, slots, groups=16, among=among)
 
     if folder is None:
         work, progress = pack(96 * devices.rows, devices.rows, slots), None
@@ -165,7 +165,9 @@ def test_another_audit_does_not_go_on(tmp_path: Path) -> None:
         leg = {"devices": "mesh", "processes": 1, "replicas": None, "batch_tokens": 64, "rows": 1, "slots": None}
         saved = Saved(tmp_path)
         saved.check({"model": {"sha256": digest}}, overwrite)
-        saved.plan(Leg(**{**leg, **changed}), lambda *_: plan(pool(), Positions.parse("last:4"), 1, 64, groups=16))
+        saved.plan(
+            Leg(**{**leg, **changed}), lambda *_: plan_batches(pool(), Positions.parse("last:4"), 1, 64, groups=16)
+        )
         saved.begin({"model": {"sha256": digest}}, 2)
 
     begin("a")

@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from spinal_jax.audit.devices import Devices, OneDevice, OnMesh, OnReplicas
-from spinal_jax.audit.measure import keep, measure
+from spinal_jax.audit.measure import keep_reference, measure
 from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.prompt_steps import GROUPS, PLACES, PromptSteps
 from spinal_jax.comparison.record import MOVED, Comparison, load_comparison, save_comparison
 from spinal_jax.config import ParallelConfig
-from spinal_jax.data.packing import Plan, Positions, plan
+from spinal_jax.data.packing import Plan, Positions, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.models.decoder import Decoder
@@ -40,9 +40,9 @@ class Spelling:
 
 def watched(devices: Devices, models: tuple[Decoder, Decoder], positions: str) -> tuple[Plan, PromptSteps, Any, Any]:
     settings = config(positions=positions)
-    work = plan(pool(), Positions.parse(positions), 1, 96 * devices.rows, devices.rows)
+    work = plan_batches(pool(), Positions.parse(positions), 1, 96 * devices.rows, devices.rows)
     steps = PromptSteps(work, TERMINAL)
-    with keep(models[1], work, settings, devices=devices) as kept:
+    with keep_reference(models[1], work, settings, devices=devices) as kept:
         found = measure(models[0], work, settings, reference=kept, watch=steps)
         return work, steps, found, kept.measurement
 

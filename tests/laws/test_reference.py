@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spinal_jax.audit.measure import Measurement, PolicyDistance, keep, measure
+from spinal_jax.audit.measure import Measurement, PolicyDistance, keep_reference, measure
 from spinal_jax.config import MetricsConfig
-from spinal_jax.data.packing import Positions, TokenSequence, plan
+from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
 from spinal_jax.models.decoder import Decoder
 
 from .test_trace import FULL, config, fisher_rao, logp_of, pool, residuals
@@ -26,14 +26,14 @@ CLOSE = 2e-5
 
 def planned(sequences: list[TokenSequence], settings: MetricsConfig) -> Any:
     selector = Positions.parse(settings.transport.positions)
-    return plan(sequences, selector, settings.contraction.skip, 512)
+    return plan_batches(sequences, selector, settings.contraction.skip, 512)
 
 
 def both(
     model: Decoder, reference: Decoder, sequences: list[TokenSequence], settings: MetricsConfig
 ) -> tuple[Measurement, Measurement]:
     work = planned(sequences, settings)
-    with keep(reference, work, settings) as kept:
+    with keep_reference(reference, work, settings) as kept:
         assert kept.measurement is None
         found = measure(model, work, settings, reference=kept)
         assert kept.measurement is not None
@@ -164,7 +164,7 @@ def test_a_reference_measured_at_once_serves_many(
     model, reference = models
     passing = jax.tree.map(jnp.copy, reference)
     work = planned(pool(), config())
-    with keep(passing, work, config(), alone=True) as kept:
+    with keep_reference(passing, work, config(), alone=True) as kept:
         assert leaves(kept.measurement) == leaves(measure(reference, work, config()))  # type: ignore[arg-type]
         for leaf in jax.tree.leaves(passing):
             leaf.delete()
@@ -179,7 +179,7 @@ def test_a_reference_measured_at_once_serves_many(
 def test_other_batches_settings_or_shapes_are_refused(make_decoder: Callable[..., Decoder]) -> None:
     model = make_decoder(0)
     work = planned(pool(), config())
-    with keep(model, work, config(), alone=True) as kept:
+    with keep_reference(model, work, config(), alone=True) as kept:
         with pytest.raises(ValueError, match="other batches"):
             measure(model, planned(pool(1), config()), config(), reference=kept)
         with pytest.raises(ValueError, match="other batches or settings"):
@@ -198,13 +198,13 @@ def test_the_scratch_file_goes_with_it(
         return opened[-1]
 
     monkeypatch.setattr(tempfile, "TemporaryFile", noted)
-    kept = keep(models[0], planned(pool(), config()), config())
+    kept = keep_reference(models[0], planned(pool(), config()), config())
     assert not all(file.closed for file in opened)
     kept.close()
     assert all(file.closed for file in opened)
     opened.clear()
     with pytest.raises(RuntimeError, match="on purpose"):
-        keep(models[0], planned(pool(), config()), config(), failing)
+        keep_reference(models[0], planned(pool(), config()), config(), failing)
     assert opened
     assert all(file.closed for file in opened)
 

@@ -31,9 +31,9 @@ from spinal_jax.report import (
     write_report,
 )
 from spinal_jax.report.cells import describe_positions, name_boundaries
-from spinal_jax.report.collect_page import overlay_figure
+from spinal_jax.report.collect_page import collected_figure
 from spinal_jax.report.figures import figures, hover_bands, png_bytes, save_figures, spread, svg_text, tail_line
-from spinal_jax.report.page import caveats, headline
+from spinal_jax.report.page import trace_caveats, trace_headline
 from spinal_jax.runs.find import Run
 
 Maker = Callable[..., DepthTrace]
@@ -330,13 +330,15 @@ def test_the_page_says_what_was_measured_and_what_to_beware_of(make_trace: Maker
 
 def test_caveats_follow_the_trace(make_trace: Maker) -> None:
     trace = make_trace()
-    assert "N = 200 rows are 6.2 per dimension of the residual stream; 4 are required" in caveats(trace)[0]
+    assert "N = 200 rows are 6.2 per dimension of the residual stream; 4 are required" in trace_caveats(trace)[0]
     few = replace(trace, prompts={**trace.prompts, "rows": 100})
-    assert "Few rows for this width: N = 100 is 3.1 per dimension, and 4 (N = 128) are required" in caveats(few)[0]
+    assert (
+        "Few rows for this width: N = 100 is 3.1 per dimension, and 4 (N = 128) are required" in trace_caveats(few)[0]
+    )
     lost = undefined(trace, "contraction")
-    assert "Contraction is not defined at boundaries 0–6" in caveats(lost)[1]  # noqa: RUF001
-    assert "contraction is not defined" in headline(lost)
-    assert caveats(trace)[-1] == f"Warning from the measurement: {trace.warnings[0]}"
+    assert "Contraction is not defined at boundaries 0–6" in trace_caveats(lost)[1]  # noqa: RUF001
+    assert "contraction is not defined" in trace_headline(lost)
+    assert trace_caveats(trace)[-1] == f"Warning from the measurement: {trace.warnings[0]}"
 
 
 def test_words_for_positions_and_boundaries() -> None:
@@ -359,5 +361,5 @@ def test_the_weights_of_a_training_run_go_by_the_run(tmp_path: Path) -> None:
 
 def test_names_are_text_in_figures(make_trace: Maker) -> None:
     name, run = r"a$\frac{$b", Path("run")
-    figure = overlay_figure([Run(run, "audit", True, {}, {}, make_trace())], {run: name})
+    figure = collected_figure([Run(run, "audit", True, {}, {}, make_trace())], {run: name})
     assert name in svg_text(figure, "overlay")

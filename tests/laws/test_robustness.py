@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.robustness import MEASURED, WINDOWS, grid, sign_counts
+from spinal_jax.comparison.robustness import MEASURED, WINDOWS, robustness_grid, sign_counts
 from spinal_jax.metrics.tail import tail_fit
 
 from .planted import POSITIONS, ROWS, flat, simulated
@@ -30,7 +30,7 @@ def with_variants(trace: DepthTrace, **arrays: np.ndarray) -> DepthTrace:
 
 
 def test_each_window_is_refitted_from_the_spectra(pair: Pair) -> None:
-    found = grid(*pair)
+    found = robustness_grid(*pair)
     assert [record["window"] for record in found] == [[0.1, 0.5], *(list(w) for w in WINDOWS if w != (0.1, 0.5))]
     for record in found:
         alphas = [
@@ -55,7 +55,7 @@ def test_each_window_is_refitted_from_the_spectra(pair: Pair) -> None:
 
 def test_the_window_of_the_traces_is_first_whichever_it_is(pair: Pair) -> None:
     wide = tuple(replace(trace, settings=trace.settings | {"window": [0.2, 0.8]}) for trace in pair)
-    found = grid(*wide)
+    found = robustness_grid(*wide)
     assert [record["window"] for record in found] == [[0.2, 0.8], *map(list, WINDOWS)]
 
 
@@ -75,7 +75,7 @@ def test_variants_multiply_and_only_those_of_both_count(pair: Pair) -> None:
         for trace in pair
     )
     aligned = with_variants(aligned, own__singular_values=aligned.arrays["singular_values"])
-    found = grid(aligned, reference)
+    found = robustness_grid(aligned, reference)
     assert len(found) == 3 * len(WINDOWS) * 2
     assert {record["contraction"] for record in found} == {MEASURED, "center", "skip"}
     base = {tuple(r["window"]): r for r in found if (r["contraction"], r["transport"]) == (MEASURED, MEASURED)}
@@ -103,7 +103,7 @@ def test_a_group_with_nothing_that_counts_leaves_a_variant_without_interval(pair
         )
         for trace in pair
     ]
-    found = [record for record in grid(traces[0], traces[1]) if record["contraction"] == "skip"]
+    found = [record for record in robustness_grid(traces[0], traces[1]) if record["contraction"] == "skip"]
     assert len(found) == len(WINDOWS)
     for record in found:
         assert record["delta_align"] > 0
@@ -112,7 +112,7 @@ def test_a_group_with_nothing_that_counts_leaves_a_variant_without_interval(pair
 
 def test_traces_without_spectra_have_the_one_setting(pair: Pair) -> None:
     bare = [replace(t, arrays={k: v for k, v in t.arrays.items() if not k.endswith("singular_values")}) for t in pair]
-    found = grid(bare[0], bare[1])
+    found = robustness_grid(bare[0], bare[1])
     assert len(found) == 1
     assert "1 of 1 settings" in sign_counts(found)["sentence"]
 

@@ -20,7 +20,7 @@ from spinal_jax.audit.abstract import abstract_arguments, lower_steps
 from spinal_jax.audit.devices import Devices, OneDevice, OnMesh, OnReplicas
 from spinal_jax.audit.forward_step import gram_shardings
 from spinal_jax.audit.gram_store import OnDevices, gram_bytes, gram_home
-from spinal_jax.audit.measure import Measurement, keep, measure
+from spinal_jax.audit.measure import Measurement, keep_reference, measure
 from spinal_jax.audit.spectra import dealt_out
 from spinal_jax.config import (
     AuditConfig,
@@ -32,7 +32,7 @@ from spinal_jax.config import (
     VariantsConfig,
     build,
 )
-from spinal_jax.data.packing import Plan, Positions, plan
+from spinal_jax.data.packing import Plan, Positions, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import ClampedSwiGLU, Experts, LatentAttention
@@ -62,7 +62,7 @@ def on(*sizes: int, vocabulary: tuple[str, ...] = ("tensor",)) -> Devices:
 def planned(devices: Devices, settings: MetricsConfig, count: int = 24, tokens: int = 96) -> Plan:
     """Batches of `tokens` for each device that shares rows; the last one is uneven."""
     selector = Positions.parse(settings.transport.positions)
-    return plan(pool(count=count), selector, 1, tokens * devices.rows, devices.rows)
+    return plan_batches(pool(count=count), selector, 1, tokens * devices.rows, devices.rows)
 
 
 def same(found: Measurement, alone: Measurement) -> None:
@@ -98,7 +98,7 @@ def joint(
     models: tuple[Decoder, Decoder], devices: Devices, settings: MetricsConfig, count: int = 24
 ) -> tuple[Measurement, Measurement]:
     work = planned(devices, settings, count)
-    with keep(models[1], work, settings, devices=devices) as kept:
+    with keep_reference(models[1], work, settings, devices=devices) as kept:
         found = measure(models[0], work, settings, reference=kept)
         assert kept.measurement is not None
         return found, kept.measurement
@@ -170,7 +170,7 @@ def test_fewer_prompts_than_devices_and_only_the_likeliest_tokens(models: tuple[
     few = [sequence for sequence in pool() if len(sequence.ids) > 30][:3]
     found = []
     for each in (OneDevice(), devices):
-        work = plan(few, Positions.parse("last:4"), 1, 64 * each.rows, each.rows)
+        work = plan_batches(few, Positions.parse("last:4"), 1, 64 * each.rows, each.rows)
         found.append(measure(models[0], work, settings, devices=each))
     same(found[1], found[0])
 
@@ -239,7 +239,7 @@ def test_sums_that_leave_the_devices_give_the_same_numbers(
 ) -> None:
     monkeypatch.setattr(measuring, "fits_host", lambda *_: where == "host")
     for devices in (OneDevice(), on(2, 2, 2)):
-        work = plan(pool(), Positions.parse("last:4"), 1, 96 * devices.rows, devices.rows, slots=1)
+        work = plan_batches(pool(), Positions.parse("last:4"), 1, 96 * devices.rows, devices.rows, slots=1)
         assert max(len(set(batch.visits)) for batch in work.batches) == 1
         same(measure(models[1], work, SETTINGS, devices=devices), alone[1])
 
@@ -285,9 +285,9 @@ def test_spectra_of_the_same_sums_are_shared_by_all_devices(
         taken: list[int] = []
         solve = spectra._on_device if on_device else spectra._on_host
 
-        def counted(sums: spectra.BoundarySums, keep: np.ndarray, *rest: Any) -> np.ndarray:
-            taken.append(len(np.atleast_2d(keep)))
-            return solve(sums, keep, *rest)
+        def counted(sums: spectra.BoundarySums, keep_reference: np.ndarray, *rest: Any) -> np.ndarray:
+            taken.append(len(np.atleast_2d(keep_reference)))
+            return solve(sums, keep_reference, *rest)
 
         monkeypatch.setattr(spectra, solve.__name__, counted)
 
@@ -317,7 +317,7 @@ def test_gram_sums_of_a_mesh_of_tpus_are_those_of_any_other(sizes: tuple[int, in
     shards = Shards(make_mesh(ParallelConfig(*sizes)))
     width, count = 64, 3
     stripes = contraction.stripe_count(width)
-    split = contraction.Split(ROWS, *shards.features(width // stripes))
+    split = contraction.GramAxes(ROWS, *shards.features(width // stripes))
     assert split.scattered
     h = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, width)), jnp.float32)
     rows = h, jnp.ones((8, 16), jnp.float32), jnp.asarray(np.arange(8) % count, jnp.int32)

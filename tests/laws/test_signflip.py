@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinal_jax.stats import signflip
-from spinal_jax.stats.signflip import EXACT_GROUPS, holm, method, sign_flip_p
+from spinal_jax.stats.signflip import EXACT_GROUPS, holm, sign_flip_method, sign_flip_p
 
 
 def listed(values: np.ndarray) -> float:
@@ -47,8 +47,8 @@ def test_more_groups_are_drawn_and_that_is_said(monkeypatch: pytest.MonkeyPatch)
     exact = sign_flip_p(values)
     monkeypatch.setattr(signflip, "EXACT_GROUPS", 19)
     drawn = sign_flip_p(values)
-    assert method(19) == "exact"
-    assert method(20) == f"{signflip.DRAWS} random sign flips, seed 0"
+    assert sign_flip_method(19) == "exact"
+    assert sign_flip_method(20) == f"{signflip.DRAWS} random sign flips, seed 0"
     error = np.sqrt(exact * (1 - exact) / signflip.DRAWS)
     assert np.all(np.abs(drawn - exact) <= 5 * error + 2 / signflip.DRAWS)
     np.testing.assert_array_equal(drawn, sign_flip_p(values))

@@ -22,7 +22,7 @@ import pytest
 from spinal_jax.audit.pipeline import prompts_record, read_prompt_set
 from spinal_jax.config import PromptsConfig
 from spinal_jax.data import read_documents, read_pairs, read_prompts, source_of, stem, textfiles, tokenise_prompts
-from spinal_jax.data.sources import Source, rows
+from spinal_jax.data.sources import Source, read_rows
 from spinal_jax.errors import UserError
 from spinal_jax.models.formats.byte_level import byte_tokenizer
 
@@ -239,7 +239,7 @@ def test_arrays_across_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / "p").write_bytes(text.encode())
         for piece in range(1, 40):
             monkeypatch.setattr(textfiles, "_PIECE", piece)
-            found = [row.record for row in rows(Source(tmp_path / "p"), "prompts", 0, None, {}) if not row.blank]
+            found = [row.record for row in read_rows(Source(tmp_path / "p"), "prompts", 0, None, {}) if not row.blank]
             if piece > 2:  # the first character is looked for in the first piece
                 assert found == values
 

@@ -18,7 +18,7 @@ import pytest
 from spinal_jax.audit import measure as trace
 from spinal_jax.audit.measure import Measurement, measure
 from spinal_jax.config import ContractionConfig, MetricsConfig, TransportConfig
-from spinal_jax.data.packing import Positions, TokenSequence, plan
+from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.models.decoder import Decoder, collect
@@ -50,7 +50,7 @@ def audit(
 ) -> Measurement:
     settings = settings or config()
     selector = Positions.parse(settings.transport.positions)
-    return measure(model, plan(sequences, selector, settings.contraction.skip, batch_tokens), settings)
+    return measure(model, plan_batches(sequences, selector, settings.contraction.skip, batch_tokens), settings)
 
 
 @jax.jit
@@ -166,7 +166,9 @@ TOLERANCE = {
 }
 
 
-def compare(found: trace.Curve, columns: dict[str, np.ndarray], summary: dict[str, float], times: float = 1) -> None:
+def compare(
+    found: trace.DepthCurve, columns: dict[str, np.ndarray], summary: dict[str, float], times: float = 1
+) -> None:
     assert found.columns.keys() == columns.keys()
     for name, values in columns.items():
         np.testing.assert_allclose(found.columns[name], values, atol=times * TOLERANCE[name], err_msg=name)
@@ -395,7 +397,7 @@ def test_progress_counts_every_token_and_boundary(model: Decoder) -> None:
 
         yield advance
 
-    measure(model, plan(pool(), Positions.parse("last:4"), 1, 512), config(), bar)
+    measure(model, plan_batches(pool(), Positions.parse("last:4"), 1, 512), config(), bar)
     assert seen
     for total, done in seen.values():
         assert total == done

@@ -23,7 +23,7 @@ from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, load_training_run, render_training_report, write_training_report
 from spinal_jax.report.figures import png_bytes, svg_text
-from spinal_jax.report.training import caveats, headline
+from spinal_jax.report.training import training_caveats, training_headline
 from spinal_jax.report.training_figures import (
     DIVERGING,
     course_figure,
@@ -162,7 +162,7 @@ def test_every_kind_of_run_is_drawn_legibly_and_nothing_is_cut_off(kind: str, ma
 
 
 def test_the_verdict_comes_first_with_its_evidence(made: Mapping[str, Path]) -> None:
-    said = {kind: headline(load_training_run(made[kind])) for kind in KINDS}
+    said = {kind: training_headline(load_training_run(made[kind])) for kind in KINDS}
     assert said["sound"] == "A footprint of contraction began at step 10, and up to step 60 nothing destabilised."
     assert said["destabilised"] == (
         "A footprint of contraction began at step 10, and it destabilised at step 50; the last healthy trace is that "
@@ -178,7 +178,7 @@ def test_the_verdict_comes_first_with_its_evidence(made: Mapping[str, Path]) -> 
     for name, word in (("onset", "Onset"), ("destabilisation", "Destabilisation")):
         assert page.text.index(f"{word}. {run.onset[name]['evidence']}. At that step: held-out margin") > lead
     assert sum(row.get("class") == "terminal" for row in page.find("tr")) == 2
-    assert "a warning of the trace" in caveats(run)[-1]
+    assert "a warning of the trace" in training_caveats(run)[-1]
     assert "optimizer.learning_rate" in page.text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from spinal_jax.models.families import ALL, REFUSED
+from spinal_jax.models.families import ALL_FAMILIES, REFUSED
 from spinal_jax.models.formats.gguf_architectures import ARCHITECTURES
 from spinal_jax.models.formats.splitters import REFUSED as NO_SPLITTERS
 from spinal_jax.models.formats.splitters import SPLITTERS
@@ -71,7 +71,7 @@ def page() -> str:
     """The page's text."""
     sources = "\n".join(f"| {name} | {read} | {tried} |" for name, (read, tried) in SOURCES.items())
     tail = TAIL.format(sources=sources, known=_names(SPLITTERS), refused=_names(NO_SPLITTERS), refusals=_refusals())
-    return HEAD + "\n".join(_row(family, name) for family in ALL for name in family.model_types) + "\n" + tail
+    return HEAD + "\n".join(_row(family, name) for family in ALL_FAMILIES for name in family.model_types) + "\n" + tail
 
 
 def _refusals() -> str:

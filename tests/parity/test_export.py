@@ -20,7 +20,7 @@ from spinal_jax.models.formats.base import Checkpoint
 from spinal_jax.models.formats.convert import convert
 from spinal_jax.models.formats.export import export
 from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.models.translate import parameter_shapes, places
+from spinal_jax.models.translate import parameter_shapes, tensor_targets
 
 from . import test_gguf_models
 from .cases import CASES, draw_config
@@ -78,7 +78,7 @@ def test_rules_join_what_they_split(model_type: str) -> None:
     checkpoint = checkpoint_of(random_model(config_of(model_type, 1)))
     family, config = family_of(model_type), translate(checkpoint.config)
     stored = known_names(checkpoint)
-    for place in places(family.rules(config), config, parameter_shapes(config)):
+    for place in tensor_targets(family.rules(config), config, parameter_shapes(config)):
         tensor = checkpoint.tensor(stored[place.name]).astype(ml_dtypes.bfloat16)
         joined = place.rule.join(place.rule.split(tensor, config), config)
         assert (joined.shape, joined.dtype) == (tensor.shape, tensor.dtype)

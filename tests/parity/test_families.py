@@ -25,7 +25,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.models.families import FAMILIES, family_of
 from spinal_jax.models.hf_config import HFConfig
 from spinal_jax.models.layers import Norm
-from spinal_jax.models.translate import load_decoder, parameter_shapes, places
+from spinal_jax.models.translate import load_decoder, parameter_shapes, tensor_targets
 
 from .cases import CASES, SEEDS, draw_config
 from .families_page import PAGE, page
@@ -312,7 +312,7 @@ def stored(saved: MemoryCheckpoint) -> Iterator[tuple[Any, str]]:
     family = family_of(saved.config["model_type"])
     config = translate(saved.config)
     names = {name.replace("language_model.model.", "model."): name for name in saved.tensors}
-    for place in places(family.rules(config), config, parameter_shapes(config)):
+    for place in tensor_targets(family.rules(config), config, parameter_shapes(config)):
         yield place, names[place.name]
 
 

@@ -35,7 +35,7 @@ from spinal_jax.models.config import Experts
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.experts import LARGEST_BLOCK, ExpertWeights, apply_experts, expert_mlp, route
 from spinal_jax.models.families import family_of
-from spinal_jax.models.translate import parameter_shapes, places
+from spinal_jax.models.translate import parameter_shapes, tensor_targets
 
 from .reference import (
     MemoryCheckpoint,
@@ -396,7 +396,7 @@ def test_gradients_are_theirs(family: type[PretrainedConfig]) -> None:
 def test_every_tensor_is_read_once_and_comes_back_bit_for_bit(family: type[PretrainedConfig]) -> None:
     checkpoint = checkpoint_of(random_model(tiny(family, 1)))
     config = translate(checkpoint.config)
-    found = list(places(family_of(config.family).rules(config), config, parameter_shapes(config)))
+    found = list(tensor_targets(family_of(config.family).rules(config), config, parameter_shapes(config)))
     assert sorted(place.name for place in found) == sorted(checkpoint.names())
     parameters = by_path(load(checkpoint))
     for place in found:

@@ -24,7 +24,7 @@ from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.formats.byte_level import byte_tokenizer
 from spinal_jax.models.formats.convert import convert
 from spinal_jax.models.formats.open import open_checkpoint
-from spinal_jax.verify import Difference, Stream, Verification, compare, judge, verify
+from spinal_jax.verify import ForwardDifference, Stream, Verification, forward_difference, judge, verify
 
 from . import test_gguf_families, test_gguf_models
 from .cases import draw_config
@@ -252,15 +252,15 @@ def streams(seed: int = 0) -> list[Stream]:
 
 def test_differences_are_relative_to_the_largest_value_and_kl_is_in_nats() -> None:
     theirs = streams()
-    same = compare(theirs, theirs)
+    same = forward_difference(theirs, theirs)
     assert (same.residual.tolist(), same.logits, same.kl.tolist()) == ([0] * 3, 0, [0] * 7)
     ours = copy.deepcopy(theirs)
     ours[1].residual[2, 1, 3] += 0.5
     largest = max(float(np.abs(stream.residual[2]).max()) for stream in theirs)
-    np.testing.assert_allclose(compare(ours, theirs).residual, [0, 0, 0.5 / largest], rtol=1e-6)
+    np.testing.assert_allclose(forward_difference(ours, theirs).residual, [0, 0, 0.5 / largest], rtol=1e-6)
     # A coin of 1/2 : 1/2 seen as one of 1/4 : 3/4.
     one = [Stream(np.ones((1, 1, 1), np.float32), np.log(np.array([[p, 1 - p]], np.float32))) for p in (0.25, 0.5)]
-    found = compare(one[:1], one[1:])
+    found = forward_difference(one[:1], one[1:])
     np.testing.assert_allclose(found.kl, [0.5 * np.log(2) + 0.5 * np.log(2 / 3)], rtol=1e-6)
 
 
@@ -268,14 +268,14 @@ def test_what_is_not_a_number_fails() -> None:
     theirs, ours = streams(), streams()
     ours[0].residual[1, 0, 0] = np.nan
     ours[1].logits[0, 0] = np.nan
-    difference = compare(ours, theirs)
+    difference = forward_difference(ours, theirs)
     assert difference.residual.tolist() == [0, np.inf, 0]
     assert difference.kl.max() == np.inf
     assert [check.passed for check in judge(difference, 1e-4, 1e-5)] == [False, False]
 
 
 def test_judgement_is_at_the_tolerance() -> None:
-    difference = Difference(np.array([0.0, 2e-4]), 1e-6, np.array([0.0, 3e-6]))
+    difference = ForwardDifference(np.array([0.0, 2e-4]), 1e-6, np.array([0.0, 3e-6]))
     assert [check.passed for check in judge(difference, 1e-4, 1e-5)] == [False, True]
     assert [check.passed for check in judge(difference, 2e-4, 1e-6)] == [True, False]
 

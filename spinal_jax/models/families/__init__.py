@@ -45,7 +45,7 @@ from spinal_jax.models.translate import Family
 if TYPE_CHECKING:
     from spinal_jax.models.formats.base import Checkpoint
 
-ALL = (
+ALL_FAMILIES = (
     LLAMA,
     MISTRAL,
     QWEN2,
@@ -85,7 +85,7 @@ ALL = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
 )
-FAMILIES: dict[str, Family] = {name: family for family in ALL for name in family.model_types}
+FAMILIES: dict[str, Family] = {name: family for family in ALL_FAMILIES for name in family.model_types}
 
 _GEMMA4 = (
     "its blocks have heads of two sizes, values that are normed or are the keys, keys and values of earlier blocks, "

@@ -28,7 +28,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     hf.agree("attention_head_dim", fields["head_dim"], f"head_dim makes it {fields['head_dim']}")
     return DecoderConfig(
         **fields,
-        ropes=(rope(hf, fields["head_dim"]),),
+        ropes=(hunyuan_rope(hf, fields["head_dim"]),),
         tied=hf.flag("tie_word_embeddings"),
         qk_norm="head",
         qk_norm_last=True,
@@ -37,7 +37,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     )
 
 
-def rope(hf: HFConfig, head_dim: int) -> Rope:
+def hunyuan_rope(hf: HFConfig, head_dim: int) -> Rope:
     """The rotary embedding; a `dynamic` one with an alpha is static, of theta * alpha ** (dim / (dim - 2))."""
     key = "rope_scaling" if hf.get("rope_parameters") is None else "rope_parameters"
     scaling = hf.part(key)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families import llama, ministral3
 from spinal_jax.models.families.gemma3 import TEXT_PART, VISION_PART
-from spinal_jax.models.hf_config import HFConfig, shown
+from spinal_jax.models.hf_config import HFConfig, value_text
 from spinal_jax.models.translate import Family
 
 # What its class takes where config.json has no text_config at all.
@@ -34,7 +34,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     hf.ignore("multimodal_projector_bias", "projector_hidden_act")
     kind = hf.part("text_config").get("model_type", "mistral")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise hf.refusal("text_config", f"but its model_type, {shown(kind)}, is none of {', '.join(KINDS)}")
+        raise hf.refusal("text_config", f"but its model_type, {value_text(kind)}, is none of {', '.join(KINDS)}")
     config = KINDS[kind](hf.section("text_config", kind))
     return replace(config, family=hf.model_type, tied=hf.flag("tie_word_embeddings", True))
 

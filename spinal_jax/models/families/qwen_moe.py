@@ -52,7 +52,7 @@ def common(hf: HFConfig, count: int, **experts: Any) -> dict[str, Any]:
     return fields | {"experts": Experts(count, **settings, **experts), "expert_layers": sparse}
 
 
-def qwen3_config(hf: HFConfig) -> DecoderConfig:
+def qwen3_moe_config(hf: HFConfig) -> DecoderConfig:
     """config.json of a `qwen3_moe` model."""
     hf.defaults(
         intermediate_size=6144,
@@ -73,7 +73,7 @@ def qwen3_config(hf: HFConfig) -> DecoderConfig:
     return DecoderConfig(**fields, qk_norm="head", qkv_bias=bias, out_bias=bias)
 
 
-def qwen2_config(hf: HFConfig) -> DecoderConfig:
+def qwen2_moe_config(hf: HFConfig) -> DecoderConfig:
     """config.json of a `qwen2_moe` model."""
     hf.defaults(
         intermediate_size=5632,
@@ -130,8 +130,8 @@ def shared_rules(config: DecoderConfig, hf: str) -> list[Rule]:
 
 
 QWEN3_MOE = Family(
-    ("qwen3_moe",), qwen3_config, rules, llama.ROTARY_TABLES, without_prefix("model"), experts_apart=True
+    ("qwen3_moe",), qwen3_moe_config, rules, llama.ROTARY_TABLES, without_prefix("model"), experts_apart=True
 )
 QWEN2_MOE = Family(
-    ("qwen2_moe",), qwen2_config, rules, llama.ROTARY_TABLES, without_prefix("model"), experts_apart=True
+    ("qwen2_moe",), qwen2_moe_config, rules, llama.ROTARY_TABLES, without_prefix("model"), experts_apart=True
 )

@@ -22,7 +22,7 @@ from spinal_jax.models.families import family_of, read_model
 from spinal_jax.models.formats.base import Checkpoint, TensorInfo, read_json, sha256_of
 from spinal_jax.models.formats.safetensors import read_header, read_stored
 from spinal_jax.models.formats.tokenizer import folder_tokenizer, has_tokenizer
-from spinal_jax.models.hf_config import HFConfig, shown
+from spinal_jax.models.hf_config import HFConfig, value_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     if not isinstance(base, str) or not base.strip():
         raise UserError(f"{folder / CONFIG} does not name its base model; name it: model.base=...")
     if revision is not None and not isinstance(revision, str):
-        raise UserError(f"{folder / CONFIG}: revision is {shown(revision)}, which is not a name")
+        raise UserError(f"{folder / CONFIG}: revision is {value_text(revision)}, which is not a name")
     return base, revision
 
 
@@ -244,7 +244,7 @@ class _Settings:
         values = read_json(self.path)
         self.ignore: tuple[str, ...] = ()
         if (kind := values.pop("peft_type", None)) != "LORA":
-            raise UserError(f"{self.path}: peft_type is {shown(kind)}, but only LORA can be merged into its base")
+            raise UserError(f"{self.path}: peft_type is {value_text(kind)}, but only LORA can be merged into its base")
         config = HFConfig(values, path="", model_type="PEFT")
         try:
             config.ignore(*_HARMLESS.split())

@@ -11,9 +11,9 @@ import numpy as np
 from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats import folders
 from spinal_jax.models.formats.base import Checkpoint, file_digests
-from spinal_jax.models.formats.folders import Bar
 from spinal_jax.models.formats.orbax import SCHEMA, STATE, ParameterFile, state_files, write_orbax_metadata
 from spinal_jax.models.translate import match, parameter_shapes, parts_of
+from spinal_jax.progress import Bar, no_bar
 
 
 def convert(
@@ -43,7 +43,7 @@ def convert(
     Raises:
         UserError: for a checkpoint that is not what its config.json says, or an `out` that is taken.
     """
-    bar = bar or folders.no_bar
+    bar = bar or no_bar
     folder = folders.check_out(out, checkpoint.source, overwrite)
     ignore_keys = tuple(ignore_keys)
     family, config = read_checkpoint(checkpoint, ignore_keys)
@@ -57,7 +57,7 @@ def convert(
             dtypes[path] = wider(own, dtypes.get(path, own))
             leads[path] = len(place.row)
     record = folders.source_record(checkpoint, SCHEMA, dtype, ignore_keys, bar)
-    with folders.unfinished(folder, record, overwrite, resume=True) as partial:
+    with folders.partial_folder(folder, record, overwrite, resume=True) as partial:
         state = partial / STATE
         files = {p: ParameterFile(state, p, s.shape, dtypes[p], leads[p]) for p, s in shapes.items()}
         total = sum(int(np.prod(shapes[p].shape)) * dtypes[p].itemsize for p in shapes)

@@ -13,9 +13,9 @@ import numpy as np
 from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats import folders
 from spinal_jax.models.formats.base import Checkpoint, TensorInfo, sha256_of
-from spinal_jax.models.formats.folders import Bar
 from spinal_jax.models.formats.safetensors import SAFETENSORS_DTYPES
-from spinal_jax.models.translate import Place, match, parameter_shapes, parts_of
+from spinal_jax.models.translate import TensorTarget, match, parameter_shapes, parts_of
+from spinal_jax.progress import Bar, no_bar
 
 SCHEMA = "spinal-export/1"
 _CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
@@ -25,7 +25,7 @@ _COPY_BYTES = 1 << 26
 class _Planned(NamedTuple):
     """A tensor to be written: where its values come from, and how it will look."""
 
-    place: Place
+    place: TensorTarget
     stored: str  # its name in the checkpoint
     info: TensorInfo
 
@@ -63,7 +63,7 @@ def export(
     Raises:
         UserError: for a checkpoint that is not what its config.json says, or an `out` that is taken.
     """
-    bar = bar or folders.no_bar
+    bar = bar or no_bar
     folder = folders.check_out(out, checkpoint.source, overwrite)
     ignore_keys = tuple(ignore_keys)
     family, config = read_checkpoint(checkpoint, ignore_keys)
@@ -76,7 +76,7 @@ def export(
         planned.append(_Planned(place, name, TensorInfo(checkpoint.names()[name].shape, own)))
     record = folders.source_record(checkpoint, SCHEMA, dtype, ignore_keys, bar)
     shards = _shards(planned, shard_bytes)
-    with folders.unfinished(folder, record, overwrite, resume=False) as partial:
+    with folders.partial_folder(folder, record, overwrite, resume=False) as partial:
         with bar("export", sum(tensor.size for tensor in planned), "B") as advance:
             for name, members in shards.items():
                 with (partial / name).open("wb") as file:

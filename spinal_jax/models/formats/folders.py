@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ import numpy as np
 
 from spinal_jax.errors import UserError
 from spinal_jax.files import locked
+from spinal_jax.progress import Bar
 
 if TYPE_CHECKING:
     from spinal_jax.models.formats.base import Checkpoint
-    from spinal_jax.models.translate import Place
+    from spinal_jax.models.translate import TensorTarget
 
-Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 RECORD = "spinal.json"  # in every folder written here: what it was made from; "sha256" is null until it is whole
 
@@ -75,7 +75,7 @@ def _check_free(folder: Path, out: object, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool) -> Iterator[Path]:
+def partial_folder(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool) -> Iterator[Path]:
     """The folder beside `folder` to write into, locked until the block ends. With `resume` it holds what an earlier run
     of the same work left.
 
@@ -160,11 +160,6 @@ def _empty(folder: Path) -> None:
     (folder / RECORD).unlink(missing_ok=True)
 
 
-def no_bar(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-    """A progress bar that shows nothing."""
-    return contextlib.nullcontext(lambda amount: None)
-
-
 def source_record(
     checkpoint: Checkpoint, schema: str, dtype: str | None, ignore_keys: tuple[str, ...], bar: Bar
 ) -> dict[str, Any]:
@@ -183,7 +178,7 @@ def source_record(
     }
 
 
-def written_dtype(checkpoint: Checkpoint, name: str, place: Place, dtype: str | None) -> np.dtype:
+def written_dtype(checkpoint: Checkpoint, name: str, place: TensorTarget, dtype: str | None) -> np.dtype:
     """The dtype in which the tensor of a place is written: its own, or `dtype` unless it is one that stays float32.
 
     `name` is what the checkpoint calls it. UserError where it holds no plain numbers.

@@ -21,11 +21,11 @@ from spinal_jax.models.formats.gguf_architectures import (
     alternating,
     halves,
     minus_one,
-    transposed,
+    out_in,
 )
-from spinal_jax.models.formats.gguf_header import PLAIN, Stored, import_gguf, read_parts
+from spinal_jax.models.formats.gguf_header import PLAIN, GGUFTensor, import_gguf, read_parts
 from spinal_jax.models.formats.gguf_keys import ROPE_FACTORS, Config, Keys
-from spinal_jax.models.hf_config import shorten_middle, shown
+from spinal_jax.models.hf_config import shorten_middle, value_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class _Origin(NamedTuple):
     """How a tensor with an HF name comes from a stored one."""
 
-    stored: Stored
+    stored: GGUFTensor
     part: slice | int  # of the outermost dimension, which an index leaves out
     undo: Undo | None
     info: TensorInfo
@@ -110,18 +110,18 @@ class GgufFile:
             return self.tensor(name)[tuple(slice(*each) for each in bounds)]
         stored, outer, undo, info = self._origins[name]
         order = undo if isinstance(undo, partial) and undo.func is halves else None  # which moves rows alone
-        if len(info.shape) < 2 or not (undo is None or undo is transposed or order is not None):
+        if len(info.shape) < 2 or not (undo is None or undo is out_in or order is not None):
             return self.tensor(name)[tuple(slice(*each) for each in bounds)]
         rows = np.arange(math.prod(stored.shape[:-1])).reshape(stored.shape[:-1])[outer]
         if order is not None:
             rows = order(rows)
-        within = bounds[::-1] if undo is transposed else bounds
+        within = bounds[::-1] if undo is out_in else bounds
         rows = rows[tuple(slice(*each) for each in within[:-1])]
         values = self._read(stored, rows.reshape(-1), within[-1]).reshape(*rows.shape, within[-1][1] - within[-1][0])
-        return transposed(values) if undo is transposed else values
+        return out_in(values) if undo is out_in else values
 
     def _read(
-        self, stored: Stored, numbers: np.ndarray | None = None, columns: tuple[int, int] | None = None
+        self, stored: GGUFTensor, numbers: np.ndarray | None = None, columns: tuple[int, int] | None = None
     ) -> np.ndarray:
         """The values of a tensor, or of some of its rows [len(numbers), columns]: of these only the blocks that hold
         the columns are read. They are dequantised some rows at a time, so that little more than the result is in
@@ -155,7 +155,7 @@ def _architecture(path: Path, metadata: Mapping[str, Any]) -> Architecture:
     """The translation for this file, if it holds a whole model of a supported architecture."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
-        raise UserError(f"{path}: general.architecture is {shown(name)}, which is not a name")
+        raise UserError(f"{path}: general.architecture is {value_text(name)}, which is not a name")
     if (kind := metadata.get("general.type", "model")) != "model":
         raise UserError(f"{path} holds a GGUF of type {kind!r}, not a model")
     if name not in ARCHITECTURES:
@@ -166,7 +166,7 @@ def _architecture(path: Path, metadata: Mapping[str, Any]) -> Architecture:
 
 
 def _origins(
-    path: Path, stored: Mapping[str, Stored], architecture: Architecture, config: Config
+    path: Path, stored: Mapping[str, GGUFTensor], architecture: Architecture, config: Config
 ) -> dict[str, _Origin]:
     """Every HF name and where it comes from, sorted; a stored tensor without an HF name is refused."""
     origins = {}
@@ -191,7 +191,7 @@ def _origins(
         size = tensor.shape[0] // len(targets)
         for number, target in enumerate(targets):
             shape = (size, *tensor.shape[1:])
-            info = TensorInfo(shape[::-1] if undo is transposed else shape, dtype)
+            info = TensorInfo(shape[::-1] if undo is out_in else shape, dtype)
             part = slice(number * size, (number + 1) * size)
             full = target.format(block) if stem in architecture.whole else f"{target.format(block)}.{suffix}"
             if full in origins:
@@ -201,7 +201,7 @@ def _origins(
 
 
 def _experts(
-    path: Path, stored: Mapping[str, Stored], architecture: Architecture, config: Config
+    path: Path, stored: Mapping[str, GGUFTensor], architecture: Architecture, config: Config
 ) -> dict[str, _Experts]:
     """The HF tensors that join stored ones, which must have one shape."""
     found = {}

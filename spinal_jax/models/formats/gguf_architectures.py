@@ -137,7 +137,7 @@ def minus_one(weight: np.ndarray) -> np.ndarray:
     return weight.astype(np.float32) - np.float32(1)
 
 
-def transposed(weight: np.ndarray) -> np.ndarray:
+def out_in(weight: np.ndarray) -> np.ndarray:
     """GPT-2 keeps matrices as [in, out]; the file holds [out, in]."""
     return np.ascontiguousarray(weight.T)
 
@@ -169,7 +169,7 @@ def _undo_gemma(stem: str, config: Config) -> Undo | None:
 
 
 def _undo_gpt2(stem: str, config: Config) -> Undo | None:
-    return transposed if stem in {"attn_qkv", "attn_output", "ffn_up", "ffn_down"} else None
+    return out_in if stem in {"attn_qkv", "attn_output", "ffn_up", "ffn_down"} else None
 
 
 class Architecture(NamedTuple):

@@ -13,9 +13,9 @@ from spinal_jax.models.formats.gguf_keys import (
     partial_rotary,
     require_derived_head,
     rms_decoder,
-    rope,
     rope_parameters,
     rope_scaling,
+    rope_settings,
     tokens,
     vocabulary,
 )
@@ -23,7 +23,7 @@ from spinal_jax.models.formats.gguf_keys import (
 
 def llama(keys: Keys) -> Config:
     config, head_dim = rms_decoder(keys)
-    config |= {"head_dim": head_dim, "hidden_act": "silu", **rope(keys, head_dim)}
+    config |= {"head_dim": head_dim, "hidden_act": "silu", **rope_settings(keys, head_dim)}
     if window := keys.get("attention.sliding_window", 0):
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window, **config}
     return {
@@ -39,7 +39,7 @@ def qwen2(keys: Keys) -> Config:
     config, head_dim = rms_decoder(keys)
     require_derived_head(keys, config, head_dim)
     named = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}
-    return named | config | {"use_sliding_window": False, **rope(keys, head_dim)}
+    return named | config | {"use_sliding_window": False, **rope_settings(keys, head_dim)}
 
 
 def qwen3(keys: Keys) -> Config:
@@ -52,14 +52,14 @@ def qwen3(keys: Keys) -> Config:
         "attention_bias": "blk.0.attn_q.bias" in keys.shapes,
         "use_sliding_window": False,
         **config,
-        **rope(keys, head_dim),
+        **rope_settings(keys, head_dim),
     }
 
 
 def _gemma_decoder(keys: Keys) -> tuple[Config, int]:
     config, head_dim = rms_decoder(keys)
     config |= {"head_dim": head_dim, "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
-    return config | rope(keys, head_dim), head_dim
+    return config | rope_settings(keys, head_dim), head_dim
 
 
 def gemma(keys: Keys) -> Config:

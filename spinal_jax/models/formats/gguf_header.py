@@ -16,7 +16,7 @@ import numpy as np
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.formats.base import require_regular
-from spinal_jax.models.hf_config import shown
+from spinal_jax.models.hf_config import value_text
 
 # GGML's numbers of the types that hold values and not blocks.
 PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(ml_dtypes.bfloat16)}
@@ -24,7 +24,7 @@ PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(ml_dtypes.bfloat16
 _Value = TypeVar("_Value")
 
 
-class Stored(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor as it lies in its file."""
 
     path: Path
@@ -43,7 +43,7 @@ def import_gguf() -> ModuleType:
     return gguf
 
 
-def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Metadata and tensor table. Parsed here: the gguf package takes 10 s for a vocabulary of 262,144 tokens."""
     require_regular(path)
     try:
@@ -58,9 +58,9 @@ def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str
             table = _unique(cursor.tensor() for _ in range(tensors))
             alignment = metadata.get("general.alignment", 32)
             if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-                raise ValueError(f"its alignment is {shown(alignment)}, which is not a power of two")
+                raise ValueError(f"its alignment is {value_text(alignment)}, which is not a power of two")
             start = -(-cursor.at // alignment) * alignment
-            stored: dict[str, Stored] = {}
+            stored: dict[str, GGUFTensor] = {}
             expected = 0  # tensors lie one behind the other in the order of the table, each padded to the alignment
             for name, (shape, kind, offset) in table.items():
                 if offset != expected:
@@ -77,7 +77,7 @@ def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str
         raise UserError(f"{path} is a truncated or damaged GGUF file: {error}") from error
 
 
-def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], dict[str, Any], dict[str, Stored]]:
+def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], dict[str, Any], dict[str, GGUFTensor]]:
     """The files of a model, in order, the metadata of the first, and the tensors of all.
 
     llama.cpp names the parts NAME-00001-of-00003.gguf and so on, and numbers them from 0 in their metadata.
@@ -85,7 +85,7 @@ def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], dict[str, Any]
     metadata, stored = _read_header(path, gguf)
     count = metadata.get("split.count", 0)
     if type(count) is not int or not 0 <= count < 100_000:
-        raise UserError(f"{path}: split.count is {shown(count)}, which is not a number of parts")
+        raise UserError(f"{path}: split.count is {value_text(count)}, which is not a number of parts")
     if count < 2:
         return [path], metadata, stored
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.IGNORECASE)
@@ -94,11 +94,11 @@ def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], dict[str, Any]
     paths = [path.with_name(f"{match[1]}-{part:05}-of-{count:05}{path.suffix}") for part in range(1, count + 1)]
     if missing := [part for part in paths if not part.exists()]:
         raise UserError(f"{path} is one of {count} parts of a model, of which {missing[0].name} is missing")
-    merged: dict[str, Stored] = {}
+    merged: dict[str, GGUFTensor] = {}
     for number, part in enumerate(paths):
         own, tensors = _read_header(part, gguf)
         if (own.get("split.no"), own.get("split.count")) != (number, count):
-            said = f"part {shown(own.get('split.no'))} of {shown(own.get('split.count'))}"
+            said = f"part {value_text(own.get('split.no'))} of {value_text(own.get('split.count'))}"
             raise UserError(f"{part} says that it is {said}, counted from 0, which its name contradicts")
         if number == 0:
             metadata = own
@@ -108,7 +108,7 @@ def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], dict[str, Any]
     if metadata.get("split.tensors.count", len(merged)) != len(merged):
         raise UserError(
             f"the parts of {path} hold {len(merged)} tensors, but split.tensors.count is "
-            f"{shown(metadata['split.tensors.count'])}"
+            f"{value_text(metadata['split.tensors.count'])}"
         )
     return paths, metadata, merged
 
@@ -124,7 +124,7 @@ def _unique(pairs: Iterable[tuple[str, _Value]]) -> dict[str, _Value]:
 
 def _locate(
     path: Path, gguf: ModuleType, name: str, shape: tuple[int, ...], kind: int, offset: int, end: int
-) -> Stored:
+) -> GGUFTensor:
     """A tensor whose type can be read and whose bytes are all there."""
     if kind not in set(gguf.GGMLQuantizationType):
         raise UserError(f"{path}: {name} has the quantisation {kind}, which the gguf package does not know")
@@ -141,7 +141,7 @@ def _locate(
     row_bytes = shape[-1] // block * block_bytes
     if offset + math.prod(shape[:-1]) * row_bytes > end:
         raise ValueError(f"it ends within or before the tensor {name}")
-    return Stored(path, kind, shape, offset, row_bytes)
+    return GGUFTensor(path, kind, shape, offset, row_bytes)
 
 
 class _Cursor:

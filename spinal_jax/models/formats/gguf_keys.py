@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.hf_config import LARGEST, LARGEST_REAL, MOST_BLOCKS, shown
+from spinal_jax.models.hf_config import LARGEST, LARGEST_REAL, MOST_BLOCKS, value_text
 
 Config = dict[str, Any]
 
@@ -47,7 +47,7 @@ class Keys:
                 raise UserError(f"{self.path}: {self._prefix}{key} differs between blocks, which is not supported")
             value = distinct.pop()
         if value is not None and (wrong := _not_a_setting(key, value)):
-            raise UserError(f"{self.path}: {self._prefix}{key} is {shown(value)}, which is not {wrong}")
+            raise UserError(f"{self.path}: {self._prefix}{key} is {value_text(value)}, which is not {wrong}")
         return value
 
     def blocks(self, key: str, depth: int) -> list[Any] | None:
@@ -81,7 +81,9 @@ class Keys:
 
     def refusal(self, key: str, why: str) -> UserError:
         """The error that names a key and its value."""
-        return UserError(f"{self.path}: {self._prefix}{key} is {shown(self.metadata.get(self._prefix + key))}, {why}")
+        return UserError(
+            f"{self.path}: {self._prefix}{key} is {value_text(self.metadata.get(self._prefix + key))}, {why}"
+        )
 
     def done(self) -> None:
         """Refuses every key of the architecture and every table of rotary factors that was not read."""
@@ -162,7 +164,7 @@ def require_derived_head(keys: Keys, config: Config, head_dim: int) -> None:
         raise keys.refusal("attention.key_length", "but heads of this architecture share the width equally")
 
 
-def rope(keys: Keys, head_dim: int) -> Config:
+def rope_settings(keys: Keys, head_dim: int) -> Config:
     """`rope_theta` and `rope_scaling` of a head that is rotated whole."""
     if keys.get("rope.dimension_count", head_dim) != head_dim:
         raise keys.refusal("rope.dimension_count", f"but a head has {head_dim} features, all of them rotated")
@@ -227,8 +229,8 @@ def partial_rotary(keys: Keys, head_dim: int) -> float:
 
 
 def rope_parameters(keys: Keys, head_dim: int) -> Config:
-    """`rope`, as transformers 5 spells it."""
-    both = rope(keys, head_dim)
+    """`rope_settings`, as transformers 5 spells it."""
+    both = rope_settings(keys, head_dim)
     return {"rope_theta": both["rope_theta"], **(both["rope_scaling"] or {"rope_type": "default"})}
 
 

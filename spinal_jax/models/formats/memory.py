@@ -17,7 +17,7 @@ from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.base import Checkpoint, TensorInfo
 from spinal_jax.models.hf_config import shorten_middle
 from spinal_jax.models.parts import take_apart
-from spinal_jax.models.translate import parameter_shapes, places
+from spinal_jax.models.translate import parameter_shapes, tensor_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,9 @@ class MemoryCheckpoint:
         self._arrays, self._tokenizer = arrays, tokenizer
         family, self._decoder = read_model(config, ignore_keys)
         shapes = parameter_shapes(self._decoder)
-        self._places = {place.name: place for place in places(family.rules(self._decoder), self._decoder, shapes)}
+        self._places = {
+            place.name: place for place in tensor_targets(family.rules(self._decoder), self._decoder, shapes)
+        }
 
     def names(self) -> Mapping[str, TensorInfo]:
         return {name: TensorInfo(t.shape, t.dtype) for name in sorted(self._places) for t in [self.tensor(name)]}

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from spinal_jax.errors import UserError
 from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.base import Bounds, TensorInfo, read_config, read_json, sha256_of
 from spinal_jax.models.formats.folders import RECORD, read_record
-from spinal_jax.models.translate import Place, as_it_is, parameter_shapes, places
+from spinal_jax.models.translate import TensorTarget, as_it_is, parameter_shapes, tensor_targets
+from spinal_jax.progress import Advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ class ParameterFile:
         yield self.folder / ".zarray"
         yield from chunk_files(self.folder, self.shape, self.chunks)
 
-    def write(self, row: tuple[int, ...], values: np.ndarray, progress: Callable[[int], None]) -> None:
+    def write(self, row: tuple[int, ...], values: np.ndarray, progress: Advance) -> None:
         """Writes a row, little more than WRITE_BYTES of it being copied at a time. UserError where the disk is full."""
         wide = math.prod(values.shape[1:]) * max(values.dtype.itemsize, self.dtype.itemsize)
         step = max(1, WRITE_BYTES // (wide * self.rows)) * self.rows  # whole chunks
@@ -184,7 +185,9 @@ class OrbaxFolder:
         family, self._decoder = read_model(self.config, record["ignore_keys"])
         shapes = parameter_shapes(self._decoder)
         self._parameters = {path: self._open(path, info.shape) for path, info in shapes.items()}
-        self._places = {place.name: place for place in places(family.rules(self._decoder), self._decoder, shapes)}
+        self._places = {
+            place.name: place for place in tensor_targets(family.rules(self._decoder), self._decoder, shapes)
+        }
         self._infos = self._describe()
 
     def _check_files(self) -> dict[str, str]:
@@ -231,7 +234,7 @@ class OrbaxFolder:
         return self._infos
 
     def tensor(self, name: str) -> np.ndarray:
-        place: Place = self._places[name]
+        place: TensorTarget = self._places[name]
         return place.rule.join([self._parameters[path].read(place.row) for path in place.paths], self._decoder)
 
     def part(self, name: str, bounds: Bounds) -> np.ndarray:

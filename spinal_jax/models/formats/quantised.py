@@ -19,7 +19,7 @@ import numpy as np
 from spinal_jax.errors import UserError
 from spinal_jax.models.formats.base import Bounds, TensorInfo
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
-from spinal_jax.models.hf_config import shown
+from spinal_jax.models.hf_config import value_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def dequantised(folder: SafetensorsFolder) -> SafetensorsFolder | Dequantised:
     if settings is None:
         return folder
     if not isinstance(settings, dict):
-        raise UserError(f"config.json: {_KEY} is {shown(settings)}, which is not a mapping")
+        raise UserError(f"config.json: {_KEY} is {value_text(settings)}, which is not a mapping")
     match settings.get("quant_method"):
         case "fp8":
             return Dequantised(folder, *_fp8(folder, settings))
@@ -47,8 +47,8 @@ def dequantised(folder: SafetensorsFolder) -> SafetensorsFolder | Dequantised:
             return Dequantised(folder, *_mxfp4(folder))
         case method:
             raise UserError(
-                f"{folder.source} is quantised by {shown(method)}, as its config.json has it in {_KEY}; those that can "
-                "be read are fp8 and mxfp4"
+                f"{folder.source} is quantised by {value_text(method)}, as its config.json has it in {_KEY}; "
+                "those that can be read are fp8 and mxfp4"
             )
 
 
@@ -88,7 +88,9 @@ class Dequantised:
 def _fp8(inner: SafetensorsFolder, settings: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], set[str], Decode]:
     block = settings.get("weight_block_size") or [1 << 31, 1 << 31]
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise UserError(f"config.json: {_KEY}.weight_block_size is {shown(block)}, which is not two positive numbers")
+        raise UserError(
+            f"config.json: {_KEY}.weight_block_size is {value_text(block)}, which is not two positive numbers"
+        )
     stored = inner.names()
     scales = {name: f"{name}_scale_inv" for name in stored if f"{name}_scale_inv" in stored}
     infos: dict[str, TensorInfo] = {}

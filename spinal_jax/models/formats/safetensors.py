@@ -42,7 +42,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 }
 
 
-class Stored(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a tensor lies."""
 
     path: Path
@@ -109,7 +109,7 @@ class SafetensorsFolder:
         """Nothing is held open between reads."""
 
 
-def read_stored(stored: Stored, name: str) -> np.ndarray:
+def read_stored(stored: TensorLocation, name: str) -> np.ndarray:
     """A whole tensor, read into an array of its own."""
     path, offset, info = stored
     # Read, not mapped: mapped pages count as resident memory, and a streaming conversion would seem to hold it all.
@@ -123,7 +123,7 @@ def _shorter(path: Path, name: str) -> UserError:
     return UserError(f"{path} has become shorter since it was opened: {name} cannot be read")
 
 
-def _find_tensors(folder: Path) -> dict[str, Stored]:
+def _find_tensors(folder: Path) -> dict[str, TensorLocation]:
     """Where every tensor of the folder lies, from the shards' headers alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -139,13 +139,13 @@ def _find_tensors(folder: Path) -> dict[str, Stored]:
     raise UserError(f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
+def _read_shards(folder: Path, index: Path) -> dict[str, TensorLocation]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map that says which shard holds which tensor")
     if wrong := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
         raise UserError(f"{index} does not say which shard holds {shorten_middle(wrong[0])}")
-    shards: dict[str, dict[str, Stored]] = {}
+    shards: dict[str, dict[str, TensorLocation]] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise UserError(f"{index} names the shard {shard!r}, which is not a file of the folder itself")
@@ -168,7 +168,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
     return {name: stored for name, stored in found.items() if stored is not None}
 
 
-def _require_equal(name: str, copies: Sequence[Stored]) -> None:
+def _require_equal(name: str, copies: Sequence[TensorLocation]) -> None:
     """UserError where files of one checkpoint hold a tensor with different content."""
     first, *others = copies
     for other in others:
@@ -184,7 +184,7 @@ def _require_equal(name: str, copies: Sequence[Stored]) -> None:
             raise UserError(f"{name} is in both {first.path} and {other.path}, and the two differ")
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, TensorLocation]:
     """The tensors of one safetensors file; the reference parser refuses a header that does not cover the whole file."""
     require_regular(path)
     try:
@@ -205,5 +205,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         if dtype is None:
             known = ", ".join(SAFETENSORS_DTYPES)
             raise UserError(f"{name} in {path} has the dtype {entry['dtype']}; those that can be read are {known}")
-        stored[name] = Stored(path, 8 + length + entry["data_offsets"][0], TensorInfo(tuple(entry["shape"]), dtype))
+        stored[name] = TensorLocation(
+            path, 8 + length + entry["data_offsets"][0], TensorInfo(tuple(entry["shape"]), dtype)
+        )
     return stored

@@ -17,7 +17,7 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.hf_config import shown
+from spinal_jax.models.hf_config import value_text
 
 
 class Splitter(NamedTuple):
@@ -118,4 +118,4 @@ def splitter_of(name: object, path: Path) -> Splitter:
     if isinstance(name, str) and name in REFUSED:
         raise UserError(f"{path} splits text by tokenizer.ggml.pre = {name!r}, which {REFUSED[name]}")
     known = ", ".join(SPLITTERS)
-    raise UserError(f"{path} splits text by tokenizer.ggml.pre = {shown(name)}; those that are known are {known}")
+    raise UserError(f"{path} splits text by tokenizer.ggml.pre = {value_text(name)}; those that are known are {known}")

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.formats.splitters import Splitter, splitter_of
-from spinal_jax.models.hf_config import shown
+from spinal_jax.models.hf_config import value_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,7 +214,7 @@ def _check_types(given: Mapping[str, Any], metadata: Mapping[str, Any], path: Pa
 
     def require(name: str, value: Any, is_right: bool, what: str) -> None:
         if not is_right:
-            raise UserError(f"{path}: {name} is {shown(value)}, which is not {what}")
+            raise UserError(f"{path}: {name} is {value_text(value)}, which is not {what}")
 
     count = len(given["tokens"]) if isinstance(given["tokens"], list) else 0
     for key, value in given.items():
