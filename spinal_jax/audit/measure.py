@@ -476,3 +476,6 @@ def depth_curve(
     }
     direct = float(sums.direct / sums.positions)
     return DepthCurve(found, summary(found["contraction"], found["transport"], direct, terminal))
+
+
+keep = keep_reference  # benchmarks/train.py uses it

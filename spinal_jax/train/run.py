@@ -324,3 +324,6 @@ def _reference(
     seen = list(dict.fromkeys(i for n in range(stop) for i in examples.step(n, config.batch_size, config.seed)[0]))
     held_out = examples.held_out
     return cached(examples.train, seen), cached(held_out, range(len(held_out))) if held_out else None, None
+
+
+split = split_parameters  # benchmarks/train.py uses it
