@@ -13,6 +13,7 @@ after the first, which compiles; a ratio is the median over rounds of the ratio 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import subprocess
@@ -63,11 +64,15 @@ def main() -> None:
         work(args)
         return
     names = [name for number, name in enumerate(CASES) if not args.cases or number in args.cases]
-    rows = [Row(name) for name in names]
-    for number in range(args.steps + 1):
-        for row in rows:
-            print(f"step {number}, {row.name}: {row.step():.1f} s", file=sys.stderr)
-    show({row.name: row.close() for row in rows})
+    with contextlib.ExitStack() as ends:  # if one row fails, no other runs on
+        rows = []
+        for name in names:
+            rows.append(Row(name))
+            ends.callback(rows[-1].process.kill)
+        for number in range(args.steps + 1):
+            for row in rows:
+                print(f"step {number}, {row.name}: {row.step():.1f} s", file=sys.stderr)
+        show({row.name: row.close() for row in rows})
 
 
 class Row:
