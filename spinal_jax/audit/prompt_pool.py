@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ def prompt_pool(
     if decoder.learned_positions and limit > decoder.max_positions:
         raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
     if jax.process_count() > 1:  # before any tokens are exchanged: parts of different texts would make one pool
-        check_same({"prompts": _sha256(repr(prompts.prompts)), "tokenizer": _sha256(_described(tokenizer))})
+        check_same({"prompts": _sha256(map(repr, prompts.prompts)), "tokenizer": _sha256([_described(tokenizer)])})
     part, exchange = (own_part(len(prompts.prompts)), gathered) if jax.process_count() > 1 else (None, None)
     tokens = data.tokenise_prompts(prompts, tokenizer, limit, asked.chat_template, part, exchange)
     if (top := max(int(ids.max()) for ids in tokens.ids)) >= decoder.vocab_size:
@@ -183,8 +183,11 @@ def batches_sha256(work: Plan) -> str:
     return hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest()
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+def _sha256(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode("utf-8", errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> str:

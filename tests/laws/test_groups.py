@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from spinal_jax.data import read_prompts
 from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
-from spinal_jax.stats import groups
-from spinal_jax.stats.groups import Dialogue, Groups, assign_groups, components, group_of
+from spinal_jax.stats import near_duplicates
+from spinal_jax.stats.groups import Groups, assign_groups, group_of
+from spinal_jax.stats.near_duplicates import Dialogue, components
 
 WORDS = st.sampled_from([f"w{i}" for i in range(12)])
 TURN = st.tuples(st.sampled_from(["user", "assistant", "system"]), st.lists(WORDS, max_size=12).map(" ".join))
@@ -59,9 +60,9 @@ def test_components_of_edited_copies(seed: int, monkeypatch: pytest.MonkeyPatch)
     """Chains of copies, each edited a little, around the threshold, with a phrase that all prompts begin with; some of
     them as where there are very many prompts and words."""
     if seed > 2:
-        monkeypatch.setattr(groups, "_PACKED", 0)
-        monkeypatch.setattr(groups, "_BLOCK", 500)
-        monkeypatch.setattr(groups, "_TABLE", 11)
+        monkeypatch.setattr(near_duplicates, "_PACKED", 0)
+        monkeypatch.setattr(near_duplicates, "_BLOCK", 500)
+        monkeypatch.setattr(near_duplicates, "_TABLE", 11)
     rng = random.Random(seed)
     words = [f"w{i}" for i in range(300)]
     originals = [rng.choices(words, k=rng.randint(0, 40)) for _ in range(30)]
