@@ -16,6 +16,7 @@ from typing import Any
 from spinal_jax.cli.console import MISTAKE, Stopped, complain
 from spinal_jax.errors import NotLeader, StoppedElsewhere, UserError
 from spinal_jax.parallel.distributed import ClusterSpec, start
+from spinal_jax.parallel.meeting import NotMet
 from spinal_jax.parallel.peers import SILENCE, PeerEnded, Peers, code_of, in_words
 
 OWN = ("process", "start_timeout")  # of the parallel settings, what processes need not have alike
@@ -38,7 +39,7 @@ def together(
         job: what to run; NotLeader from it means that the result is with process 0.
     """
     if not _RUNS:
-        start(place, timeout)
+        _meet(place, timeout, folder)
     _RUNS.append(len(_RUNS))
     with Peers(place, _RUNS[-1]) as peers:
         try:
@@ -54,6 +55,17 @@ def together(
         with contextlib.suppress(RuntimeError):  # JAX's service is gone: there is nobody to wait for
             peers.part()
         os._exit(code)
+
+
+def _meet(place: ClusterSpec, timeout: int, folder: Path) -> None:
+    try:
+        start(place, timeout)
+    except NotMet as error:
+        complain(str(error))
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        sys.stdout.flush()
+        os._exit(error.code)
 
 
 class _Left(Exception):

@@ -40,7 +40,8 @@ class ProcessesConfig(ParallelConfig):
     )
     process: int | None = field(default=None, metadata=about("number of this process, from 0"))
     start_timeout: int = field(
-        default=300, metadata=about("time within which all processes must have started", "seconds")
+        default=55,
+        metadata=about("time for all processes to start; more where hosts start minutes apart", "seconds"),
     )
 
     def __post_init__(self) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +11,7 @@ import numpy as np
 
 from spinal_jax.config import ProcessesConfig
 from spinal_jax.errors import UserError
+from spinal_jax.parallel.meeting import meet
 
 HEARTBEAT = 55  # seconds without one after which JAX aborts all processes of a run
 
@@ -63,43 +62,32 @@ def start(place: ClusterSpec, timeout: int) -> None:
     """Starts JAX's coordination service in process 0 and connects this process to it, after which JAX sees the devices
     of all processes. Nothing may have asked JAX for devices before.
 
-    Where not all processes have come after `timeout` seconds this ends the process with a sentence and exit code 2:
-    JAX itself would end it by `abort()`.
+    Raises:
+        UserError: this process cannot listen or connect.
+        NotMet: not all processes have come after `timeout` seconds.
     """
-
-    def give_up() -> None:
-        whom = f"the other {place.processes - 1}" if place.process == 0 else "process 0 and the others"
-        said = (
-            f"spinal: process {place.process} of {place.processes} did not meet {whom} at parallel.coordinator="
-            f"{place.coordinator} within parallel.start_timeout={timeout}; is each of them running, with a "
-            "parallel.process of its own?\n"
-        )
-        os.write(2, said.encode())
-        os._exit(2)
-
     # JAX's own handler of SIGTERM would replace that of the command line.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    watch = threading.Timer(timeout, give_up)
-    watch.daemon = True
-    watch.start()
-    try:
+
+    def connect() -> None:
         jax.distributed.initialize(
             place.coordinator,
             place.processes,
             place.process,
             None if place.devices is None else list(place.devices),
             cluster_detection_method="deactivate",
-            initialization_timeout=timeout + 60,
+            initialization_timeout=timeout + 60,  # later than `meet` gives up
             heartbeat_timeout_seconds=HEARTBEAT,
             coordinator_bind_address=place.coordinator if place.local else None,
         )
+
+    try:
+        meet(connect, place.coordinator, place.processes, place.process, timeout)
     except RuntimeError as error:
         raise UserError(
             f"process {place.process} cannot use parallel.coordinator={place.coordinator}: {str(error).splitlines()[0]}"
         ) from error
-    finally:
-        watch.cancel()
 
 
 def all_same(value: str) -> bool:

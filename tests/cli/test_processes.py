@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from spinal_jax.parallel.meeting import INTERVAL, connected
 from spinal_jax.parallel.peers import SILENCE
 from tests.parity.gguf_files import KEYS, quantised, write
 
@@ -50,9 +52,11 @@ def several(start: Start, tmp_path: Path) -> Iterator[Several]:
         slurm: bool = False,
         devices: int = 1,
         before: str = "",
+        only: tuple[int, ...] | None = None,
     ) -> list[subprocess.Popen[str]]:
         port = free_port()
-        for number in range(count):
+        numbers = only or tuple(range(count))
+        for number in numbers:
             folder = tmp_path / str(number)
             folder.mkdir(exist_ok=True)
             environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -62,9 +66,15 @@ def several(start: Start, tmp_path: Path) -> Iterator[Several]:
                 job = {"JOB_ID": 7, "STEP_NODELIST": "localhost", "NTASKS": count, "PROCID": number, "LOCALID": number}
                 environment |= {f"SLURM_{name}": str(value) for name, value in job.items()}
                 environment["JAX_COORDINATOR_PORT"] = str(port)
-            said = [*arguments, f"hydra.run.dir={run}", f"parallel.coordinator={place[0]}", *place[1:]]
+            said = [
+                "parallel.start_timeout=300",
+                *arguments,
+                f"hydra.run.dir={run}",
+                f"parallel.coordinator={place[0]}",
+            ]
+            said += place[1:]
             started.append(start(*said, *(own or {}).get(number, ()), cwd=folder, env=environment, before=before))
-        return started[-count:]
+        return started[-len(numbers) :]
 
     yield begin
     for process in started:
@@ -259,8 +269,34 @@ def test_processes_that_do_not_belong_together_never_begin(several: Several) -> 
     late = several(2, *AUDIT, "parallel.start_timeout=15", own={1: ("parallel.coordinator=127.0.0.1:1",)})
     for outcome in ends(other):
         refused(outcome, "was started with prompts.limit=8, but process 0 with 16")
+    seen = "1 of 2 have connected, this one included (1 from 127.0.0.1)", "nothing answers there"
     for number, outcome in enumerate(ends(late)):
-        refused(outcome, f"process {number} of 2 did not meet ", "within parallel.start_timeout=15")
+        refused(outcome, f"process {number} of 2 did not meet ", "within parallel.start_timeout=15", seen[number])
+
+
+def test_who_waits_for_others_ends_when_told_or_when_process_0_is_gone(several: Several, tmp_path: Path) -> None:
+    """Of three processes the last never comes."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        zero, one = several(3, *AUDIT, only=(0, 1))
+        port = int(re.search(r"127.0.0.1:([0-9]+)", " ".join(zero.args))[1])
+        while len(connected(port)) < 2:
+            assert zero.poll() is None, zero.communicate()
+            time.sleep(0.1)
+        if sent == signal.SIGTERM:
+            one.send_signal(sent)
+            (outcome,) = ends([one])
+            assert outcome.code == 143
+            assert outcome.err.splitlines()[-1].startswith("spinal: terminated; ")
+            zero.kill()
+        else:
+            time.sleep(2 * INTERVAL)  # in which it hears of process 0
+            zero.send_signal(sent)
+            (outcome,) = ends([one])
+            assert outcome.code == 1
+            said = " has not answered process 1 of 3 for 20 s)"
+            assert outcome.err.splitlines()[-1].startswith("spinal: process 0 of 3 is gone (127.0.0.1:")
+            assert outcome.err.endswith(f"{said}\n")
+    assert not list(tmp_path.glob("*/run"))
 
 
 @pytest.mark.parametrize(
