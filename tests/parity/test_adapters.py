@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from spinal_jax.comparison.checkpoints import with_reference
 from spinal_jax.config import CompareConfig, ComparedConfig
 from spinal_jax.errors import UserError
 from spinal_jax.models.families import read_checkpoint
+from spinal_jax.models.formats import adapter
 from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
 from spinal_jax.models.formats.convert import convert
 from spinal_jax.models.formats.export import export
@@ -192,6 +194,8 @@ def test_the_base_is_named_by_the_folder_or_by_the_user(copied: Path) -> None:
         open_checkpoint(str(copied / "base"), base=str(copied / "base"))
     change(copied, base_model_name_or_path=str(copied / "base"))
     refusal(copied, "an adapter itself", base=str(copied / "adapter"))
+    change(copied, base_model_name_or_path=str(copied / "adapter"))
+    refusal(copied, "an adapter itself")
 
 
 def test_the_reference_of_a_comparison_is_the_base(copied: Path) -> None:
@@ -244,11 +248,16 @@ def test_a_resized_vocabulary(copied: Path) -> None:
         ({"lora_alpha": float("nan")}, ["lora_alpha"]),
         ({"rank_pattern": {"q_proj": 9}}, ["rank", "9"]),
         ({"rank_pattern": {"(": 9}}, ["rank_pattern"]),
+        ({"rank_pattern": {r"(\w+\w+)+\d": 9}}, ["rank_pattern", "more than 0.01 s"]),
         ({"alpha_pattern": [1]}, ["alpha_pattern"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_settings_that_are_not_understood_are_refused(copied: Path, values: dict[str, Any], words: list[str]) -> None:
+def test_settings_that_are_not_understood_are_refused(
+    copied: Path, values: dict[str, Any], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "more than 0.01 s" in words:
+        monkeypatch.setattr(adapter, "SECONDS", 0.01)
     change(copied, **values)
     refusal(copied, "adapter_config.json", *words, base=str(copied / "base"))
 
@@ -269,6 +278,16 @@ def test_tensors_that_do_not_fit_are_refused(copied: Path) -> None:
     found = open_checkpoint(str(copied / "adapter"), base=base)
     with pytest.raises(UserError, match="inputs"):
         found.tensor(first.removeprefix("base_model.model.").replace("lora_A.", ""))
+    # NumPy would repeat one row, or one number, for all.
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    magnitude = first.replace("lora_A.weight", "lora_magnitude_vector")
+    change(copied, trainable_token_indices={"embed_tokens": [1, 2, 3]})
+    for key, shape, words in ((rows, (1, 32), "needs (3, 32)"), (magnitude, (1,), "1 numbers")):
+        save_file(sound | {key: np.ones(shape, np.float32)}, path)
+        found = open_checkpoint(str(copied / "adapter"), base=base)
+        name = "model.embed_tokens.weight" if key == rows else first.removeprefix("base_model.model.")
+        with pytest.raises(UserError, match=re.escape(words)):
+            found.tensor(name.replace("lora_A.", ""))
     path.write_bytes(path.read_bytes()[:-3])
     refusal(copied, "truncated", base=base)
     path.rename(path.with_suffix(".bin"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import regex
 
 from spinal_jax.errors import UserError
 from spinal_jax.models.families import family_of, read_model
@@ -27,6 +28,7 @@ from spinal_jax.models.hf_config import HFConfig, value_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SECONDS = 1.0  # that a pattern may take: some never end
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Keys of adapter_config.json that say nothing about merging: which layers were chosen, how training went, bookkeeping.
@@ -109,8 +111,8 @@ class AdapterFolder:
             for module, parts in self._terms[name].items():
                 values = self._merged(name, module, parts, values)
         if name in self._rows:
-            values = values.astype(np.float32)
-            values[self._settings.token_rows(name, len(values))] = self._read(self._rows[name])
+            values, rows = values.astype(np.float32), self._settings.token_rows(name, len(values))
+            values[rows] = self._fitting(self._rows[name], (len(rows), *values.shape[1:]))
         return values
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -210,12 +212,19 @@ class AdapterFolder:
     def _read(self, key: str) -> np.ndarray:
         return read_stored(self._stored[key], key)
 
+    def _fitting(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor of the adapter that must have a shape, for NumPy would repeat a smaller one. Errors: UserError."""
+        values = self._read(key)
+        if values.shape != shape:
+            raise UserError(f"{self._path}: {key} has shape {values.shape}, but its base needs {shape}")
+        return values
+
     def _merged(self, name: str, module: str, parts: Mapping[str, str], weight: np.ndarray) -> np.ndarray:
         read = {part: self._read(key).astype(np.float32) for part, key in parts.items()}
         rank = next((len(read[part]) for part in ("lora_A", "lora_embedding_A") if part in read), None)
         scale = self._settings.scale(module, rank)
         if "lora_bias" in read:
-            return weight + np.float32(scale) * read["lora_bias"]
+            return weight + np.float32(scale) * self._fitting(parts["lora_bias"], weight.shape)
         is_embedding = "lora_embedding_A" in read
         turned = is_embedding or (self._settings.conv1d(self.config) and _CONV1D.fullmatch(name) is not None)
         a, b = (
@@ -231,7 +240,11 @@ class AdapterFolder:
         if "lora_magnitude_vector" in read:
             # Summed in float64: NumPy's and PyTorch's sums of float32 differ by more than the last bit.
             lengths = np.sqrt(np.einsum("oi,oi->o", merged, merged, dtype=np.float64)).astype(np.float32)
-            merged *= (read["lora_magnitude_vector"].reshape(-1) / lengths)[:, None]
+            magnitudes = read["lora_magnitude_vector"].reshape(-1)
+            if magnitudes.shape != lengths.shape:
+                key = parts["lora_magnitude_vector"]
+                raise UserError(f"{self._path}: {key} has {magnitudes.size} numbers, but its base {lengths.size} rows")
+            merged *= (magnitudes / lengths)[:, None]
         return np.ascontiguousarray(merged.T if turned else merged)
 
 
@@ -275,10 +288,13 @@ class _Settings:
         """The value of the first pattern that matches the end of a module's name, as PEFT chooses it."""
         for pattern, value in self.patterns[key].items():
             try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
+                if regex.match(rf"(.*\.)?({pattern})$", module, timeout=SECONDS):
                     return value
-            except re.error as error:
+            except regex.error as error:
                 raise UserError(f"{self.path}: {key} has the pattern {pattern!r}, which is none: {error}") from error
+            except TimeoutError as error:
+                what = f"the pattern {shown(pattern)}, which takes more than {SECONDS:g} s to match {module}"
+                raise UserError(f"{self.path}: {key} has {what}") from error
         return default
 
     def check_rank(self, module: str, first: TensorInfo, second: TensorInfo) -> None:

@@ -38,11 +38,12 @@ def open_checkpoint(source: str, revision: str | None = None, base: str | None =
     return checkpoint
 
 
-def _open(source: str, revision: str | None, base: str | None) -> Checkpoint:
+def _open(source: str, revision: str | None, base: str | None, is_base: bool = False) -> Checkpoint:
+    """As `open_checkpoint`; `is_base`: for an adapter, which is trained on a whole model."""
     path = Path(source).expanduser()
     is_gguf = path.suffix.lower() == ".gguf"
     if not path.exists() and not is_gguf and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return _hub_snapshot(source, revision, base)
+        return _hub_snapshot(source, revision, base, is_base)
     if revision is not None and path.is_dir() and (step := _step_folder(path, revision)) is not None:
         path = step
     elif revision is not None:
@@ -55,7 +56,7 @@ def _open(source: str, revision: str | None, base: str | None) -> Checkpoint:
             from spinal_jax.models.formats.orbax import OrbaxFolder
 
             return OrbaxFolder(path, source)
-        return _folder(path, source, base)
+        return _folder(path, source, base, is_base=is_base)
     if is_gguf and path.is_file():
         from spinal_jax.models.formats.gguf import GgufFile
 
@@ -76,19 +77,21 @@ def adapter_base(source: str, revision: str | None = None, base: str | None = No
         return checkpoint.base.source, checkpoint.base.revision
 
 
-def _folder(path: Path, source: str, base: str | None, revision: str | None = None) -> Checkpoint:
+def _folder(
+    path: Path, source: str, base: str | None, revision: str | None = None, is_base: bool = False
+) -> Checkpoint:
     """A Hugging Face folder: a whole model, or an adapter on its base."""
     if not is_adapter(path):
         return apart(dequantised(SafetensorsFolder(path, source, revision)))
+    if is_base:  # also where an adapter is its own base
+        raise UserError(f"{source} is an adapter itself; merge that one first")
     name, base_revision = (base, None) if base is not None else base_of(path)
     if (relative := path / name).is_dir() and not Path(name).expanduser().exists():
         name = str(relative)
     try:
-        model = _open(name, base_revision, None)
+        model = _open(name, base_revision, None, is_base=True)
     except UserError as error:
         raise UserError(f"the base model of the adapter {source}: {error}; another is named by model.base=") from error
-    if model.kind == "adapter":
-        raise UserError(f"the base model of the adapter {source} is an adapter itself, {name}; merge that one first")
     return AdapterFolder(path, source, model)
 
 
@@ -116,7 +119,7 @@ def _step_folder(path: Path, revision: str) -> Path | None:
 _HUB_FILES = ["adapter_config.json", "config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
 
 
-def _hub_snapshot(repo: str, revision: str | None, base: str | None) -> Checkpoint:
+def _hub_snapshot(repo: str, revision: str | None, base: str | None, is_base: bool = False) -> Checkpoint:
     """The repository's config, safetensors and tokenizer, downloaded into the hub's cache or found there."""
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -127,18 +130,18 @@ def _hub_snapshot(repo: str, revision: str | None, base: str | None) -> Checkpoi
     except errors.GatedRepoError as error:
         raise UserError(f"{named} is gated: accept its terms on the hub, then log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
-        return _hub_snapshot(repo, _step_revision(repo, revision, error), base)
+        return _hub_snapshot(repo, _step_revision(repo, revision, error), base, is_base)
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"{repo} is neither a local folder nor a repository that the hub shows you") from error
     except errors.LocalEntryNotFoundError as error:
         if revision is not None and len(found := _of_step(_cached_revisions(repo), revision)) == 1:
-            return _hub_snapshot(repo, found[0], base)
+            return _hub_snapshot(repo, found[0], base, is_base)
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise UserError(f"{named} is neither a local folder nor in the hub's cache, and {why}") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"{named} could not be downloaded: {reason[0] if reason else type(error).__name__}") from error
-    return _folder(folder, repo, base, revision=folder.name)
+    return _folder(folder, repo, base, revision=folder.name, is_base=is_base)
 
 
 def _step_revision(repo: str, revision: str | None, error: Exception) -> str:
