@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -161,12 +162,34 @@ def load_json(text: str | bytes, what: object) -> Any:
         raise UserError(f"{what} is not valid JSON: {error or 'nested too deeply'}") from error
 
 
+def read_text(file: Path) -> str:
+    """The text of a saved file. UserError where it is no regular file, such as a FIFO, which may have no end, or cannot
+    be read."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UserError(f"{file} is not a regular file")
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def load_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log, one a line; a last line without an end is half-written and left out. UserError where
+    the log cannot be read, or another line is no object."""
+    found = []
+    for number, line in enumerate(read_text(file).splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            found.append(load_json(line, f"{file}, line {number}"))
+            if not isinstance(found[-1], dict):
+                raise UserError(f"{file}, line {number} is not a JSON object")
+    return found
+
+
 def load_json_file(file: Path) -> dict[str, Any]:
     """The JSON object of a file. UserError where it cannot be read or is none."""
-    try:
-        found = load_json(file.read_bytes(), file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    found = load_json(read_text(file), file)
     if not isinstance(found, dict):
         raise UserError(f"{file} is not a JSON object")
     return found
@@ -182,14 +205,14 @@ def load_record(path: Path, name: str, arrays: str, parse: Callable[[str, Mappin
     if not file.is_file():
         raise UserError(f"no {name} at {path}: give a run folder that holds {name}.json, or the path of a {name}.json")
     beside = file.with_name(arrays)
+    text = read_text(file)
     try:
-        text = file.read_text(encoding="utf-8")
         with malformed("its content"):
             return parse(text, load(beside.read_bytes()) if beside.is_file() else {})
     except SafetensorError as error:
         raise UserError(f"{beside} cannot be read: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"{beside} cannot be read: {error.strerror}") from error
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -213,6 +236,11 @@ def save_record(
     write_whole(folder / f"{name}.json", text.encode())
 
 
+def writable(text: str) -> str:
+    """The text without what is no Unicode: bytes of a file's name that are no UTF-8 become \\udc80 to \\udcff."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as CSV; NaN is an empty field."""
     out = io.StringIO()
@@ -220,7 +248,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     for row in rows:
         writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    return out.getvalue()
+    return writable(out.getvalue())
 
 
 def document(schema: str, sections: Mapping[str, tuple[str, ...]], record: Document) -> str:

@@ -38,6 +38,7 @@ from spinal_jax.config import (
 )
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
+from spinal_jax.files import writable
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.metrics.tail import fitted_ranks
 from spinal_jax.models.config import DecoderConfig
@@ -342,11 +343,11 @@ def model_name(source: str) -> str:
         return RANDOM + model_name(source.removeprefix(RANDOM))
     path = Path(source)
     if not path.exists():
-        return path.stem if path.suffix == ".gguf" else source
+        return writable(path.stem if path.suffix == ".gguf" else source)
     path = path.resolve()
     if path.name == "model" and (path.parent / "settings.json").exists():
-        return path.parent.name  # the weights of a training run go by the run
-    return path.stem if path.suffix == ".gguf" else path.name
+        path = path.parent  # the weights of a training run go by the run
+    return writable(path.stem if path.suffix == ".gguf" else path.name)
 
 
 def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice: Choice, home: GramHome) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ PANIC = "a library written in Rust gave up on its input ({}); often a rule of to
 def guarded(run: Callable[[], int]) -> None:
     """Runs a command; what it raises becomes one sentence and an exit code, and SystemExit unless that is 0."""
     _in_utf8()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of cache folders that cannot be made
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, console.stop) for number in signals}
     console.STOPS.clear()

@@ -25,7 +25,7 @@ from spinal_jax.comparison.attribution_runs import (
     read_attributed_run,
 )
 from spinal_jax.errors import UserError
-from spinal_jax.files import plain, table, undefined, write_whole
+from spinal_jax.files import load_json_file, malformed, plain, table, undefined, write_whole
 from spinal_jax.stats.signflip import holm
 from spinal_jax.stats.two_samples import MeanDifference, permutation_p, rank_correlation, welch
 from spinal_jax.wording import number, plus_minus
@@ -344,13 +344,14 @@ def load_attribution(path: str | os.PathLike[str]) -> Attribution:
     """
     file = Path(path)
     file = file / "attribution.json" if file.is_dir() else file
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    said = content.get("schema") if isinstance(content, dict) else None
-    if said != SCHEMA:
+    content = load_json_file(file)
+    if (said := content.get("schema")) != SCHEMA:
         raise UserError(f"{file} says schema {said!r}; this version of spinal_jax reads {SCHEMA!r}")
+    with malformed(file):
+        return _of_content(content)
+
+
+def _of_content(content: Mapping[str, Any]) -> Attribution:
     columns = {
         name: {key: np.array([math.nan if v is None else v for v in values]) for key, values in column.items()}
         for name, column in content["boundaries"].items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.comparison.sources import saved_trace, steps_of
 from spinal_jax.errors import UserError
-from spinal_jax.files import flat
+from spinal_jax.files import flat, load_json_file, load_json_lines, malformed
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"  # of a training run
 PLACES = ("delta_contraction", "delta_transport", "policy_distance")  # whose place in depth is compared
@@ -150,25 +149,27 @@ def _logged(folder: Path, at: int, terminal: tuple[int, int]) -> dict[str, float
     the terminal block's share of the gradient, mean over its steps."""
     shares, rewards = [], {}
     first, last = terminal
-    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        if values["step"] > at:
-            break
-        norms = values.get("block_grad_norms")
-        if norms and sum(norms) > 0:
-            shares.append(sum(norms[first - 1 : last]) / sum(norms))
-        for name, key in (("reward_accuracy", "eval_rewards/accuracies"), ("reward_margin", "eval_rewards/margins")):
-            if isinstance(values.get(key), float):
-                rewards[name] = values[key]
+    with malformed(folder / METRICS):
+        for values in load_json_lines(folder / METRICS):
+            if values["step"] > at:
+                break
+            norms = values.get("block_grad_norms")
+            if norms and sum(norms) > 0:
+                shares.append(sum(norms[first - 1 : last]) / sum(norms))
+            for name, key in (
+                ("reward_accuracy", "eval_rewards/accuracies"),
+                ("reward_margin", "eval_rewards/margins"),
+            ):
+                if isinstance(values.get(key), float):
+                    rewards[name] = values[key]
     return rewards | {"gradient_share": float(np.mean(shares)) if shares else math.nan}
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / SETTINGS} cannot be read: {error}") from error
-    return {name: value for name, value in flat(config).items() if not name.startswith((*FREE_SETTINGS, "model.name"))}
+    with malformed(folder / SETTINGS):
+        config = load_json_file(folder / SETTINGS)["config"]
+        free = (*FREE_SETTINGS, "model.name")
+        return {name: value for name, value in flat(config).items() if not name.startswith(free)}
 
 
 def _measured(found: Comparison) -> dict[str, Any]:

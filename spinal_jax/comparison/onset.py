@@ -13,7 +13,7 @@ import numpy as np
 
 from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.files import write_whole
+from spinal_jax.files import load_json_file, malformed, write_whole
 from spinal_jax.stats.jackknife import t_quantile
 
 SCHEMA = "spinal-onset/2"
@@ -192,14 +192,15 @@ def load_control(folder: Path) -> tuple[list[StepRecord], int]:
     """The records of a control run and the steps of its warm-up, from its onset.json. UserError without one."""
     file = folder / "onset.json"
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"onset.control={folder} is no training run: {file} cannot be read ({error})") from error
-    rules = Rules.from_mapping(saved)
-    records = [
-        StepRecord(int(entry["step"]), *(float(_or_nan(entry[name])) for name in StepRecord._fields[1:]))
-        for entry in saved["records"]
-    ]
+        saved = load_json_file(file)
+        with malformed(file):
+            rules = Rules.from_mapping(saved)
+            records = [
+                StepRecord(int(entry["step"]), *(float(_or_nan(entry[name])) for name in StepRecord._fields[1:]))
+                for entry in saved["records"]
+            ]
+    except UserError as error:
+        raise UserError(f"onset.control={folder} is no training run that can be used: {error}") from error
     return records, rules.warmup_steps
 
 

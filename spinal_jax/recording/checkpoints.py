@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spinal_jax.errors import UserError
+from spinal_jax.files import MALFORMED, load_json_file, load_json_lines
+
 STEP = re.compile(r"(?:checkpoint|step|global_step)?[-_]?(\d+)")
 STATE = "trainer_state.json"  # Hugging Face's Trainer writes it after the weights
 INDEXES = ("model.safetensors.index.json",)
@@ -48,17 +51,19 @@ def is_complete(folder: Path, settle: float) -> bool:
         if index is None:
             files = [folder / name for name in SINGLE if (folder / name).exists()]
         else:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = load_json_file(index)["weight_map"]
             files = [folder / name for name in sorted(set(shards.values()))]
         if not files or not all(map(_is_whole, files)):
             return False
         newest = max(path.stat().st_mtime for path in folder.iterdir())
         return (folder / STATE).exists() or time.time() - newest >= settle
-    except (OSError, ValueError, KeyError):  # it is being written, or deleted
+    except (OSError, UserError, *MALFORMED):  # it is being written, or deleted
         return False
 
 
 def _is_whole(file: Path) -> bool:
+    if not file.is_file():
+        return False
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\0"))
         size = file.stat().st_size
@@ -84,10 +89,13 @@ def trainer_metrics(root: Path) -> list[dict[str, Any]]:
 def _logged(root: Path) -> list[Mapping[str, Any]]:
     log = root / "metrics.jsonl"
     if log.exists():
-        return _lines(log)
+        return load_json_lines(log)
     state = trainer_state(root)
     if state is not None:
-        return list(state.get("log_history", []))
+        history = state.get("log_history", [])
+        if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
+            raise UserError(f"{STATE} of the last checkpoint in {root} has a log_history that is no list of objects")
+        return history
     return _events(root)
 
 
@@ -96,8 +104,8 @@ def trainer_state(root: Path) -> Mapping[str, Any] | None:
     steps = sorted((step, path) for path in root.iterdir() if path.is_dir() and (step := step_of(path)) is not None)
     for _, path in reversed(steps):
         try:
-            return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # without one, half written, or deleted meanwhile
+            return load_json_file(path / STATE)
+        except UserError:  # without one, half written, or deleted meanwhile
             continue
     return None
 
@@ -105,12 +113,8 @@ def trainer_state(root: Path) -> Mapping[str, Any] | None:
 def has_ended(root: Path) -> bool:
     """Whether the trainer says that its last step is done."""
     state = trainer_state(root)
-    return state is not None and 0 < state.get("max_steps", 0) <= state.get("global_step", 0)
-
-
-def _lines(log: Path) -> list[Mapping[str, Any]]:
-    text = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in text if line.endswith("\n")]  # the last one may be half written
+    last, now = ((state or {}).get(name) for name in ("max_steps", "global_step"))
+    return isinstance(last, int) and isinstance(now, int) and 0 < last <= now
 
 
 def _events(root: Path) -> list[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from spinal_jax.comparison.compare import BothModels, compare_traces
 from spinal_jax.comparison.onset import Rules, StepRecord, detect, recall, record_of, save_onset
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.files import write_whole
+from spinal_jax.files import load_json_file, load_json_lines, malformed, read_text, write_whole
 from spinal_jax.report.training import write_training_report
 from spinal_jax.report.training_figures import trace_figure
 from spinal_jax.runs.tensorboard import Events
@@ -42,7 +42,7 @@ class TraceSeries:
         text = json.dumps({"config": config}, indent=1) + "\n"
         settings = folder / SETTINGS
         if settings.exists():
-            if settings.read_text(encoding="utf-8") != text:
+            if read_text(settings) != text:
                 raise UserError(f"{folder} holds a run with other settings; choose another folder")
         elif (folder / TRACES).exists() or (folder / "trace.json").exists():
             raise UserError(f"{folder} already holds another run; choose another folder")
@@ -52,9 +52,9 @@ class TraceSeries:
         self.records: list[StepRecord] = []
         self.beside: list[dict[str, float]] = []
         if (folder / ONSET).exists():
-            saved = json.loads((folder / ONSET).read_text(encoding="utf-8"))
-            folder_of = {step: self.trace_folder(step) for step in self._steps_on_disk()}
-            self.records, self.beside, _ = recall(saved, folder_of)
+            with malformed(folder / ONSET):
+                folder_of = {step: self.trace_folder(step) for step in self._steps_on_disk()}
+                self.records, self.beside, _ = recall(load_json_file(folder / ONSET), folder_of)
         for step in self._steps_on_disk():  # a trace that no onset.json knows was cut off while it was written
             if step not in self.steps:
                 shutil.rmtree(self.trace_folder(step))
@@ -109,7 +109,7 @@ class TraceSeries:
     def logged(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, as an earlier run left them."""
         file = self.folder / METRICS
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        return load_json_lines(file) if file.exists() else []
 
     def metrics(self, lines: list[dict[str, Any]]) -> None:
         """Writes metrics.jsonl anew, a line for each mapping."""

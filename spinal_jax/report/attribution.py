@@ -50,7 +50,7 @@ def write_attribution_report(folder: str | os.PathLike[str]) -> Path:
     figure = runs_figure(found)
     write_whole(folder / "figures" / "runs.png", png_bytes(figure))
     write_whole(folder / "figures" / "runs.svg", svg_text(figure, "runs").encode())
-    write_whole(folder / "summary.md", attribution_markdown(found).encode("utf-8"))
+    write_whole(folder / "summary.md", attribution_markdown(found).encode("utf-8", errors="xmlcharrefreplace"))
     page = folder / "report.html"
     write_whole(page, render_attribution(found).encode("utf-8", errors="xmlcharrefreplace"))
     return page

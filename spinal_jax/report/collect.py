@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spinal_jax.errors import UserError
-from spinal_jax.files import write_whole
+from spinal_jax.files import writable, write_whole
 from spinal_jax.report.collect_page import render_index
 from spinal_jax.runs.find import Run, find_runs
 from spinal_jax.runs.table import KEYS, has_parquet, run_rows, write_csv, write_parquet
@@ -49,11 +49,14 @@ def collect_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
     runs = find_runs(folders)
     for name, words in OURS.items():
         there = target / name
-        if there.exists() and words not in there.read_text(encoding="utf-8", errors="replace")[:2000]:
+        if there.exists() and not (there.is_file() and _begins_with(there, words)):
             raise UserError(f"{there} is not of spinal collect, so it is not replaced; choose another out=DIR")
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {target} cannot be made: {error.strerror}") from error
     base = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
-    names = {run.folder: run.folder.resolve().relative_to(base).as_posix() for run in runs}
+    names = {run.folder: writable(run.folder.resolve().relative_to(base).as_posix()) for run in runs}
     table = run_rows(runs, names)
     write_csv(table, target / TABLE)
     files = [target / TABLE]
@@ -63,3 +66,9 @@ def collect_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
     page = render_index(runs, names, target.resolve())
     write_whole(target / INDEX, page.encode("utf-8", errors="xmlcharrefreplace"))
     return Collected(runs, [*files, target / INDEX])
+
+
+def _begins_with(file: Path, words: str) -> bool:
+    """Whether some words are among the first of a file."""
+    with file.open("rb") as opened:
+        return words.encode() in opened.read(2000)

@@ -194,7 +194,7 @@ def _address(run: Run, out: Path) -> str:
     report = run.folder / "report.html"
     if not (run.complete and report.exists()):
         return ""
-    path = quote(Path(os.path.relpath(report, out)).as_posix())
+    path = quote(os.fsencode(Path(os.path.relpath(report, out)).as_posix()))
     return path if path.startswith("../") else f"./{path}"
 
 

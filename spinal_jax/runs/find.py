@@ -14,7 +14,7 @@ import numpy as np
 from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.record import load_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.files import SCRATCH, flat, load_json, load_json_file, malformed
+from spinal_jax.files import SCRATCH, flat, load_json_file, load_json_lines, malformed
 from spinal_jax.runs.folder import MANIFEST, SCHEMA, without_free
 from spinal_jax.runs.training_run import METRICS, ONSET, SETTINGS, TRACES
 
@@ -113,7 +113,7 @@ def _train(folder: Path) -> tuple[dict[str, Value], DepthTrace]:
     onset = load_json_file(folder / ONSET)
     last = folder / TRACES / f"step_{onset['records'][-1]['step']:06}"
     trace = load_trace(last)
-    lines = [load_json(line, folder / METRICS) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    lines = load_json_lines(folder / METRICS)
     logged: dict[str, Value] = {}
     for line in lines:
         logged |= {name: float(value) for name, value in line.items() if isinstance(value, float)}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spinal_jax.files import table, write_whole
+from spinal_jax.files import table, writable, write_whole
 from spinal_jax.runs.find import Run
 
 KEYS = ("run", "command", "complete")  # the first columns
@@ -69,7 +69,7 @@ def write_parquet(rows: Sequence[TableRow], file: Path) -> None:
             values = [None if value is None else float(value) for value in values]
         elif len(kinds) > 1:
             values = [None if value is None else str(value) for value in values]
-        columns[name] = values
+        columns[name] = [writable(value) if isinstance(value, str) else value for value in values]
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.table(columns), buffer)
     write_whole(file, buffer.getvalue())

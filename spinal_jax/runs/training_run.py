@@ -15,7 +15,7 @@ from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.onset import detect, recall
 from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.files import load_json, load_json_file, malformed
+from spinal_jax.files import load_json_file, load_json_lines, malformed
 
 SETTINGS, METRICS, ONSET, TRACES = "settings.json", "metrics.jsonl", "onset.json", "traces"
 
@@ -96,12 +96,8 @@ def load_training_run(folder: str | os.PathLike[str]) -> TrainingRun:
     if not is_training_run(folder):
         raise UserError(f"no training run at {folder}: give the folder of a run, which holds {ONSET} and {TRACES}")
     onset = load_json_file(folder / ONSET)
-    lines = []
     log = folder / METRICS
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if line.endswith("\n"):  # a run that was killed may have left half a line
-            lines.append(_object(line, f"{log}, line {number}"))
+    lines = load_json_lines(log) if log.exists() else []
     with malformed(folder / ONSET):
         at = {int(record["step"]): folder / TRACES / f"step_{record['step']:06}" for record in onset["records"]}
     if not at:
@@ -113,13 +109,6 @@ def load_training_run(folder: str | os.PathLike[str]) -> TrainingRun:
     with malformed(folder / ONSET):
         told = detect(*recall(onset, at))
     return TrainingRun(load_json_file(folder / SETTINGS), tuple(lines), traces, comparisons, told)
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    found = load_json(text, where)
-    if not isinstance(found, dict):
-        raise UserError(f"{where} is not a JSON object")
-    return found
 
 
 def _is_number(value: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.errors import UserError
-from spinal_jax.files import flat, write_whole
+from spinal_jax.files import flat, load_json_file, load_json_lines, malformed, write_whole
 from spinal_jax.report.training_figures import trace_figure
 from spinal_jax.runs import folder as run_folder
 from spinal_jax.runs.folder import MANIFEST, check_incomplete, without_free
@@ -46,7 +46,7 @@ class TrainingFolder:
         self._service = started_with["config"].get("logging")
         self.folder, self.started_with = folder, without_free(json.loads(json.dumps(started_with)))
         settings = folder / SETTINGS
-        before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+        before = load_json_file(settings) if settings.exists() else None
         # A run of the same settings that was cut off goes on, whatever may be overwritten.
         if overwrite and ((folder / MANIFEST).exists() or before is None or self._differs(before)):
             self._clear()
@@ -70,7 +70,8 @@ class TrainingFolder:
 
     def _differs(self, before: Mapping[str, Any]) -> str:
         """The first setting in which a run that was started with `before` differs from this one, in words; or ""."""
-        one, other = flat(without_free(before)), flat(self.started_with)
+        with malformed(self.folder / SETTINGS):
+            one, other = flat(without_free(before)), flat(self.started_with)
         for name in sorted(one.keys() | other.keys()):
             if one.get(name) != other.get(name):
                 return f"{name} = {one.get(name)!r}, but this one has {other.get(name)!r}"
@@ -88,10 +89,10 @@ class TrainingFolder:
         """Forgets what was written at `step` and later, which will come again, and opens the logs. What was logged of
         the step before is then in `before`."""
         log = self.folder / METRICS
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-        write_whole(log, "".join(kept).encode())
-        self.before = json.loads(kept[-1]) if kept else {}
+        with malformed(log):
+            kept = [line for line in load_json_lines(log) if line["step"] < step] if log.exists() else []
+        write_whole(log, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
+        self.before = kept[-1] if kept else {}
         for later in (self.folder / TRACES).iterdir():
             if later.name >= trace_name(step):
                 shutil.rmtree(later)

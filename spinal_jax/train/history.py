@@ -16,6 +16,7 @@ from spinal_jax.comparison.record import Comparison, save_comparison
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import NotLeader
+from spinal_jax.files import load_json_file, malformed
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.parallel.agreement import of_leader
 from spinal_jax.progress import Bar
@@ -80,8 +81,9 @@ class History:
         """Takes up what a run that was cut off has written."""
         if self.out is not None and (file := self.out.folder / ONSET).exists():
             traces = self.out.folder / TRACES
-            folder_of = {int(path.name.rpartition("_")[2]): path for path in traces.iterdir()}
-            self.records, self.beside, _ = recall(json.loads(file.read_text(encoding="utf-8")), folder_of)
+            with malformed(file):
+                folder_of = {int(path.name.rpartition("_")[2]): path for path in traces.iterdir()}
+                self.records, self.beside, _ = recall(load_json_file(file), folder_of)
             self.detected = detect(self.records, self.beside, self.rules)
         self.health = Health(*of_leader(_health(self.detected)))
 

@@ -196,6 +196,24 @@ def test_a_broken_checkpoint(
     assert not any(path.name == "ran" for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize("command", ["export", "convert", "plan"])
+def test_a_config_that_no_model_has_is_refused_by_every_command(
+    spinal: Spinal, write_model: Write, tmp_path: Path, command: str
+) -> None:
+    folder = write_model(tmp_path / "model")
+    where = "hydra.run.dir=out" if command == "plan" else "out=out"
+    for values, words in (
+        ({"rope_parameters": {"rope_type": [], "rope_theta": 1e4}}, ["rope_type", "[]"]),
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps", "bits"]),
+        ({"num_hidden_layers": 2**31}, ["num_hidden_layers", "2147483648"]),
+    ):
+        change_config(folder, **{"rope_parameters": None, "rms_norm_eps": 1e-6, "num_hidden_layers": 3} | values)
+        spinal(command, folder, where).refusal(*words)
+    (folder / "config.json").write_text("[" * 200_000)
+    spinal(command, folder, where).refusal("config.json", "nested")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_gguf_with_an_unknown_quantisation(refused: Refused, tmp_path: Path) -> None:
     name = b"token_embd.weight"
     tensor = struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, 32, 8, 250, 0)

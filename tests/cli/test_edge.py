@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def test_what_looks_like_a_secret_is_left_out(text: str) -> None:
     assert "abc123" not in without_secrets(f"x {text} y")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EFBIG])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENOTDIR])
 def test_a_fault_of_the_disk_is_one_sentence(audit_that: Callable[..., Outcome], tmp_path: Path, number: int) -> None:
     def job(asked: AuditConfig, folder: Path) -> int:
         try:
@@ -251,6 +252,29 @@ def test_files_that_may_not_grow(start: Start, model: Path, prompts: Path, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["convert", "export", "collect", "report"])
+def test_no_command_leaves_half_a_file(spinal: Spinal, model: Path, tmp_path: Path, command: str) -> None:
+    run = tmp_path / "runs" / "one"
+    save_trace(_make_trace(), run)
+    manifest = {"schema": "spinal-manifest/1", "command": "audit", "config": {}, "files": []}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    before = {path for path in run.rglob("*") if path.is_file()}
+    given = {"report": (run,), "collect": (tmp_path / "runs", "out=out")}.get(command, (model, "out=out"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        outcome = spinal(command, *given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    outcome.refusal("File too large")
+    assert {path for path in run.rglob("*") if path.is_file()} == before
+    written = [path for path in tmp_path.glob("out/**/*") if path.is_file()]
+    assert not written
+    for path in ("/proc/nowhere", "/dev/null/nowhere"):
+        if command != "report":
+            assert path in spinal(command, *given[:1], f"out={path}").refusal()
+
+
 def test_two_runs_in_one_folder_and_what_a_killed_one_left(
     spinal: Spinal, model: Path, prompts: Path, tmp_path: Path
 ) -> None:
@@ -268,7 +292,8 @@ def test_two_runs_in_one_folder_and_what_a_killed_one_left(
     )
     descriptor = os.open(run, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    spinal(*asked).refusal(str(run), "in use by another run")
+    for checkpoint_every in ((), ("checkpoint_every=2",)):
+        spinal(*asked, *checkpoint_every).refusal(str(run), "in use by another run")
     os.close(descriptor)
     assert spinal(*asked).code == 0
     assert not list(run.glob(".*"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 from pyarrow import parquet
@@ -115,6 +118,30 @@ def test_the_page_lists_links_draws_and_escapes(folder: Path, tmp_path: Path) ->
     assert again.read_text() == text
 
 
+def test_names_of_runs_are_text_and_their_links_lead_to_them(tmp_path: Path, make_trace: Maker) -> None:
+    """Names that a browser would take for a scheme, a fragment or markup, that matplotlib would leave out of a legend,
+    and one that is no UTF-8."""
+    names = ["javascript:alert(1)", "x#y%41", "_smoke", "a?b=c&d", "<b>\"'", "$\\frac{$", os.fsdecode(b"\xff\xfe")]
+    for number, name in enumerate(names):
+        run = tmp_path / "runs" / name
+        save_trace(make_trace(seed=number), run)
+        finish(run, "audit", {"model": {"source": name}})
+        (run / "report.html").write_text("page")
+    collect_runs([tmp_path / "runs"])
+    text = (tmp_path / "runs" / "index.html").read_text()
+    links = [html.unescape(link) for link in re.findall(r'<a href="([^"]+)"', text) if not link.startswith("#")]
+    there = {os.fsencode(tmp_path / "runs" / name / "report.html") for name in names}
+    at = os.fsencode(tmp_path / "runs") + b"/"
+    assert {at + unquote_to_bytes(link.removeprefix("./")) for link in links} == there
+    assert all(link.startswith("./") for link in links)
+    (data,) = re.findall(r'<script type="application/json" id="data-overlay">(.*?)</script>', text)
+    assert all(len(panel["lines"]) == len(names) for panel in json.loads(data)["panels"])
+    assert not Page(text).open
+    with (tmp_path / "runs" / "runs.csv").open(newline="") as file:
+        assert {row["run"] for row in csv.DictReader(file)} == {*names[:-1], "\\udcff\\udcfe"}
+    assert parquet.read_table(tmp_path / "runs" / "runs.parquet").num_rows == len(names)
+
+
 def test_the_same_run_named_twice_is_one(folder: Path, tmp_path: Path) -> None:
     once = collect_runs([folder], tmp_path / "one")
     twice = collect_runs([folder, folder / "sweep", folder / "trained"], tmp_path / "two")
@@ -130,14 +157,17 @@ def test_the_same_run_named_twice_is_one(folder: Path, tmp_path: Path) -> None:
         (None, ["sweep", "trained"], None, "2 folders are given, so say where the table goes: out=DIR"),
         ("runs.csv", ["sweep"], "trained", "is not of spinal collect"),
         ("index.html", ["sweep"], "trained", "is not of spinal collect"),
+        ("a FIFO", ["sweep"], "trained", "is not of spinal collect"),
     ],
 )
 def test_mistakes(prepare: str | None, folders: list[str], out: str | None, words: str, folder: Path) -> None:
-    if prepare is not None:
+    if prepare == "a FIFO":
+        os.mkfifo(folder / str(out) / "index.html")
+    elif prepare is not None:
         (folder / str(out) / prepare).write_text("mine")
     with pytest.raises(UserError, match=re.escape(words)):
         collect_runs([folder / name for name in folders], None if out is None else folder / out)
-    if prepare is not None:
+    if prepare is not None and prepare != "a FIFO":
         assert (folder / str(out) / prepare).read_text() == "mine"
 
 

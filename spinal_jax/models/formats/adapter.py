@@ -293,7 +293,7 @@ class _Settings:
             except regex.error as error:
                 raise UserError(f"{self.path}: {key} has the pattern {pattern!r}, which is none: {error}") from error
             except TimeoutError as error:
-                what = f"the pattern {shown(pattern)}, which takes more than {SECONDS:g} s to match {module}"
+                what = f"the pattern {value_text(pattern)}, which takes more than {SECONDS:g} s to match {module}"
                 raise UserError(f"{self.path}: {key} has {what}") from error
         return default
 
