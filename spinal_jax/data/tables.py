@@ -81,7 +81,7 @@ def data_files(folder: Path, split: str | None, source: str, key: str) -> list[P
     Raises `UserError` if there are none, or several splits and none is chosen.
     """
     if (folder / _SPLITS).is_file():
-        splits = _listed(folder / _SPLITS, "splits", source, key)
+        splits = _listed(folder / _SPLITS, "splits", str, source, key)
         if split is None and len(splits) == 1:
             split = splits[0]
         if split is None or split not in splits:
@@ -90,7 +90,7 @@ def data_files(folder: Path, split: str | None, source: str, key: str) -> list[P
             )
         folder = folder / split
     if (folder / _STATE).is_file():
-        names = [entry.get("filename") for entry in _listed(folder / _STATE, "_data_files", source, key)]
+        names = [entry.get("filename") for entry in _listed(folder / _STATE, "_data_files", dict, source, key)]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{key}.path: {source!r} has a {_STATE} that names files outside of its folder")
         return [folder / name for name in names]
@@ -113,13 +113,13 @@ def data_files(folder: Path, split: str | None, source: str, key: str) -> list[P
     return found
 
 
-def _listed(file: Path, name: str, source: str, key: str) -> list[Any]:
+def _listed(file: Path, name: str, kind: type, source: str, key: str) -> list[Any]:
     with FileErrors(source, key):
         try:
             value = json.loads(file.read_bytes())[name]
         except (KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{key}.path: {source!r} has a {file.name} that lists no {name}") from error
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not value or not all(isinstance(each, kind) for each in value):
         raise UserError(f"{key}.path: {source!r} has a {file.name} that lists no {name}")
     return value
 

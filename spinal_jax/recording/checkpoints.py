@@ -7,7 +7,7 @@ import math
 import re
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def trainer_metrics(root: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _logged(root: Path) -> list[Mapping[str, Any]]:
+def _logged(root: Path) -> Sequence[Mapping[str, Any]]:
     log = root / "metrics.jsonl"
     if log.exists():
         return load_json_lines(log)

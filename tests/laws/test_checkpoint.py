@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +310,13 @@ def test_a_missing_or_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be built"):
         open_checkpoint(str(folder)).tokenizer()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(UserError, match=f"{name} is not a regular file"):
+            open_checkpoint(str(folder)).tokenizer()
+        (folder / name).unlink()
+        (folder / "tokenizer.json").write_text("{}")
 
 
 def test_transformers_gives_no_advice_about_pytorch(tmp_path: Path) -> None:

@@ -300,6 +300,20 @@ def test_splits_of_folders(tmp_path: Path) -> None:
     assert "lists no _data_files" in message(lambda: read_prompts(tmp_path / "c" / "saved"))
 
 
+@pytest.mark.parametrize(
+    "listed", ["", "3", "[3]", "{}", '{"a": 1}', "null", '["x", 3]', "[[]]", "[" * 100_000], ids=str.__len__
+)
+def test_what_a_folder_says_of_itself_may_be_anything(tmp_path: Path, listed: str) -> None:
+    for name, field in (("dataset_dict.json", "splits"), ("state.json", "_data_files")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for content in (listed, f'{{"{field}": {listed}}}'):
+            (folder / name).write_text(content)
+            with pytest.raises(UserError, match=r"prompts\.path|prompts\.split") as error:
+                read_prompts(folder)
+            assert "\n" not in str(error.value)
+
+
 def test_data_sets_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "repo").mkdir()
     assert "prompts.dataset: " in message(lambda: read_prompts(source_of(None, dataset=str(tmp_path / "repo"))))

@@ -202,6 +202,7 @@ def test_control_tokens_that_a_file_types_as_normal_are_whole(tmp_path: Path, by
         {"tokens": [1, 2, 3]},
         {"tokens": 7},
         {"tokens": "abc"},
+        {"tokens": ["a" * 5000, "b", "c"]},
         {"token_type": [3, 3]},
         {"token_type": ["a"] * 3},
         {"merges": [1, 2]},

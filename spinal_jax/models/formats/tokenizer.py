@@ -15,11 +15,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 
 from spinal_jax.errors import UserError
+from spinal_jax.models.formats.base import require_regular
 from spinal_jax.models.formats.splitters import Splitter, splitter_of
 from spinal_jax.models.hf_config import value_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+LONGEST = 1024  # characters of a token or merge: finding the halves of one takes the square of its length
+# Files of a folder that transformers reads for a tokenizer.
+_READ = re.compile(r"tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|config\.json|.*\.model$")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -31,6 +37,9 @@ def folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder; code that comes with it is never run. Errors: UserError."""
     if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer: expected tokenizer.json, tokenizer.model or vocab.json")
+    for path in sorted(folder.iterdir()):
+        if _READ.match(path.name) and not path.is_dir():
+            require_regular(path)  # transformers would wait for a FIFO without end
     with without_advice():
         from transformers import AutoTokenizer
     try:
@@ -140,7 +149,7 @@ def _sentencepiece(given: Mapping[str, Any], architecture: str) -> Tokenizer:
     else:
         merges = _implied_merges(vocabulary, range(0, -len(tokens), -1) if is_gemma else given["scores"].tolist())
     unknown = given.get("unknown_token_id")
-    unknown_token = None if unknown is None else tokens[unknown]
+    unknown_token = tokens[unknown] if unknown is not None and 0 <= unknown < len(tokens) else None
     tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
     has_prefix = not is_gemma and given.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
@@ -224,6 +233,8 @@ def _check_types(given: Mapping[str, Any], metadata: Mapping[str, Any], path: Pa
         elif key in ("tokens", "merges"):
             texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
             require(name, value, texts, "a list of texts")
+            longest = max(map(len, value), default=0)
+            require(f"the longest of {name}", longest, longest <= LONGEST, f"{LONGEST} characters or fewer")
         elif key in ("scores", "token_type"):
             kinds = "fiu" if key == "scores" else "iu"
             numbers = isinstance(value, np.ndarray) and value.dtype.kind in kinds and len(value) == count
