@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spinal_jax.comparison.attribution import Attribution, attribute, load_attribution
     from spinal_jax.comparison.compare import BothModels
     from spinal_jax.comparison.flow import compare
+    from spinal_jax.comparison.ranking import Ranking, rank
     from spinal_jax.comparison.record import Comparison, load_comparison, save_comparison
     from spinal_jax.models.decoder import Tap, collect, fold
     from spinal_jax.recording.recorder import Recorder
@@ -36,6 +37,7 @@ __all__ = [
     "BothModels",
     "Comparison",
     "DepthTrace",
+    "Ranking",
     "Recorder",
     "Tap",
     "Trained",
@@ -50,6 +52,7 @@ __all__ = [
     "load_comparison",
     "load_model",
     "load_trace",
+    "rank",
     "save_comparison",
     "save_trace",
     "train",
@@ -62,6 +65,7 @@ _LAZY = {
     "BothModels": "spinal_jax.comparison.compare",
     "compare": "spinal_jax.comparison.flow",
     **dict.fromkeys(("Attribution", "attribute", "load_attribution"), "spinal_jax.comparison.attribution"),
+    **dict.fromkeys(("Ranking", "rank"), "spinal_jax.comparison.ranking"),
     **dict.fromkeys(("Comparison", "load_comparison", "save_comparison"), "spinal_jax.comparison.record"),
     **dict.fromkeys(("Tap", "collect", "fold"), "spinal_jax.models.decoder"),
     "Recorder": "spinal_jax.recording.recorder",

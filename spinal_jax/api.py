@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spinal_jax.audit.in_memory import audit_decoder
 from spinal_jax.audit.pipeline import load, opened, run_audit
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.config import AuditConfig, ModelConfig, build, merged
@@ -20,58 +21,60 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from spinal_jax.train.run import Trained
+IN_MEMORY = "(a model in memory)"  # what the settings say in place of a source
 # Settings of the command that say what becomes of a run folder.
 OF_THE_COMMAND = ("overwrite", "checkpoint_every", "logging")
-# Of the keywords of `audit`, by which it is told whether one was given.
-DEFAULTS = {
-    "dtype": "float32",
-    "format": "jsonl",
-    "max_length": 256,
-    "chat_template": False,
-    "groups": 16,
-    "window": (0.10, 0.50),
-    "skip": 1,
-    "center": False,
-    "positions": "last:4",
-    "temperature": 1.0,
-}
 
 
 def audit(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Decoder,
     prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    name: str | None = None,
     revision: str | None = None,
-    dtype: str = "float32",
-    format: str = "jsonl",
+    dtype: str | None = None,
+    format: str | None = None,
     limit: int | None = None,
-    max_length: int = 256,
-    chat_template: bool = False,
-    window: tuple[float, float] = (0.10, 0.50),
-    skip: int = 1,
-    center: bool = False,
-    positions: str = "last:4",
-    temperature: float = 1.0,
+    offset: int | None = None,
+    max_length: int | None = None,
+    chat_template: bool | None = None,
+    window: tuple[float, float] | None = None,
+    skip: int | None = None,
+    center: bool | None = None,
+    positions: str | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
-    groups: int = 16,
+    groups: int | None = None,
+    variants: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
     progress: bool = True,
 ) -> DepthTrace:
-    """The depth trace of one checkpoint.
+    """The depth trace of one checkpoint, or of a model in memory.
+
+    >>> trace = spinal_jax.audit("FOLDER", window=(0.2, 0.6))  # doctest: +SKIP
+    >>> decoder, tokenizer = spinal_jax.load_model("FOLDER")  # doctest: +SKIP
+    >>> trace = spinal_jax.audit(decoder, tokenizer=tokenizer)  # doctest: +SKIP
+
+    Every keyword that is None has the default of the setting.
 
     Args:
-        model: hub id, folder with config.json and safetensors, or .gguf file.
-        prompts: a file, a list of texts, or None for the pool that ships with the package.
-        format, limit, max_length, chat_template: as the `prompts.` settings of `spinal audit`.
+        model: hub id, folder with config.json and safetensors, .gguf file, or a `Decoder`, which is measured in its own
+            dtype on the device that holds it.
+        prompts: a file, a list of texts, or None for the prompt set that ships with the package.
+        tokenizer: of a `Decoder`, and of nothing else.
+        name, revision, dtype: as the `model.` settings of `spinal audit`.
+        format, limit, offset, max_length, chat_template: as its `prompts.` settings.
         window, skip, center: as its `metrics.contraction.` settings.
         positions, temperature, top_k: as its `metrics.transport.` settings.
         groups: of prompts, for the jackknife.
+        variants: as its `metrics.variants.` settings, such as {"skip": (0, 4)}.
         settings: more, as `spinal audit` takes them: {"parallel": {"data": 2}, "metrics": {"terminal": "last:4"}}. A
             setting that is also given by keyword must agree with it.
         progress: show progress bars.
 
     Returns:
-        A `DepthTrace`; its columns are arrays over the D + 1 boundaries. `save_trace(trace, folder)` keeps it.
+        A `DepthTrace`; its columns are arrays over the D + 1 boundaries. `trace.save(folder)` keeps it.
 
     Raises:
         UserError: for anything the caller can mend, in one sentence.
@@ -81,13 +84,22 @@ def audit(
         raise UserError(
             f"settings has {kept[0]}, which belongs to the command spinal audit; spinal_jax.audit writes no run folder"
         )
+    if isinstance(model, Decoder):
+        source, dtype = IN_MEMORY, dtype or str(model.dtype)
+        if tokenizer is None:
+            raise UserError("a model in memory needs its tokenizer: audit(model, tokenizer=...)")
+    else:
+        source = os.fspath(model)
+        if tokenizer is not None:
+            raise UserError(f"{source} has a tokenizer of its own; leave tokenizer out")
     named = isinstance(prompts, (str, os.PathLike))
     asked = {
-        "model": {"source": os.fspath(model), "revision": revision, "dtype": dtype},
+        "model": {"source": source, "name": name, "revision": revision, "dtype": dtype},
         "prompts": {
             "path": os.fspath(prompts) if named else None,
             "format": format,
             "limit": limit,
+            "offset": offset,
             "max_length": max_length,
             "chat_template": chat_template,
         },
@@ -95,10 +107,14 @@ def audit(
             "contraction": {"window": window, "skip": skip, "center": center},
             "transport": {"positions": positions, "temperature": temperature, "top_k": top_k},
             "groups": groups,
+            "variants": variants,
         },
     }
+    config = build(AuditConfig, merged(given, asked))
     texts = None if named or prompts is None else list(prompts)
-    return run_audit(build(AuditConfig, merged(given, asked, DEFAULTS)), texts, bars(progress))
+    if isinstance(model, Decoder) and tokenizer is not None:
+        return audit_decoder(model, tokenizer, config, texts, bars(progress))
+    return run_audit(config, texts, bars(progress))
 
 
 def train(

@@ -107,10 +107,10 @@ def compare(
     *,
     preferences: str | os.PathLike[str] | None = None,
     step: int | tuple[int | None, int | None] | None = None,
-    align: str = "equal",
-    same_prompts: bool = True,
-    beta: float = 0.1,
-    dtype: str = "float32",
+    align: str | None = None,
+    same_prompts: bool | None = None,
+    beta: float | None = None,
+    dtype: str | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Comparison:
@@ -121,6 +121,8 @@ def compare(
 
     >>> spinal_jax.compare("runs/dpo", "runs/base").verdict  # doctest: +SKIP
     'differs, direction not robust'
+
+    Every keyword that is None has the default of the setting.
 
     Args:
         aligned, reference: what is compared.
@@ -169,8 +171,7 @@ def compare(
         asked["prompts"] = {"path": os.fspath(prompts)}  # type: ignore[arg-type]
     if preferences is not None:
         asked["preferences"] = {"path": os.fspath(preferences)}
-    defaults = {"align": "equal", "same_prompts": True, "beta": 0.1, "dtype": "float32"}
-    config = build(CompareConfig, merged(given, asked, defaults))
+    config = build(CompareConfig, merged(given, asked))
     texts = None if named or prompts is None else list(prompts)
     bar = None
     if not all(saved):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinal_jax.comparison.record import Comparison
+from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.files import plain, write_whole
 from spinal_jax.wording import number
 
@@ -64,8 +64,13 @@ class Ranking:
         return "\n".join(lines)
 
 
-def rank(comparisons: Iterable[Comparison]) -> Ranking:
+def rank(comparisons: Iterable[Comparison | str | os.PathLike[str]]) -> Ranking:
     """Ranks checkpoints of one run, or a family, each compared with the same reference or with its own.
+
+    >>> spinal_jax.rank(["runs/dpo", "runs/ipo"])  # doctest: +SKIP
+
+    Args:
+        comparisons: each a `Comparison`, or a folder that holds comparison.json.
 
     Models of different depth may stand in one ranking: Delta_align is a mean over the last third of each, and centroids
     are relative depths.
@@ -75,7 +80,8 @@ def rank(comparisons: Iterable[Comparison]) -> Ranking:
         value = float(found.summary["delta_align"])
         return math.inf if math.isnan(value) else -value
 
-    return Ranking(tuple(sorted(comparisons, key=key)))
+    every = [each if isinstance(each, Comparison) else load_comparison(each) for each in comparisons]
+    return Ranking(tuple(sorted(every, key=key)))
 
 
 def save_ranking(ranking: Ranking, folder: str | os.PathLike[str]) -> None:

@@ -144,19 +144,16 @@ def build(record: type[T], values: Mapping[str, Any], path: str = "") -> T:
     return record(**chosen)
 
 
-def merged(
-    given: dict[str, Any], asked: Mapping[str, object], defaults: Mapping[str, object], path: str = ""
-) -> dict[str, Any]:
-    """`given` with what was `asked` by keyword, at any depth. A keyword at its default gives way; otherwise UserError
-    where the two disagree."""
+def merged(given: dict[str, Any], asked: Mapping[str, object], path: str = "") -> dict[str, Any]:
+    """`given` with what was `asked` by keyword, at any depth; None asks for nothing. UserError if the two disagree."""
     for name, value in asked.items():
         where = f"{path}{name}"
-        if name not in given:
-            given[name] = value
-        elif isinstance(value, Mapping) and isinstance(given[name], Mapping):
-            given[name] = merged(dict(given[name]), value, defaults, f"{where}.")
-        elif value is None or (name in defaults and value == defaults[name]):
+        if isinstance(value, Mapping) and isinstance(given.get(name, {}), Mapping):
+            given[name] = merged(dict(given.get(name, {})), value, f"{where}.")
+        elif value is None:
             continue
+        elif name not in given:
+            given[name] = value
         elif given[name] != value:
             raise UserError(f"settings has {where}={given[name]!r}, but {value!r} is given too; give one of them")
     return given

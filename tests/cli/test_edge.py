@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from spinal_jax.audit.trace import save_trace
@@ -357,6 +359,32 @@ def test_the_package_audit_is_the_function_too() -> None:
         spinal_jax.audit("nowhere", dtype="bfloat16", settings={"model": {"dtype": "float32"}})
     with pytest.raises(UserError, match=r"metrics\.groups"):
         spinal_jax.audit("nowhere", settings={"metrics": {"groups": 0}})
+
+
+def test_a_model_in_memory_has_the_trace_of_its_checkpoint(model: Path, prompts: Path) -> None:
+    import spinal_jax
+
+    decoder, tokenizer = spinal_jax.load_model(model)
+    asked: dict[str, Any] = {"format": "text", "offset": 1, "variants": {"skip": (0,)}, "progress": False}
+    found = spinal_jax.audit(decoder, prompts, tokenizer=tokenizer, name="mine", **asked)
+    wanted = spinal_jax.audit(model, prompts, **asked)
+    assert found.model["name"] == "mine"
+    assert found.model["sha256"] != wanted.model["sha256"]
+    for name, values in wanted.columns.items():
+        np.testing.assert_array_equal(found[name], values)
+    assert found.arrays.keys() == wanted.arrays.keys()
+    assert any("skip" in name for name in found.arrays)
+    assert spinal_jax.compare(found, wanted).verdict == "no detectable change"
+    for message, arguments in {
+        "needs its tokenizer": {},
+        "has no revision": {"tokenizer": tokenizer, "revision": "main"},
+        "is float32; convert it": {"tokenizer": tokenizer, "dtype": "bfloat16"},
+        "leave settings parallel out": {"tokenizer": tokenizer, "settings": {"parallel": {"data": 2}}},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            spinal_jax.audit(decoder, prompts, **asked, **arguments)
+    with pytest.raises(UserError, match="has a tokenizer of its own"):
+        spinal_jax.audit(model, prompts, tokenizer=tokenizer)
 
 
 def test_a_line_a_minute_where_there_is_no_terminal(

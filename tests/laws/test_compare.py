@@ -478,6 +478,11 @@ def test_several_are_ranked_by_what_changed(pair: Pair, tmp_path: Path) -> None:
     assert len(table) == 5
     assert "NaN" not in (tmp_path / "ranking.json").read_text()
     assert "+0.4 against reference" in repr(ranking)
+    folders = []
+    for number, found in enumerate(ladder()):
+        save_comparison(found, tmp_path / str(number))
+        folders.append(tmp_path / str(number))
+    assert [row["aligned"] for row in spinal_jax.rank(folders).rows()] == ["+0.4", "+0.2", "+0.1"]
 
 
 def test_the_package_gives_the_function(pair: Pair) -> None:
