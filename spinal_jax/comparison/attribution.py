@@ -129,16 +129,16 @@ def attribute(
     """Whether aligned runs differ from control runs by more than a control run moves by itself.
 
     `effect = mean(A) - mean(C)` of Delta_align, with Welch's interval from the variances between runs and a p-value by
-    permutation of runs. The margin m is the 95 % quantile of |Delta_align| over the controls unless given. The verdict
-    is "attributable" where the effect's interval lies outside [-m, m], "equivalent" where it lies inside, else
+    permutation of runs. The margin m is the 95 % quantile of `|Delta_align|` over the controls unless given. The
+    verdict is "attributable" where the effect's interval lies outside [-m, m], "equivalent" where it lies inside, else
     "undecided".
 
     Args:
-        aligned: folders of training runs, comparisons or audits, or patterns such as "runs/dpo-*".
+        aligned: folders of training runs, comparisons or audits, or patterns such as `runs/dpo-*`.
         control: the same of the controls, trained from the same base with the same budget, as on shuffled labels.
         base: folder of the base's trace; audits are compared with it, and training runs must begin with its numbers.
         beside: folders of a third arm, shown and not tested.
-        margin: of |Delta_align|; None takes it from the controls.
+        margin: of `|Delta_align|`; None takes it from the controls.
         step: of training runs, whose trace is taken; None takes the last.
         same_base: False admits runs that each have a base of their own.
 
