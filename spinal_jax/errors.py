@@ -1,17 +1,17 @@
-"""The failure that a user can mend, and the one that is none."""
+"""Exceptions of the package."""
 
 
 class UserError(Exception):
-    """A mistake in what was asked or given, said in one sentence; the command line exits with code 2."""
+    """A mistake in the settings or inputs, described in one sentence; the command line exits with code 2."""
 
 
 class AlreadyDone(UserError):
-    """The folder holds the complete run that was asked for; in a sweep nothing is left to do."""
+    """The folder already has the complete run; in a sweep it is skipped."""
 
 
 class NotLeader(Exception):
-    """What was asked for is with the first of the processes that share a run; for this one nothing is left to do."""
+    """Raised in all but process 0 when a shared run is complete; the result is in process 0."""
 
 
 class StoppedElsewhere(Exception):
-    """Another of the processes that share a run was asked to stop, and what all of them have is saved."""
+    """Another process of the run was asked to stop, and the state of all is saved."""

@@ -1,4 +1,4 @@
-"""The user's own proof that a checkpoint is, here, the model that Hugging Face runs; and what could not be proved."""
+"""Verifies that a checkpoint gives the same results here as with Hugging Face's PyTorch model."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.translate import load_decoder, parameter_shapes
 from spinal_jax.progress import Bar, no_bar
 
-# Random tiny models differ by 1e-6. Experts round apart where a router's weights are scaled up.
+# Random tiny models differ by 1e-6; mixtures with large router weights by more.
 TOLERANCE, TOLERANCE_WITH_EXPERTS = 1e-4, 2e-4
 
 
 class Check(NamedTuple):
-    """One thing that was looked at. `passed` is None where it could not be."""
+    """One check. `passed` is None if it could not run."""
 
     what: str
     passed: bool | None
@@ -48,14 +48,14 @@ class Check(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A forward of one prompt, float32."""
+    """Results of the forward pass of one prompt, float32."""
 
     residual: np.ndarray  # [D + 1, T, d], before the final norm
     logits: np.ndarray  # [T, V]
 
 
 class ForwardDifference(NamedTuple):
-    """How far two models are apart on the same prompts."""
+    """Difference of two models on the same prompts."""
 
     residual: np.ndarray  # [D + 1] largest difference of a boundary, over its largest value
     logits: float  # the same of the logits
@@ -64,7 +64,7 @@ class ForwardDifference(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked of a checkpoint; as text, a report with a last line that says PASS or FAIL."""
+    """The checks of a checkpoint; as text, a report that ends with PASS or FAIL."""
 
     title: str
     checks: tuple[Check, ...]
@@ -72,7 +72,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Nothing that could be checked was wrong."""
+        """Whether no check has failed."""
         return all(check.passed is not False for check in self.checks)
 
     def __str__(self) -> str:
@@ -90,14 +90,14 @@ class Verification:
 
 
 def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
-    """Looks at a checkpoint's names, shapes and hash, runs it, and compares it with Hugging Face's model.
+    """Checks names, shapes and hash of a checkpoint, runs it, and compares it with Hugging Face's model.
 
-    Both run in float32 on the same prompts. The comparison needs PyTorch; without it the report says so. A GGUF file is
-    read by transformers for it, with its own dequantisation, where transformers knows its architecture; a converted
-    folder, and any other GGUF file, is exported to a scratch folder first.
+    Both run in float32 on the same prompts. The comparison needs PyTorch; without it, it is reported as not done. GGUF
+    files are read by transformers with its own dequantisation if it supports the architecture; other GGUF files and
+    converted folders are exported to a scratch folder first.
 
     Raises:
-        UserError: for a source that cannot be opened, or prompts that cannot be read.
+        UserError: the source or the prompts cannot be read.
     """
     bar = bar or no_bar
     checkpoint = open_checkpoint(config.model.source, config.model.revision, config.model.base)
@@ -137,7 +137,7 @@ def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
 
 
 def forward_difference(ours: Sequence[Stream], theirs: Sequence[Stream]) -> ForwardDifference:
-    """The difference of two models over all prompts. A value that is not a number counts as infinitely wrong."""
+    """The difference of two models over all prompts; NaN counts as infinite."""
 
     def relative(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:  # over all but the first axis
         gap = np.max([np.abs(a - b).reshape(len(a), -1).max(axis=1) for a, b in pairs], axis=0)
@@ -175,8 +175,8 @@ def judge(difference: ForwardDifference, tolerance: float, kl_tolerance: float) 
 
 
 def run(model: Decoder, tokens: Sequence[np.ndarray]) -> tuple[list[Stream], float]:
-    """Our forward of every prompt, in one right-padded batch, and by how much a probability that the lens reads at
-    the last boundary differs from the model's output."""
+    """Runs all prompts in one right-padded batch. Also returns the largest difference in probability between the lens
+    at the last boundary and the output."""
     batch, width = len(tokens), max(map(len, tokens))
     rows = {name: np.zeros((batch, width), np.int32) for name in ("tokens", "positions", "segments", "lengths")}
     for i, ids in enumerate(tokens):
@@ -194,7 +194,7 @@ def run(model: Decoder, tokens: Sequence[np.ndarray]) -> tuple[list[Stream], flo
 def _forward(
     model: Decoder, tokens: jax.Array, positions: jax.Array, segments: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Residual stream [D + 1, B, T, d], logits [B, T, V], and the probabilities that the audit's lens reads at D."""
+    """Residual stream [D + 1, B, T, d], logits [B, T, V], and the probabilities of the lens at boundary D."""
     last, residual = model.forward(
         tokens, positions=positions, segments=segments, lengths=lengths, tap=collect(lambda h: h)
     )
@@ -218,7 +218,7 @@ def _tokens(config: PromptsConfig, checkpoint: Checkpoint, decoder: DecoderConfi
 
 
 def _hash(checkpoint: Checkpoint, bar: Bar) -> Check:
-    """Compares the weights' hash with one that was recorded when they were written, where there is one."""
+    """Compares the hash of the weights with a recorded one, if it exists."""
     with bar("hash", 1, "source") as advance:
         digest = checkpoint.sha256()
         advance(1)
@@ -235,13 +235,13 @@ def _hash(checkpoint: Checkpoint, bar: Bar) -> Check:
 
 
 def _plain_folder(checkpoint: Checkpoint) -> Path | None:
-    """The Hugging Face folder that the checkpoint reads as it lies."""
+    """The Hugging Face folder of an unconverted checkpoint."""
     inner = checkpoint.inner if isinstance(checkpoint, ExpertsApart) else checkpoint
     return inner.folder if isinstance(inner, SafetensorsFolder) else None
 
 
 def _wrong_blobs(folder: Path) -> list[str] | None:
-    """Names of weight files that differ from their hash in the hub's cache, or None for a folder that is elsewhere."""
+    """Names of weight files that differ from their hash in the hub cache; None outside the cache."""
     from spinal_jax.models.formats.base import sha256_of
 
     blobs = {path.name: path.resolve() for path in sorted(folder.glob("*.safetensors")) if path.is_symlink()}
@@ -251,14 +251,14 @@ def _wrong_blobs(folder: Path) -> list[str] | None:
 
 
 class _Unreadable(Exception):
-    """Hugging Face cannot open what we can."""
+    """Hugging Face cannot read the checkpoint."""
 
 
 def _torch_streams(
     checkpoint: Checkpoint, config: VerifyConfig, tokens: Sequence[np.ndarray], advance: Any, notes: list[str]
 ) -> Iterator[Stream]:
-    """The same prompts through Hugging Face's model, one at a time: some rotary embeddings count the padding of a
-    batch, and remember the longest prompt so far, which is why the shortest comes first."""
+    """Runs Hugging Face's model on the prompts, one at a time and the shortest first, because some rotary embeddings
+    depend on padding and on the longest prompt so far."""
     import torch
 
     with _reference(checkpoint, config, notes) as model, torch.no_grad():
@@ -290,9 +290,9 @@ def _torch_streams(
 
 @contextlib.contextmanager
 def _reference(checkpoint: Checkpoint, config: VerifyConfig, notes: list[str]) -> Iterator[Any]:
-    """Hugging Face's model of the checkpoint, float32, with no weight missing or left over.
+    """Loads Hugging Face's model in float32, and checks that no weight is missing or unused.
 
-    Of a GGUF file that transformers cannot read, the model of its export, which `notes` then says.
+    If transformers cannot read a GGUF file, its export is loaded, with a line in `notes`.
     """
     if (plain := _plain_folder(checkpoint)) is not None:
         yield _hugging_face(plain)

@@ -1,7 +1,6 @@
-"""The devices an audit runs on: one, a mesh that shares every array, or replicas that each do a part of every batch.
+"""The devices of an audit: one device, a mesh that shards every array, or replicas that split each batch.
 
-All three run the same two steps, `forward_step` and `lens_step`. Whatever goes to devices or comes back passes through
-here.
+All three run the same two steps, `forward_step` and `lens_step`, and handle all transfers to and from devices.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ __all__ = ["Devices", "OnMesh", "OnReplicas", "OneDevice", "devices_of"]
 
 
 def devices_of(choice: Choice) -> Devices:
-    """What runs the audit on the devices that were chosen."""
+    """The implementation for the chosen devices."""
     if choice.replicas is not None:
         return OnReplicas(choice.replicas)
     return OneDevice() if choice.shards is None else OnMesh(choice.shards)

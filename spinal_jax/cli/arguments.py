@@ -1,4 +1,4 @@
-"""Arguments of a command as Hydra takes them: settings first, options last, each checked."""
+"""Translates the arguments of a command into arguments of Hydra, and checks them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spinal_jax.cli import help as pages
 from spinal_jax.cli.registry import Command
 from spinal_jax.errors import UserError
 
-# What Hydra takes beside settings, and the values that each option can have; the first is the default.
+# Options of Hydra with their allowed values; the first is the default.
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("-m", "--multirun", "--resolve", "--hydra-help"), ()),
@@ -21,7 +21,7 @@ PACKAGE = ("-p", "--package")
 
 
 def hydras_arguments(command: Command, arguments: list[str]) -> list[str]:
-    """The arguments in Hydra's words. UserError for an option that there is not, or an argument that is no setting."""
+    """The arguments for Hydra. Raises UserError for an unknown option or a malformed setting."""
     settings, options, sources = [], [], []
     waiting = list(arguments)
     while waiting:
@@ -38,7 +38,7 @@ def hydras_arguments(command: Command, arguments: list[str]) -> list[str]:
 
 
 def _option(command: Command, argument: str, waiting: list[str]) -> list[str]:
-    """An option with its value, which is taken from the arguments that follow where it is not given with `=`."""
+    """An option with its value, from `=` or from the next argument."""
     name, given, value = argument.partition("=")
     if name in PACKAGE:
         if not given and not waiting:
@@ -65,14 +65,14 @@ def _option(command: Command, argument: str, waiting: list[str]) -> list[str]:
 
 
 def _packages(command: Command) -> list[str]:
-    """Names of the parts that hold settings, `metrics` and `metrics.transport` among them."""
+    """Names of groups of settings, such as `metrics` and `metrics.transport`."""
     parts = [name.split(".")[:-1] for name in pages.names_of(command)]
     return ["_global_", *dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1))]
 
 
 def _group(command: Command, argument: str) -> str:
-    """The argument, and where it chooses a file for a group that borrows another's, `reference=FILE`, with that
-    other's name, `model@reference=FILE`: Hydra would take what was written for a text to put in the group's place."""
+    """The argument; a choice `reference=FILE` for a group with the files of another becomes `model@reference=FILE`,
+    because Hydra would treat it as a value."""
     name, _, file = argument.partition("=")
     folder = command.folders.get(name.rpartition("@")[2], name)
     chosen = next((choice for group, choice in command.groups.items() if group in (name, f"{folder}@{name}")), None)
@@ -88,7 +88,7 @@ def _group(command: Command, argument: str) -> str:
 
 
 def _sources(command: Command, sources: list[str], settings: list[str]) -> list[str]:
-    """Settings for arguments without a name."""
+    """Names the positional arguments."""
     names = set(pages.names_of(command))
     given = {setting.partition("=")[0].replace(".trace", ".source") for setting in settings}
     free = [name for name in command.positional if name not in given]
@@ -101,13 +101,13 @@ def _sources(command: Command, sources: list[str], settings: list[str]) -> list[
 
 
 def _kind(name: str, source: str, names: set[str]) -> str:
-    """The setting that a source without a name sets: `model.trace` for a run folder where there is such a setting."""
+    """The setting of a positional source: `model.trace` for a run folder if the command has it."""
     trace = f"{name.removesuffix('.source')}.trace"
     is_run = any(os.path.isfile(Path(source) / file) for file in ("trace.json", "onset.json"))
     return trace if trace in names and is_run else name
 
 
 def quoted(text: str) -> str:
-    """The text as a value that Hydra takes for nothing but a text."""
+    """The text, quoted as a string value for Hydra."""
     body = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
     return "'" + body.replace("${", "\\${") + "'"

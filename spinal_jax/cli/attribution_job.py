@@ -1,4 +1,4 @@
-"""The command that compares several runs with controls."""
+"""The command `spinal attribute`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spinal_jax.cli.registry import COMMANDS, command
 from spinal_jax.config.attribute import AttributeConfig
 from spinal_jax.errors import UserError
 
-ARMS = {"aligned": "dpo", "control": "shuffled", "beside": "sft"}  # file of conf/arm/ whose runs are each arm
+ARMS = {"aligned": "dpo", "control": "shuffled", "beside": "sft"}  # arm -> file of conf/arm/
 
 
 @command(
@@ -55,7 +55,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Arguments of `spinal attribute experiment=FILE ...`: (those of the sweep that trains, those of the attribution).
 
     Raises:
-        UserError: the runs are to be shared among processes, of which each would judge them.
+        UserError: the command is run in several processes.
     """
     own = {*pages.names_of(COMMANDS["attribute"]), "hydra.run.dir"} - {"overwrite"}
     training, judging = [], []
@@ -73,10 +73,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def arms_of(judging: Sequence[str], sweep: Path) -> list[str]:
-    """The arguments of the attribution of a sweep's runs: each arm that is not given has the folders `ARM-*` of the
-    sweep, and the result goes into its folder `attribution` unless told otherwise."""
+    """The arguments of the attribution after a sweep: by default each arm has the folders `ARM-*` of the sweep, and the
+    result is written to its folder `attribution`."""
     given = {argument.partition("=")[0] for argument in judging}
-    found = [*judging, "overwrite=true"]  # it is made anew of the runs, of which there may be more than last time
+    found = [*judging, "overwrite=true"]  # repeated, because there may be more runs than before
     for name, arm in ARMS.items():
         pattern = f"{glob.escape(str(sweep))}/{arm}-*"
         if name not in given and (name != "beside" or glob.glob(pattern)):

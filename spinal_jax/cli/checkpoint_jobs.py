@@ -1,6 +1,6 @@
-"""The commands beside measuring: checkpoints written again or checked, plans, reports, collections of runs.
+"""Commands on checkpoints, plans, reports and collections of runs.
 
-Libraries are imported where they are used, so that a mistake in the settings is told at once.
+Libraries are imported inside functions, so that mistakes in settings are reported quickly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All commands: importing this module enters them into the registry, in the order in which help lists them."""
+"""Imports all commands, which registers them in the order of the help page."""
 
 from spinal_jax.cli import attribution_job as attribution_job
 from spinal_jax.cli import checkpoint_jobs as checkpoint_jobs

@@ -1,4 +1,4 @@
-"""Completion of commands, settings and files of groups in bash, zsh and fish, made from the registry."""
+"""Shell completion of commands, settings and group files for bash, zsh and fish, from the registry."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ complete -c spinal -n __fish_use_subcommand -f -a "{commands}"
 
 
 def script(shell: str) -> str:
-    """The script that a shell evaluates. UserError for a shell that is not known."""
+    """The completion script of a shell. Raises UserError for an unknown shell."""
     if shell not in SHELLS:
         raise UserError(f"there is no completion for {shell!r}; there is one for {', '.join(SHELLS)}")
     commands = " ".join(COMMANDS)
@@ -46,7 +46,7 @@ def script(shell: str) -> str:
 
 
 def words(command: Command) -> list[str]:
-    """What can follow a command: settings, those with choices with each, and the files of groups."""
+    """Completions of a command: settings, settings with their choices, and group files."""
     found = ["--help"]
     for setting in pages.settings(command):
         found += [f"{setting.name}={choice}" for choice in setting.choices if " " not in str(choice)]

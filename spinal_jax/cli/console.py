@@ -1,4 +1,4 @@
-"""What a user sees and gets back at a terminal: messages, progress bars, exit codes."""
+"""Console output: messages, progress bars, exit codes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ class Outcome:
     number: int  # from 0
     code: int
     message: str = ""  # what went wrong
-    passed_over: bool = False  # it was complete before
+    passed_over: bool = False  # complete before
 
 
 def worst(outcomes: Sequence[Outcome]) -> int:
-    """The exit code of many runs: 70 where one met an unforeseen error, else 1 where one failed, else 2 where one was
-    asked for wrongly, else 3, else 0."""
+    """The exit code of several runs: the most severe one, in the order 70, 1, 2, 3, 0."""
     return min((outcome.code for outcome in outcomes), key=SEVERITY.index, default=DONE)
 
 
@@ -46,13 +45,13 @@ class Stopped(KeyboardInterrupt):
         self.kept = "nothing is kept of a run that was not finished"
 
 
-STOPS: list[Stopped] = []  # those that `stop` has raised in this process
+STOPS: list[Stopped] = []  # raised by `stop` in this process
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """A signal handler. Raises `Stopped`, once: what is left to do is clearing up."""
+    """A signal handler that raises `Stopped` once; later signals do not interrupt the clean-up."""
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-        # JAX's hook into garbage collection, in which an exception is printed and lost: again in a moment.
+        # An exception in JAX's garbage-collection hook is printed and lost, so try again.
         threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
         return
     for each in (signal.SIGINT, signal.SIGTERM):
@@ -62,19 +61,19 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 def complain(message: str) -> None:
-    """One line, whatever the message holds."""
+    """Prints a message as one line on standard error."""
     print(f"spinal: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left"
 
 
-MINUTE = 60.0  # seconds between lines where standard error is no terminal
+MINUTE = 60.0  # seconds between lines if standard error is not a terminal
 
 
 def stages(seconds: dict[str, float]) -> Bar:
-    """Progress on standard error: bars where that is a terminal, else a line a minute. How long each stage took goes
-    into `seconds` under its name."""
+    """Progress on standard error: bars on a terminal, else a line each minute. The time of each stage is added to
+    `seconds`."""
     from tqdm import tqdm
 
     @contextlib.contextmanager
@@ -87,7 +86,7 @@ def stages(seconds: dict[str, float]) -> Bar:
             unit=unit,
             unit_scale=total > 10_000,
             bar_format=BAR,
-            ncols=shutil.get_terminal_size().columns - 4,  # room for ^C, so that it starts no new line
+            ncols=shutil.get_terminal_size().columns - 4,  # leaves room for ^C
             leave=False,
             disable=lines is not None,
         ) as bar:
@@ -104,7 +103,7 @@ def stages(seconds: dict[str, float]) -> Bar:
 
 
 class Lines:
-    """A stage's progress as lines of a log, the first after a minute: `audit 40 % (80 of 200 batches), 2 min left`."""
+    """Progress as log lines, such as `audit 40 % (80 of 200 batches), 2 min left`, one each minute."""
 
     def __init__(self, what: str, total: int, unit: str):
         self._what, self._total, self._unit = what, total, unit
@@ -112,7 +111,7 @@ class Lines:
         self._next = self._begin + MINUTE
 
     def advance(self, amount: int) -> None:
-        """So much more is done."""
+        """Adds completed work."""
         self._done += amount
         now = time.monotonic()
         if now < self._next or not self._done:
@@ -125,12 +124,12 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in the unit that suits it."""
+    """A duration as text with a suitable unit."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def short_path(path: Path) -> str:
-    """The path as one would type it here."""
+    """The path, relative to the current folder if it is inside."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,4 +1,4 @@
-"""The report file of an unforeseen error: what a maintainer needs, without secrets."""
+"""The report file of an unforeseen error, without secrets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECRETS = (
 
 
 def without_secrets(text: str) -> str:
-    """The text without what looks like a token, a password or the user's home folder."""
+    """The text with tokens, passwords and the home folder masked."""
     for pattern, instead in SECRETS:
         text = pattern.sub(instead, text)
     home = os.path.expanduser("~")
@@ -32,9 +32,9 @@ def without_secrets(text: str) -> str:
 
 
 def write_error_report(error: BaseException) -> Path:
-    """Writes the report into the folder for temporary files, or into the current one, and returns its path.
+    """Writes the report into the temporary folder, or else the current folder, and returns its path.
 
-    Errors: OSError where neither can be written to.
+    Raises OSError if neither is writable.
     """
     lines = [
         f"spinal: unforeseen error, {datetime.now(UTC).isoformat(timespec='seconds')}",

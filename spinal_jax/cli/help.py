@@ -1,4 +1,4 @@
-"""What `spinal --help` and `spinal COMMAND --help` say, made from the registry and the settings records."""
+"""Help texts, generated from the registry and the settings records."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HYDRA_HELP = """
 
 
 def conf_folder() -> Path:
-    """Where the YAML files lie: inside an installed wheel, beside the package in a checkout."""
+    """The folder of the YAML files: in the package of a wheel, next to it in a checkout."""
     package = Path(__file__).parent.parent
     return next(path for path in (package / "conf", package.parent / "conf") if (path / "model" / "any.yaml").exists())
 
 
 def group_files(group: str) -> list[str]:
-    """The names of the files of conf/ that a group chooses from."""
+    """Names of the files of a group in conf/."""
     return sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
 
 
@@ -38,14 +38,14 @@ def settings(command: Command) -> list[Setting]:
 
 
 def names_of(command: Command) -> list[str]:
-    """Every name that can be overridden: settings and the parts they lie in."""
+    """All names that can be overridden: settings and groups of settings."""
     names = [setting.name for setting in settings(command)]
     parts = {name.rpartition(".")[0] for name in names if "." in name}
     return [*names, *parts, *(part for part in command.folders if part not in parts)]
 
 
 def usage() -> str:
-    """What `spinal --help` prints."""
+    """The text of `spinal --help`."""
     lines = ["usage: spinal COMMAND [setting=value ...]", ""]
     for command in COMMANDS.values():
         lines += [f"  {command.usage}", f"      {command.does}"]
@@ -53,7 +53,7 @@ def usage() -> str:
 
 
 def help_text(command: Command) -> str:
-    """What `spinal COMMAND --help` prints."""
+    """The text of `spinal COMMAND --help`."""
     if command.record is None:
         return f"usage: {command.usage}\n\n{command.does}"
     first = f"usage: {command.usage} [setting=value ...]"
@@ -77,12 +77,12 @@ def help_text(command: Command) -> str:
 
 
 def default_text(value: object) -> str:
-    """A default as one would type it."""
+    """A default value as command-line text."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _rows(command: Command) -> Iterator[tuple[str, str, str]]:
-    """Name, default and meaning of every setting; a part that is null by default is led by a row of its own."""
+    """Name, default and meaning of every setting, with a heading row for groups that are null by default."""
     part = ""
     for setting in settings(command):
         if setting.optional and (top := setting.name.partition(".")[0]) != part:
@@ -95,7 +95,7 @@ def _rows(command: Command) -> Iterator[tuple[str, str, str]]:
 
 
 def _groups(command: Command, width: int) -> Iterator[str]:
-    """The files that groups choose from, where there is a choice."""
+    """The files of groups with more than one."""
     parts: dict[str, list[str]] = {}
     for part, folder in sorted(command.folders.items()):
         parts.setdefault(folder, []).append(part)

@@ -1,4 +1,4 @@
-"""The command that follows somebody else's training."""
+"""The command `spinal watch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of commands. A command is one entry: `@command(...)` over its job, `NAME_command`."""
+"""The registry of commands. `@command(...)` registers a function NAME_command as `spinal NAME`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ Job = Callable[[Any, Any], int]  # (record, run folder) -> exit code; without a 
 
 @dataclass(frozen=True)
 class Command:
-    """What `spinal NAME` runs, and what `spinal --help` says of it.
+    """A command of the command line.
 
     Attributes:
-        name: of the command.
-        job: (record, run folder) -> exit code; of a command that takes folders: (arguments, usage) -> exit code.
-        record: the class of its settings; None for a command that takes folders.
-        takes: what must be given, as the usage line shows it.
-        does: one sentence.
-        groups: folders of conf/ that set a part of the settings, each with the file chosen by default, or None.
-            `model@reference` fills `reference` from the files of `model`.
-        positional: the settings that arguments without a name set, in order.
-        keeps_run: whether it writes a run folder, under runs/NAME unless told.
-        makes_runs_by: the command that first makes its runs, a sweep, where `experiment=FILE` is given; None: nothing.
+        name: as in `spinal NAME`.
+        job: (record, run folder) -> exit code; for a command on folders (arguments, usage) -> exit code.
+        record: class of the settings; None for a command on folders.
+        takes: required arguments, for the usage line.
+        does: description in one sentence.
+        groups: groups of conf/ with their default file, or None. `model@reference` sets `reference` from the files of
+            `model`.
+        positional: settings of positional arguments, in order.
+        keeps_run: whether it writes a run folder, by default in runs/NAME.
+        makes_runs_by: with `experiment=FILE`, the command whose sweep makes the runs first; None otherwise.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Command:
 
     @property
     def usage(self) -> str:
-        """`spinal NAME` with what it takes."""
+        """The usage line."""
         return f"spinal {self.name} {self.takes}"
 
     @property
     def folders(self) -> dict[str, str]:
-        """The part of the settings that each group sets -> the folder of conf/ that holds the group's files."""
+        """Group of settings -> folder of conf/ with its files."""
         parts = {group: group.partition("@") for group in self.groups}
         return {other or folder: folder for folder, _, other in parts.values()}
 
@@ -60,7 +60,7 @@ def command(
     keeps_run: bool = True,
     makes_runs_by: str | None = None,
 ) -> Callable[[Job], Job]:
-    """Enters the job that follows into the registry. Arguments as the attributes of `Command`."""
+    """Registers a job. Arguments as in `Command`."""
 
     def enter(job: Job) -> Job:
         name = job.__name__.removesuffix("_command")

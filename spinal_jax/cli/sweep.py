@@ -1,4 +1,4 @@
-"""The runs of a sweep: each as far as it gets, in whatever process, and how long the others may take."""
+"""The runs of a sweep in one or several processes, with their outcomes and the remaining time."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from spinal_jax.cli.guard import describe_error
 from spinal_jax.errors import AlreadyDone, UserError
 from spinal_jax.files import locked, write_whole
 
-TOLD = ".sweep-"  # begins the name of the folder in which the processes of a sweep tell how their runs ended
-_HELD: list[IO[str]] = []  # locks of this process
+TOLD = ".sweep-"  # prefix of the folder for outcomes of a sweep
+_HELD: list[IO[str]] = []  # held by this process
 
 
 class Sweep:
-    """A sweep as all its processes see it: a folder with a small file for each run that has ended."""
+    """State of a sweep that its processes share: a folder with a file for each finished run."""
 
     def __init__(self, folder: Path, runs: Sequence[Sequence[str]] | None):
-        """Begins a sweep, in the process that launches its runs.
+        """Starts a sweep in the launching process.
 
         Args:
             folder: of the sweep.
-            runs: the settings of each run, as NAME=VALUE; None where they are decided on the way.
+            runs: settings of each run, as NAME=VALUE; None if they are not known in advance.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -49,17 +49,17 @@ class Sweep:
         self._started, self._launcher = time.time(), os.getpid()
         self._common = set.intersection(*map(set, runs)) if runs and len(runs) > 1 else set()
 
-    def __getstate__(self) -> dict[str, Any]:  # to worker processes, which hold nothing
+    def __getstate__(self) -> dict[str, Any]:  # for worker processes, without locks
         return {name: value for name, value in vars(self).items() if name != "_holding"}
 
     def run(self, number: int, settings: Sequence[str], folder: Path, job: Callable[[], int]) -> None:
-        """Runs a job, which returns its exit code, and tells how it ended. A run that is complete is passed over.
+        """Runs a job and stores its outcome. Complete runs are skipped.
 
         Args:
             number: of the run, from 0.
-            settings: of the run; those of all runs are not shown.
+            settings: of the run, without those common to all.
             folder: of the run.
-            job: what to do. Whatever it raises that is an error ends this run alone.
+            job: returns an exit code; its errors end this run only.
         """
         if os.getpid() != self._launcher:
             self._settle()
@@ -80,17 +80,17 @@ class Sweep:
         free()
 
     def outcomes(self) -> list[Outcome]:
-        """How the runs that have ended did, in their order."""
+        """Outcomes of finished runs in order."""
         found = [Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in self._told.glob("*.json")]
         return sorted(found, key=lambda outcome: outcome.number)
 
     def close(self) -> None:
-        """Removes what the processes told each other."""
+        """Deletes the stored outcomes."""
         shutil.rmtree(self._told)
         self._holding.close()
 
     def _left(self) -> str:
-        """How long the runs that have not ended will take, at the pace of those that were not passed over."""
+        """Estimated time of the remaining runs, from the runs that were not skipped."""
         ended = self.outcomes()
         ran = sum(not outcome.passed_over for outcome in ended)
         if self._total is None or not ran:
@@ -98,15 +98,15 @@ class Sweep:
         return f", about {duration((time.time() - self._started) / ran * (self._total - len(ended)))} left"
 
     def _settle(self) -> None:
-        """Makes a worker process ready: Ctrl-C is the launching process's, which then ends its workers, and where
-        CUDA_VISIBLE_DEVICES lists several GPUs, this process takes one that no other has."""
+        """Prepares a worker process: ignores Ctrl-C, which the launching process handles, and reserves one of the GPUs
+        of CUDA_VISIBLE_DEVICES."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         if len(gpus) > 1:
             os.environ["CUDA_VISIBLE_DEVICES"] = next(filter(self._claims, gpus), gpus[0])
 
     def _claims(self, gpu: str) -> bool:
-        """Whether this process has a GPU for itself, from now until it ends."""
+        """Whether this process could reserve a GPU until it ends."""
         lock = (self._told / f"gpu-{gpu}").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,8 +118,8 @@ class Sweep:
 
 
 def free() -> None:
-    """Frees what a run has left in memory and on devices: Hydra's own launcher runs a whole sweep in one process, in
-    which arrays of cycles that nobody holds, and compiled programs, would pile up."""
+    """Frees memory of a run. Hydra's basic launcher runs a sweep in one process, where unreachable arrays and compiled
+    programs would accumulate."""
     gc.collect()
     if (jax := sys.modules.get("jax")) is not None:
         jax.clear_caches()

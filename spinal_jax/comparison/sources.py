@@ -1,4 +1,4 @@
-"""What a user names to be compared: saved traces, training runs that hold them, or checkpoints."""
+"""Saved traces as sources of a comparison: run folders, training runs, or trace.json files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.errors import UserError
 
-TRACES = "traces"  # of a training run: a folder step_NNNNNN for each trace
+TRACES = "traces"  # in a training run: a folder step_NNNNNN for each trace
 
 
 def holds_trace(path: str | os.PathLike[str]) -> bool:
-    """Whether a saved trace is there: a run folder of an audit or of a training run, or a trace.json."""
+    """Whether the path is a run folder with a trace, a training run, or a trace.json."""
     path = Path(path)
     if path.is_file():
         return path.name.endswith(".json")
@@ -20,7 +20,7 @@ def holds_trace(path: str | os.PathLike[str]) -> bool:
 
 
 def steps_of(folder: str | os.PathLike[str]) -> dict[int, Path]:
-    """Step -> folder of each trace of a training run, ascending; empty where the folder is none."""
+    """Step -> folder of each trace of a training run, ascending; empty for other folders."""
     places = {}
     for place in (Path(folder) / TRACES).glob("step_*"):
         number = place.name.removeprefix("step_")

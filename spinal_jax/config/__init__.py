@@ -1,6 +1,6 @@
-"""Settings: every one stands once, in a frozen record, with default, type, unit and help.
+"""Settings: each is defined once, in a frozen record, with default, type, unit and help.
 
-The command line and Python build the same records, so a mistake is refused by both with the same sentence.
+The command line and Python build the same records, so both report the same errors.
 """
 
 from spinal_jax.config.audit import AuditConfig

@@ -11,7 +11,7 @@ from spinal_jax.config.record import about, require, require_above
 
 @dataclass(frozen=True)
 class AttributeAssertConfig:
-    """What the evidence must show, or the command ends with exit code 3: `assert`."""
+    """`assert`: requirements on the result; the command exits with code 3 if they are not met."""
 
     verdict: Literal["attributable", "equivalent", "undecided"] | None = field(
         default=None, metadata=about("the verdict")

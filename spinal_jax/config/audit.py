@@ -21,7 +21,7 @@ PACKAGES = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}
 
 
 def require_tracker(service: Tracker | None) -> None:
-    """UserError, unless the package of the tracker is installed."""
+    """Raises UserError unless the package of the tracker is installed."""
     if service is not None and importlib.util.find_spec(service) is None:
         raise UserError(f"logging={service} needs a package: pip install {PACKAGES[service]}")
 

@@ -16,7 +16,7 @@ from spinal_jax.errors import UserError
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Weights of the parts of the SPINALScore: `score`."""
+    """`score`: weights of the parts of the SPINALScore."""
 
     delta: float = field(default=1 / 3, metadata=about("weight of Delta_align"))
     coherence: float = field(default=1 / 3, metadata=about("weight of the aligned model's coherence"))
@@ -31,7 +31,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class AssertConfig:
-    """What the evidence must show, or the command ends with exit code 3: `assert`."""
+    """`assert`: requirements on the result; the command exits with code 3 if they are not met."""
 
     verdict: (
         Literal[
@@ -110,7 +110,7 @@ class CompareConfig:
         for name in ("model", "reference"):
             side: ComparedConfig = getattr(self, name)
             if side.trace is None and side.source is None and name == "reference" and self.model.source is not None:
-                continue  # the base of an adapter, which names it
+                continue  # default: the base of an adapter
             if (side.trace is None) == (side.source is None):
                 both = f"{name}.trace is {side.trace!r} and {name}.source is {side.source!r}; give one of them"
                 neither = f"{name} is missing; give {name}.trace=RUN of an audit, or {name}.source=CHECKPOINT"

@@ -1,4 +1,4 @@
-"""What a command reads beside a checkpoint: prompts, preference pairs, documents."""
+"""Settings of data: prompts, preference pairs, documents."""
 
 from __future__ import annotations
 

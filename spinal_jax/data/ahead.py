@@ -1,4 +1,4 @@
-"""What is needed next is made by a thread while the present is worked on."""
+"""Prefetching: a thread produces the next items while the current one is used."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ _END = object()
 
 @contextlib.contextmanager
 def ahead(items: Iterable[T], count: int = 2) -> Iterator[Iterator[T]]:
-    """The items in order, of which at most `count` wait to be used. What making one of them raises is raised where that
-    one would come. The thread ends with the context."""
+    """Iterates over the items, with up to `count` of them prefetched by a thread.
+
+    An exception of the producer is raised at the item that failed. The thread ends with the context.
+    """
     made: queue.Queue[object] = queue.Queue(count)
     left = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Reads documents for language modelling, and cuts them into the pieces a model reads."""
+"""Reads documents for language modelling and splits them into sequences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FORMATS = ("text", "jsonl")
 class DocumentSet:
     """Documents in file order, and where they came from.
 
-    `skipped_empty` counts blank lines and documents of white space alone. `sha256` is the `rows.digest` of the texts.
+    `skipped_empty` counts blank lines and documents of white space alone. `sha256` is the `texts_sha256` of the texts.
     """
 
     texts: tuple[str, ...]

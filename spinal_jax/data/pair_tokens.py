@@ -1,4 +1,4 @@
-"""Turns a preference pair into the token ids of its two sides with the boundary of the response.
+"""Tokenises preference pairs and finds the start of the responses.
 
 The log-probability of a response is summed over its tokens given the prompt, so where the response begins is part of
 the loss (Rafailov et al. 2023, arXiv 2305.18290). Prompt and response are tokenised as one text: that is what the model
@@ -32,7 +32,7 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class TokenPair:
-    """The two sides of the pair whose `id` it bears."""
+    """The two tokenised sides of the pair `id`."""
 
     id: int
     chosen: Completion
@@ -75,7 +75,7 @@ def tokenise_pairs(
     found = encode(texts, tokenizer, not chat_template, [boundary for side in sides for _, boundary in side])
     bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
     kept: list[TokenPair] = []
-    # One iterator twice: the two sides of a pair follow each other.
+    # Takes two items at a time: the two sides of a pair are adjacent.
     for (pair, cut), (chosen, chosen_start), (rejected, rejected_start) in zip(pieces, found, found, strict=False):
         if chosen_start is None or rejected_start is None:
             dropped["empty"] += 1

@@ -1,4 +1,4 @@
-"""Reads preference pairs from files and data sets into plain records."""
+"""Reads preference pairs from files and data sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spinal_jax.errors import UserError
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two responses to one prompt, of which `chosen` is preferred.
+    """Two responses to a prompt; `chosen` is preferred.
 
     `prompt + chosen` and `prompt + rejected` are the two texts as they stand; `turns` is the prompt as (role, content)
     for a chat template, whose assistant's reply is then a response without the white space around it. `id` is the row
@@ -29,7 +29,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class PairSet:
-    """The pairs of one source in its order, and what was left out of them.
+    """The pairs of a source in order, and counts of those left out.
 
     `dropped` counts rows by reason: `empty` (no prompt, or a response of white space alone), `identical` (two equal
     responses), `no_prompt` (dialogues that part before any reply) and `tie` (neither response is preferred).
@@ -94,12 +94,12 @@ def read_pairs(
 
 
 def counted(dropped: Mapping[str, int]) -> str:
-    """How errors say what was left out."""
+    """The counts of dropped rows for error messages."""
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
 
 
 def _checked(sides: Sides | str) -> Sides | str:
-    """What a format has read, or why the pair is left out."""
+    """The pair, or the reason why it is left out."""
     if isinstance(sides, str):
         return sides
     if not (any(content.strip() for _, content in sides.turns) and sides.chosen.strip() and sides.rejected.strip()):

@@ -1,4 +1,4 @@
-"""A prompt as token ids, and which of its positions transport is measured at."""
+"""Tokenised prompts and selectors of the positions at which transport is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spinal_jax.errors import UserError
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A tokenised prompt, with the response behind it where the data has one."""
+    """A tokenised prompt, followed by its response if the data has one."""
 
     ids: np.ndarray  # int32 [L]
     group: int
@@ -20,14 +20,14 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Positions:
-    """Which positions of a sequence transport is measured at."""
+    """Selector of the positions at which transport is measured."""
 
     kind: str
     count: int = 0
 
     @staticmethod
     def parse(text: str) -> Positions:
-        """Reads `last:K`, `response:K`, `stride:K` or `all`; UserError says so for anything else."""
+        """Parses `last:K`, `response:K`, `stride:K` or `all`. Raises UserError for anything else."""
         kind, _, count = str(text).partition(":")
         if kind == "all" and not count:
             return Positions("all")
@@ -45,7 +45,7 @@ class Positions:
         )
 
     def of(self, sequence: TokenSequence) -> np.ndarray:
-        """int [m] ascending indices into the sequence."""
+        """int [m] selected indices of the sequence, ascending."""
         length = len(sequence.ids)
         if self.kind == "all":
             return np.arange(length)

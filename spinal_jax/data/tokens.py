@@ -1,4 +1,4 @@
-"""Turns prompts into the token ids that a model sees."""
+"""Tokenises prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 WIDEST = 64  # characters of a token, beyond which a text is taken to have more tokens than it has characters / WIDEST
 SHORT = 1 << 16  # characters that are always tokenised whole
-REFUSED = -1  # in place of the length of a prompt that the chat template refuses
-AT_ONCE = 512  # prompts given to the tokenizer together, which shares them out over its threads
+REFUSED = -1  # marks a prompt that the chat template refuses
+AT_ONCE = 512  # prompts in a batch, which the tokenizer divides over threads
 
 Exchange = Callable[[bytes], "list[bytes]"]
 
@@ -29,10 +29,10 @@ class TokenisedPrompts:
     """A prompt set as token ids.
 
     Attributes:
-        prompts: those that have a token, in their order.
-        ids: of each, int32 [T], T <= max_length.
-        shortened: how many were longer than `max_length` and kept their last tokens.
-        refused: how many the chat template refused, which are left out.
+        prompts: prompts with at least one token, in order.
+        ids: token ids of each prompt, int32 [T], T <= max_length.
+        shortened: number of prompts that were truncated to their last tokens.
+        refused: number of prompts that the chat template refused, which are left out.
         first_refusal: the first of them, with the reason.
     """
 
@@ -51,13 +51,13 @@ def tokenise_prompts(
     part: range | None = None,
     exchange: Exchange | None = None,
 ) -> TokenisedPrompts:
-    """Every prompt as token ids, by the rules of `token_ids`. Prompts without a token are left out.
+    """Tokenises all prompts by the rules of `token_ids`. Prompts without tokens are left out.
 
     Args:
         prompts: all prompts.
-        tokenizer, max_length, chat_template: as `token_ids` takes them.
-        part: which of the prompts are tokenised here, where several processes share the work; None: all.
-        exchange: gives what this process has found to the others, and what each has found, in the order of their parts.
+        tokenizer, max_length, chat_template: as in `token_ids`.
+        part: prompts that this process tokenises, if several share the work; None is all.
+        exchange: gathers the results of all processes in order of their parts.
 
     Raises `UserError` if no prompt has a token, if the tokenizer has no chat template, or if its template refuses more
     than 1 in 20 prompts; fewer are left out and counted.
@@ -102,7 +102,7 @@ def tokenise_prompts(
 
 
 def _packed(lengths: np.ndarray, flat: np.ndarray, shortened: int, refusal: str) -> bytes:
-    """What a process has found of its part."""
+    """Serialises the tokenised part of a process."""
     head = json.dumps({"prompts": len(lengths), "shortened": shortened, "refusal": refusal}).encode()
     return b"\n".join([head, lengths.astype("<i4").tobytes() + flat.astype("<i4").tobytes()])
 

@@ -1,13 +1,12 @@
-"""A small controlled world: dialogues and preference pairs made by rule from a seed, so that no download is needed.
+"""A small synthetic world: dialogues and preference pairs generated from a seed, without downloads.
 
-Each world has facts of its own (what a heron eats, when the fair is held), which its questions ask for, and two styles
-of answering, kind and curt, which differ in wording but neither in length nor in how likely they are. Its documents
-hold both equally often after every question, so a model of them prefers neither; its pairs prefer the kind one. Within
-a style some words are likelier than others, alike in both, so that a model with a slight lean to one style still finds
-many a response of the other likelier.
+Each world has random facts (what a heron eats, when the fair is held), questions about them, and two styles of answers,
+kind and curt, which have equal lengths and probabilities. Documents contain both styles equally often after every
+question, so a model of them prefers neither; preference pairs prefer the kind one. Within a style word probabilities
+differ, in the same way for both styles, so that a model with a weak preference still ranks many pairs the other way.
 
-Only `random.Random.random` of string seeds is drawn, whose sequence Python promises to keep, and every item has a seed
-of its own: item 7 is the same on every machine, however many are asked for.
+Only `random.Random.random` with string seeds is used, whose sequence Python guarantees. Every item has its own seed:
+item 7 is the same on every machine, for any number of items.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _STYLES = (KIND, CURT)
 
 @dataclass(frozen=True)
 class World:
-    """A world of dialogues; equal settings make equal bytes on every machine.
+    """A world of dialogues; equal settings give equal bytes on every machine.
 
     Attributes:
         seed: of its facts, and of what is drawn; 0 or more.
@@ -134,9 +133,9 @@ class _Question(NamedTuple):
 
 @functools.cache
 def _questions() -> dict[Split, tuple[_Question, ...]]:
-    """Every question there is, by split: an eighth for tests and an eighth for audits.
+    """All questions by split: an eighth for tests and an eighth for audits.
 
-    The hash that decides is not the one by which prompts fall into groups, for then a split would fill only a few.
+    The hash differs from that of the prompt groups; otherwise a split would fill only a few groups.
     """
     found: dict[Split, list[_Question]] = {"train": [], "test": [], "audit": []}
     splits: dict[int, Split] = {0: "test", 1: "audit"}
@@ -152,7 +151,7 @@ def _questions() -> dict[Split, tuple[_Question, ...]]:
 
 
 class _Draw:
-    """Choices that follow from a text."""
+    """Random choices seeded by a text."""
 
     def __init__(self, seed: str):
         self._random = random.Random(seed)
@@ -161,7 +160,7 @@ class _Draw:
         return items[int(self._random.random() * len(items))]
 
     def early(self, items: Sequence[T]) -> T:
-        """Place k = 1, 2, ... with a probability in proportion to 1 / k (Zipf)."""
+        """Index k = 1, 2, ... with probability proportional to 1 / k (Zipf)."""
         left = self._random.random() * sum(1 / place for place in range(1, len(items) + 1))
         for place, item in enumerate(items, 1):
             left -= 1 / place

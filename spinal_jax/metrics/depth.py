@@ -1,4 +1,4 @@
-"""Numbers of a whole depth curve: the terminal block, coherence, directness."""
+"""Summary numbers of a depth curve: terminal block, coherence, directness."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Terminal = str | tuple[int, int]  # "third", "last:K", or (first, last) block
 
 
 def terminal_block(depth: int, asked: Terminal = "third") -> tuple[int, int]:
-    """(first, last) of the terminal block's blocks, counted from 1.
+    """(first, last) block of the terminal block, counted from 1.
 
     Args:
         depth: D.
         asked: "third" for the last ceil(D / 3) blocks, 21..30 of 30; "last:K" for the last K; or (first, last).
 
     Raises:
-        UserError: it cannot be read, or does not lie within 1..D.
+        UserError: `asked` is malformed or outside 1..D.
     """
     wrong = UserError(
         f"metrics.terminal is {list(asked) if isinstance(asked, tuple) else asked!r}; it takes third, last:K or "
@@ -42,8 +42,8 @@ def terminal_block(depth: int, asked: Terminal = "third") -> tuple[int, int]:
 def curve_coherence(series: Float[np.ndarray, " n"]) -> float:
     """`1 - sum|second differences| / (2 sum|first differences|)`, clipped to [0, 1].
 
-    1 for a straight ramp or a constant, 0 for a zigzag. NaN where a value of `series` [n] is. Whether a series moves
-    beyond its noise at all is for `stats.summary.coherence_estimate` to say.
+    1 for a straight ramp or a constant, 0 for a zigzag, NaN if a value of `series` [n] is NaN.
+    `stats.summary.coherence_estimate` also tests whether the series changes by more than its noise.
     """
     first = np.diff(series)
     length = float(np.sum(np.abs(first)))
@@ -60,18 +60,18 @@ def summary(
     direct: float,
     terminal: tuple[int, int],
 ) -> dict[str, float]:
-    """The summary numbers of one curve.
+    """Summary numbers of one depth curve.
 
     Args:
         contraction: [D + 1] alpha.
-        transport: [D + 1] mean step arriving at each boundary, radians, NaN at 0.
+        transport: [D + 1] mean step that ends at each boundary, radians, NaN at 0.
         direct: mean distance from the boundary before the terminal block to boundary D, radians.
         terminal: (first, last) block of the terminal block.
 
     Returns:
-        contraction, transport (means over the terminal block), coherence (S_coh, the mean of both curves' there),
-        directness (in [0, 1]: `direct` over the steps from there to boundary D; 1 when there are none), path_length
-        (all steps, radians).
+        contraction and transport (means over the terminal block), coherence (S_coh, mean of the coherence of both over
+        the terminal block), directness (`direct` over the sum of the steps to boundary D, in [0, 1]; 1 if that sum is
+        0) and path_length (sum of all steps, radians).
     """
     first, last = terminal
     alpha, steps = contraction[first : last + 1], transport[first : last + 1]

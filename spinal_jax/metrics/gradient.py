@@ -1,4 +1,4 @@
-"""Where in depth a loss pulls: norms of its gradient over the parameters of each block."""
+"""Norms of a gradient over the parameters of each block."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from jax import Array
 
 
 class BlockNorms(NamedTuple):
-    """L2 norms of a gradient, float32; 0 where nothing was differentiated."""
+    """L2 norms of a gradient, float32; 0 for parameters that were not differentiated."""
 
     blocks: Array  # [D]
-    embedding: Array  # learned positions included, and the unembedding where the two are tied
+    embedding: Array  # with learned positions, and with the unembedding if it is tied
     final_norm: Array
     unembedding: Array
 
 
 def block_norms(gradient: Mapping[str, Array], layers: Sequence[Sequence[int]]) -> BlockNorms:
-    """Norms from a gradient by parameter path, its blocks stacked (`stacks.0.attention.query.weight` [blocks, ...]);
-    float64 is not needed because squares of float32 gradients neither overflow nor all vanish once the largest is
-    divided out.
+    """Norms of a gradient given by parameter path, with stacked blocks (`stacks.0.attention.query.weight`
+    [blocks, ...]).
+
+    Gradients are divided by their largest magnitude before they are squared, so that float32 does not overflow.
 
     Args:
-        gradient: by path; parameters that were not differentiated are missing.
-        layers: the blocks that each stack holds, counted from 0.
+        gradient: by path; parameters that were not differentiated are absent.
+        layers: the blocks of each stack, counted from 0.
     """
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in gradient.values()])).astype(jnp.float32)
     unit = jnp.where(largest > 0, largest, 1.0)

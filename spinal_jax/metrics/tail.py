@@ -1,4 +1,4 @@
-"""The tail of a singular spectrum: the line through part of it on log-log axes, and its effective rank. NumPy alone."""
+"""The tail of a singular spectrum: power-law fit and effective rank. Needs NumPy only."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-EPS32 = float(np.finfo(np.float32).eps)  # hidden states are float32: smaller parts of s_1 are their rounding
-MIN_RANKS = 8  # fewer in the window give no number
+EPS32 = float(np.finfo(np.float32).eps)  # hidden states are float32, so smaller fractions of s_1 are rounding errors
+MIN_RANKS = 8  # ranks in the window that a fit needs
 
 
 @dataclass(frozen=True)
 class TailFit:
-    """A line through part of a log-log spectrum. NaN where the window is too short or not resolved."""
+    """A line fitted to part of a log-log spectrum. NaN if the window is too short or not resolved."""
 
     alpha: float  # minus the slope
     r2: float
@@ -27,13 +27,13 @@ class TailFit:
 
 
 def fitted_ranks(rows: int, width: int, window: tuple[float, float]) -> tuple[int, int]:
-    """(first, last) rank that is fitted, counted from 1: `max(1, ceil(lo K))` to `floor(hi K)`, `K = min(N, d)`.
+    """(first, last) fitted rank, counted from 1: `max(1, ceil(lo K))` to `floor(hi K)`, `K = min(N, d)`.
 
-    They depend on the shape alone, so that they are the same at every boundary, in every jackknife replicate and in
+    The ranks depend on N, d and the window only. They are equal at every boundary, in every jackknife replicate and in
     both models of a pair.
 
     Args:
-        rows: N of all prompts together.
+        rows: N, over all prompts.
         width: d.
         window: (lo, hi).
     """
@@ -42,7 +42,7 @@ def fitted_ranks(rows: int, width: int, window: tuple[float, float]) -> tuple[in
 
 
 def resolved_ranks(s: Float[np.ndarray, "*n d"], resolution: float = EPS32) -> Int[np.ndarray | np.int64, "*n"]:
-    """int [...] how many of the singular values [..., d] lie above `resolution * s_1`."""
+    """int [...] number of singular values [..., d] above `resolution * s_1`."""
     return np.sum(s > resolution * s[..., :1], axis=-1)
 
 
@@ -51,13 +51,13 @@ def tail_fit(s: Float[np.ndarray, " d"], rows: int, window: tuple[float, float],
 
     Args:
         s: [d] singular values, descending.
-        rows: N of all prompts together, also where `s` is that of some of them.
+        rows: N over all prompts, also if `s` is the spectrum of some of them.
         window: (lo, hi), fractions of `min(N, d)`.
-        resolution: of the arithmetic behind `s`, as a part of s_1 (`contraction.resolution`).
+        resolution: smallest resolved fraction of s_1 (`contraction.resolution`).
 
     Returns:
-        The fit; its numbers are NaN where fewer than MIN_RANKS ranks are in the window, or its last one is not
-        resolved. The window never moves.
+        The fit; NaN if the window has fewer than MIN_RANKS ranks or its last rank is not resolved. The window never
+        shrinks to the resolved ranks.
     """
     low, high = fitted_ranks(rows, len(s), window)
     resolved = int(resolved_ranks(s, resolution))
@@ -69,7 +69,7 @@ def tail_fit(s: Float[np.ndarray, " d"], rows: int, window: tuple[float, float],
     slope = float(dx @ dy / (dx @ dx))
     residual, spread = dy - slope * dx, float(dy @ dy)
     bend = dx * dx
-    bend = bend - bend.mean() - (bend @ dx) / (dx @ dx) * dx  # what a parabola has that no line has
+    bend = bend - bend.mean() - (bend @ dx) / (dx @ dx) * dx  # the part of a parabola that is orthogonal to lines
     r2 = 1 - float(residual @ residual) / spread if spread > 0 else math.nan
     quadratic = float(bend @ residual / (bend @ bend))
     return TailFit(-slope, r2, quadratic, resolved, low, high, float(mean_y - slope * mean_x))
@@ -78,13 +78,13 @@ def tail_fit(s: Float[np.ndarray, " d"], rows: int, window: tuple[float, float],
 def tail_slopes(
     s: Float[np.ndarray, "*n d"], rows: int, windows: Sequence[tuple[float, float]], resolution: float = EPS32
 ) -> Float[np.ndarray, " W *n"]:
-    """[W, ...] the `alpha` of `tail_fit` for many spectra and windows at once, each logarithm taken once.
+    """[W, ...] the `alpha` of `tail_fit` for many spectra and windows; each logarithm is computed once.
 
     Args:
         s: [..., d] spectra, descending.
-        rows: N of all prompts together; one number, because all of these spectra share their ranks.
-        windows: W of them.
-        resolution: as `tail_fit` takes it.
+        rows: N over all prompts, equal for all spectra.
+        windows: W pairs (lo, hi).
+        resolution: as in `tail_fit`.
     """
     width = s.shape[-1]
     spectra = s.reshape(-1, width)
@@ -104,13 +104,13 @@ def tail_slopes(
 
 
 def spike(s: Float[np.ndarray, "*n d"]) -> Float[np.ndarray | np.float64, "*n"]:
-    """[...] `log(s_1 / s_2)` of spectra [..., d]: how far the largest direction stands out. NaN where s_2 is 0."""
+    """[...] `log(s_1 / s_2)` of spectra [..., d]. NaN if s_2 is 0."""
     first, second = s[..., 0], s[..., 1]
     ratio = np.divide(first, second, out=np.full(first.shape, np.nan), where=second > 0)
     return np.log(ratio)
 
 
 def effective_rank(s: Float[np.ndarray, " d"]) -> float:
-    """exp of the entropy of s / sum(s): how many directions share the spectrum (Roy and Vetterli 2007; RankMe)."""
+    """exp of the entropy of s / sum(s) (Roy and Vetterli 2007; RankMe)."""
     p = s[s > 0] / np.sum(s)
     return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else math.nan

@@ -1,7 +1,7 @@
 """Causal self-attention over packed rows, with grouped queries, windows, soft-caps and rotary positions.
 
-Scores are made by XLA, unless a kernel of the accelerator computes the model's attention (`fused_attention`) or, in
-training on a CPU, tiles of queries do (`tiled_attention`).
+XLA computes the scores, unless a kernel for the accelerator supports the model (`fused_attention`). Training on a CPU
+uses tiles of queries (`tiled_attention`).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from spinal_jax.models.layers import Linear, Norm, normal
 from spinal_jax.models.rope import rotate, rotation
 from spinal_jax.models.tiled_attention import FORBIDDEN, attend_tiled
 
-QUERY_BLOCK = 512  # above this many tokens in a row, scores are made for a block of queries at a time
+QUERY_BLOCK = 512  # row length above which scores are computed in blocks of queries
 
 
 class Layout(NamedTuple):
-    """Who may look at whom, and the rotations: what every block of one forward shares."""
+    """Masks and rotations that all blocks of a forward pass share."""
 
-    segments: Array  # [B, T] which sequence of the row a token belongs to
-    positions: Array  # [B, T] its place in its own sequence
-    branches: Array | None  # [B, T] which continuation of a shared prompt it belongs to, 0: to all of its segment
-    cos: Array  # [ropes, B, T, dim / 2], ropes is 0 where positions are learned; the last may turn by no angle
+    segments: Array  # [B, T] sequence of each token within its row
+    positions: Array  # [B, T] position within the sequence
+    branches: Array | None  # [B, T] continuation of a shared prompt; 0 for the prompt
+    cos: Array  # [ropes, B, T, dim / 2]; no ropes for learned positions; the last may be the identity
     sin: Array
-    kernel: Kernel  # what computes attention
-    mesh: AnyMesh | None  # devices that share the rows and heads of a kernel
-    growth: Array | None  # [B, T] multiplies the queries of a position
-    bias: Array | None  # [B, T, T] float32, for `attend_tiled`; None: another way of computing attention
+    kernel: Kernel  # implementation of attention
+    mesh: AnyMesh | None  # devices that split the rows and heads of a kernel
+    growth: Array | None  # [B, T] scale of the queries by position
+    bias: Array | None  # [B, T, T] float32 mask of `attend_tiled`, or None
 
 
 class PerLayer(NamedTuple):
-    """What differs from block to block besides parameters, as arrays that the scan over depth slices."""
+    """Settings that differ between blocks, as arrays that the scan over depth slices."""
 
     window: Array  # [D] tokens, 0: unlimited
     scale: Array  # [D] multiplies q.k, float32
@@ -56,8 +56,8 @@ def layout(
     *,
     tiled: bool = False,
 ) -> Layout:
-    """The shared part of a forward in a dtype; `positions`, `segments`, `lengths` and `branches` are [B, T]. `tiled`:
-    attention is `attend_tiled`."""
+    """The layout of a forward pass in a dtype; `positions`, `segments`, `lengths` and `branches` are [B, T]. `tiled`
+    selects `attend_tiled`."""
     turns = [rotation(rope, positions, lengths) for rope in config.ropes]
     if turns and -1 in config.layer_rope:
         turns.append((jnp.ones_like(turns[0][0]), jnp.zeros_like(turns[0][1])))
@@ -70,7 +70,7 @@ def layout(
     sin = jnp.stack([s for _, s in turns]) if turns else nothing
     kernel = kernel_of(config, dtype, backend, mesh).kernel
     bias = None
-    if tiled and not config.sinks:  # which `attend_tiled` does not know
+    if tiled and not config.sinks:  # not supported by `attend_tiled`
         seen = allowed(segments, jnp.arange(segments.shape[1], dtype=jnp.int32), None, branches, positions)
         bias = jnp.where(seen, 0.0, FORBIDDEN)
     return Layout(
@@ -79,7 +79,7 @@ def layout(
         branches=branches,
         cos=cos,
         sin=sin,
-        kernel="xla" if kernel == "splash" and branches is not None else kernel,  # which has no mask of its own
+        kernel="xla" if kernel == "splash" and branches is not None else kernel,  # has no internal mask
         mesh=mesh,
         growth=growth,
         bias=bias,
@@ -87,7 +87,7 @@ def layout(
 
 
 def query_scale(config: DecoderConfig) -> float:
-    """What multiplies q.k, before what differs by depth."""
+    """The scale of q.k, without factors that depend on depth."""
     return config.query_scale or config.head_dim**-0.5
 
 
@@ -108,11 +108,11 @@ def allowed(
     branches: Array | None = None,
     positions: Array | None = None,
 ) -> Array:
-    """bool [B, Q, T]: the query at row position `queries` [Q] may attend to a position of the same sequence, not after
-    it, and less than `window` tokens back.
+    """bool [B, Q, T] the causal mask: queries at row positions `queries` [Q] attend within their sequence to the last
+    `window` tokens.
 
-    With `branches` [B, T] a segment is a prompt (0) with several continuations (1, 2, ...), each of which sees the
-    prompt and itself; how far back a token lies is then counted in `positions` [B, T], not in the row.
+    With `branches` [B, T] a segment is a prompt (0) with several continuations (1, 2, ...), each of which attends to
+    the prompt and to itself; distances are then measured in `positions` [B, T] instead of the row.
     """
     back = queries[:, None] - jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :]
     seen = (back >= 0) & (segments[:, queries, None] == segments[:, None, :])
@@ -141,15 +141,15 @@ def attend(
     Args:
         q: [B, T, H, hd]; k: [B, T, K, hd]; v: [B, T, K, vd], where K divides H and head h reads key head h // (H / K).
         segments: [B, T]; window: scalar or None; scale: of the scores; softcap: of the scores, if any.
-        sinks: [H] a logit of each head that counts in its softmax and has no value, or None.
-        branches, positions: [B, T] of prompts with several continuations (`allowed`), or None.
+        sinks: [H] an additional logit of the softmax of each head, without a value; or None.
+        branches, positions: [B, T] as in `allowed`, or None.
 
     Returns:
         [B, T, H, vd]
     """
     batch, length, heads, _ = q.shape
     kv_heads = k.shape[2]
-    # The query heads that share a key head become rows of one matmul: 6-8 % faster than broadcasting the keys.
+    # Query heads with one key head are rows of one matmul, which is 6-8 % faster than broadcasting the keys.
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, -1).transpose(0, 2, 3, 1, 4)  # [B, K, H/K, T, hd]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, hd]
 
@@ -177,7 +177,7 @@ def attend(
 
 
 def softmax_with(sinks: Array, scores: Array) -> Array:
-    """Softmax of `scores` [B, K, H/K, Q, T] and, beside them, of a logit for each head in `sinks` [H], left out."""
+    """Softmax of `scores` [B, K, H/K, Q, T] with an additional logit for each head, `sinks` [H], which is dropped."""
     sink = sinks.astype(scores.dtype).reshape(1, *scores.shape[1:3], 1, 1)
     most = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
     weights = jnp.exp(scores - most)
@@ -185,7 +185,7 @@ def softmax_with(sinks: Array, scores: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; with one key head it is multi-query, with as many as queries the ordinary kind."""
+    """Grouped-query attention, including multi-head and multi-query attention."""
 
     def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], rngs: nnx.Rngs):
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
@@ -211,7 +211,7 @@ class Attention(nnx.Module):
         config = self.config
 
         def split(y: Array, norm: Norm | None) -> Array:
-            """[B, T, heads * hd] to [B, T, heads, hd], normed over what the family norms."""
+            """[B, T, heads * hd] to [B, T, heads, hd], with the norms of the family."""
             if norm is not None and config.qk_norm == "full":
                 return clip(norm(y)).reshape(*y.shape[:2], -1, config.head_dim)
             y = clip(y).reshape(*y.shape[:2], -1, config.head_dim)

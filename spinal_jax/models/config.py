@@ -1,4 +1,4 @@
-"""What a decoder is: every switch that separates one family from another, explicit and without defaults that guess."""
+"""The configuration of a decoder: every difference between families as an explicit setting."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ClampedSwiGLU:
     limit: float
 
 
-MOST_EXPERTS = 1 << 14  # in a block; no model comes near
-LONGEST_PERIOD = 8  # blocks of a pattern that repeats over depth; each is compiled
+MOST_EXPERTS = 1 << 14  # in a block, beyond any published model
+LONGEST_PERIOD = 8  # blocks in a repeating pattern; each is compiled
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Experts:
     """A sparse mixture of experts in place of the dense MLP.
 
     `scoring` turns router logits into scores; the `per_token` best experts are kept, renormalised if `normalise`, and
-    scaled by `scale`. With `groups > 1` only the experts of the best `groups_kept` groups compete, a group being worth
-    the sum of its `group_top` best scores (DeepSeek). `correction_bias` shifts the scores for the choice alone. A
-    shared expert of `shared_width` serves every token, weighed by its own sigmoid with a `shared_gate` (Qwen2). With
+    scaled by `scale`. With `groups > 1` only the experts of the best `groups_kept` groups compete, scored by
+    the sum of its `group_top` best scores (DeepSeek). `correction_bias` is added to the scores for the selection only.
+    A shared expert of `shared_width` processes every token, with a sigmoid weight if `shared_gate` is set (Qwen2). With
     `bias` the router and the routed experts' layers have biases (gpt-oss).
     Settings that contradict each other raise UserError.
     """
@@ -82,7 +82,7 @@ class DeltaNet:
     """A gated delta net (arXiv 2412.06464): a short convolution and a recurrent state for each value head.
 
     Each of `key_heads` query and key heads of `key_dim` features serves `value_heads / key_heads` value heads of
-    `value_dim` features. The convolution looks `kernel` tokens back, the present one included.
+    `value_dim` features. The convolution spans `kernel` tokens, including the current one.
     """
 
     key_heads: int
@@ -97,14 +97,14 @@ class DeltaNet:
 
 
 class BlockKind(NamedTuple):
-    """What decides which parameters a block has."""
+    """Settings that determine the parameters of a block."""
 
     sparse: bool  # its MLP is a mixture of experts
     delta: bool  # a gated delta net takes the place of attention
 
 
 class Stack(NamedTuple):
-    """Blocks of one kind whose parameters are stacked: row r holds block `layers[r]`, counted from 0."""
+    """Blocks of one kind with stacked parameters: row r is block `layers[r]`, counted from 0."""
 
     kind: BlockKind
     layers: range
@@ -114,7 +114,7 @@ class Stack(NamedTuple):
 class DecoderConfig:
     """A decoder-only transformer. Widths are in units of features, `windows` in tokens (0: unlimited).
 
-    A field that only some families set has their name behind it; see `families/` for what each family sets.
+    Fields that only some families set are followed by their names; see `families/`.
     """
 
     family: str  # model_type of its config.json
@@ -125,8 +125,8 @@ class DecoderConfig:
     kv_heads: int  # key and value heads, each shared by heads / kv_heads query heads
     head_dim: int  # features of a query or key head
     mlp_width: int  # features between the two layers of a dense MLP
-    max_positions: int  # tokens of a sequence that the model was made for; a limit where positions are learned
-    tied: bool  # the embedding serves as unembedding
+    max_positions: int  # maximum sequence length; a hard limit for learned positions
+    tied: bool  # the unembedding is the embedding
     ropes: tuple[Rope, ...]  # the rotary embeddings in use; empty: none
     layer_rope: tuple[int, ...]  # [D] which of `ropes` a block uses, -1: none; empty when positions are learned
     windows: tuple[int, ...]  # [D] how many tokens back a block attends, itself included; 0: all
@@ -143,7 +143,7 @@ class DecoderConfig:
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream (Granite)
     qk_norm: QueryKeyNorm = "none"  # per head with shared weights, per head with own weights, over all heads
     qk_norm_bias: bool = False  # these norms have an offset
-    qk_norm_last: bool = False  # they stand behind the rotation, not before it (Hunyuan)
+    qk_norm_last: bool = False  # norms follow the rotation instead of preceding it (Hunyuan)
     qkv_clip: float | None = None  # queries, keys and values are clipped to this magnitude (OLMo 1, OLMoE)
     qkv_bias: bool = False  # query, key and value layers have a bias
     out_bias: bool = False  # attention's output layer has one
@@ -155,7 +155,7 @@ class DecoderConfig:
     query_scale: float = 0.0  # multiplies q.k; 0 means head_dim ** -0.5
     query_growth: tuple[float, int] | None = None  # (b, p): at position t by 1 + b log(1 + floor(t / p)) (Ministral 3)
     scale_by_depth: bool = False  # divides q.k by the block's number, 1..D (GPT-2)
-    sinks: bool = False  # a learnt logit per head takes its share of the softmax and adds nothing (gpt-oss)
+    sinks: bool = False  # an additional learned logit for each head, without a value (gpt-oss)
     attention_softcap: float | None = None  # scores are c tanh(score / c) (Gemma 2)
     final_softcap: float | None = None  # logits are c tanh(logit / c)
     logit_divisor: float = 1.0  # logits are divided by this (Granite)
@@ -189,14 +189,14 @@ class DecoderConfig:
 
     @property
     def kinds(self) -> tuple[BlockKind, ...]:
-        """[D] of the blocks."""
+        """[D] kinds of the blocks."""
         delta = self.delta_layers or (False,) * self.depth
         return tuple(BlockKind(*kind) for kind in zip(self.sparse_layers, delta, strict=True))
 
     @property
     def groups(self) -> tuple[tuple[Stack, ...], ...]:
-        """The blocks in order of depth, as patterns that repeat: a scan over the rows of a group's stacks runs one
-        block of each stack at every turn."""
+        """The blocks in order of depth as repeating patterns. A scan over the rows of the stacks of a group runs one
+        block of each stack in every iteration."""
         kinds, groups, start = self.kinds, [], 0
         while start < self.depth:
             period, turns = _pattern(kinds, start)
@@ -207,7 +207,7 @@ class DecoderConfig:
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """Those of all groups, as the decoder numbers them."""
+        """The stacks of all groups, in the order of the decoder."""
         return tuple(stack for group in self.groups for stack in group)
 
     @property
@@ -217,13 +217,13 @@ class DecoderConfig:
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
-        """[D] (which stack, which row of it) holds a block."""
+        """[D] (stack, row) of each block."""
         held = {layer: (i, row) for i, stack in enumerate(self.stacks) for row, layer in enumerate(stack.layers)}
         return tuple(held[layer] for layer in range(self.depth))
 
 
 def _pattern(kinds: tuple[BlockKind, ...], start: int) -> tuple[int, int]:
-    """(period, turns) of the pattern that covers most blocks from `start` on; the shortest of those that do."""
+    """(period, repeats) of the pattern that covers the most blocks from `start`; the shortest of several."""
     best = (1, 1)
     for period in range(1, min(LONGEST_PERIOD, (len(kinds) - start) // 2) + 1):
         turns = 1

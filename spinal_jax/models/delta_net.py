@@ -1,8 +1,8 @@
-"""Gated delta net (Yang et al. 2024, arXiv 2412.06464): a block's mixer with a recurrent state in place of attention.
+"""Gated delta net (Yang et al. 2024, arXiv 2412.06464): a recurrent mixer in place of attention.
 
-Each value head keeps a state S [key_dim, value_dim] that begins at zero with every sequence of a row and takes, token
-by token, `S <- a S + k (b (v - (a S)^T k))^T` with a decay a and a rate b, both in (0, 1); the token reads `S^T q`.
-Computed chunk by chunk: within a chunk the updates are a triangular system, between chunks only S is handed on.
+Each value head keeps a state S [key_dim, value_dim] that starts at zero for each sequence of a row and is updated
+for each token, `S <- a S + k (b (v - (a S)^T k))^T` with a decay a and a rate b, both in (0, 1); the output is `S^T q`.
+The computation is chunked: within a chunk the updates are a triangular system, and S is passed between chunks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spinal_jax.models.layers import Linear, Norm, activate, normal
 CHUNK_LENGTH = 64  # tokens
 EPSILON = 1e-6  # added to the squared length of queries and keys
 
-# Float32 whatever the model's dtype: the state sums over a whole sequence.
+# Float32 for any dtype of the model, because the state sums over a whole sequence.
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -85,11 +85,11 @@ def _unit(x: Array) -> Array:
 
 
 def convolve(x: Array, filters: Array, segments: Array) -> Array:
-    """Each feature with its own filter, over the present token and those before it in its sequence.
+    """Causal depthwise convolution within sequences.
 
     Args:
         x: [B, T, C].
-        filters: [C, K], the last weight for the present token.
+        filters: [C, K], the last weight for the current token.
         segments: [B, T], equal for tokens of one sequence.
 
     Returns:
@@ -105,15 +105,15 @@ def convolve(x: Array, filters: Array, segments: Array) -> Array:
 
 
 def delta_rule(q: Array, k: Array, v: Array, log_decay: Array, rate: Array, segments: Array, chunk: int) -> Array:
-    """What every token reads from the state of its sequence.
+    """The gated delta rule.
 
     Args:
         q, k: [B, T, K, dk] of the key heads, float32.
         v: [B, T, K, G, dv], of the G value heads that each key head serves.
         log_decay: [B, T, K, G], at most 0; the state is multiplied by its exponential.
-        rate: [B, T, K, G], how much of its value under the key a token replaces.
-        segments: [B, T], equal for tokens of one sequence, which lie next to each other; not -1.
-        chunk: tokens that are computed at once; changes nothing but the rounding.
+        rate: [B, T, K, G] the rate b.
+        segments: [B, T], equal for the adjacent tokens of one sequence; not -1.
+        chunk: tokens in a chunk; affects rounding only.
 
     Returns:
         [B, T, K, G, dv]
@@ -131,9 +131,9 @@ def delta_rule(q: Array, k: Array, v: Array, log_decay: Array, rate: Array, segm
     v = jnp.moveaxis(chunks(v), 2, 4)  # [N, B, K, G, C, dv]
     log_decay, rate = (jnp.moveaxis(chunks(x), 2, 4) for x in (log_decay, rate))  # [N, B, K, G, C]
     at = chunks(segments, -1)  # [N, B, C]
-    before = jnp.pad(at[:-1, :, -1], ((1, 0), (0, 0)), constant_values=-1)  # [N, B] whose state enters a chunk
-    goes_on = (at == before[..., None])[:, :, None, None]  # [N, B, 1, 1, C] tokens that it belongs to
-    stays = (at == at[..., -1:])[:, :, None, None]  # whose state leaves the chunk
+    before = jnp.pad(at[:-1, :, -1], ((1, 0), (0, 0)), constant_values=-1)  # [N, B] sequence of the entering state
+    goes_on = (at == before[..., None])[:, :, None, None]  # [N, B, 1, 1, C] tokens of this sequence
+    stays = (at == at[..., -1:])[:, :, None, None]  # tokens of the sequence of the leaving state
 
     seen = jnp.tril(at[..., :, None] == at[..., None, :])[:, :, None, None]  # [N, B, 1, 1, C, C]
     # [.., i, j] the sum behind j up to i, added up for each j: differences of sums from the chunk's start would lose
@@ -144,7 +144,7 @@ def delta_rule(q: Array, k: Array, v: Array, log_decay: Array, rate: Array, segm
     since = jnp.where(goes_on, jnp.exp(jnp.cumsum(log_decay, axis=-1)), 0)[..., None]  # of the state that enters
     until = jnp.where(stays, jnp.exp(decay[..., -1, :]), 0)[..., None]  # from a token to the chunk's end
     keys = k[:, :, :, None]  # [N, B, K, 1, C, dk]
-    # Every token writes its value less what its key reads by then, which earlier tokens of the chunk have written to.
+    # Each token writes its value minus the current value of its key, which earlier tokens of the chunk have changed.
     system = rate[..., None] * between * _einsum("nbkid,nbkjd->nbkij", k, k)[:, :, :, None]
     given = rate[..., None] * jnp.concatenate([v, keys * since], axis=-1)
     solved = jax.lax.linalg.triangular_solve(system, given, left_side=True, lower=True, unit_diagonal=True)

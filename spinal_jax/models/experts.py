@@ -1,7 +1,7 @@
-"""Sparse mixture of experts: a router sends every token to its best few experts, and no token is ever dropped.
+"""Sparse mixture of experts without dropped tokens.
 
-The chosen (token, expert) pairs are sorted by expert, and each expert works through its own rows in blocks, so the cost
-is that of the chosen experts alone. (`jax.lax.ragged_dot` of jax 0.10 multiplies every row with every expert on a CPU.)
+The selected (token, expert) pairs are sorted by expert, and each expert processes its rows in blocks, so that the cost
+is that of the selected experts. (`jax.lax.ragged_dot` of jax 0.10 multiplies every row with every expert on a CPU.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGEST_BLOCK = 128  # rows of one expert multiplied at once
 
 
 class ExpertWeights(NamedTuple):
-    """The gated MLPs of all experts, or of one where E is sliced away."""
+    """The gated MLPs of all experts, or of one expert without the axis E."""
 
     gate: Array  # [E, f, d]
     up: Array  # [E, f, d]
@@ -32,12 +32,12 @@ class ExpertWeights(NamedTuple):
 
 
 def route(experts: Experts, logits: Array, correction: Array | None) -> tuple[Array, Array]:
-    """Which experts each token goes to, and how much each counts.
+    """Selects the experts of each token and their weights.
 
     Args:
         experts: see `config.Experts`.
         logits: float32 [N, E] of the router.
-        correction: [E] added to the scores for the choice alone, or None.
+        correction: [E] added to the scores for the selection only, or None.
 
     Returns:
         (chosen int32 [N, k], weight float32 [N, k])
@@ -61,7 +61,7 @@ def route(experts: Experts, logits: Array, correction: Array | None) -> tuple[Ar
 
 def expert_mlp(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, x: Array) -> Array:
     """One expert on its rows `x` [n, d]."""
-    # Said here, not left to `jax.default_matmul_precision`, because a custom backward pass is traced outside of it.
+    # Set here, because a custom backward pass is traced outside of `jax.default_matmul_precision`.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     def linear(rows: Array, weight: Array, bias: Array | None) -> Array:
@@ -73,19 +73,19 @@ def expert_mlp(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, x
 
 
 def block_rows(rows: int, experts: int) -> int:
-    """Rows an expert takes at a time: a power of two no smaller than its fair share, within limits."""
+    """Rows in a block of an expert: a power of two, at least the mean number of rows, within limits."""
     share = -(-rows // experts)
     return min(LARGEST_BLOCK, max(8, 1 << (share - 1).bit_length()))
 
 
 def apply_experts(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, rows: Array, sizes: Array) -> Array:
-    """Every row through its own expert.
+    """Applies to every row its expert.
 
     Args:
         activation: of the experts' MLPs.
         weights: of all experts.
         rows: [M, d] sorted by expert.
-        sizes: int32 [E] how many rows each expert has; they add up to M.
+        sizes: int32 [E] number of rows of each expert, with sum M.
 
     Returns:
         [M, d]
@@ -99,7 +99,7 @@ def apply_experts(activation: Activation | ClampedSwiGLU, weights: ExpertWeights
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _apply(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, rows: Array, sizes: Array) -> Array:
     size = block_rows(rows.shape[0], sizes.shape[0])
-    padded = jnp.pad(rows, ((0, size), (0, 0)))  # the last block may reach beyond the last row
+    padded = jnp.pad(rows, ((0, size), (0, 0)))  # the last block may extend beyond the last row
 
     def expert(out: Array, xs: tuple[ExpertWeights, Array, Array]) -> tuple[Array, None]:
         own, start, count = xs
@@ -107,7 +107,7 @@ def _apply(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, rows:
         def block(index: Array, out: Array) -> Array:
             at = start + index * size
             part = jax.lax.dynamic_slice_in_dim(padded, at, size)
-            # A block that reaches into the next expert's rows writes there what that expert then overwrites.
+            # A block may write into rows of the next expert, which overwrites them later.
             return jax.lax.dynamic_update_slice_in_dim(out, expert_mlp(activation, own, part), at, axis=0)
 
         return jax.lax.fori_loop(0, (count + size - 1) // size, block, out), None
@@ -125,7 +125,7 @@ def _forward(
 def _backward(
     activation: Activation | ClampedSwiGLU, saved: tuple[ExpertWeights, Array, Array], gradient: Array
 ) -> tuple[ExpertWeights, Array, None]:
-    """The same walk over the experts' blocks; what a block computes inside is computed again, not kept."""
+    """The same loop over blocks, with recomputed activations."""
     weights, rows, sizes = saved
     size = block_rows(rows.shape[0], sizes.shape[0])
     padded, padded_gradient = (jnp.pad(x, ((0, size), (0, 0))) for x in (rows, gradient))
@@ -156,7 +156,7 @@ _apply.defvjp(_forward, _backward)
 
 
 class MixtureOfExperts(nnx.Module):
-    """What takes the place of the dense MLP in a sparse block: routed experts, and a shared one in some families."""
+    """The mixture in place of the dense MLP: routed experts, and in some families a shared one."""
 
     def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], rngs: nnx.Rngs):
         experts = config.experts
@@ -170,7 +170,7 @@ class MixtureOfExperts(nnx.Module):
 
         self.router = nnx.Param(normal(rngs, (*stack, width)))
         self.router_bias = bias()
-        # Not a Param: DeepSeek moves it by the experts' load, never by a gradient, and weight decay must not touch it.
+        # Not a Param: DeepSeek updates it by the load of the experts, without gradients or weight decay.
         self.correction = nnx.Variable(normal(rngs, stack)) if experts.correction_bias else None
         self.gate = nnx.Param(normal(rngs, (*stack, experts.width, width)))
         self.up = nnx.Param(normal(rngs, (*stack, experts.width, width)))
@@ -182,7 +182,7 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x: Array) -> Array:
         count, per_token = self.experts.count, self.experts.per_token
         tokens = x.reshape(-1, x.shape[-1])  # [N, d]
-        # In full float32 whatever the model's dtype: a rounded logit sends a token elsewhere.
+        # Full float32 for any dtype of the model, because rounded logits change the selection.
         logits = jnp.einsum(
             "nd,ed->ne",
             tokens.astype(jnp.float32),
@@ -194,7 +194,7 @@ class MixtureOfExperts(nnx.Module):
         chosen, weight = route(self.experts, logits, None if self.correction is None else self.correction[...])
         expert = chosen.reshape(-1)  # [N k]
         order = jnp.argsort(expert)
-        # Gathers of permutations only, never a scatter that adds: sums come out in the same order every time.
+        # Permutations by gathers only, without scatter-adds, so that sums are deterministic.
         copies = jnp.repeat(tokens, per_token, axis=0).at[order].get(unique_indices=True)
         biases = (None if b is None else b[...] for b in (self.gate_bias, self.up_bias, self.down_bias))
         weights = ExpertWeights(self.gate[...], self.up[...], self.down[...], *biases)

@@ -1,7 +1,7 @@
-"""Attention by kernels that make no scores in memory: cuDNN's on GPUs, JAX's splash attention on TPUs.
+"""Fused attention kernels: cuDNN on GPUs, JAX's splash attention on TPUs.
 
-Each family has one where the kernel computes what the family does (`kernel_of`); else XLA makes the scores, and the
-start line of an audit says why.
+`kernel_of` selects a kernel if it supports the family; otherwise XLA computes the scores, and the start line of an
+audit gives the reason.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from spinal_jax.models.config import DecoderConfig
 
 Kernel = Literal["xla", "cudnn", "splash"]
 TITLES: dict[Kernel, str] = {"xla": "XLA", "cudnn": "cuDNN", "splash": "the splash kernel"}
-LANES = 128  # the splash kernel works on blocks of so many tokens, or a multiple
+LANES = 128  # block size of the splash kernel
 LARGEST_BLOCK = 512
-ROW_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"  # of a mesh: what splits the rows of a batch, and heads
+ROW_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"  # mesh axes that split the rows of a batch, and heads
 AnyMesh = Mesh | AbstractMesh
-ALONE = AbstractMesh((1, 1, 1), (*ROW_AXES, HEAD_AXIS))  # each device does all of its own work
+ALONE = AbstractMesh((1, 1, 1), (*ROW_AXES, HEAD_AXIS))  # devices do not share the work
 
 
 class Chosen(NamedTuple):
-    """What computes attention, and where that is XLA why no kernel does."""
+    """The implementation of attention, with the reason if it is XLA."""
 
     kernel: Kernel
     why: str = ""
@@ -36,10 +36,9 @@ class Chosen(NamedTuple):
 def kernel_of(config: DecoderConfig, dtype: jnp.dtype, backend: str, mesh: AnyMesh | None = None) -> Chosen:
     """The kernel that computes a model's attention in a dtype.
 
-    cuDNN takes bfloat16 and float16 and heads of at most 128 features. Segments and windows are a mask to it, which a
-    row of a single sequence without a window does not need. The splash kernel takes the same dtypes, soft-caps, and
-    windows as they are. XLA does not split it: on a mesh every device computes its own rows and heads, so that where
-    there are several devices it takes a `mesh` that says how they share the work, or that they do not (`ALONE`).
+    cuDNN supports bfloat16 and float16, and heads of at most 128 features. It needs a mask for segments and windows.
+    The splash kernel supports the same dtypes, soft-caps and windows. XLA cannot partition it: on several devices it
+    needs a `mesh` for the rows and heads of each device, or `ALONE`.
     """
     if backend not in ("gpu", "tpu"):
         return Chosen("xla", f"kernels are for GPUs and TPUs, and this is a {backend}")
@@ -71,7 +70,7 @@ def attend_cudnn(q: Array, k: Array, v: Array, segments: Array, *, scale: float,
     Args:
         q: [B, T, H, hd]; k, v: [B, T, K, hd], where K divides H.
         segments: [B, T]; scale: of the scores.
-        mask: bool [B, T, T] who sees whom; None: each token its own sequence up to itself, without a window.
+        mask: bool [B, T, T]; None is a causal mask without windows.
 
     Returns:
         [B, T, H, hd]
@@ -85,7 +84,7 @@ def attend_cudnn(q: Array, k: Array, v: Array, segments: Array, *, scale: float,
         seen = (row[:, None] >= row) & (segments[:, :, None] == segments[:, None, :])
         return by_cudnn(q, k, v, mask=seen[:, None])
 
-    # Padding lies behind the sequence of a row, where it is seen by nothing that counts.
+    # Padding follows the sequence of a row, so that no real token attends to it.
     single = jnp.all((segments == segments[:, :1]) | (segments == 0))
     return jax.lax.cond(single, partial(by_cudnn, is_causal=True), masked, q, k, v)
 
@@ -108,11 +107,11 @@ def attend_splash(
     Args:
         q: [B, T, H, hd]; k, v: [B, T, K, hd], where K divides H.
         segments: [B, T].
-        windows: of all blocks, 0: unlimited. A kernel knows its window when it is compiled.
-        window: scalar, the one of them that holds here; None: all are 0.
+        windows: of all blocks, 0 for unlimited; a kernel is compiled for each.
+        window: scalar, the window of this block; None if all are 0.
         scale, softcap: of the scores.
-        mesh: devices that share rows and heads.
-        interpret: computes what the kernel would, on any device.
+        mesh: devices that split rows and heads.
+        interpret: run the kernel in interpret mode, on any device.
 
     Returns:
         [B, T, H, hd]
@@ -163,7 +162,7 @@ def _splash(
     )
 
     def attend(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        with jax.enable_x64(False):  # the kernel's indices are int32, and Gram sums around it float64
+        with jax.enable_x64(False):  # the kernel needs int32 indices, although 64-bit mode is on
             compute = kernel.make_splash_mha(
                 masks.MultiHeadMask([one] * heads),
                 block_sizes=sizes,

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are read from one low-rank latent."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from a low-rank latent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spinal_jax.models.rope import rotate
 
 
 class MultiHeadLatentAttention(nnx.Module):
-    """Attention whose heads have a part without position and a rotated part; all heads share the rotated key."""
+    """Attention with an unrotated and a rotated part of each head; all heads share the rotated key."""
 
     def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], rngs: nnx.Rngs):
         latent, heads, width = config.latent, config.heads, config.width
@@ -25,7 +25,7 @@ class MultiHeadLatentAttention(nnx.Module):
             return Linear(out, into, bias=bias, lead=lead, rngs=rngs)
 
         def norm(rank: int) -> Norm:
-            # The latents' norms keep Hugging Face's default epsilon, whatever rms_norm_eps says.
+            # The norms of the latents use Hugging Face's default epsilon instead of rms_norm_eps.
             return Norm(replace(config, norm_eps=1e-6), rank, lead=lead, rngs=rngs)
 
         self.config = config

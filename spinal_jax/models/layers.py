@@ -1,6 +1,6 @@
-"""The parts a block is made of. Weights keep Hugging Face's layout, [out, in], so that a checkpoint loads as it lies.
+"""Layers of a block. Weights have the layout of Hugging Face, [out, in].
 
-`lead` is a shape put before every parameter: (blocks,) for parameters that a scan over depth slices, () for one-offs.
+`lead` is a leading shape of every parameter: (blocks,) for stacked blocks, () for single layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spinal_jax.models.config import Activation, ClampedSwiGLU, DecoderConfig
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` for `x` [..., in], and what an adapter adds (`spinal_jax.models.lora`)."""
+    """`x @ weight.T + bias` for `x` [..., in], and an optional adapter (`spinal_jax.models.lora`)."""
 
     def __init__(self, out: int, width: int, *, bias: bool, lead: tuple[int, ...] = (), rngs: nnx.Rngs):
         self.weight = nnx.Param(normal(rngs, (*lead, out, width)))
@@ -30,7 +30,7 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMS or layer norm over the last axis, computed in float32 and rounded where Hugging Face rounds."""
+    """RMS or layer norm over the last axis, computed in float32, rounded like Hugging Face."""
 
     def __init__(
         self, config: DecoderConfig, *shape: int, lead: tuple[int, ...] = (), bias: bool | None = None, rngs: nnx.Rngs
@@ -38,7 +38,7 @@ class Norm(nnx.Module):
         self.kind, self.eps = config.norm, config.norm_eps
         self.offset = 1.0 if config.norm_unit_offset else 0.0
         self.round_first = config.norm == "rms" and not config.norm_float32
-        # Drawn around their neutral value, so that a random model tests what a trained one relies on.
+        # Random around the neutral value, so that random models exercise these parameters.
         self.weight = nnx.Param(1.0 - self.offset + normal(rngs, (*lead, *shape))) if config.norm_weight else None
         has_bias = config.norm_bias if bias is None else bias
         self.bias = nnx.Param(normal(rngs, (*lead, *shape))) if has_bias else None
@@ -57,7 +57,7 @@ class Norm(nnx.Module):
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 0.02) -> Array:
-    """Initial weights, normal with the standard deviation GPT-2 made customary."""
+    """Initial weights, normal with the standard deviation of GPT-2."""
     return scale * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
@@ -67,11 +67,11 @@ class XIELU(nnx.Module):
     def __init__(self, *, lead: tuple[int, ...], rngs: nnx.Rngs):
         self.positive = nnx.Param(normal(rngs, (*lead, 1), 0.3))
         self.negative = nnx.Param(normal(rngs, (*lead, 1), 0.3))
-        self.slope = nnx.Variable(jnp.full((*lead, 1), 0.5, jnp.float32))  # saved with the model, and never trained
+        self.slope = nnx.Variable(jnp.full((*lead, 1), 0.5, jnp.float32))  # saved with the model, not trained
         self.limit = nnx.Variable(jnp.full((*lead, 1), -1e-6, jnp.float32))
 
     def __call__(self, x: Array) -> Array:
-        """`p x^2 + s x` above 0, else `n (expm1(min(x, limit)) - x) + s x`; p and n are softplus of what is learnt."""
+        """`p x^2 + s x` above 0, else `n (expm1(min(x, limit)) - x) + s x`; p and n are softplus of parameters."""
         slope = self.slope[...]
         positive = jax.nn.softplus(self.positive[...])
         negative = slope + jax.nn.softplus(self.negative[...])
@@ -80,7 +80,7 @@ class XIELU(nnx.Module):
 
 
 def activate(kind: Activation, x: Array) -> Array:
-    """The MLP's nonlinearity, where it has nothing to learn."""
+    """An activation without parameters."""
     match kind:
         case "silu":
             return jax.nn.silu(x)

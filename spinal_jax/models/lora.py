@@ -1,7 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): `W + (alpha / rank) B A`, of which only A and B are trained.
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): `W + (alpha / rank) B A`, with trained A and B.
 
-B starts at zero, so an adapted model begins as its base; with B zeroed at any later time it is its base again, which is
-how one copy of the weights serves as policy and reference.
+B starts at zero, so an adapted model starts as its base. Setting B to zero gives the base again, so one copy of the
+weights serves as policy and reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.layers import Linear
 
-# What Hugging Face's models call the layers that people adapt.
+# Names of adapted layers in Hugging Face models.
 ALIASES = {
     "q_proj": "attention.query",
     "k_proj": "attention.key",
@@ -36,13 +36,13 @@ ALL_LINEAR = "all-linear"
 def adapted(scale: float, x: Array, merged: Array, a: Array, b: Array) -> Array:
     """`x (W + scale B A)^T` [..., out] for a frozen weight W, in float32.
 
-    The forward pass costs no more than that of the base. No gradient flows to W: the backward pass has the one large
-    product for x, and four with the rank as one side for A and B.
+    The forward pass costs as much as that of the base. W has no gradient: the backward pass has one large product for x
+    and four low-rank products for A and B.
 
     Args:
         scale: alpha / rank.
         x: [..., in]
-        merged: `W + scale B A` [out, in]; its own dependence on A and B carries no gradient.
+        merged: `W + scale B A` [out, in]; treated as constant.
         a: A [rank, in]
         b: B [out, rank]
     """
@@ -80,11 +80,11 @@ class Adapter(nnx.Module):
         self.a = nnx.LoRAParam(draw.astype(weight.dtype))
         self.b = nnx.LoRAParam(jnp.zeros((*lead, out, rank), weight.dtype))
         self.scale = scale
-        self.is_merged = False  # whether W holds `scale B A` already, of the same A and B
+        self.is_merged = False  # whether `scale B A` is already added to W
 
     def __call__(self, x: Array, weight: Array) -> Array:
-        """`x (W + scale B A)^T`. In less than float32 the sum would be rounded to the weight's precision, which hides
-        small adapters, and the two products stay apart."""
+        """`x (W + scale B A)^T`. Below float32 the two products are separate, because rounding the sum to the precision
+        of W would hide small adapters."""
         a, b = self.a[...], self.b[...]
         if x.dtype == jnp.float32:
             return adapted(self.scale, x, weight if self.is_merged else weight + self.delta(), a, b)
@@ -92,7 +92,7 @@ class Adapter(nnx.Module):
         return jnp.einsum("...i,oi->...o", x, weight) + jnp.einsum("...r,or->...o", low, b)
 
     def delta(self) -> Array:
-        """What it adds to the weight, [..., out, in] float32."""
+        """The change of the weight, [..., out, in] float32."""
         product = jnp.einsum(
             "...or,...ri->...oi", self.b[...], self.a[...], precision="highest", preferred_element_type=jnp.float32
         )
@@ -100,25 +100,25 @@ class Adapter(nnx.Module):
 
 
 def _linears(model: Decoder) -> Iterator[tuple[str, Linear]]:
-    """The linear layers of the blocks by name, such as `attention.query`; blocks of each stack have their own."""
+    """The linear layers of the blocks by name, such as `attention.query`; by stack."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             yield ".".join(map(str, path[2:])), module
 
 
 def attach(model: Decoder, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> list[str]:
-    """Gives the layers that `targets` name an adapter each, and returns their names.
+    """Attaches adapters to the target layers and returns their names.
 
     Args:
-        model: is changed in place.
+        model: changed in place.
         rank: of the adapters, at least 1.
-        alpha: their scale is alpha / rank.
+        alpha: the scale is alpha / rank.
         targets: names or last parts of names (`attention.query`, `query`), Hugging Face's names for them (`q_proj`), or
             `all-linear`.
         seed: of the initial A.
 
     Raises:
-        UserError: a target that matches no layer.
+        UserError: a target matches no layer.
     """
     layers = list(_linears(model))
     names = sorted({name for name, _ in layers})
@@ -140,7 +140,7 @@ def attach(model: Decoder, rank: int, alpha: float, targets: Sequence[str], seed
 
 
 def merge(model: Decoder) -> None:
-    """Adds every adapter to its weight and takes it off."""
+    """Adds every adapter to its weight and removes it."""
     for _, layer in _linears(model):
         if isinstance(layer.adapter, Adapter):
             weight = layer.weight[...]
@@ -149,15 +149,14 @@ def merge(model: Decoder) -> None:
 
 
 def sum_once(model: Decoder) -> None:
-    """Adds every adapter to its weight and leaves it there, for gradients of the adapters: the sum is then made once
-    for any number of forward and backward passes in float32."""
+    """Adds every adapter to its weight but keeps it for gradients, so that several float32 passes share one sum."""
     for _, layer in _linears(model):
         if isinstance(layer.adapter, Adapter):
             layer.weight[...] = layer.weight[...] + layer.adapter.delta()
 
 
 def expect_sums(model: Decoder) -> None:
-    """Says of every adapter that its weight holds it already (`sum_once`)."""
+    """Marks every adapter as already added to its weight (`sum_once`)."""
     for _, layer in _linears(model):
         if isinstance(layer.adapter, Adapter):
             layer.adapter.is_merged = True

@@ -1,4 +1,4 @@
-"""A decoder taken apart: its structure, and its arrays by path as one flat dictionary."""
+"""The structure of a decoder, and its arrays as a flat dictionary by path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Parts:
         self.leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
 
     def paths(self, kind: type[nnx.Variable]) -> set[str]:
-        """Paths of the arrays of one kind, such as `nnx.Param`."""
+        """Paths of the arrays of an nnx type, such as `nnx.Param`."""
         return {name for name, (_, leaf) in self.leaves.items() if isinstance(leaf, kind)}
 
     def assemble(self, arrays: Mapping[str, Array]) -> Decoder:

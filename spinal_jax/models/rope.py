@@ -1,7 +1,7 @@
 """Rotary position embeddings: the frequencies of every scaling in use, and the rotation itself.
 
-Frequencies are computed in float32, operation by operation as Hugging Face `modeling_rope_utils` does, because at long
-range a last-bit difference in a frequency is a visible angle.
+Frequencies follow the float32 operations of Hugging Face's `modeling_rope_utils` exactly, because a last-bit difference
+in a frequency is a large angle at long range.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _yarn(rope: Rope, powers: np.ndarray) -> np.ndarray:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
-    width = (high - low) or 0.001  # as upstream: a zero-width ramp would divide by zero
+    width = (high - low) or 0.001  # as in Hugging Face, avoids division by zero
     ramp = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
     keep = 1 - ramp
     return 1 / (np.float32(rope.factor) * powers) * (1 - keep) + 1 / powers * keep
@@ -123,11 +123,11 @@ def rotation(rope: Rope, positions: Array, lengths: Array) -> tuple[Array, Array
 
 
 def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
-    """Rotates the first 2 * cos.shape[-1] features of every head of `x` [B, T, heads, head_dim]; the rest pass.
+    """Rotates the first 2 * cos.shape[-1] features of every head of `x` [B, T, heads, head_dim]; the rest is unchanged.
 
-    `interleaved` pairs neighbouring features and leaves the result in half-split order: what a dot product of two
-    vectors so rotated sees is the same, and it is what DeepSeek's reference computes. Rotated in float32 whatever the
-    dtype of `x`, as OLMo 2 does; most of Hugging Face's families round cos and sin to it first.
+    `interleaved` pairs adjacent features and returns them in half-split order, like DeepSeek's reference; dot products
+    are not affected. The rotation is in float32 for any dtype of `x`, as in OLMo 2; most families of Hugging Face round
+    cos and sin to the dtype first.
     """
     half = cos.shape[-1]
     turned, kept = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]

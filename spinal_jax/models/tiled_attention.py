@@ -1,8 +1,8 @@
-"""Causal attention for training on a CPU: in tiles of queries, with a backward pass that keeps no scores.
+"""Causal attention in tiles of queries for training on a CPU, without stored scores.
 
-As in FlashAttention (Dao et al. 2022, arXiv 2205.14135), the forward pass keeps the output and the log of each row's
-normaliser, and the backward pass computes the scores again. A tile reads the keys up to its own last row alone, so that
-most of what the causal mask forbids is not computed.
+As in FlashAttention (Dao et al. 2022, arXiv 2205.14135), the forward pass stores the output and the log-normaliser of
+each row, and the backward pass recomputes the scores. A tile uses keys up to its last row only, which skips most of the
+masked scores.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-TILE = 128  # queries, at least
-MOST_TILES = 8  # of a row; more are larger
-FORBIDDEN = -1e30  # added to a score that may not be looked at; finite, so that differences are
-KEPT = "attention"  # what `jax.checkpoint` policies may keep: output and normalisers
+TILE = 128  # minimum number of queries
+MOST_TILES = 8  # per row; longer rows have larger tiles
+FORBIDDEN = -1e30  # added to masked scores; finite, so that differences are too
+KEPT = "attention"  # names for `jax.checkpoint` policies: output and normalisers
 
 
 class _Tile(NamedTuple):
@@ -36,7 +36,7 @@ def _tiles(length: int) -> Iterator[_Tile]:
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs."""
+    """Residuals of the backward pass."""
 
     q: Array
     k: Array
@@ -53,7 +53,7 @@ def attend_tiled(softcap: float | None, q: Array, k: Array, v: Array, bias: Arra
     Args:
         softcap: of the scores, if any.
         q: [B, T, H, hd], scaled; k: [B, T, K, hd]; v: [B, T, K, vd]; head h reads key head h // G, G = H / K.
-        bias: float32 [B, T, T], 0 where a query may look at a key and FORBIDDEN elsewhere, as above the diagonal.
+        bias: float32 [B, T, T], 0 for allowed pairs, FORBIDDEN for masked ones, including all above the diagonal.
 
     Returns:
         [B, T, H, vd]
@@ -62,19 +62,19 @@ def attend_tiled(softcap: float | None, q: Array, k: Array, v: Array, bias: Arra
 
 
 def _grouped(x: Array, kv_heads: int) -> Array:
-    """[B, T, H, hd] to [B, K, G, T, hd]: query heads by the key head that they share."""
+    """[B, T, H, hd] to [B, K, G, T, hd]: query heads grouped by key head."""
     batch, length, _, dim = x.shape
     return x.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
 
 
 def _rows(x: Array, tile: _Tile) -> Array:
-    """The queries of a tile, [B, K, G * Q, hd]: the heads of a group are rows of one product."""
+    """The queries of a tile, [B, K, G * Q, hd], with the heads of a group as rows of one product."""
     part = x[:, :, :, tile.start : tile.stop]
     return part.reshape(*part.shape[:2], -1, part.shape[-1])
 
 
 def _product(equation: str, one: Array, other: Array) -> Array:
-    # Said here, not left to `jax.default_matmul_precision`, because a custom backward pass is traced outside of it.
+    # Set here, because a custom backward pass is traced outside of `jax.default_matmul_precision`.
     precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jnp.einsum(equation, one, other, precision=precision, preferred_element_type=jnp.float32)
 

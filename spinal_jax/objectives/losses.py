@@ -1,8 +1,8 @@
 """Sequence log-probabilities and the losses of preference optimisation: pure functions on arrays.
 
 Rafailov et al. 2023, "Direct Preference Optimization" (arXiv 2305.18290). For a pair (chosen c, rejected r),
-`x = (log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))`, log-probabilities being sums over response tokens, the end
-of the sequence included.
+`x = (log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))`, with log-probabilities summed over response tokens,
+including the end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Scores(NamedTuple):
     logp: Array  # log-probability, nats
     entropy: Array  # of the distributions that predict them, nats; carries no gradient
     logit: Array  # mean logit over the vocabulary; carries no gradient
-    correct: Array  # tokens that were the likeliest
+    correct: Array  # tokens with the largest probability
 
 
 def sequence_scores(model: Decoder, h: Array, batch: ResponseBatch, trains_lens: bool = True) -> Scores:
     """Sums over the response tokens of each sequence.
 
     Args:
-        model: whose final norm and unembedding read the logits.
-        h: [R, T, d] the residual stream at the last boundary.
-        batch: which positions predict which tokens of which sequence.
-        trains_lens: whether the gradient of the unembedding is wanted.
+        model: its final norm and unembedding give the logits.
+        h: [R, T, d] residual stream at the last boundary.
+        batch: positions, target tokens and sequences.
+        trains_lens: whether the unembedding has a gradient.
     """
     with model.precision():
         x = model.final_norm(jnp.take_along_axis(h, batch.predicting[..., None], axis=1))
@@ -59,7 +59,7 @@ def sigmoid(x: Array, chosen: Array, rejected: Array, beta: float, smoothing: fl
         x: [P] log-ratio of the chosen response minus that of the rejected, `log p - log p_ref` each, nats.
         chosen: [P] log-ratio of the chosen response per token.
         rejected: [P] log-ratio of the rejected response per token.
-        beta: strength of the pull towards the reference, above 0.
+        beta: strength of the regularisation towards the reference, above 0.
         smoothing: probability that a label is wrong, in [0, 0.5).
     """
     return -jax.nn.log_sigmoid(beta * x)
@@ -73,7 +73,7 @@ def cdpo(x: Array, chosen: Array, rejected: Array, beta: float, smoothing: float
 
 
 def robust(x: Array, chosen: Array, rejected: Array, beta: float, smoothing: float) -> Array:
-    """The robust DPO loss [P], unbiased where labels are flipped with probability e = `smoothing`:
+    """The robust DPO loss [P], unbiased if labels are flipped with probability e = `smoothing`:
     `(-(1 - e) log sigmoid(beta x) + e log sigmoid(-beta x)) / (1 - 2 e)` (arXiv 2403.00409). Arguments as in
     `sigmoid`."""
     kept, flipped = -jax.nn.log_sigmoid(beta * x), -jax.nn.log_sigmoid(-beta * x)
@@ -101,7 +101,7 @@ LOSSES: Mapping[str, Callable[[Array, Array, Array, float, float], Array]] = {
 
 
 class Pairs(NamedTuple):
-    """What a preference loss says of each of P pairs."""
+    """Loss and rewards of P pairs."""
 
     loss: Array  # [P]
     chosen: Array  # [P] reward `beta (log p - log p_ref)`
@@ -116,9 +116,9 @@ def preference_loss(
     Args:
         kind: one of LOSSES.
         logp: [2 P] log-probabilities of responses under the policy, nats: chosen, rejected, chosen, ...
-        reference: [2 P] the same under the reference.
-        tokens: [2 P] how many tokens each response has.
-        beta: strength of the pull towards the reference, above 0.
+        reference: [2 P] log-probabilities under the reference.
+        tokens: [2 P] number of tokens of each response.
+        beta: strength of the regularisation towards the reference, above 0.
         smoothing: probability that a label is wrong, for `cdpo` and `robust`; below 0.5.
     """
     ratio = logp - reference

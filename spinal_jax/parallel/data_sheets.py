@@ -1,4 +1,4 @@
-"""Accelerators by name, as their makers' data sheets state them."""
+"""Accelerators by name, with the numbers of their data sheets."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ EXACT_PASSES = 9  # bfloat16 products in one of a Gram sum that is as good as fl
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates of one device, of dense arithmetic: FLOP/s by dtype, bytes and bytes/s of its memory.
+    """Peak rates of a device for dense arithmetic: FLOP/s by dtype, memory size and bandwidth in bytes and bytes/s.
 
-    `link` is what it can receive from its neighbours, bytes/s, half of what sheets state for both directions; None
-    where there is none. `memory` is None where it is that of the machine.
+    `link`: bytes/s received from neighbours, half of the bidirectional rate of data sheets, or None. `memory` is None
+    for host memory.
     """
 
     title: str
     kind: Literal["cpu", "gpu", "tpu"]
-    host: int  # how many one machine has, at most
+    host: int  # maximum number in a machine
     bfloat16: float
     float32: float  # products at full precision: no TensorFloat32; bfloat16 in several passes on a TPU
     float64: float  # on a TPU, which has none in hardware, that of Gram sums
@@ -44,10 +44,10 @@ class Device:
         return rates[dtype]
 
     def eigenvalues(self, width: int) -> float | None:
-        """Seconds of the float64 eigenvalues of one matrix where the device takes them itself, as GPUs do; else None.
+        """Seconds for the float64 eigenvalues of a matrix on GPUs; None for devices that do not compute them.
 
-        As measured on an H200, between and beyond those widths by the power law of the nearest two, and on other GPUs
-        longer by the ratio of memory bandwidths, which is an estimate.
+        Measured on an H200; interpolated by a power law, and scaled by memory bandwidth for other GPUs, which is an
+        estimate.
         """
         if self.kind != "gpu":
             return None
@@ -73,7 +73,7 @@ def _tpu(page: str, host: int, bfloat16: float, memory: float, bandwidth: float,
     )
 
 
-_HOPPER = {"bfloat16": 989.5e12, "float32": 67e12, "float64": 67e12, "link": 450e9}  # half of what sparsity would give
+_HOPPER = {"bfloat16": 989.5e12, "float32": 67e12, "float64": 67e12, "link": 450e9}  # half of the rate with sparsity
 
 DEVICES = {
     "v4": _tpu("v4", 4, 275e12, 32 * 2**30, 1200e9, 2400),
@@ -130,7 +130,7 @@ DEVICES = {
 
 
 def device_of(name: str) -> Device:
-    """The device of a name. Errors: UserError."""
+    """The device of a name. Raises UserError if it is unknown."""
     if name not in DEVICES:
         raise UserError(f"device is {name!r}; there are {', '.join(DEVICES)}")
     return DEVICES[name]

@@ -1,1 +1,1 @@
-"""What an audit will need, before there are weights or accelerators: memory, work, time, and whether it fits."""
+"""Memory, work and time of an audit, estimated without weights or accelerators."""

@@ -1,7 +1,7 @@
-"""How much a compiled program has each device receive from others, read from its HLO.
+"""Communication volume of a compiled program, parsed from its HLO text.
 
-XLA's own cost analysis does not say it. What is read here is held to programs whose exchange is known, compiled for
-CPUs (tests/laws/test_plan.py) and for TPUs (tests/tpu).
+XLA's cost analysis does not report it. The parser is tested on programs with known communication, compiled for CPUs
+(tests/laws/test_plan.py) and for TPUs (tests/tpu).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 def received_bytes(hlo: str) -> float:
-    """Bytes that a device receives when the optimised program `hlo` runs once, by ring algorithms.
+    """Bytes that a device receives in one run of the optimised program `hlo`, assuming ring algorithms.
 
-    A loop counts as often as the compiler knows that it runs, else once.
+    Loops with an unknown trip count are counted once.
     """
     bodies: dict[str, list[str]] = {}
     entry = current = ""
@@ -72,7 +72,7 @@ def _received(kind: str, shape: str, line: str, starts: bool) -> float:
 
 
 def _group_size(line: str) -> int:
-    """How many devices exchange: of `[groups,size]<=..`, of lists, or of axes of a mesh and parts of such."""
+    """Size of a device group, written as `[groups,size]<=..`, as lists, or as mesh axes and parts of these."""
     groups = _GROUPS.search(line)
     if groups is None:
         return 1

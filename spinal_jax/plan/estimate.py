@@ -1,8 +1,7 @@
-"""The arithmetic of an audit from its shapes alone: products of matrices, bytes through memory, and the host's share.
+"""Cost model of an audit from its shapes: FLOPs, memory traffic, and the work of the host.
 
-FLOPs count a multiplication and an addition as two and leave out everything that is not a product of matrices. Bytes
-are those that memory must see where nothing but the operands of one product stays in a cache, so times from either are
-lower bounds: no overlap is lost, no device waits for another.
+A multiplication and an addition are two FLOPs; only matrix products are counted. Memory traffic assumes that only the
+operands of one product are cached. Times are lower bounds, with perfect overlap and no waiting.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ HOST_CACHE = 2**20  # bytes of a float64 matrix above which it does not stay in 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of the whole audit costs: of one device, or of the host."""
+    """Cost of one stage of the whole audit, on one device or on the host."""
 
     name: str
     dtype: str  # of its products
@@ -43,27 +42,27 @@ class Stage:
     bytes: float
 
     def seconds(self, device: Device) -> float:
-        """The roofline: FLOPs at the peak rate or bytes at the bandwidth, whichever takes longer."""
+        """Roofline time: the larger of FLOPs at the peak rate and bytes at the bandwidth."""
         return max(self.flops / device.rate(self.dtype), self.bytes / device.bandwidth)
 
 
 def parameter_count(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """All numbers of the model."""
+    """Number of parameters."""
     return sum(math.prod(shape.shape) for shape in shapes.values())
 
 
 def parameter_bytes(shapes: Mapping[str, jax.ShapeDtypeStruct], dtype: str) -> int:
-    """Of the model in `dtype`, all devices together."""
+    """Size of the parameters in `dtype`, over all devices."""
     return sum(math.prod(s.shape) * item_bytes(path, dtype) for path, s in shapes.items())
 
 
 def item_bytes(path: str, dtype: str) -> int:
-    """Of one number of a parameter."""
+    """Bytes of one element of a parameter."""
     return 4 if dtype == "float32" or path.endswith(KEEP_FLOAT32) else 2
 
 
 def active_weights(config: DecoderConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> float:
-    """How many numbers of the blocks' matrices a token is multiplied with; of experts, those of the chosen."""
+    """Number of weights that a token is multiplied with, counting selected experts only."""
     total = 0.0
     for _, shape in _matrices(shapes):
         share = 1.0
@@ -83,25 +82,25 @@ def _matrices(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[tuple[str, tup
 
 
 def head_dims(config: DecoderConfig) -> tuple[int, int]:
-    """Features of a head's keys, and of its values."""
+    """Dimensions of keys and of values of a head."""
     return config.head_dim, config.head_dim if config.latent is None else config.latent.value_dim
 
 
 def forward_flops(config: DecoderConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], rows: int, length: int) -> float:
-    """Of the blocks, for rows of `length` tokens: every token with every active weight, and all scores of a row, of
-    which causality discards half after they are made."""
+    """FLOPs of the blocks for rows of `length` tokens: active weights for every token, and all attention scores of a
+    row, including those that the causal mask discards."""
     tokens = rows * length
     attention = 2 * attention_blocks(config) * config.heads * tokens * length * sum(head_dims(config))
     return 2 * tokens * active_weights(config, shapes) + attention + tokens * _state_flops(config, length)
 
 
 def attention_blocks(config: DecoderConfig) -> int:
-    """How many blocks have attention, not a delta net."""
+    """Number of blocks with attention instead of a delta net."""
     return config.depth - sum(config.delta_layers)
 
 
 def _state_flops(config: DecoderConfig, length: int) -> float:
-    """Of the delta nets, for a token of a row of that length: the products within a chunk and those with the state."""
+    """FLOPs of the delta nets for a token in a row of this length: products within a chunk and with the state."""
     delta = config.delta
     if delta is None:
         return 0.0
@@ -119,7 +118,7 @@ def audit_stages(
     layout: DeviceLayout,
     kind: str,
 ) -> tuple[Stage, Stage, Stage]:
-    """Forward, Gram sums and lens over all batches, of one of the devices of a kind that share them evenly."""
+    """Costs of the forward pass, the Gram sums and the lens over all batches, for one device."""
     item, width, boundaries = item_bytes("", dtype), config.width, config.depth + 1
     n = layout.devices
     fsdp, tensor = (layout.fsdp, layout.tensor) if layout.kind == "mesh" else (1, 1)
@@ -149,13 +148,13 @@ def audit_stages(
 
 
 def gram_products(dtype: str, kind: str) -> str:
-    """The dtype whose rate the products of Gram sums have, of states in `dtype`."""
+    """The dtype that sets the rate of Gram products for states in `dtype`."""
     products = contraction.product_dtype(jnp.dtype(dtype), contraction.gram_dtype(), kind)
     return dtype if products.itemsize == 4 else products.name
 
 
 def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
-    """How often a token passes such a matrix: once in every block, with experts as often as it has chosen some."""
+    """How often a token is multiplied with such a matrix: once in each block, or once for each selected expert."""
     if len(shape) == 3:
         return shape[0]
     assert config.experts is not None
@@ -164,7 +163,7 @@ def _uses(config: DecoderConfig, shape: tuple[int, ...]) -> float:
 
 @dataclass(frozen=True)
 class SpectraCost:
-    """Eigenvalues of the Gram sums, all of them together."""
+    """Cost of all eigenvalues of the Gram sums."""
 
     stage: Stage
     width: int
@@ -173,19 +172,19 @@ class SpectraCost:
     device_memory: float  # bytes of one device at its most, where it takes them itself
 
     def seconds(self, device: Device, host: Device, layout: DeviceLayout) -> float:
-        """Of all of them on devices, or on the hosts of devices that do not take them."""
+        """Time on the devices, or on the hosts for devices that do not compute eigenvalues."""
         if (each := device.eigenvalues(self.width)) is not None:
             return -(-self.matrices // layout.devices) * each
         return self.stage.seconds(host) / hosts(device, layout)
 
 
 def hosts(device: Device, layout: DeviceLayout) -> int:
-    """How many machines so many devices take, at least."""
+    """Minimum number of hosts for the devices."""
     return -(-layout.devices // device.host)
 
 
 def spectra(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> SpectraCost:
-    """The spectra at every boundary, whole, without each group and of halves, on so many cores; one matrix a core."""
+    """Cost of the spectra of all boundaries and replicates on `cores` cores, one matrix for each core."""
     d, boundaries = config.width, config.depth + 1
     matrices = boundaries * sum(replicate_counts(work, settings))
     square = 8 * d * d

@@ -1,4 +1,4 @@
-"""How the devices of a plan share an audit: the mesh, chosen as an audit chooses it, and where sums are kept."""
+"""Layout of a planned audit over devices: the mesh that an audit would choose, and the storage of Gram sums."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST = 4096  # devices
 
 @dataclass(frozen=True)
 class DeviceLayout:
-    """Data x fsdp x tensor devices; of replicas each has the whole model and sums of its own."""
+    """A mesh of data x fsdp x tensor devices, or replicas with a whole model each."""
 
     kind: Literal["one", "replicas", "mesh"]
     data: int
@@ -38,16 +38,16 @@ class DeviceLayout:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return self.data * self.fsdp * self.tensor
 
     @property
     def rows(self) -> int:
-        """How many share the rows of a batch."""
+        """Number of devices that split the rows of a batch."""
         return self.data * self.fsdp
 
     def gram_share(self, width: int) -> int:
-        """Among how many devices the Gram sums are split."""
+        """Number of devices that split the Gram sums."""
         if self.kind != "mesh":
             return 1
         mesh: Any = AbstractMesh((self.data, self.fsdp, self.tensor), AXES)
@@ -61,7 +61,7 @@ class DeviceLayout:
 
 
 def layout_of(config: PlanConfig, decoder: DecoderConfig) -> DeviceLayout:
-    """What was asked for, or where nothing was what an audit on such devices chooses. Errors: UserError."""
+    """The layout of the settings, or the one that an audit would choose. Raises UserError for an impossible one."""
     asked, count = config.parallel, config.devices
     if (asked.data, asked.fsdp, asked.tensor) != (-1, 1, 1):
         return _asked(config)
@@ -91,12 +91,12 @@ def _asked(config: PlanConfig) -> DeviceLayout:
 
 
 def whole_bytes(config: PlanConfig, decoder: DecoderConfig) -> int:
-    """Of parameters and the Gram sums of all groups, all devices together."""
+    """Bytes of parameters and of the Gram sums of all groups, over all devices."""
     return weight_bytes(decoder, config.model.dtype) + gram_bytes(decoder, config.metrics)
 
 
 def planned_gram_home(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> GramHome:
-    """Where an audit on such devices keeps its Gram sums."""
+    """Where an audit on these devices stores its Gram sums."""
     share = layout.gram_share(decoder.width)
     split = layout.fsdp * layout.tensor if layout.kind == "mesh" else 1
     device = DEVICES[config.device or USUAL]
@@ -112,8 +112,7 @@ def planned_gram_home(config: PlanConfig, decoder: DecoderConfig, layout: Device
 
 
 def would_fit(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout, memory: float) -> str | None:
-    """How many devices of so many bytes have room for the weights and the Gram sums of two groups, on the mesh that an
-    audit chooses; None: none have."""
+    """Settings with more devices of `memory` bytes that fit the weights and the Gram sums of two groups, or None."""
     sums = gram_bytes(decoder, config.metrics)
     least = weight_bytes(decoder, config.model.dtype) + min(1.0, SLOTS / config.metrics.groups) * sums
     split = layout.fsdp * layout.tensor if layout.kind == "mesh" else 1

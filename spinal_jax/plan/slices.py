@@ -1,4 +1,4 @@
-"""Slices of TPUs that libtpu compiles for without one being there."""
+"""TPU slices for which libtpu can compile without TPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-# Chips along each axis, by how many there are: of a slice in two dimensions (v5e, v6e), and in three (v5p).
+# Topology by number of chips: two-dimensional (v5e, v6e) and three-dimensional (v5p).
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 CUBIC = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)}
 CUBIC |= {256: (4, 8, 8), 512: (8, 8, 8)}
@@ -16,7 +16,7 @@ SLICES = {"v5e": FLAT, "v6e": FLAT, "v5p": CUBIC}
 
 
 def why_not_compiled(device: str, count: int) -> str | None:
-    """Why the compiler for TPUs does not say what so many devices take; None: it does."""
+    """The reason why libtpu cannot compile for such a slice, or None."""
     if device not in SLICES:
         return f"libtpu has no compiler for {device}"
     if count not in SLICES[device]:
@@ -27,10 +27,10 @@ def why_not_compiled(device: str, count: int) -> str | None:
 
 
 def slice_devices(device: str, count: int) -> Sequence[Any]:
-    """The devices of a slice, which can be compiled for and nothing else (`why_not_compiled`)."""
+    """Abstract devices of a slice, for compilation only (`why_not_compiled`)."""
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine on Google's cloud is asked what it is
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not query Google Cloud metadata
     sides = SLICES[device][count]
     alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sides) == 1 else {}
     name = f"{device}:{'x'.join(map(str, sides))}"

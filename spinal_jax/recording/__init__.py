@@ -1,1 +1,1 @@
-"""Depth traces in training that is not ours: folders of checkpoints, and parameters in memory."""
+"""Depth traces during training by other programs: from folders of checkpoints, or from parameters in memory."""

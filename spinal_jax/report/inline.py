@@ -1,5 +1,5 @@
-"""A drawn figure as an SVG element of a page: the page's colours, ids of its own, no style that a policy would have to
-allow, and targets that say what is pointed at."""
+"""Converts a figure to an inline SVG element: colours of the page, unique ids, no inline styles (for the content
+security policy), and hover targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from spinal_jax.report import figures
 
 Target = tuple[str, Sequence[float]]  # words, (x, y, width, height) in SVG units
-# The figures' colours by role, so that the page can give them other values in the dark.
+# Colours of figures by role, so that the page can replace them in dark mode.
 THEMED = {
     figures.SURFACE: "surface",
     figures.INK: "ink",
@@ -26,7 +26,7 @@ THEMED = {
 
 
 def inline(figure: figures.Figure, name: str, targets: Iterable[Target] = ()) -> Markup:
-    """The figure as an SVG element. `name` leads its ids; over each target the page reads out the target's words."""
+    """The figure as an SVG element. `name` is the prefix of its ids; the page shows the text of hover targets."""
     text = figures.svg_text(figure, name)
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.DOTALL)
@@ -38,7 +38,7 @@ def inline(figure: figures.Figure, name: str, targets: Iterable[Target] = ()) ->
     text = re.sub(r' style="([^"]*)"', lambda found: _attributes(found[1]), text)
     for colour, role in THEMED.items():
         text = text.replace(f'"{colour}"', f'"var(--{role})"')
-    # What is left tells depth: lifted in the dark, where the low end would drown.
+    # The remaining colours encode depth and are lightened in dark mode.
     text = re.sub(r'(fill|stroke)="(#[0-9a-f]{6})"', r'\1="color-mix(in srgb, #fff var(--lift), \2)"', text)
     text = text.replace("<svg", '<svg role="img" aria-labelledby="caption-' + name + '"', 1)
     strip = Markup('<rect class="hit" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>\n')
@@ -47,9 +47,9 @@ def inline(figure: figures.Figure, name: str, targets: Iterable[Target] = ()) ->
 
 
 def _attributes(style: str) -> str:
-    """The declarations of a style as presentation attributes, which need no permission of a content-security policy.
+    """The declarations of a style as presentation attributes, which a content security policy allows.
 
-    The family of a font is left to the page.
+    The font family is left to the page.
     """
     found: dict[str, str] = {}
     for declaration in filter(None, map(str.strip, style.split(";"))):

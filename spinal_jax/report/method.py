@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""What the quantities are, in a sentence each. Every page takes those that it shows."""
+"""Definitions of the quantities for the pages, in a sentence each."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _FORMULAS = {
 
 
 def method_section(names: tuple[str, ...], *more: tuple[str, str | Markup]) -> Section:
-    """The section that defines the quantities of these names, and what else a page has to define."""
+    """The section with the definitions of these quantities, and further definitions of the page."""
     note = Text(
         "After SPINAL (arXiv 2601.06238). What its abstract leaves open, such as the fit window, the positions, the "
         "terminal block and the groups, is this tool’s choice, listed on this page and recorded in its files.",

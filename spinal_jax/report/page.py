@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""The report of a depth trace: one HTML file that loads nothing from anywhere."""
+"""The page of a depth trace, a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ GENERAL = (
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Draws the figures and report.html of a run folder from its saved trace alone, and returns the page's path."""
+    """Draws the figures and report.html of a run folder from its saved trace, and returns the path of the page."""
     trace = load_trace(folder)
     folder = Path(folder)
     folder = folder if folder.is_dir() else folder.parent
@@ -71,7 +71,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 
 def render_report(trace: DepthTrace) -> str:
-    """The page as text: equal traces give equal text."""
+    """The page as text, deterministic."""
     first, last = trace.terminal
     drawn = {
         name: inline(figure, name, _targets(figure, name, trace)) for name, figure in figures.figures(trace).items()
@@ -147,7 +147,7 @@ def render_report(trace: DepthTrace) -> str:
 
 
 def trace_headline(trace: DepthTrace) -> str:
-    """What was seen, in one sentence of plain words."""
+    """The result in one sentence."""
     first, last = trace.terminal
     clauses = []
     named = False
@@ -264,7 +264,7 @@ def _read_out(trace: DepthTrace, names: tuple[str, ...], at: int) -> str:
 
 
 def _table(trace: DepthTrace) -> Table:
-    """Every column at every boundary."""
+    """All columns by boundary."""
     cells = []
     for about in TRACE:
         half = None
@@ -342,7 +342,7 @@ def _facts(trace: DepthTrace) -> Facts:
 
 
 def trace_caveats(trace: DepthTrace) -> list[str]:
-    """What a reader must know before trusting the numbers: the trace's own conditions first, then its warnings."""
+    """Caveats of a trace: its conditions, then its warnings."""
     columns, rows, width = trace.columns, trace.prompts["rows"], trace.model["width"]
     equal_n = "compare it only with a trace of equal N on the same tokens."
     if rows < 4 * width:

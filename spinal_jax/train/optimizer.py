@@ -1,4 +1,4 @@
-"""The optimiser: optax, by the names people use."""
+"""Optimisers and learning-rate schedules from optax, by name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ UNDECAYED = re.compile(r".*norm\.weight|.*[._]bias|.*correction|.*sinks")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of optimiser step 0, 1, ...: a linear rise over the warm-up, then the named decay to 0 at
-    `steps`."""
+    """Learning rate by optimiser step: linear warm-up, then the named decay to 0 at `steps`."""
     warmup = min(config.warmup_steps, steps)
     rest = max(1, steps - warmup)
     after: optax.Schedule
@@ -34,7 +33,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(parameters: Mapping[str, Array]) -> dict[str, bool]:
-    """Which parameters weight decay applies to: all but norms and biases."""
+    """Mask of weight decay: all parameters but norms and biases."""
     return {name: UNDECAYED.fullmatch(name) is None for name in parameters}
 
 

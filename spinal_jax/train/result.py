@@ -1,4 +1,4 @@
-"""What a training run leaves: the weights of the last step, or of the last healthy one, as a Hugging Face folder."""
+"""The result of a training run: weights of the last step, or of the last healthy one, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from spinal_jax.train.history import History
 def chosen(
     config: TrainConfig, state: TrainState, history: History, saved: Checkpoints, say: Callable[[str], None]
 ) -> tuple[int, TrainState]:
-    """The step whose weights are the run's result, and its state."""
+    """The step that is exported, and its state."""
     healthy, destabilised = history.health
     if config.keep == "last" or not destabilised:
         return int(state.step), state
@@ -34,8 +34,8 @@ def chosen(
 
 
 def export_result(checkpoint: Checkpoint, parts: Parts, arrays: Arrays, out: Path, name: str, bar: Bar) -> None:
-    """The model as a Hugging Face folder, adapters merged into its weights. Of several processes the first writes it,
-    from a copy of the weights in its host's memory."""
+    """Writes the model as a Hugging Face folder, with merged adapters. Process 0 writes it from a copy in host
+    memory."""
     model = parts.assemble(arrays)
     lora.merge(model)
     whole = {path: _gathered(x) for path, x in sorted(take_apart(model)[1].items())}
@@ -47,8 +47,8 @@ def export_result(checkpoint: Checkpoint, parts: Parts, arrays: Arrays, out: Pat
 
 
 def _gathered(x: Array) -> Array | np.ndarray:
-    """A parameter whole: as it is where this process has all of it, else in the host's memory of the process that
-    leads, by layers, of which devices have room for one."""
+    """A whole parameter: unchanged if this process has all of it, else gathered in the host memory of process 0, one
+    layer at a time."""
     if x.is_fully_addressable:
         return x
     held = np.empty(x.shape if leads() else (0,), x.dtype)

@@ -1,4 +1,4 @@
-"""Rewrites a checkpoint as an Orbax folder of our own parameters, row by row; killed anywhere, it goes on there."""
+"""Converts a checkpoint to an Orbax folder, row by row; an interrupted conversion can be resumed."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ def convert(
     overwrite: bool = False,
     bar: Bar | None = None,
 ) -> Path:
-    """Writes the checkpoint to `out` and returns its path; `open_checkpoint` opens that like any other.
+    """Writes the checkpoint to `out`, to be opened by `open_checkpoint`, and returns the path.
 
-    One tensor of the checkpoint is in memory at a time, and copies of some 32 MiB of it. What is done stays when
-    the process is killed, under `out` + ".partial", and the same call then goes on from there: the bytes that it ends
-    with are those of an uninterrupted one. Beside the parameters stand config.json, the tokenizer's files and
-    spinal.json, with the hashes of what was read and of every file that was written, which loading checks.
+    One tensor is in memory at a time, with copies of about 32 MiB. An interrupted conversion stays in `out` +
+    ".partial"; the same call resumes it, with the same final bytes. The folder also contains config.json, the tokenizer
+    and spinal.json, with hashes of the source and of all files, which are checked when it is loaded.
 
     Args:
         checkpoint: what to convert.
         out: the folder to write.
-        dtype: "float32" or "bfloat16"; None keeps that of the source, for each parameter.
-        ignore_keys: keys of config.json that change nothing.
-        overwrite: replace a checkpoint that was written before.
-        bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
+        dtype: "float32" or "bfloat16"; None keeps the dtype of each parameter.
+        ignore_keys: keys of config.json without effect.
+        overwrite: replace an existing checkpoint.
+        bar: opens progress bars.
 
     Raises:
-        UserError: for a checkpoint that is not what its config.json says, or an `out` that is taken.
+        UserError: the checkpoint does not match its config.json, or `out` exists.
     """
     bar = bar or no_bar
     folder = folders.check_out(out, checkpoint.source, overwrite)
@@ -68,7 +67,7 @@ def convert(
                     advance(sum(target.row_bytes for target in targets.values()))
                     continue
                 parts = dict(parts_of(place, checkpoint.tensor(stored[place.name]), config, shapes))
-                while parts:  # each is let go before the next tensor is read
+                while parts:  # freed before the next tensor is read
                     path, part = parts.popitem()
                     targets[path].write(place.row, part, advance)
                     del part
@@ -76,7 +75,7 @@ def convert(
         folders.write_companions(checkpoint, partial)
         write_orbax_metadata(partial, shapes)
         expected = {state / "_METADATA", *(file for parameter in files.values() for file in parameter.files())}
-        for stray in set(state_files(partial)) - expected:  # half-written when an earlier run was killed
+        for stray in set(state_files(partial)) - expected:  # incomplete rows of an interrupted run
             stray.unlink()
         with bar("hash", 1, "folder") as advance:
             record["files"], record["sha256"] = file_digests(partial, state_files(partial))
@@ -88,5 +87,5 @@ def convert(
 
 
 def wider(first: np.dtype, second: np.dtype) -> np.dtype:
-    """The dtype that holds the values of both, where rows of a stack differ."""
+    """The dtype that represents the values of both, for stacks of mixed dtype."""
     return first if first == second else max(first, second, np.dtype(np.float32), key=lambda dtype: dtype.itemsize)

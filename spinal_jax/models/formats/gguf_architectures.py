@@ -1,6 +1,6 @@
-"""GGUF architectures as tables: tensor names, and what the exporter did to some values.
+"""Tables of GGUF architectures: tensor names and value transformations of the exporter.
 
-What is undone here is what llama.cpp's `convert_hf_to_gguf.py` does. A new architecture is a function in
+The transformations invert those of llama.cpp's `convert_hf_to_gguf.py`. A new architecture is a function in
 `gguf_configs.py`, a table of names and a line in ARCHITECTURES.
 """
 
@@ -138,19 +138,19 @@ def minus_one(weight: np.ndarray) -> np.ndarray:
 
 
 def out_in(weight: np.ndarray) -> np.ndarray:
-    """GPT-2 keeps matrices as [in, out]; the file holds [out, in]."""
+    """GPT-2 stores matrices as [in, out]; the file stores [out, in]."""
     return np.ascontiguousarray(weight.T)
 
 
 def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Llama's query and key rows: the file pairs the features that rotate together, HF keeps two halves of a head."""
+    """Query and key rows of Llama: the file interleaves rotated pairs, HF stores two halves of a head."""
     paired = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return paired.swapaxes(1, 2).reshape(weight.shape)
 
 
 def alternating(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Experts' weights [E, out, in] or biases [E, out], which the file holds apart: [E, in, n out] or [E, n out], their
-    outputs in turn."""
+    """Joins expert weights [E, out, in] or biases [E, out] into [E, in, n out] or [E, n out] with alternating
+    outputs."""
     joined = np.stack(parts, axis=2).reshape(len(parts[0]), -1, *parts[0].shape[2:])
     return joined.swapaxes(1, 2) if joined.ndim == 3 else joined
 
@@ -173,7 +173,7 @@ def _undo_gpt2(stem: str, config: Config) -> Undo | None:
 
 
 class Architecture(NamedTuple):
-    """How files of one `general.architecture` read.
+    """Tables for one `general.architecture`.
 
     A name in `names` is that of a tensor without block and suffix, and stands for one HF tensor, a tuple of equal parts
     of one, or with `{e}` one for each expert. `whole` are those of HF's that have no suffix.

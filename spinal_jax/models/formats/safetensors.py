@@ -43,7 +43,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 
 
 class TensorLocation(NamedTuple):
-    """Where a tensor lies."""
+    """File, offset and type of a tensor."""
 
     path: Path
     offset: int
@@ -79,7 +79,7 @@ class SafetensorsFolder:
         return self._rows(name, *bounds[0])[(slice(None), *(slice(*each) for each in bounds[1:]))]
 
     def _block(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """Some columns of some rows, without the bytes between them: a process of several may need few of them."""
+        """Some columns of some rows, without reading the bytes between them."""
         path, offset, info = self._stored[name]
         values = np.empty((rows[1] - rows[0], columns[1] - columns[0]), info.dtype)
         flat, wide = values.view(np.uint8), info.shape[1] * info.dtype.itemsize
@@ -106,13 +106,13 @@ class SafetensorsFolder:
         return sha256_of(sorted({stored.path for stored in self._stored.values()}))
 
     def close(self) -> None:
-        """Nothing is held open between reads."""
+        """No-op."""
 
 
 def read_stored(stored: TensorLocation, name: str) -> np.ndarray:
-    """A whole tensor, read into an array of its own."""
+    """Reads a whole tensor into a new array."""
     path, offset, info = stored
-    # Read, not mapped: mapped pages count as resident memory, and a streaming conversion would seem to hold it all.
+    # Read instead of memory-mapped, because mapped pages count as resident memory.
     values = np.fromfile(path, info.dtype, math.prod(info.shape), offset=offset)
     if values.size != math.prod(info.shape):
         raise _shorter(path, name)
@@ -124,7 +124,7 @@ def _shorter(path: Path, name: str) -> UserError:
 
 
 def _find_tensors(folder: Path) -> dict[str, TensorLocation]:
-    """Where every tensor of the folder lies, from the shards' headers alone."""
+    """Locations of all tensors of the folder, from the headers of the shards."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return read_header(single)
@@ -169,7 +169,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorLocation]:
 
 
 def _require_equal(name: str, copies: Sequence[TensorLocation]) -> None:
-    """UserError where files of one checkpoint hold a tensor with different content."""
+    """Raises UserError if files of a checkpoint contain a tensor with different values."""
     first, *others = copies
     for other in others:
         equal = first.info == other.info

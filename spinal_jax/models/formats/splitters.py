@@ -1,11 +1,10 @@
-"""How a byte-level tokenizer of a GGUF file cuts text before merging, by the name in `tokenizer.ggml.pre`.
+"""Pre-tokenizers of byte-level GGUF tokenizers, by the name in `tokenizer.ggml.pre`.
 
-The names are those of llama.cpp's `src/llama-vocab.cpp`, which defines what a file means by them; each is known here or
-refused. Splits are applied one after the other, each to the pieces that the one before left. Where llama.cpp and the
-model's own tokenizer.json differ, the tokenizer.json is followed, since the model was trained with it: `deepseek-llm`
-and `deepseek-coder` isolate single digits, `qwen2` and its kin compose Unicode (NFC) first. `default` and `smollm` are
-read as llama.cpp reads them. Transformers takes GPT-2's split for both, which is wrong for SmolLM: its tokenizer.json
-isolates digits first, so that in "a  1" both blanks stay together.
+The names are defined by llama.cpp's `src/llama-vocab.cpp`; unknown names are errors. Splits are applied in sequence,
+each to the pieces of the one before. If llama.cpp and the tokenizer.json of a model differ, the latter is used, because
+the model was trained with it: `deepseek-llm` and `deepseek-coder` isolate single digits, `qwen2` and related names
+normalise Unicode (NFC) first. `default` and `smollm` follow llama.cpp. Transformers uses the split of GPT-2 for both,
+which is wrong for SmolLM: its tokenizer.json isolates digits first, so that both blanks in "a  1" stay together.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from spinal_jax.models.hf_config import value_text
 
 
 class Splitter(NamedTuple):
-    """How text is cut before byte-level merges."""
+    """A pre-tokenizer."""
 
-    patterns: tuple[str, ...]  # matches of each are pieces of their own
+    patterns: tuple[str, ...]  # matches of each are separate pieces
     compose: bool = False  # Unicode NFC first
-    whole_words: bool = False  # a piece that is itself a token is taken without merging
-    adds_bos: bool = False  # where the file does not say
+    whole_words: bool = False  # pieces that are tokens are not merged
+    adds_bos: bool = False  # default of the file
 
     @property
     def stages(self) -> list[PreTokenizer]:
-        """One split after the other, then bytes."""
+        """The splits in sequence, then byte level."""
         splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in self.patterns]
         return [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
 
@@ -94,7 +93,7 @@ _GROUPS: dict[str, Splitter] = {
 }
 SPLITTERS = {name: splitter for names, splitter in _GROUPS.items() for name in names.split()}
 
-# The names of the table that are refused, and why.
+# Unsupported names with the reason.
 _NOT_HERE = {
     "belongs to models that give embeddings, not text": (
         "jina-es jina-de jina-v2-es jina-v2-de jina-v5-nano jina-v1-en jina-v2-code roberta-bpe modern-bert whitespace "
@@ -109,9 +108,8 @@ REFUSED = {name: why for why, names in _NOT_HERE.items() for name in names.split
 
 
 def splitter_of(name: object, path: Path) -> Splitter:
-    """The splitter of that name in `path`. A name that is missing is refused: any other splitting gives other tokens.
-
-    Errors: UserError.
+    """The splitter of this name. Raises UserError for an unknown name, because another splitter would give other
+    tokens.
     """
     if isinstance(name, str) and name in SPLITTERS:
         return SPLITTERS[name]
