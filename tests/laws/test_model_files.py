@@ -146,7 +146,9 @@ def test_configs_that_no_model_has(folder: Path, values: dict[str, Any], words: 
 
 def test_configs_that_are_no_configs(folder: Path) -> None:
     digits = '{"a": ' + "1" * 5000 + "}"
-    for text, word in (("[" * 200_000, "nested"), ("[]", "list"), ("{", "not JSON"), (digits, "JSON")):
+    twice = (folder / "config.json").read_text().replace('"vocab_size"', '"vocab_size": 7, "vocab_size"')
+    texts = (("[" * 200_000, "nested"), ("[]", "list"), ("{", "not JSON"), (digits, "JSON"), (twice, "twice"))
+    for text, word in texts:
         (folder / "config.json").write_text(text)
         refusal(folder, "config.json", word)
     (folder / "config.json").write_bytes(b"\xff\xfe{}")
@@ -187,6 +189,17 @@ def test_one_tensor_in_two_shards(folder: Path) -> None:
     for wrong in (tensor + 1, tensor[:1], tensor.astype(np.float16)):
         save_file(load_file(folder / other) | {name: np.ascontiguousarray(wrong)}, folder / other)
         refusal(folder, name, shard, other, "differ")
+
+
+def test_a_header_that_names_a_tensor_twice(folder: Path) -> None:
+    """The parser of the safetensors library takes the last of the two."""
+    name, shard = next(iter(index_of(folder).items()))
+    data = (folder / shard).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    other = f'"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}},"{name}":'
+    header = data[8:end].replace(f'"{name}":'.encode(), other.encode(), 1)
+    (folder / shard).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    refusal(folder, shard, name, "twice")
 
 
 def test_an_index_with_entries_too_many(folder: Path) -> None:

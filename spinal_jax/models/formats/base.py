@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -103,13 +104,22 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path} is not a regular file")
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. ValueError where a key stands in it twice, for readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it has the key {name[:100]!r} twice")
+    return found
+
+
 def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file of at most `most` bytes. Errors: UserError."""
     require_regular(path)
     try:
         if path.stat().st_size > most:
             raise UserError(f"{path} has more than {most >> 20} MiB, which is too much for a description")
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=once)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from spinal_jax.errors import UserError
-from spinal_jax.models.formats.base import Bounds, TensorInfo, read_config, read_json, require_regular, sha256_of
+from spinal_jax.models.formats.base import Bounds, TensorInfo, once, read_config, read_json, require_regular, sha256_of
 from spinal_jax.models.formats.tokenizer import folder_tokenizer
 from spinal_jax.models.hf_config import shorten_middle
 
@@ -192,11 +192,13 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=once)
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or not a safetensors file: {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     stored = {}
     for name, entry in header.items():
         if name == "__metadata__":
