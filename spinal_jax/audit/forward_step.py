@@ -113,30 +113,11 @@ def _add(
     shards: Shards | None,
     backend: str | None,
 ) -> contraction.Grams:
-    """`contraction.update`, on however many devices: of these, each sums the groups of its own rows, and what all of
-    them have of the groups of the batch is added."""
+    """`contraction.update`, on however many devices."""
     if shards is None:
         return contraction.update(sums, h, counted, slots, boundary, backend)
     width = h.shape[-1]
-    stripes = contraction.stripe_count(width)
-    height = width // stripes
-    there = jnp.unique(slots, size=groups)  # which has the last one again where there are fewer
-    place = jnp.searchsorted(there, slots).astype(jnp.int32)
-    add = partial(
-        contraction.shard_sums,
-        count=groups,
-        dtype=sums.first.dtype,
-        split=contraction.GramAxes(ROWS, *shards.features(height)),
-        backend=backend,
-    )
-    second, first = shards.by_features(lambda *rows: tuple(add(*rows)), height, stripes)(h, counted, place)
-
-    def one(number: Array, sums: contraction.Grams) -> contraction.Grams:
-        def into(total: Array, part: Array) -> Array:
-            part = jax.lax.dynamic_slice_in_dim(part, number, 1)
-            at = (there[number], boundary, *(jnp.int32(0) for _ in part.shape[2:]))
-            return jax.lax.dynamic_update_slice(total, part + jax.lax.dynamic_slice(total, at, part.shape), at)
-
-        return jax.tree.map(into, sums, contraction.Grams(second=second, first=first))
-
-    return jax.lax.fori_loop(0, groups, one, sums)
+    present = jnp.unique(slots, size=groups, fill_value=sums.first.shape[0])  # beyond the last slot: none
+    split = contraction.GramAxes(ROWS, *shards.features(width // contraction.stripe_count(width)))
+    update = partial(contraction.update_shards, split=split, backend=backend)
+    return shards.by_features(update, gram_shardings(width, shards))(sums, h, counted, slots, boundary, present)

@@ -107,51 +107,67 @@ def update(grams: Grams, h: Array, counted: Array, slots: Array, boundary: Array
         boundary: scalar int.
         backend: the kind of device that this is for; None: JAX's default.
     """
-    return _add(grams, h, counted, slots, boundary, 0, 1, backend)
-
-
-def _add(
-    grams: Grams,
-    h: Array,
-    counted: Array,
-    slots: Array,
-    boundary: Array | int,
-    part: Array | int,
-    parts: int,
-    backend: str | None,
-) -> Grams:
-    """`update` of the `part`-th of `parts` equal parts of the rows of each stripe."""
-    batch, length, width = h.shape
-    sums = grams.first.dtype
     backend = backend or jax.default_backend()
-    products = product_dtype(h.dtype, sums, backend)
-    rows = max(1, min(batch, gram_rows(backend) // length))  # of the batch, in one product
+    pieces = _pieces_of(h, slots, backend)
+
+    def one(number: Array, grams: Grams) -> Grams:
+        rows = pieces.rows(h, counted, number)
+        return _add(grams, rows, slots[pieces.begin[number]], boundary, backend=backend)
+
+    return jax.lax.fori_loop(0, pieces.total, one, grams)
+
+
+class Pieces(NamedTuple):
+    """Neighbouring rows of a batch that belong to one slot and are multiplied together."""
+
+    begin: Array  # int [B] the first row of each piece; B behind the last piece
+    stop: Array  # int [B]
+    total: Array  # how many there are
+    height: int  # rows of a piece at most
+
+    def rows(self, h: Array, counted: Array, number: Array) -> Array:
+        """[n, d] of one piece: those that count, and zeros in place of the others."""
+        batch, length, width = h.shape
+        at = jnp.minimum(self.begin[number], batch - self.height)
+        here = at + jnp.arange(self.height, dtype=jnp.int32)
+        inside = (here >= self.begin[number]) & (here < self.stop[number])
+        keep = inside[:, None] & (jax.lax.dynamic_slice_in_dim(counted, at, self.height) > 0)
+        rows = jnp.where(keep[..., None], jax.lax.dynamic_slice_in_dim(h, at, self.height), 0)
+        return rows.reshape(self.height * length, width)
+
+
+def _pieces_of(h: Array, slots: Array, backend: str) -> Pieces:
+    batch, length, _ = h.shape
+    height = max(1, min(batch, gram_rows(backend) // length))
     number = jnp.arange(batch, dtype=jnp.int32)
     changes = jnp.concatenate([jnp.ones(1, bool), slots[1:] != slots[:-1]])
     run = jax.lax.cummax(jnp.where(changes, number, 0))  # where the run of one slot begins that a row belongs to
-    begins = (number - run) % rows == 0
+    begins = (number - run) % height == 0
     begin = jnp.nonzero(begins, size=batch, fill_value=batch)[0].astype(jnp.int32)
-    stop = jnp.append(begin[1:], jnp.int32(batch))
+    return Pieces(
+        begin=begin,
+        stop=jnp.append(begin[1:], jnp.int32(batch)),
+        total=jnp.sum(begins, dtype=jnp.int32),
+        height=height,
+    )
 
-    def one(piece: Array, grams: Grams) -> Grams:
-        at = jnp.minimum(begin[piece], batch - rows)
-        here = at + jnp.arange(rows, dtype=jnp.int32)
-        inside = (here >= begin[piece]) & (here < stop[piece])
-        keep = inside[:, None] & (jax.lax.dynamic_slice_in_dim(counted, at, rows) > 0)
-        x = jnp.where(keep[..., None], jax.lax.dynamic_slice_in_dim(h, at, rows), 0).reshape(rows * length, width)
-        slot = slots[begin[piece]]
-        corner = (slot, jnp.int32(boundary), jnp.int32(0), jnp.int32(0))
-        second = []
-        for stripe, end in zip(grams.second, stripe_ends(width), strict=True):
-            height = stripe.shape[2]
-            left = jax.lax.dynamic_slice_in_dim(x, end - height * parts + part * height, height, axis=1)
-            outer = _outer(left, x[:, :end], products, sums, backend)
-            so_far = jax.lax.dynamic_slice(stripe, corner, (1, 1, *outer.shape))
-            second.append(jax.lax.dynamic_update_slice(stripe, so_far + outer, corner))
-        first = grams.first.at[slot, boundary].add(jnp.sum(x, axis=0, dtype=sums))
-        return Grams(second=tuple(second), first=first)
 
-    return jax.lax.fori_loop(0, jnp.sum(begins, dtype=jnp.int32), one, grams)
+def _add(
+    grams: Grams, x: Array, slot: Array, boundary: Array, part: Array | int = 0, parts: int = 1, *, backend: str
+) -> Grams:
+    """Adds the rows x [n, d]; `grams` holds the `part`-th of `parts` equal parts of the rows of each stripe."""
+    sums = grams.first.dtype
+    products = product_dtype(x.dtype, sums, backend)
+    corner = (slot, jnp.int32(boundary), jnp.int32(0), jnp.int32(0))
+    second = []
+    for stripe, end in zip(grams.second, stripe_ends(x.shape[1]), strict=True):
+        height = stripe.shape[2]
+        left = jax.lax.dynamic_slice_in_dim(x, end - height * parts + part * height, height, axis=1)
+        outer = _outer(left, x[:, :end], products, sums, backend)
+        so_far = jax.lax.dynamic_slice(stripe, corner, (1, 1, *outer.shape))
+        second.append(jax.lax.dynamic_update_slice(stripe, so_far + outer, corner))
+    first = grams.first.at[slot, boundary].add(jnp.sum(x, axis=0, dtype=sums))
+    return Grams(second=tuple(second), first=first)
 
 
 def _outer(left: Array, right: Array, products: np.dtype, sums: np.dtype, backend: str) -> Array:
@@ -211,42 +227,71 @@ class GramAxes(NamedTuple):
     scattered: tuple[str, ...]  # of `rows`: those along which each device keeps a part of the rows it has made
 
 
-def shard_sums(
-    h: Array, counted: Array, slots: Array, *, count: int, dtype: np.dtype, split: GramAxes, backend: str | None = None
+def update_shards(
+    grams: Grams,
+    h: Array,
+    counted: Array,
+    slots: Array,
+    boundary: Array,
+    present: Array,
+    *,
+    split: GramAxes,
+    backend: str | None = None,
 ) -> Grams:
-    """What one boundary adds to the sums of all devices, within a `jax.shard_map`.
+    """`update` by all devices, within a `jax.shard_map`.
+
+    Each device sums its own rows of one slot, what all of them have is exchanged and added, and then comes the next
+    slot: no more than the sum of one slot is there beside `grams`.
 
     Args:
-        h, counted, slots, backend: as `update` takes them, of this device's rows.
-        count: how many slots there are.
-        dtype: of the sums.
+        grams: what this device keeps: its rows of each stripe [slots, D + 1, d / (S n), end], and [slots, D + 1, d].
+        h, counted, slots, boundary, backend: as `update` takes them, of this device's rows.
+        present: int [n] the slots that rows of any device have, ascending, and then any number beyond the last slot.
         split: how the work is shared.
-
-    Returns:
-        Of each stripe [count, 1, d / (S n), end], this device's rows, and [count, 1, d].
     """
+    backend = backend or jax.default_backend()
     width = h.shape[-1]
     height = width // stripe_count(width)
     parts = jax.lax.axis_size(split.features) if split.features else 1
     part = jax.lax.axis_index(split.features) if split.features else 0
-    empty = Grams(
-        second=tuple(jnp.zeros((count, 1, height // parts, end), dtype) for end in stripe_ends(width)),
-        first=jnp.zeros((count, 1, width), dtype),
-    )
-    sums = _add(empty, h, counted, slots, 0, part, parts, backend)
+    pieces = _pieces_of(h, slots, backend)
+    # Pieces in the order of their slots; those of present[i] are order[ends[i] : ends[i + 1]].
+    there = jnp.arange(len(slots), dtype=jnp.int32) < pieces.total
+    owner = jnp.searchsorted(present, slots[jnp.where(there, pieces.begin, 0)]).astype(jnp.int32)
+    owner = jnp.where(there, owner, len(present))
+    order = jnp.argsort(owner, stable=True).astype(jnp.int32)
+    ends = jnp.searchsorted(owner[order], jnp.arange(len(present) + 1, dtype=jnp.int32)).astype(jnp.int32)
     whole = tuple(axis for axis in split.rows if axis not in split.scattered)
 
     def over_devices(stripe: Array) -> Array:
-        if split.scattered and (backend or jax.default_backend()) == "tpu":
+        if split.scattered and backend == "tpu":
             # TPUs have no reduce-scatter in float64: each device gets all parts of what it keeps, and adds them.
-            parts = stripe.reshape(count, 1, jax.lax.axis_size(split.scattered), -1, stripe.shape[-1])
-            parts = jax.lax.all_to_all(jnp.moveaxis(parts, 2, 0), split.scattered, 0, 0, tiled=True)
-            stripe = jnp.sum(parts, axis=0)
+            shared = stripe.reshape(jax.lax.axis_size(split.scattered), 1, 1, -1, stripe.shape[-1])
+            stripe = jnp.sum(jax.lax.all_to_all(shared, split.scattered, 0, 0, tiled=True), axis=0)
         elif split.scattered:
             stripe = jax.lax.psum_scatter(stripe, split.scattered, scatter_dimension=2, tiled=True)
         return jax.lax.psum(stripe, whole)
 
-    return Grams(second=tuple(map(over_devices, sums.second)), first=jax.lax.psum(sums.first, split.rows))
+    def one(number: Array, grams: Grams) -> Grams:
+        def more(place: Array, own: Grams) -> Grams:
+            rows = pieces.rows(h, counted, order[place])
+            return _add(own, rows, jnp.int32(0), jnp.int32(0), part, parts, backend=backend)
+
+        empty = Grams(
+            second=tuple(jnp.zeros((1, 1, height // parts, end), grams.first.dtype) for end in stripe_ends(width)),
+            first=jnp.zeros((1, 1, width), grams.first.dtype),
+        )
+        own = jax.lax.fori_loop(ends[number], ends[number + 1], more, empty)
+        together = Grams(second=tuple(map(over_devices, own.second)), first=jax.lax.psum(own.first, split.rows))
+        slot = jnp.minimum(present[number], grams.first.shape[0] - 1)  # nothing is added for a slot that is not there
+
+        def into(total: Array, sums: Array) -> Array:
+            at = (slot, boundary, *(jnp.int32(0) for _ in sums.shape[2:]))
+            return jax.lax.dynamic_update_slice(total, sums + jax.lax.dynamic_slice(total, at, sums.shape), at)
+
+        return jax.tree.map(into, grams, together)
+
+    return jax.lax.fori_loop(0, len(present), one, grams)
 
 
 def lower_triangle(stripes: Sequence[Array]) -> Array:

@@ -154,14 +154,16 @@ class Shards:
         by = PartitionSpec(ROWS)
         return jax.shard_map(function, mesh=self.mesh, in_specs=by, out_specs=by, check_vma=False)
 
-    def by_features(self, function: Callable[..., Any], height: int, stripes: int) -> Callable[..., Any]:
-        """`function` of arrays split by rows to (stripes of Gram sums, sums), split as `grams` says."""
-        second, first = self.grams(height)
+    def by_features(self, function: Callable[..., Any], sums: Any) -> Callable[..., Any]:
+        """`function` of Gram sums, three arrays split by rows, and two that every device has whole, to Gram sums.
+        `sums` is where these lie: `NamedSharding`s in the place of arrays."""
+        specs = jax.tree.map(lambda sharding: sharding.spec, sums)
+        rows, whole = PartitionSpec(ROWS), PartitionSpec()
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=PartitionSpec(ROWS),
-            out_specs=((second.spec,) * stripes, first.spec),
+            in_specs=(specs, rows, rows, rows, whole, whole),
+            out_specs=specs,
             check_vma=False,
         )
 
