@@ -264,10 +264,9 @@ def update_shards(
     whole = tuple(axis for axis in split.rows if axis not in split.scattered)
 
     def over_devices(stripe: Array) -> Array:
-        if split.scattered and backend == "tpu":
-            # TPUs have no reduce-scatter in float64: each device gets all parts of what it keeps, and adds them.
-            shared = stripe.reshape(jax.lax.axis_size(split.scattered), 1, 1, -1, stripe.shape[-1])
-            stripe = jnp.sum(jax.lax.all_to_all(shared, split.scattered, 0, 0, tiled=True), axis=0)
+        if backend == "tpu":
+            for axis in split.scattered:
+                stripe = _scatter_around(stripe, axis)
         elif split.scattered:
             stripe = jax.lax.psum_scatter(stripe, split.scattered, scatter_dimension=2, tiled=True)
         return jax.lax.psum(stripe, whole)
@@ -292,6 +291,23 @@ def update_shards(
         return jax.tree.map(into, grams, together)
 
     return jax.lax.fori_loop(0, len(present), one, grams)
+
+
+def _scatter_around(stripe: Array, axis: str) -> Array:
+    """`jax.lax.psum_scatter` of [1, 1, rows, end] along `axis` by its rows, for TPUs, which have none in float64: each
+    part goes once around the ring of devices, and each device adds its own. (An all-to-all of 256 devices compiles for
+    minutes, and takes the memory of what is exchanged twice.)"""
+    count, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    parts = stripe.reshape(count, 1, 1, -1, stripe.shape[-1])
+    onward = [(device, (device + 1) % count) for device in range(count)]
+
+    def own(turn: Array | int) -> Array:
+        return jax.lax.dynamic_index_in_dim(parts, (here + 2 * count - 1 - turn) % count, keepdims=False)
+
+    def step(turn: Array, so_far: Array) -> Array:
+        return jax.lax.ppermute(so_far, axis, onward) + own(turn.astype(jnp.int32))
+
+    return jax.lax.fori_loop(1, count, step, own(0))
 
 
 def lower_triangle(stripes: Sequence[Array]) -> Array:

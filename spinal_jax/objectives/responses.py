@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,27 @@ class ResponseBatch:
     def sequences(self) -> int:
         """S."""
         return self.counts.shape[0]
+
+    @staticmethod
+    def empty(shape: Shape) -> ResponseBatch:
+        """Padding alone, as arrays of the host."""
+
+        def array(dtype: type, *sides: int) -> Any:
+            return np.zeros(sides or (shape.rows, shape.length), dtype)
+
+        return ResponseBatch(
+            tokens=array(np.int32),
+            positions=array(np.int32),
+            segments=array(np.int32),
+            lengths=array(np.int32),
+            branches=array(np.int32) if shape.shares_up_to else None,
+            predicting=array(np.int32),
+            targets=array(np.int32),
+            owner=array(np.int32),
+            weight=array(np.float32),
+            counts=array(np.float32, shape.sequences),
+            reference=array(np.float32, shape.sequences),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,12 +216,7 @@ def micro_batches(
 
 
 def _fill(step: Sequence[Example], micro: _Open, shape: Shape, reference: np.ndarray | None) -> ResponseBatch:
-    def zeros(dtype: type) -> np.ndarray:
-        return np.zeros((shape.rows, shape.length), dtype)
-
-    tokens, positions, segments, lengths, branches, predicting, targets, owner = (zeros(np.int32) for _ in range(8))
-    weight = zeros(np.float32)
-    counts, known = np.zeros(shape.sequences, np.float32), np.zeros(shape.sequences, np.float32)
+    batch: Any = ResponseBatch.empty(shape)
     filled, predicted, held = ([0] * shape.rows for _ in range(3))
     slot = 0
     for number, rows in zip(micro.examples, micro.rows, strict=True):
@@ -214,30 +230,19 @@ def _fill(step: Sequence[Example], micro: _Open, shape: Shape, reference: np.nda
                 span = slice(filled[row], filled[row] + len(ids) - own)
                 where = np.arange(len(ids)) + begin
                 where[own:] = np.arange(span.start, span.stop)
-                tokens[row, span], positions[row, span] = ids[own:], np.arange(own, len(ids))
-                segments[row, span] = held[row]
-                lengths[row, span] = len(ids)
+                batch.tokens[row, span], batch.positions[row, span] = ids[own:], np.arange(own, len(ids))
+                batch.segments[row, span] = held[row]
+                batch.lengths[row, span] = len(ids)
                 if len(unit.members) > 1:
-                    branches[row, where[unit.prefix :]] = branch
-                    lengths[row, begin : begin + unit.prefix] = np.maximum(lengths[row, begin], len(ids))
+                    batch.branches[row, where[unit.prefix :]] = branch
+                    shared = slice(begin, begin + unit.prefix)
+                    batch.lengths[row, shared] = np.maximum(batch.lengths[row, begin], len(ids))
                 into = slice(predicted[row], predicted[row] + len(ids) - start)
-                predicting[row, into] = where[start - 1 : -1]
-                targets[row, into], owner[row, into], weight[row, into] = ids[start:], slot, 1
+                batch.predicting[row, into] = where[start - 1 : -1]
+                batch.targets[row, into], batch.owner[row, into], batch.weight[row, into] = ids[start:], slot, 1
                 filled[row], predicted[row] = span.stop, into.stop
-                counts[slot] = len(ids) - start
+                batch.counts[slot] = len(ids) - start
                 if reference is not None:
-                    known[slot] = reference[number, place]
+                    batch.reference[slot] = reference[number, place]
                 slot += 1
-    return ResponseBatch(
-        tokens=jnp.asarray(tokens),
-        positions=jnp.asarray(positions),
-        segments=jnp.asarray(segments),
-        lengths=jnp.asarray(lengths),
-        branches=jnp.asarray(branches) if shape.shares_up_to else None,
-        predicting=jnp.asarray(predicting),
-        targets=jnp.asarray(targets),
-        owner=jnp.asarray(owner),
-        weight=jnp.asarray(weight),
-        counts=jnp.asarray(counts),
-        reference=jnp.asarray(known),
-    )
+    return jax.tree.map(jnp.asarray, batch)

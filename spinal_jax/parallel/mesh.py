@@ -118,8 +118,12 @@ def shard_parameters(tree: T, mesh: Mesh) -> T:
 def shard_rows(tree: T, mesh: Mesh) -> T:
     """Host arrays of a batch on the devices: matrices [R, ..] split by rows over data and fsdp, vectors whole. Of
     several processes each has the whole batch and makes the rows that its devices take."""
-    by_rows = NamedSharding(mesh, PartitionSpec(ROWS))
-    return jax.tree.map(lambda x: placed(x, by_rows if np.ndim(x) > 1 else on_all(mesh)), tree)
+    return jax.tree.map(lambda x: placed(x, row_sharding(mesh) if np.ndim(x) > 1 else on_all(mesh)), tree)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Split by rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def on_all(mesh: Mesh) -> NamedSharding:

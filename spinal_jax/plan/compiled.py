@@ -151,12 +151,12 @@ def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
             _program(step.compile()) for step in lower_steps(some, settings, work.groups_at_once, shards, backend)
         )
     return Compiled(
-        parameters=_held(some.model),
-        table=0 if shards is None else _held(some.lens),
-        grams=_held(some.grams),
-        lens_sums=_held(some.lens_sums),
-        batch=_held(some.batch),
-        kept=_held(some.x),
+        parameters=held(some.model),
+        table=0 if shards is None else held(some.lens),
+        grams=held(some.grams),
+        lens_sums=held(some.lens_sums),
+        batch=held(some.batch),
+        kept=held(some.x),
         forward=forward,
         lens=lens,
         compiler=f"libtpu {version('libtpu')}" if for_tpu else f"XLA for CPUs (jaxlib {version('jaxlib')})",
@@ -165,7 +165,7 @@ def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     )
 
 
-def _held(tree: Any) -> int:
+def held(tree: Any) -> int:
     """Bytes of abstract arrays on each device."""
     import jax
 
