@@ -8,20 +8,31 @@ DPO_RUN := runs/demo-dpo
 SHUFFLED_RUN := runs/demo-shuffled
 COMPARED_RUN := runs/demo-compared
 
-.PHONY: demo docs fuzz test test-browser test-tpu lint bench clean
+.PHONY: demo example docs fuzz test test-browser test-tpu lint bench clean
 .DELETE_ON_ERROR:
 
 # Huge pages, where glibc knows of them: a fifth of the time on a CPU is otherwise the system's (experiments/LOG.md).
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: .venv/run.stamp $(DEMO_MODEL)
 	$(BIN)/spinal audit model.source=$(DEMO_MODEL) hydra.run.dir=$(DEMO_RUN) overwrite=true
-	$(BIN)/spinal train experiment=world_base hydra.run.dir=$(BASE_RUN) overwrite=true
+	$(BIN)/spinal train experiment=world_base steps=200 hydra.run.dir=$(BASE_RUN) overwrite=true
 	$(BIN)/spinal train experiment=world_dpo model.source=$(BASE_RUN)/model hydra.run.dir=$(DPO_RUN) overwrite=true
 	$(BIN)/spinal train experiment=world_dpo model.source=$(BASE_RUN)/model preferences.shuffle_labels=true \
 	  hydra.run.dir=$(SHUFFLED_RUN) overwrite=true
-	$(BIN)/spinal compare model.source=$(DPO_RUN)/model reference.source=$(BASE_RUN)/model prompts=world preferences=world \
-	  others=[$(SHUFFLED_RUN)/traces/step_000060] names=[DPO,'shuffled labels'] hydra.run.dir=$(COMPARED_RUN) overwrite=true
+	$(BIN)/spinal compare model.source=$(DPO_RUN)/model reference.source=$(BASE_RUN)/model prompts=world preferences=world preferences.limit=512 \
+	  others=[$(SHUFFLED_RUN)] names=[DPO,'shuffled labels'] keep_prompts=2 hydra.run.dir=$(COMPARED_RUN) overwrite=true
 	$(BIN)/spinal collect $(DEMO_RUN) $(BASE_RUN) $(DPO_RUN) $(SHUFFLED_RUN) $(COMPARED_RUN) out=runs/demo-together
+
+# What the documentation shows of the demo: the numbers of its comparison, whose page `make docs` draws, and the picture of its audit.
+EXAMPLE := docs/example
+example: demo
+	rm -rf $(EXAMPLE)
+	mkdir -p $(EXAMPLE)/others/1
+	cp $(COMPARED_RUN)/comparison.json $(COMPARED_RUN)/comparison.safetensors $(COMPARED_RUN)/prompts.json $(EXAMPLE)
+	cp $(COMPARED_RUN)/others/1/comparison.json $(COMPARED_RUN)/others/1/comparison.safetensors $(EXAMPLE)/others/1
+	cp $(DEMO_RUN)/figures/depth.png docs/images/depth.png
+	cp $(COMPARED_RUN)/figures/ranking.png docs/images/ranking.png
+	cp $(COMPARED_RUN)/figures/deltas.png docs/images/deltas.png
 
 test: .venv/test.stamp $(DEMO_MODEL)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

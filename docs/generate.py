@@ -1,4 +1,4 @@
-"""Pages of the reference that are made from the code: every setting, and every column of a result."""
+"""Pages that are made from the code: every setting, every column of a result, and the example page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 from spinal_jax.cli.commands import COMMANDS
+from spinal_jax.comparison.record import load_comparison
 from spinal_jax.config.record import REQUIRED, settings_of
 from spinal_jax.metrics.columns import TRACE, Column
+from spinal_jax.report import render_comparison_report
 
 
 def write_reference(folder: Path) -> None:
@@ -16,6 +18,14 @@ def write_reference(folder: Path) -> None:
         page = folder / name
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             page.write_text(text, encoding="utf-8")
+
+
+def write_example(numbers: Path, folder: Path) -> None:
+    """Writes comparison.html into the folder: the page of the comparison whose saved numbers are in `numbers`."""
+    others = [load_comparison(place) for place in sorted((numbers / "others").iterdir())]
+    folder.mkdir(exist_ok=True)
+    page = render_comparison_report(load_comparison(numbers), others)
+    (folder / "comparison.html").write_text(page, encoding="utf-8")
 
 
 def settings() -> str:

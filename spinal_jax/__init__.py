@@ -1,10 +1,11 @@
 """SPINAL in JAX: how a language model's layers contract and transport, measured with error bars.
 
 trace = spinal_jax.audit("FOLDER")                 # a DepthTrace
-trace.columns["contraction"], trace.interval("transport")
+trace["contraction"], trace.interval("transport")
 spinal_jax.compare(aligned, reference)             # of two traces or two checkpoints, a Comparison
+spinal_jax.rank([comparison, "runs/compared"])     # of several comparisons, a Ranking
 spinal_jax.train("runs/dpo", model={"source": "FOLDER"}, preferences={"format": "hh", "path": "FILE"})   # a Trained
-spinal_jax.attribute(["runs/dpo-*"], ["runs/shuffled-*"])   # of several runs against controls, an Attribution
+spinal_jax.attribute("runs/dpo-*", "runs/shuffled-*")   # of several runs against controls, an Attribution
 """
 
 from __future__ import annotations
@@ -96,3 +97,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

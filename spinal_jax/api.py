@@ -88,6 +88,11 @@ def audit(
         source, dtype = IN_MEMORY, dtype or str(model.dtype)
         if tokenizer is None:
             raise UserError("a model in memory needs its tokenizer: audit(model, tokenizer=...)")
+    elif not isinstance(model, (str, os.PathLike)):
+        raise UserError(
+            f"model is a {type(model).__name__}; it takes a hub id, a folder, a .gguf file, or a decoder that "
+            "spinal_jax.load_model returned"
+        )
     else:
         source = os.fspath(model)
         if tokenizer is not None:

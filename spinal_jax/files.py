@@ -58,6 +58,10 @@ class Document:
             raise UserError(f"there is no column {name!r}; there are {', '.join(self.columns)}")
         return self.columns[name]
 
+    def _ipython_key_completions_(self) -> list[str]:
+        """What a notebook offers after `trace["`."""
+        return list(self.columns)
+
     def table(self) -> dict[str, np.ndarray]:
         """One row per boundary: boundary, relative_depth (l / D) and every column. What `to_pandas` and `to_polars` are
         made from, and any library that takes a mapping of arrays."""

@@ -313,7 +313,7 @@ def _run(
             (grams, lens_error, sums), begin = progress.restore((grams, lens_error, sums), kept, plan, devices)
         with (
             progress or contextlib.nullcontext(),
-            bar("audit", plan.tokens, "tok") as advance,
+            bar("audit", plan.tokens, "token") as advance,
             ahead(plan.filled(devices.own, begin)) as batches,
         ):
             for number, host in enumerate(batches, start=begin):

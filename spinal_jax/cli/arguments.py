@@ -103,7 +103,7 @@ def _sources(command: Command, sources: list[str], settings: list[str]) -> list[
 def _kind(name: str, source: str, names: set[str]) -> str:
     """The setting of a positional source: `model.trace` for a run folder if the command has it."""
     trace = f"{name.removesuffix('.source')}.trace"
-    is_run = any(os.path.isfile(Path(source) / file) for file in ("trace.json", "onset.json"))
+    is_run = any(os.path.isfile(Path(source) / file) for file in ("trace.json", "onset.json", "comparison.json"))
     return trace if trace in names and is_run else name
 
 

@@ -119,7 +119,8 @@ class Lines:
         self._next = now + MINUTE
         left = (now - self._begin) * max(0, self._total - self._done) / self._done
         share = 100 * self._done / max(self._total, 1)
-        amounts = f"{self._done:,} of {self._total:,} {self._unit}"
+        units = {"B": "bytes", "boundary": "boundaries"}.get(self._unit, f"{self._unit}s")
+        amounts = f"{self._done:,} of {self._total:,} {units}"
         print(f"{self._what} {share:.0f} % ({amounts}), about {duration(left)} left", file=sys.stderr, flush=True)
 
 

@@ -12,6 +12,7 @@ from spinal_jax.cli.registry import COMMANDS, Command
 from spinal_jax.config.record import REQUIRED, Setting, settings_of
 
 QUOTING = "a value that holds , = ( ) [ ] { } : or quotes needs quotes of its own: 'NAME=\"VALUE\"'"
+WHOLE = {"break_on_hyphens": False, "break_long_words": False}  # words of a wrapped line
 HYDRA_HELP = """
   -m NAME=A,B,C         one run for each value, in folders under multirun/{command}/DATE_TIME
   hydra.sweep.dir=DIR   instead of that
@@ -48,7 +49,8 @@ def usage() -> str:
     """The text of `spinal --help`."""
     lines = ["usage: spinal COMMAND [setting=value ...]", ""]
     for command in COMMANDS.values():
-        lines += [f"  {command.usage}", f"      {command.does}"]
+        lines += textwrap.wrap(command.usage, 118, initial_indent="  ", subsequent_indent=" " * 9, **WHOLE)
+        lines += textwrap.wrap(command.does, 118, initial_indent=" " * 6, subsequent_indent=" " * 6, **WHOLE)
     return "\n".join([*lines, "", "`spinal COMMAND --help` lists its settings, `spinal --version` says which spinal."])
 
 
@@ -57,7 +59,7 @@ def help_text(command: Command) -> str:
     if command.record is None:
         return f"usage: {command.usage}\n\n{command.does}"
     first = f"usage: {command.usage} [setting=value ...]"
-    lines = textwrap.wrap(first, 118, subsequent_indent=" " * 7, break_on_hyphens=False, break_long_words=False)
+    lines = textwrap.wrap(first, 118, subsequent_indent=" " * 7, **WHOLE)
     lines += ["", *textwrap.wrap(command.does, 118), ""]
     lines.append(f"settings and their defaults ({REQUIRED}: to be given)")
     rows = list(_rows(command))

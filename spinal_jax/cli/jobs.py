@@ -33,7 +33,7 @@ def audit_command(asked: config.AuditConfig, folder: Path) -> int:
 
 @command(
     "ALIGNED BASE | model.source=ALIGNED reference.source=BASE | model.trace=RUN reference.trace=RUN",
-    "What alignment changed between two checkpoints, where, and how sure that is; exit code 3 short of `assert`.",
+    "What changed between two checkpoints, where in depth, and how sure that is; exit code 3 short of `assert`.",
     config.CompareConfig,
     {
         "model": "any",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from difflib import get_close_matches
 
 try:
     from spinal_jax.cli.guard import guarded
@@ -48,7 +49,9 @@ def _run(arguments: list[str]) -> int:
 
         print(f"spinal {version('spinal-jax')}")
     elif name not in COMMANDS:
-        raise UserError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+        near = get_close_matches(name, COMMANDS, 1)
+        guess = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {name!r}{guess}")
     elif any(argument in ("-h", "--help") for argument in rest):
         print(pages.help_text(COMMANDS[name]))
     elif COMMANDS[name].record is None:

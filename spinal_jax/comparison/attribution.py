@@ -117,11 +117,11 @@ class Attribution:
 
 
 def attribute(
-    aligned: Sequence[str | os.PathLike[str]],
-    control: Sequence[str | os.PathLike[str]],
+    aligned: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    control: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     base: str | os.PathLike[str] | None = None,
-    beside: Sequence[str | os.PathLike[str]] = (),
+    beside: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     margin: float | None = None,
     step: int | None = None,
     same_base: bool = True,
@@ -134,7 +134,7 @@ def attribute(
     "undecided".
 
     Args:
-        aligned: folders of training runs, comparisons or audits, or patterns such as `runs/dpo-*`.
+        aligned: folders of training runs, comparisons or audits, or patterns such as `runs/dpo-*`; one or several.
         control: the same of the controls, trained from the same base with the same budget, as on shuffled labels.
         base: folder of the base's trace; audits are compared with it, and training runs must begin with its numbers.
         beside: folders of a third arm, shown and not tested.
@@ -152,7 +152,7 @@ def attribute(
     runs = [
         read_attributed_run(folder, arm, at, step)
         for arm, given in arms.items()
-        for folder in folders_of([os.fspath(path) for path in given])
+        for folder in folders_of([os.fspath(p) for p in ([given] if isinstance(given, (str, os.PathLike)) else given)])
     ]
     for arm in ("aligned", "control"):
         count = sum(run.arm == arm for run in runs)

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinal_jax.audit.trace import DepthTrace
@@ -78,6 +79,8 @@ def run_compare(
         aligned, reference = (
             trace or _trace_of(side) for trace, side in zip(traces, (config.model, config.reference), strict=True)
         )
+        sides = ((aligned, config.model.trace), (reference, config.reference.trace))
+        aligned, reference = _told_apart(sides) if not config.names else (aligned, reference)
     references = [saved_trace(run) for run in config.other_references] or [reference] * len(config.others)
     more = [saved_trace(run) for run in config.others]
     if config.names:
@@ -150,6 +153,12 @@ def compare(
             f"settings has {kept[0]}, which belongs to the command spinal compare; spinal_jax.compare gives the "
             "comparison of one pair"
         )
+    for name, side in (("aligned", aligned), ("reference", reference)):
+        if not isinstance(side, (DepthTrace, str, os.PathLike)):
+            raise UserError(
+                f"{name} is a {type(side).__name__}; it takes a DepthTrace, a run folder, or a checkpoint (hub id, "
+                "folder, .gguf file). A decoder in memory is first measured with spinal_jax.audit"
+            )
     saved = [isinstance(side, DepthTrace) or holds_trace(side) for side in (aligned, reference)]
     if any(saved) and not all(saved):
         trace, model = ("aligned", "reference") if saved[0] else ("reference", "aligned")
@@ -186,3 +195,15 @@ def compare(
 def _trace_of(side: ComparedConfig) -> DepthTrace:
     assert side.trace is not None
     return saved_trace(side.trace, side.step)
+
+
+def _told_apart(sides: Sequence[tuple[DepthTrace, str | None]]) -> list[DepthTrace]:
+    """Traces with the names of their run folders where their own are equal, such as the last step of two runs."""
+    folders = [Path(folder or IN_MEMORY).resolve().name for _, folder in sides]
+    names = [str(trace.model["name"]) for trace, _ in sides]
+    if len({*names}) == len(names) or len({*folders}) < len(folders) or IN_MEMORY in folders:
+        return [trace for trace, _ in sides]
+    return [
+        replace(trace, model={**trace.model, "name": f"{folder} ({name})"})
+        for (trace, _), folder, name in zip(sides, folders, names, strict=True)
+    ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spinal_jax.comparison.record import Comparison, load_comparison
+from spinal_jax.errors import UserError
 from spinal_jax.files import plain, write_whole
 from spinal_jax.wording import number
 
@@ -69,19 +70,34 @@ def rank(comparisons: Iterable[Comparison | str | os.PathLike[str]]) -> Ranking:
 
     >>> spinal_jax.rank(["runs/dpo", "runs/ipo"])  # doctest: +SKIP
 
+    Models of different depth may stand in one ranking: Delta_align is a mean over the last third of each, and centroids
+    are relative depths. `rank(...).rows()` is one dict per comparison, which data frames take.
+
     Args:
         comparisons: each a `Comparison`, or a folder that holds comparison.json.
 
-    Models of different depth may stand in one ranking: Delta_align is a mean over the last third of each, and centroids
-    are relative depths.
+    Raises:
+        UserError: none is given, or one is neither.
     """
+    if isinstance(comparisons, (str, os.PathLike, Comparison)):
+        raise UserError("one comparison is given; rank takes a list of them")
+    found = [_comparison(each) for each in comparisons]
+    if not found:
+        raise UserError("no comparison is given; rank takes a list of comparisons or of their run folders")
 
     def key(found: Comparison) -> float:
         value = float(found.summary["delta_align"])
         return math.inf if math.isnan(value) else -value
 
-    every = [each if isinstance(each, Comparison) else load_comparison(each) for each in comparisons]
-    return Ranking(tuple(sorted(every, key=key)))
+    return Ranking(tuple(sorted(found, key=key)))
+
+
+def _comparison(each: object) -> Comparison:
+    if isinstance(each, Comparison):
+        return each
+    if isinstance(each, (str, os.PathLike)):
+        return load_comparison(each)
+    raise UserError(f"rank takes comparisons or the run folders of comparisons, not {type(each).__name__}")
 
 
 def save_ranking(ranking: Ranking, folder: str | os.PathLike[str]) -> None:

@@ -38,6 +38,17 @@ METRICS = tuple(column.name for column in compared())  # of one checkpoint, comp
 BOTH = tuple(column.name for column in PAIR)  # that only both models in memory give
 LOCALISED = ("delta_contraction", "delta_transport", *BOTH)  # whose place in depth is told
 UNITS = {column.name: column.unit for column in (*TRACE, *PAIR) if column.unit}
+# Lines of a comparison's text: (label, number of the summary, unit).
+SHOWN = {
+    "output": (("policy distance", "output_distance", "rad"), ("KL", "kl", "nats")),
+    "score": (
+        ("SPINALScore gained", "spinal_gain", ""),
+        ("level", "spinal_score", ""),
+        ("coherence", "coherence", ""),
+        ("gradient share", "gradient_concentration", ""),
+    ),
+    "rewards": (("accuracy", "reward_accuracy", ""), ("margin", "reward_margin", "")),
+}
 
 _PROMPT = {"number": int, "text": str, "tokens": int, "positions": int, "delta_transport": float, "share": float}
 _PLACE = {
@@ -166,13 +177,9 @@ class Comparison(Document):
         lines = [
             f"Comparison of {self.aligned['name']} with {self.reference['name']}: {self.verdict}",
             f"  {self.summary['sentence']}",
-            f"  size      Delta_align {self.shown('delta_align')} beside a policy distance of "
-            f"{self.shown('output_distance')} rad at the output and a KL of {self.shown('kl')} nats",
             f"  parts     means of boundaries {first}..{last}: contraction {self.shown('delta_contraction')}, "
             f"transport {self.shown('delta_transport')} rad",
-            f"  score     SPINALScore gained {self.shown('spinal_gain')}, level {self.shown('spinal_score')}; "
-            f"coherence {self.shown('coherence')}, gradient share {self.shown('gradient_concentration')}",
-            f"  rewards   accuracy {self.shown('reward_accuracy')}, margin {self.shown('reward_margin')}",
+            *(f"  {title:<9} {said}" for title in SHOWN if (said := self._known(title))),
             f"  where     {self._where()}",
             f"  tests     {self.summary['family_wise']['sentence']}",
         ]
@@ -180,10 +187,17 @@ class Comparison(Document):
             lines.append(f"  undefined the gain of the SPINALScore: {reason}")
         return "\n".join(lines + [f"  warning   {warning}" for warning in self.warnings])
 
+    def _known(self, title: str) -> str:
+        """The numbers of a line of SHOWN that are defined."""
+        known = [line for line in SHOWN[title] if math.isfinite(self.summary[line[1]])]
+        return ", ".join(f"{label} {self.shown(name)} {unit}".rstrip() for label, name, unit in known)
+
     def _where(self) -> str:
         parts = []
         for name in LOCALISED:
             at, label = self.summary["localisation"][name], name.replace("_", " ")
+            if name in BOTH and np.isnan(self.columns[name]).all():
+                continue  # not measured
             if at["reason"]:
                 parts.append(f"{label}: {at['reason']}")
             else:
@@ -203,6 +217,8 @@ class Comparison(Document):
         body = []
         for name in (*(f"delta_{metric}" for metric in METRICS), *BOTH):
             values, unit = self.columns[name], UNITS.get(name.removeprefix("delta_"), "")
+            if np.isnan(values).all():
+                continue  # not measured
             inside = values[first : last + 1]
             inside = inside[np.isfinite(inside)]
             mean = f"{number(inside.mean())} {unit}".rstrip() if len(inside) else "–"  # noqa: RUF001
@@ -215,8 +231,7 @@ class Comparison(Document):
         return (
             f"<div><b>{names}: {html.escape(self.verdict)}</b><div>{html.escape(self.summary['sentence'])}</div>"
             f"<table><thead><tr><th></th><th>boundary 0 to {self.depth}</th><th>mean of {first}..{last}</th>"
-            f"<th>p &lt; 0.05 (Holm)</th></tr></thead><tbody>{''.join(body)}</tbody></table>"
-            f"<div>{html.escape(self.robustness['sentence'])}</div>{notes}</div>"
+            f"<th>p &lt; 0.05 (Holm)</th></tr></thead><tbody>{''.join(body)}</tbody></table>{notes}</div>"
         )
 
 

@@ -53,7 +53,7 @@ def sign_counts(settings: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         of, holds: how many settings there are, and in how many the sign is that of the first. bounded: how many have an
-        interval; sure: in how many it leaves out 0 with that sign, opposite: with the other sign, just as firmly.
+        interval; sure: in how many it excludes 0 with that sign, opposite: with the other sign, just as firmly.
         sentence: the same in words. settings: as given.
     """
     headline, of = settings[0]["delta_align"], len(settings)
@@ -68,7 +68,7 @@ def sign_counts(settings: list[dict[str, Any]]) -> dict[str, Any]:
         opposite = sum(bool(max(sign * found["low"], sign * found["high"]) < 0) for found in bounded)
         sentence = (
             f"The sign holds in {holds} of {of} settings of the measurement; of the {len(bounded)} with an interval, "
-            f"{sure} leave out 0 with this sign and {opposite} with the opposite sign."
+            f"{sure} exclude 0 with this sign and {opposite} with the opposite sign."
         )
     return {
         "sentence": sentence,

@@ -65,7 +65,7 @@ class World:
         """
         _above_zero("documents", count)
         texts = tuple(self._document(index) for index in range(count))
-        return DocumentSet(texts, f"World(seed={self.seed})", "world", 0, texts_sha256(texts))
+        return DocumentSet(texts, self._name(), "world", 0, texts_sha256(texts))
 
     def pairs(self, count: int, split: Literal["train", "test"] = "train") -> PairSet:
         """The first `count` preference pairs; no question of one split is in another.
@@ -77,7 +77,10 @@ class World:
         _above_zero("pairs", count)
         pairs = tuple(self._pair(index, split) for index in range(count))
         sha256 = texts_sha256(text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected))
-        return PairSet(pairs, repr(self), "world", sha256, {"empty": 0, "identical": 0, "no_prompt": 0})
+        told = [f"separability {self.separability:g}"] if self.separability < 1 else []
+        told += [f"label noise {self.label_noise:g}"] if self.label_noise else []
+        told += ["labels shuffled"] if self.shuffle_labels else []
+        return PairSet(pairs, self._name(*told), "world", sha256, {"empty": 0, "identical": 0, "no_prompt": 0})
 
     def prompts(self, count: int) -> PromptSet:
         """The first `count` questions of those kept for audits, which no document or pair asks; all are different.
@@ -89,7 +92,11 @@ class World:
             raise UserError(f"the world has {most} prompts for audits, not {count}")
         questions = [self._question(index, "audit") for index in range(count)]
         prompts = tuple(Prompt(question.prompt, question.turns) for question in questions)
-        return PromptSet(prompts, repr(self), "world", 0, texts_sha256(prompt.text for prompt in prompts))
+        return PromptSet(prompts, self._name(), "world", 0, texts_sha256(prompt.text for prompt in prompts))
+
+    def _name(self, *more: str) -> str:
+        """What a trace and its page say of texts that are drawn."""
+        return ", ".join((f"the controlled world (seed {self.seed})", *more))
 
     def _question(self, index: int, split: Split) -> _Question:
         questions = _questions()[split]

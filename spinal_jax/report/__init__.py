@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from spinal_jax.errors import UserError
 from spinal_jax.report.attribution import render_attribution, write_attribution_report
 from spinal_jax.report.comparison import is_comparison, render_comparison_report, write_comparison_report
 from spinal_jax.report.figures import curve_figure, depth_figure, entropy_figure, save_figures, spectra_figure
@@ -39,4 +40,8 @@ def draw_report(folder: str | os.PathLike[str]) -> Path:
         return write_training_report(folder)
     if (Path(folder) / "attribution.json").is_file():
         return write_attribution_report(folder)
-    return write_comparison_report(folder) if is_comparison(folder) else write_report(folder)
+    if is_comparison(folder):
+        return write_comparison_report(folder)
+    if not Path(folder).is_file() and not (Path(folder) / "trace.json").is_file():
+        raise UserError(f"no run at {folder}: give the folder of an audit, a comparison, an attribution or a training")
+    return write_report(folder)

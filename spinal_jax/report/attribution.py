@@ -6,18 +6,36 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from spinal_jax.comparison.attribution import NUMBERS, Attribution, load_attribution
 from spinal_jax.files import write_whole
+from spinal_jax.metrics import columns
+from spinal_jax.report import charts
 from spinal_jax.report.cells import ends
 from spinal_jax.report.comparison_figures import COLOURS
-from spinal_jax.report.figures import BLUE, HEIGHT, INK, MUTED, SHADE, VERMILLION, WIDTH, png_bytes, styled, svg_text
+from spinal_jax.report.figures import (
+    BLUE,
+    HEIGHT,
+    INK,
+    MUTED,
+    ROLES,
+    SHADE,
+    VERMILLION,
+    WIDTH,
+    axis_label,
+    png_bytes,
+    styled,
+    svg_text,
+)
 from spinal_jax.report.inline import inline
 from spinal_jax.report.sections import (
     Cell,
+    Chart,
     Element,
     Page,
     Picture,
@@ -35,6 +53,8 @@ from spinal_jax.stats.jackknife import t_quantile
 from spinal_jax.wording import number, plus_minus
 
 ARMS = (("aligned", BLUE, "o"), ("control", VERMILLION, "s"), ("beside", COLOURS["gradient_norm"], "^"))
+DEPTH = ("delta_contraction", "delta_transport")
+TITLES = {"beside": "third arm"}
 LIMITS = (
     "It holds for this base, these prompts and this training budget, and for runs that differ by seed alone.",
     "The margin says how far a single control run moves by itself; another margin may be set with margin=.",
@@ -42,14 +62,14 @@ LIMITS = (
 
 
 def write_attribution_report(folder: str | os.PathLike[str]) -> Path:
-    """Draws figures/runs.png and .svg, summary.md and report.html of an attribution's run folder from its saved files,
-    and returns the page's path. UserError where the folder holds none."""
+    """Draws figures/, summary.md and report.html of an attribution's run folder from its saved files, and returns the
+    page's path. UserError where the folder holds none."""
     folder = Path(folder)
     found = load_attribution(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    figure = runs_figure(found)
-    write_whole(folder / "figures" / "runs.png", png_bytes(figure))
-    write_whole(folder / "figures" / "runs.svg", svg_text(figure, "runs").encode())
+    for name, figure in (("runs", runs_figure(found)), ("depth", depth_figure(found))):
+        write_whole(folder / "figures" / f"{name}.png", png_bytes(figure))
+        write_whole(folder / "figures" / f"{name}.svg", svg_text(figure, name).encode())
     write_whole(folder / "summary.md", attribution_markdown(found).encode("utf-8", errors="xmlcharrefreplace"))
     page = folder / "report.html"
     write_whole(page, render_attribution(found).encode("utf-8", errors="xmlcharrefreplace"))
@@ -61,7 +81,7 @@ def runs_figure(found: Attribution) -> Figure:
     """Delta_align of every run, a row an arm, with each arm's mean and its 95 % interval, and the margin shaded; below,
     the effect with its interval."""
     arms = [arm for arm in ARMS if len(found.arm(arm[0], "delta_align"))]
-    figure = Figure(figsize=(WIDTH, 0.55 * HEIGHT + 0.45 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.35 * HEIGHT + 0.45 * len(arms)), layout="constrained")
     axes = figure.subplots()
     main = found.effects["delta_align"]
     if math.isfinite(main["margin"]):
@@ -79,9 +99,9 @@ def runs_figure(found: Attribution) -> Figure:
             axes.plot([mean - half, mean + half], [at - 0.3] * 2, color=INK, lw=1.4)
     axes.plot([main["low"], main["high"]], [0, 0], color=INK, lw=2.2)
     axes.plot([main["effect"]], [0], color=INK, marker="D", markersize=7)
-    axes.set_yticks(range(len(arms) + 1), ["effect", *(arm for arm, *_ in reversed(arms))])
+    axes.set_yticks(range(len(arms) + 1), ["effect", *(TITLES.get(arm, arm) for arm, *_ in reversed(arms))])
     axes.set_ylim(-0.6, len(arms) + 0.5)
-    axes.set_xlabel("Δ align;  ◆ mean, 95 % interval;  shaded: margin of a control run", color=MUTED, fontsize=9)
+    axes.set_xlabel("Δ align;  ◆ mean, 95 % interval;  shaded: the margin", color=MUTED, fontsize=9)
     return figure
 
 
@@ -90,6 +110,7 @@ def render_attribution(found: Attribution) -> str:
     figure = runs_figure(found)
     main = found.effects["delta_align"]
     counts = {arm: sum(run["arm"] == arm for run in found.runs) for arm, *_ in ARMS}
+    margin = "given" if found.settings["margin"] is not None else "95 % quantile of |Δ align| over controls"
     first = Tiles(
         [
             Tile(
@@ -97,19 +118,28 @@ def render_attribution(found: Attribution) -> str:
                 *_halved(main["effect"], main["high"] - main["effect"]),
                 note="95 % interval, Welch",
             ),
-            Tile("Margin", number(main["margin"]), note="of a control run"),
+            Tile(
+                "Margin",
+                number(main["margin"]),
+                note=margin,
+            ),
             Tile("p", number(main["p_value"], 2), note="permutation of runs"),
-            Tile("d of seeds", number(main["d_seed"]), note="mean over sd of aligned runs"),
+            Tile("d over seeds", number(main["d_seed"]), note="mean over sd of aligned runs"),
             Tile("Runs", f"{counts['aligned']} and {counts['control']}", note="aligned and control"),
         ]
     )
-    caption = "Every run: Δ align against the base, with the means of the arms, their difference and the margin."
+    caption = (
+        "Δ align of every run against the base, with the mean of each arm; the effect is the aligned arm’s mean minus "
+        "the control’s."
+    )
+    if counts["beside"]:
+        caption += " The third arm is shown beside them and not tested."
     sections = [
         Section("All effects", [_effects(found)], unfolded=True),
         Section(
             "Geometry and behaviour", [Points([c["sentence"] for c in found.correlations.values() if c["runs"] > 4])]
         ),
-        Section("Boundary by boundary", _boundaries(found)),
+        Section("All boundaries", _boundaries(found)),
         Section("All runs", [_runs(found)]),
         Section("Caveats", [Points([*found.warnings, *LIMITS])]),
     ]
@@ -118,12 +148,60 @@ def render_attribution(found: Attribution) -> str:
             title=f"Attribution: {found.verdict}",
             kicker="Attribution · several runs against controls",
             heading=found.verdict[0].upper() + found.verdict[1:],
-            answer=[Text(found.sentence, "lead"), first],
-            glance=[Pictures([Picture("runs", inline(figure, "runs", []), caption)])],
+            answer=[Text(found.sentence.replace("Delta_align", "Δ align"), "lead"), first],
+            glance=[Pictures([Picture("runs", inline(figure, "runs", []), caption)]), *_over_depth(found)],
             sections=sections,
-            footer="The same numbers are in attribution.json, attribution.csv and effects.csv beside this file.",
+            footer=Markup(
+                "The same numbers are in <code>attribution.json</code>, <code>attribution.csv</code> and "
+                "<code>effects.csv</code> beside this file. To draw this page again from them: <code>spinal report "
+                "DIR</code>, where DIR is the folder this file is in."
+            ),
         )
     )
+
+
+def _over_depth(found: Attribution) -> list[Element]:
+    """The effect on contraction and transport at each boundary, with 95 % intervals."""
+    if not any(np.isfinite(found.boundaries[name]["effect"]).any() for name in DEPTH):
+        return []
+    panels, shaded = [], _terminal(found)
+    for name in DEPTH:
+        effect, low, high = (found.boundaries[name][key] for key in ("effect", "low", "high"))
+        metric = name.removeprefix("delta_")
+        line = charts.Line("effect", effect, columns.column(metric).colour, 0, low, high)
+        panels.append(charts.panel(f"Δ {axis_label(metric)}", np.arange(len(effect)), [line], shaded, zero=True))
+    words = Markup(
+        "<b>The effect over depth.</b> Aligned minus control at each boundary, with 95 % intervals over runs. The "
+        "shaded part is the terminal block."
+    )
+    data = charts.stacked("boundary (0: embeddings)", panels, height=132)
+    return [Chart("depth", data, inline(depth_figure(found), "depth", []), words)]
+
+
+def _terminal(found: Attribution) -> tuple[float, float] | None:
+    """The ends of the terminal block as a chart shades them; None where the runs do not say."""
+    first_and_last = found.settings["measured"].get("terminal")
+    return (first_and_last[0] - 0.5, first_and_last[1] + 0.5) if first_and_last else None
+
+
+@styled
+def depth_figure(found: Attribution) -> Figure:
+    """The effect on contraction and on transport at each boundary, with its 95 % interval."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes: Any = figure.subplots(len(DEPTH), 1, sharex=True)
+    for ax, name in zip(axes, DEPTH, strict=True):
+        effect, low, high = (found.boundaries[name][key] for key in ("effect", "low", "high"))
+        metric, at = name.removeprefix("delta_"), np.arange(len(effect))
+        if shaded := _terminal(found):
+            ax.axvspan(*shaded, color=SHADE, lw=0, zorder=0)
+        ax.axhline(0, color=INK, lw=0.8)
+        colour = ROLES[columns.column(metric).colour]
+        ax.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
+        ax.plot(at, effect, color=colour, marker="o", markersize=4)
+        ax.set_ylabel(f"Δ {axis_label(metric)}")
+        ax.grid(axis="y")
+    axes[-1].set_xlabel("boundary (0: embeddings)")
+    return figure
 
 
 def _correlations(found: Attribution) -> list[str]:
@@ -157,7 +235,7 @@ def _effects(found: Attribution) -> Table:
         ("effect", ""),
         ("95 % interval", ""),
         ("p", ""),
-        ("d of seeds", ""),
+        ("d over seeds", ""),
     ]
     return Table("Effects on every number", "number", head, keys, rows, in_order=False)
 

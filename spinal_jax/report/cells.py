@@ -44,7 +44,8 @@ def number_cells(
     places = min(max(_places(values, 3), _places(halves, 1)), most)
     cells = []
     for value, half, star in zip(values.tolist(), halves.tolist(), marked.tolist(), strict=True):
-        text = f"{value:,.{places}f}".replace("-", "−") + "*" * star if math.isfinite(value) else "–"
+        rounded = round(value, places) + 0.0  # which is never a negative zero
+        text = f"{rounded:,.{places}f}".replace("-", "−") + "*" * star if math.isfinite(value) else "–"
         cells.append(cell(text, value, f"{half:.{places}f}" if math.isfinite(half) else ""))
     return cells
 

@@ -47,7 +47,7 @@ def render_index(runs: Sequence[Run], names: Mapping[Path, str], out: Path) -> s
     """The page as text, to be put into the folder `out`: equal runs give equal text."""
     traced = [run for run in runs if run.trace is not None]
     lost = [names[run.folder] for run in runs if not run.complete]
-    said = f"{len(runs) - len(lost)} complete" + (f", {len(lost)} incomplete" if lost else "")
+    said = f"{len(runs) - len(lost)} complete, {len(lost)} incomplete" if lost else "all complete"
     table: list[Element] = [
         Text(
             "A run’s name leads to its report. The settings in which these runs differ come first. ± is half of a 95 % "
@@ -78,7 +78,7 @@ def findings(runs: Sequence[Run], names: Mapping[Path, str]) -> list[str]:
     said = []
     verdicts = Counter(str(run.found["verdict"]) for run in runs if run.found.get("verdict"))
     if verdicts:
-        said.append("Verdicts: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()) + ".")
+        said.append("Verdicts: " + "; ".join(f"{verdict} ({count})" for verdict, count in verdicts.most_common()) + ".")
     measured = [run for run in runs if _is_number(run.found.get("delta_align"))]
     if measured:
         low, high = (

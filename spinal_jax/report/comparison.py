@@ -19,6 +19,7 @@ from spinal_jax.report import charts
 from spinal_jax.report.cells import (
     by_row,
     cell,
+    ends,
     name_boundaries,
     number_cells,
     percent,
@@ -139,23 +140,35 @@ def render_comparison_report(found: Comparison, others: Sequence[Comparison] = (
             kicker=f"Comparison · {names}",
             heading=found.verdict[0].upper() + found.verdict[1:],
             answer=[
-                Text(str(found.summary["headline"]), "lead"),
+                Text(lead(found, block), "lead"),
                 Points(_limits(found), "limits"),
                 _tiles(found),
                 Text(_how_sure(found, block), "note"),
             ],
-            glance=[_traces(found, drawn["traces"])],
+            glance=[_traces(found, drawn["traces"], 140 if ranked else 190), *_beside(ranked, drawn)],
             sections=sections,
             footer=_footer(bool(ranked)),
         )
     )
 
 
+def lead(found: Comparison, block: str) -> str:
+    """Delta_align with its interval, in one sentence."""
+    value, low, high, p = (
+        float(found.summary[name]) for name in ("delta_align", "delta_align_low", "delta_align_high", "p_value")
+    )
+    if math.isnan(value):
+        return f"Δ align is not defined over {block}."
+    interval = "no interval" if math.isnan(low) else f"95\u00a0% interval {ends(low, high)}"
+    test = "" if math.isnan(p) else f", p\u00a0=\u00a0{number(p, 2)}"
+    return f"Over {block}, Δ align is {number(value)} ({interval}{test})."
+
+
 def _limits(found: Comparison) -> list[str]:
     """What the sentence cannot say, for the first screen."""
     summary = found.summary
     said = (summary["because"], summary["driver_sentence"], found.robustness["sentence"], summary["limits"])
-    return [str(line) for line in said if line]
+    return [str(line).replace("Delta_align", "Δ align") for line in said if line]
 
 
 def _tiles(found: Comparison) -> Tiles:
@@ -169,14 +182,15 @@ def _tiles(found: Comparison) -> Tiles:
             "",
             "no p-value" if math.isnan(p) else f"p = {number(p, 2)}",
         ),
-        tile(
-            "Policy distance",
-            summary["output_distance"],
-            half(found, "output_distance"),
-            "rad",
-            "between the outputs, 0 to π",
-        ),
         Tile("Sign holds", f"{robustness['holds']} of {robustness['of']}", note="settings of the measurement"),
+        *(
+            tile(label, summary[name], half(found, name), unit, note)
+            for name, label, unit, note in (
+                ("output_distance", "Policy distance", "rad", "between the outputs, 0 to π"),
+                ("kl", "KL of the outputs", "nats", "aligned from reference"),
+            )
+            if math.isfinite(summary[name])
+        ),
         tile("Δ contraction α", summary["delta_contraction"], half(found, "delta_contraction"), "", "terminal block"),
         tile("Δ transport L", summary["delta_transport"], half(found, "delta_transport"), "rad", "terminal block"),
     ]
@@ -185,8 +199,8 @@ def _tiles(found: Comparison) -> Tiles:
 
 def _how_sure(found: Comparison, block: str) -> str:
     said = (
-        "Δ is the aligned model less the reference. Δ align (Delta_align) is contraction gained less transport gained, "
-        f"means over {block}: positive means toward contraction, negative toward expansion. "
+        "Δ is aligned minus reference. Δ align (Delta_align in the files) is Δ contraction minus Δ transport, means "
+        f"over {block}: positive means toward contraction, negative toward expansion. "
     )
     freedom = found.summary["degrees_of_freedom"]
     if freedom < 1:
@@ -197,7 +211,18 @@ def _how_sure(found: Comparison, block: str) -> str:
     )
 
 
-def _traces(found: Comparison, still: Markup) -> Chart:
+def _beside(ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[Element]:
+    """The size of the effect beside that of other checkpoints, such as controls, where there are any."""
+    if not ranked:
+        return []
+    words = Markup(
+        "<b>Beside other checkpoints.</b> Δ align of each against its reference, with 95 % intervals, strongest "
+        "contraction first. Checkpoints whose intervals overlap are not told apart."
+    )
+    return [Pictures([Picture("ranking", drawn["ranking"], words)])]
+
+
+def _traces(found: Comparison, still: Markup, height: int) -> Chart:
     """Both depth traces over each other."""
     x, (first, last) = np.arange(found.boundaries), found.terminal
     panels = []
@@ -207,7 +232,7 @@ def _traces(found: Comparison, still: Markup) -> Chart:
             values, low, high = (found.columns[f"{side}_{name}{end}"] for end in ("", "_low", "_high"))
             lines.append(charts.Line(side, values, colour, look, low, high))
         panels.append(charts.panel(axis_label(name), x, lines, shaded=(first - 0.5, last + 0.5)))
-    data = charts.stacked(f"boundary (0: embeddings, {found.depth}: after the last block)", panels, height=190)
+    data = charts.stacked(f"boundary (0: embeddings, {found.depth}: after the last block)", panels, height)
     words = (
         "<b>The two depth traces.</b> Contraction and transport of the aligned model (solid) and the reference "
         "(dashed) on the same tokens. The shaded part is the terminal block."
@@ -223,11 +248,11 @@ def _changes(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
         line = charts.Line(f"Δ {name.replace('_', ' ')}", values, columns.column(name).colour, 0, low, high)
         panels.append(charts.panel(f"Δ {axis_label(name)}", x, [line], (first - 0.5, last + 0.5), zero=True))
     words = Markup(
-        "<b>What changed.</b> The aligned model less the reference at each boundary, with 95 % intervals. In the still "
-        "picture (paper, figures/deltas.png) a filled point is significant: p below 0.05 by sign flips, after Holm’s "
-        "correction over boundaries; the table of all boundaries marks the same with an asterisk."
+        "<b>What changed.</b> Aligned minus reference at each boundary, with 95 % intervals. The table of all "
+        "boundaries marks significant changes with an asterisk; figures/deltas.png, and this page on paper, with "
+        "filled points (p below 0.05 by sign flips, after Holm’s correction over boundaries)."
     )
-    chart = Chart("deltas", charts.stacked("boundary", panels, height=150), drawn["deltas"], words)
+    chart = Chart("deltas", charts.stacked("boundary", panels, height=132), drawn["deltas"], words)
     pictures = []
     if "policy" in drawn:
         words = Markup(
@@ -293,7 +318,7 @@ def _groups(found: Comparison) -> list[Element]:
         ]
     )
     columns += [number_cells(numbers[order]) for numbers in parts.values()]
-    head = [("Δ align of the group", ""), ("less the mean", ""), ("share of the variance", "")]
+    head = [("Δ align of the group", ""), ("minus the mean", ""), ("share of the variance", "")]
     head += [(f"Δ {name}", UNITS.get(name, "")) for name in parts]
     opposite = int(np.sum(np.sign(values) == -np.sign(mean)))
     table = Table(
@@ -325,18 +350,12 @@ _NO_PROMPTS = (
 
 
 def _ranking(found: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[Element]:
-    captions = {
-        "ranking": Markup(
-            "<b>Ranked by Δ align.</b> Each checkpoint against its reference, strongest contraction first. Checkpoints "
-            "whose intervals overlap are not told apart."
-        ),
-        "overlay": Markup(
-            "<b>Where each changed.</b> Changes of contraction and transport over relative depth, numbered as ranked."
-        ),
-    }
+    words = Markup(
+        "<b>Where each changed.</b> Changes of contraction and transport over relative depth, numbered as ranked."
+    )
     shaded = [place for place, each in enumerate(ranked, 1) if each is found]
     return [
-        Pictures([Picture(name, drawn[name], words) for name, words in captions.items()]),
+        Pictures([Picture("overlay", drawn["overlay"], words)]),
         ranking_table(ranked, shaded),
         Text("The shaded row is the comparison that this page is about. Select a column’s name to sort by it.", "note"),
     ]
@@ -364,7 +383,7 @@ def _footer(ranked: bool) -> Markup:
 
 
 _TABLE_NOTE = (
-    "The aligned model less the reference. * p below 0.05 after Holm’s correction over boundaries. Shaded rows are the "
+    "Aligned minus reference. * p below 0.05 after Holm’s correction over boundaries. Shaded rows are the "
     "terminal block. Select a column’s name to sort by it."
 )
 _VERDICT = (

@@ -96,16 +96,17 @@ def deltas_figure(found: Comparison) -> Figure:
 
 @styled
 def where_figure(found: Comparison) -> Figure:
-    """Each block's share of what changed, a panel a measure: bars; above them centroid and the shortest run of blocks
-    that holds 80 %."""
-    figure = Figure(figsize=(WIDTH, 1.15 * len(LOCALISED) + 0.9), layout="constrained")
-    panels: Any = figure.subplots(len(LOCALISED), 1, sharex=True)
-    for axes, name in zip(panels, LOCALISED, strict=True):
+    """Each block's share of what changed, a panel for each measure that was taken: bars; above them centroid and the
+    shortest run of blocks that holds 80 %."""
+    measured = [n for n in LOCALISED if n.startswith("delta_") or np.isfinite(found.columns[n]).any()]
+    figure = Figure(figsize=(WIDTH, 1.15 * len(measured) + 0.9), layout="constrained")
+    panels: Any = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, measured, strict=True):
         _ground(found, axes)
         place = found.summary["localisation"][name]
         shares = mass_shares(found, name)
         if shares is None:
-            _nothing(axes, place["reason"].removeprefix("it was "))
+            _nothing(axes, place["reason"])
             axes.set_title(MASSES[name], fontsize=9, pad=4)
             continue
         colour, top = COLOURS[name.removeprefix("delta_")], float(shares.max())
@@ -207,7 +208,7 @@ def robustness_figure(found: Comparison) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.set(yticks=[], xlabel="Δ align")
     axes.spines["left"].set_visible(False)
-    axes.set_title("filled: the interval leaves out 0", fontsize=9, color=MUTED, pad=4)
+    axes.set_title("filled: the interval excludes 0", fontsize=9, color=MUTED, pad=4)
     axes.set_title("large, dashed: the headline", fontsize=9, loc="right", pad=4)
     for window, marker in zip(windows, itertools.cycle(MARKERS), strict=False):
         look = {"color": MUTED, "marker": marker, "ls": "", "markersize": 5}
@@ -257,7 +258,7 @@ def ranking_figure(ranked: Sequence[Comparison]) -> Figure:
         axes.set_xlim(*padded(np.append(ends.ravel(), 0)))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.set(yticks=[], xlabel="Δ align, 95 % interval")
-    axes.set_title("filled: the interval leaves out 0", fontsize=9, color=MUTED, pad=4)
+    axes.set_title("filled: the interval excludes 0", fontsize=9, color=MUTED, pad=4)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     return figure

@@ -78,7 +78,12 @@ def localisation_table(found: Comparison) -> Table:
         row.append(cell(f"{run[0]}–{run[1]}" if run else "–", run[0] if run else math.nan))
         row.append(cell(place["run_agreement"] if run else "–"))
         rows.append(row)
-    head = [("in the terminal block", ""), ("even", ""), ("centroid", "relative depth"), ("even", "")]
+    head = [
+        ("in the terminal block", ""),
+        ("if spread evenly", ""),
+        ("centroid", "relative depth"),
+        ("if spread evenly", ""),
+    ]
     head += [("shortest run", "blocks"), ("groups that agree", "")]
     keys = [MASSES[name] for name in LOCALISED]
     return Table("Where each measure changed", "measure", head, keys, rows, in_order=False)

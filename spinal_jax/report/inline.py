@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from markupsafe import Markup
 
 from spinal_jax.report import figures
+from spinal_jax.report.training_figures import dark_changes
 
 Target = tuple[str, Sequence[float]]  # words, (x, y, width, height) in SVG units
 # Colours of figures by role, so that the page can replace them in dark mode.
@@ -38,6 +39,8 @@ def inline(figure: figures.Figure, name: str, targets: Iterable[Target] = ()) ->
     text = re.sub(r' style="([^"]*)"', lambda found: _attributes(found[1]), text)
     for colour, role in THEMED.items():
         text = text.replace(f'"{colour}"', f'"var(--{role})"')
+    for colour, dark in dark_changes().items():
+        text = text.replace(f'"{colour}"', f'"color-mix(in srgb, {dark} var(--dark), {colour})"')
     # The remaining colours encode depth and are lightened in dark mode.
     text = re.sub(r'(fill|stroke)="(#[0-9a-f]{6})"', r'\1="color-mix(in srgb, #fff var(--lift), \2)"', text)
     text = text.replace("<svg", '<svg role="img" aria-labelledby="caption-' + name + '"', 1)

@@ -38,7 +38,7 @@ _FORMULAS = {
     ),
     "delta_align": (
         "Δ align",
-        "Mean of Δα less mean of ΔL over the terminal block: contraction gained plus transport saved.",
+        "Mean of Δα minus mean of ΔL over the terminal block: contraction gained plus transport saved.",
     ),
     "policy_distance": (
         "Policy distance",

@@ -355,6 +355,8 @@ def trace_caveats(trace: DepthTrace) -> list[str]:
             f"N = {rows:,} rows are {rows / width:.1f} per dimension of the residual stream; 4 are required. "
             f"Contraction still depends on N: {equal_n}"
         ]
+    if any(warning.startswith("Contraction still depends on N") for warning in trace.warnings):
+        said = [words.removesuffix(f" Contraction still depends on N: {equal_n}") for words in said]
     missing = np.flatnonzero(np.isnan(columns["contraction"]))
     if len(missing):
         said.append(f"Contraction is not defined at {name_boundaries(missing)}: the warnings below say why.")

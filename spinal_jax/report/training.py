@@ -84,12 +84,15 @@ def render_training_report(run: TrainingRun) -> str:
             kicker=f"Training run · {title} · {_kind(run)} · {run.last_step} steps",
             heading=_heading(run),
             answer=[
-                Text(training_headline(run), "lead"),
-                *(Text(Markup("<b>{}.</b> {}").format(word, text)) for word, text in evidence(run)),
+                Text(training_headline(run).replace("Delta_align", "Δ align"), "lead"),
+                *(
+                    Text(Markup("<b>{}.</b> {}").format(word, text.replace("Delta_align", "Δ align")))
+                    for word, text in evidence(run)
+                ),
                 Tiles(_tiles(run)),
                 Text(
-                    f"Δ align is contraction gained plus transport saved against step 0, means over {block}. ± is half "
-                    f"of a 95 % interval over {first.prompts['groups']} groups of prompts (jackknife).",
+                    f"Δ align is contraction gained plus transport saved against {run.origin}, means over {block}. ± "
+                    f"is half of a 95 % interval over {first.prompts['groups']} groups of prompts (jackknife).",
                     "note",
                 ),
                 Points(training_caveats(run)[:1], "limits"),
@@ -101,8 +104,8 @@ def render_training_report(run: TrainingRun) -> str:
                     "All traces",
                     [
                         Text(
-                            "Differences to step 0; ± is half of a 95 % interval. A batch’s numbers are those of the "
-                            "step before the trace. Shaded rows are the onset and the destabilisation. Select a "
+                            f"Differences to {run.origin}; ± is half of a 95 % interval. A batch’s numbers are those "
+                            "of the step before the trace. Shaded rows are the onset and the destabilisation. Select a "
                             "column’s name to sort by it.",
                             "note",
                         ),
@@ -134,28 +137,30 @@ def _heading(run: TrainingRun) -> str:
 
 
 def _first_and_last(run: TrainingRun, still: Markup) -> Chart:
-    """Depth traces of step 0, of the onset and of the last step; the still picture has all steps."""
+    """Depth traces of the reference, of the onset and of the last step; the still picture has all steps."""
     steps = run.steps.tolist()
     began = run.onset["onset"]
-    chosen = sorted({0, len(steps) - 1} | ({steps.index(began["step"])} if began else set()))
+    chosen = sorted({len(steps) - 1} | ({steps.index(began["step"])} if began else set()))
+    start = run.comparisons[0].columns
     first, last = run.traces[0].terminal
     panels = []
     for name, label, colour in (
         ("contraction", "contraction α", "blue"),
         ("transport", "transport L (rad)", "vermillion"),
     ):
-        lines = []
+        values, low, high = (start[f"reference_{name}{end}"] for end in ("", "_low", "_high"))
+        lines = [charts.Line(run.origin, values, "ink", 1, low, high)]
         for at in chosen:
             trace = run.traces[at]
             low, high = trace.interval(name)
             words = f"step {steps[at]}" + (" (onset)" if began and steps[at] == began["step"] else "")
-            look, role = (1, "ink") if at == 0 else (0, colour) if at == chosen[-1] else (2, "purple")
+            look, role = (0, colour) if at == chosen[-1] else (2, "purple")
             lines.append(charts.Line(words, trace.columns[name], role, look, low, high))
         panels.append(charts.panel(label, np.arange(run.traces[0].boundaries), lines, (first - 0.5, last + 0.5)))
     words = Markup(
-        "<b>The depth trace at the start and at the end.</b> Contraction and transport over depth; step 0 is dashed. "
-        "The shaded part is the terminal block. The still picture (paper, figures/over_training.png) has every trace."
-    )
+        "<b>The depth trace at the start and at the end.</b> Contraction and transport over depth; {} is dashed. The "
+        "shaded part is the terminal block. figures/over_training.png, and this page on paper, have every trace."
+    ).format(run.origin)
     return Chart("over_training", charts.stacked("boundary", panels, height=190), still, words)
 
 
@@ -164,24 +169,26 @@ def _course(run: TrainingRun, svg: Markup) -> Picture:
     if run.onset["onset"]:
         marks = "the onset" + (" and the destabilisation" if run.onset["destabilisation"] else "")
     words = (
-        "<b>The course of the run.</b> Above, what changed since step 0 at each boundary and trace: orange is more, "
+        "<b>The course of the run.</b> Above, what changed against {} at each boundary and trace: orange is more, "
         "blue and hatched is less, and each map has its own scale. Below, on the same axis of steps, the footprint of "
         "the terminal block and what else was known. Lines mark {}."
     )
     hint = "Point at a trace to read its values."
-    return Picture("course", svg, Markup(words).format(marks), hint, tall=True)
+    return Picture("course", svg, Markup(words).format(run.origin, marks), hint, tall=True)
 
 
 def _losses(run: TrainingRun, drawn: Mapping[str, Markup]) -> list[Picture]:
-    below = "Below, the share of tokens that the model held to be the likeliest."
-    if not run.is_watched and run.config["objective"]["kind"] == "dpo":
-        below = "Below, the rewards: β times how much likelier a response has become than under the reference."
+    below = ""
+    if any(len(run.series(f"{side}mean_token_accuracy")[0]) for side in ("", "eval_")):
+        below = " Below, the share of tokens that the model held to be the likeliest."
+    elif len(run.series("rewards/chosen")[0]):
+        below = " Below, the rewards: β times how much likelier a response has become than under the reference."
     words = {
         "gradients": Markup(
             "<b>Where the gradient is.</b> The norm of the loss’s gradient over each block’s parameters, before "
             "clipping; of many steps, means of neighbours. Below, the terminal block’s share of the sum over blocks."
         ),
-        "loss": Markup("<b>Loss.</b> In training and, where examples were held out, on those. {}").format(below),
+        "loss": Markup("<b>Loss.</b> In training and, where examples were held out, on those.{}").format(below),
     }
     return [Picture(name, drawn[name], words[name]) for name in words if name in drawn]
 
@@ -208,7 +215,7 @@ def evidence(run: TrainingRun) -> list[tuple[str, str]]:
     for name, word in (("onset", "Onset"), ("destabilisation", "Destabilisation")):
         if (told := run.onset[name]) is not None:
             beside = _beside(told)
-            text = f"{told['evidence']}."
+            text = f"{told['evidence'][:1].upper()}{told['evidence'][1:]}.".replace("step 0", run.origin)
             found.append((word, f"{text} At that step: {', '.join(beside)}." if beside else text))
     return found
 
@@ -222,7 +229,7 @@ def training_caveats(run: TrainingRun) -> list[str]:
         f"more than {run.onset['strong_se']:g}. This run has {len(run.traces)} traces, so a change shorter than "
         f"{least} of them, or one in the last two, cannot be seen.",
         "Destabilisation means that the footprint falls back from a level it had held"
-        + (", or that the output has moved more than pi/2 from step 0" if run.onset["max_distance"] else "")
+        + (", or that the output has moved more than pi/2 from the reference" if run.onset["max_distance"] else "")
         + ". A fall may be significant and yet small: its size is in the evidence.",
         "Standard errors cover other prompts of the same kind, not another seed. The optimiser's wobble is added in "
         "quadrature: the robust standard deviation of differences between traces of "
@@ -243,7 +250,9 @@ def _kind(run: TrainingRun) -> str:
 def _tiles(run: TrainingRun) -> list[Tile]:
     """The last known value of what matters most."""
     summary, last = run.comparisons[-1].summary, f"step {run.steps[-1]}"
-    tiles = [tile("Δ align", summary["delta_align"], _half(summary, "delta_align"), "", f"{last}, against step 0")]
+    tiles = [
+        tile("Δ align", summary["delta_align"], _half(summary, "delta_align"), "", f"{last}, against {run.origin}")
+    ]
     for label, names in (
         ("Reward margin", ("eval_rewards/margins", "rewards/margins")),
         ("Preference accuracy", ("eval_rewards/accuracies", "rewards/accuracies")),
@@ -255,7 +264,10 @@ def _tiles(run: TrainingRun) -> list[Tile]:
             steps, values = run.series(known)
             where = "held out" if known.startswith("eval_") else "training batch"
             tiles.append(tile(label, float(values[-1]), note=f"step {steps[-1]}, {where}"))
-    return [*tiles, tile("KL to step 0", float(run.recorded("kl")[-1]), unit="nats", note=f"{last}, on the prompts")]
+    return [
+        *tiles,
+        tile(f"KL to {run.origin}", float(run.recorded("kl")[-1]), unit="nats", note=f"{last}, on the prompts"),
+    ]
 
 
 def _facts(run: TrainingRun) -> list[tuple[str, str | Markup]]:

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -40,12 +40,13 @@ BINS = 60  # columns of a heat map over all steps
 SHADES = 47  # of a colour map; matplotlib turns colour bars of 49 and more into pictures
 # Blue to vermillion over near-white; none of these is a colour of the page, which would change with its theme.
 DIVERGING = LinearSegmentedColormap.from_list("change", ["#0b4f7d", "#5fa5d2", "#f3f3f1", "#ee9d63", "#a83f00"], SHADES)
+ON_DARK = "#c9dcea"  # hatches on dark cells
 Spans = list[tuple[float, float]]
 
 
 @styled
 def over_training_figure(run: TrainingRun) -> Figure:
-    """Contraction and transport over depth, one line a trace, dark to light by step; step 0 dashed."""
+    """Contraction and transport over depth, one line a trace, dark to light by step; the reference is dashed."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes: Any = figure.subplots(2, 1, sharex=True)
     cmap, norm = _step_colours(run)
@@ -57,11 +58,14 @@ def over_training_figure(run: TrainingRun) -> Figure:
     ):
         ax.axvspan(first - 0.5, last + 0.5, color=SHADE, lw=0, zorder=0)
         ax.grid(axis="y")
-        for step, trace in zip(run.steps[1:], run.traces[1:], strict=True):
+        start = run.comparisons[0].columns[f"reference_{column}"]
+        for step, trace in zip(run.steps, run.traces, strict=True):
+            if run.origin == f"step {step}":
+                continue
             ax.plot(boundary, trace.columns[column], color=cmap(norm(step)), lw=1.3)
-        ax.plot(boundary, run.traces[0].columns[column], color=INK, lw=1.3, ls=(0, (4, 2)), label="step 0")
+        ax.plot(boundary, start, color=INK, lw=1.3, ls=(0, (4, 2)), label=run.origin)
         ax.set(ylabel=label, xlim=(-0.5, depth + 0.5))
-        values = np.concatenate([trace.columns[column] for trace in run.traces])
+        values = np.concatenate([start, *(trace.columns[column] for trace in run.traces)])
         if np.isfinite(values).any():
             ax.set_ylim(*padded(values))
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -84,7 +88,7 @@ def course_figure(run: TrainingRun) -> Figure:
     destabilisation are marked through all panels."""
     draws: list[tuple[Callable[..., None], tuple[str, ...]]] = [(_align, ())]
     for name, *words in (
-        ("rewards/margins", "reward margin", "chosen less rejected", BLUE),
+        ("rewards/margins", "reward margin", "chosen − rejected", BLUE),
         ("rewards/accuracies", "accuracy", "chosen reward larger", GREEN),
     ):
         if any(len(run.series(f"{side}{name}")[0]) for side in ("", "eval_")):
@@ -215,7 +219,7 @@ def trace_figure(trace: DepthTrace, first: DepthTrace) -> bytes:
         ax.plot(boundary, trace.columns[column], color=colour)
         ax.set(ylabel=label, xlim=(-0.5, trace.depth + 0.5))
         ax.grid(axis="y")
-    axes[0].set_title(f"{terminal_name(trace)}; dashed: step 0", fontsize=9, pad=3)
+    axes[0].set_title(f"{terminal_name(trace)}; dashed: the reference", fontsize=9, pad=3)
     axes[1].set_xlabel("boundary")
     return png_bytes(figure, dpi=80)
 
@@ -266,11 +270,11 @@ def _change_map(run: TrainingRun, axes: Axes, bar_axes: Axes, column: str, words
     with mpl.rc_context({"hatch.linewidth": 0.5}):
         for cells, colour in (
             ((changes < -0.05 * largest) & (changes >= -0.6 * largest), MUTED),
-            (changes < -0.6 * largest, "#c9dcea"),
+            (changes < -0.6 * largest, ON_DARK),
         ):
             _hatch(axes, edges, boundaries, cells, colour)
     axes.set_ylabel("boundary")
-    axes.set_title(f"change of {words} since step 0 (hatched: less)", fontsize=9, color=MUTED, pad=4)
+    axes.set_title(f"Δ {words} from {run.origin} (hatched: less)", fontsize=9, color=MUTED, pad=4)
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     bar: Any = axes.figure.colorbar(mesh, cax=bar_axes)
     _plain_bar(bar)
@@ -278,6 +282,14 @@ def _change_map(run: TrainingRun, axes: Axes, bar_axes: Axes, column: str, words
     bar.ax.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:+.3g}".replace("-", "−") if value else "0")
     )
+
+
+def dark_changes() -> dict[str, str]:
+    """Colour of DIVERGING -> the one that stands for it on a dark page, where no change is near-black."""
+    dark = LinearSegmentedColormap.from_list("dark", ["#56b4e9", "#343a41", "#f0884a"], SHADES)
+    shades = np.linspace(0, 1, SHADES)
+    pairs = {to_hex(light): to_hex(shade) for light, shade in zip(DIVERGING(shades), dark(shades), strict=True)}
+    return {**pairs, ON_DARK: "#16191d"}
 
 
 def _hatch(axes: Axes, edges: list[float], boundaries: np.ndarray, cells: np.ndarray, colour: str) -> None:
@@ -305,7 +317,7 @@ def _train_and_eval(run: TrainingRun, axes: Axes, name: str, label: str, hint: s
     said = [hint]
     if len(steps):
         axes.plot(steps, values, color=colour, lw=1.1, marker="." if len(steps) < 3 else "")
-        said.append("line: training batch" if len(held_out) else "of each training batch")
+        said.append("line: batches" if len(held_out) else "of each training batch")
     if len(held_out):
         dots = {"ls": "", "marker": "o", "markersize": 6, "markeredgecolor": SURFACE, "markeredgewidth": 0.8}
         axes.plot(held_out, found, color=INK, **dots)
@@ -317,7 +329,7 @@ def _train_and_eval(run: TrainingRun, axes: Axes, name: str, label: str, hint: s
 def _kl(run: TrainingRun, axes: Axes) -> None:
     axes.plot(run.steps, run.recorded("kl"), color=INK, marker="D", markersize=3.5)
     axes.set_ylabel("KL (nats)")
-    axes.set_title("divergence from the model of step 0, on the prompts", fontsize=9, color=MUTED, pad=4)
+    axes.set_title(f"divergence from {run.origin}, on the prompts", fontsize=9, color=MUTED, pad=4)
 
 
 def _mark(run: TrainingRun, marks: Axes, panels: list[Axes]) -> None:
@@ -380,7 +392,8 @@ def _step_axis(axes: Axes) -> None:
         low, high = math.floor(low), math.ceil(high)
         axes.set(xlim=(low, high), xticks=range(low, high + 1))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        ticks = [tick for tick in MaxNLocator(7, integer=True).tick_values(low, high) if max(low, 0) <= tick <= high]
+        axes.set(xlim=(low, high), xticks=ticks)
     axes.set_xlabel("step of the optimiser")
 
 

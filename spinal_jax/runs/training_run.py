@@ -27,8 +27,8 @@ class TrainingRun:
     Attributes:
       settings: what the run was started with: "config", and hashes of what was read.
       metrics: one mapping a line of metrics.jsonl, by ascending step; a line holds what was known at its step.
-      traces: the depth traces, by ascending step; the first is the reference of all.
-      comparisons: each of them compared with the first.
+      traces: the depth traces, by ascending step.
+      comparisons: each of them compared with `origin`, which is the first unless a watched run had a reference.
       onset: what onset.json holds, found anew from the comparisons; its records belong to the traces.
     """
 
@@ -57,6 +57,12 @@ class TrainingRun:
     def is_watched(self) -> bool:
         """Whether the training was somebody else's, and its settings are not known."""
         return "objective" not in self.config
+
+    @property
+    def origin(self) -> str:
+        """What every trace is compared with, in words: the first step, or the reference."""
+        first = self.comparisons[0]
+        return f"step {self.steps[0]}" if first.aligned["sha256"] == first.reference["sha256"] else "the reference"
 
     @property
     def last_step(self) -> int:

@@ -10,14 +10,17 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spinal_jax.audit.trace import save_trace
+from spinal_jax.comparison.attribution import attributed, save_attribution
 from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.report import draw_report
 from spinal_jax.report.collect import collect_runs
 from tests.laws.planted import both_models, flat, simulated
+from tests.laws.test_attribution import arms
 from tests.laws.test_collect import finish
 from tests.laws.test_training_report import CONFIG, write_run
 
@@ -26,7 +29,7 @@ from .chromium import NAMES, Chromium, find
 pytestmark = pytest.mark.browser
 PAPER = 688  # CSS pixels between the margins of an A4 page
 KINDS = ("audit", "training", "comparison")  # of one run
-PAGES = (*KINDS, "index")  # and that of many
+PAGES = (*KINDS, "attribution", "index")  # and those of many
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     finish(folder / "comparison", "compare", {"model": {"source": "m"}})
     (folder / "cut off").mkdir()
     (folder / "cut off" / "settings.json").write_text(json.dumps({"config": CONFIG | {"seed": 1}}))
+    judged = tmp_path_factory.mktemp("attribution")
+    save_attribution(attributed(arms(np.random.default_rng(15), 6.0)), judged)
+    drawn["attribution"] = draw_report(judged)
     return {**drawn, "index": collect_runs([folder]).files[-1]}
 
 
@@ -93,7 +99,7 @@ def drawn(browser: Chromium, name: str) -> bool:
 def test_pointing_reads_values_and_a_column_sorts(kind: str, browser: Chromium, pages: Mapping[str, Path]) -> None:
     browser.open(pages[kind], 1600)
     browser.value(OPEN)
-    if kind != "index":
+    if kind in KINDS:
         browser.value("document.querySelector('figure > svg .hit').dispatchEvent(new PointerEvent('pointerenter'))")
         said = browser.value("document.querySelector('.read-out.on').textContent").split()[0]
         assert said in ("boundary", "step", "block")
@@ -108,7 +114,8 @@ def test_pointing_reads_values_and_a_column_sorts(kind: str, browser: Chromium, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "lines"), [("audit", "depth", 2), ("comparison", "traces", 4), ("index", "overlay", 4)]
+    ("kind", "name", "lines"),
+    [("audit", "depth", 2), ("comparison", "traces", 4), ("attribution", "depth", 2), ("index", "overlay", 4)],
 )
 def test_depth_curves_are_interactive(
     kind: str, name: str, lines: int, browser: Chromium, pages: Mapping[str, Path]

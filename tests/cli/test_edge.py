@@ -361,6 +361,22 @@ def test_the_package_audit_is_the_function_too() -> None:
         spinal_jax.audit("nowhere", settings={"metrics": {"groups": 0}})
 
 
+def test_a_command_that_there_is_not_is_answered_by_the_nearest(spinal: Spinal) -> None:
+    assert list(COMMANDS)[:3] == ["audit", "compare", "attribute"]
+    spinal("audti").refusal("there is no command 'audti'; did you mean audit?")
+    spinal("zzz").refusal("there is no command 'zzz'; there are audit, compare, ")
+
+
+def test_what_audit_and_compare_refuse_as_a_model(model: Path) -> None:
+    import spinal_jax
+
+    decoder, _ = spinal_jax.load_model(model)
+    with pytest.raises(UserError, match="model is a dict; it takes a hub id"):
+        spinal_jax.audit({})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="aligned is a Decoder; it takes a DepthTrace"):
+        spinal_jax.compare(decoder, model)  # type: ignore[arg-type]
+
+
 def test_a_model_in_memory_has_the_trace_of_its_checkpoint(model: Path, prompts: Path) -> None:
     import spinal_jax
 
@@ -392,13 +408,13 @@ def test_a_line_a_minute_where_there_is_no_terminal(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with console.stages({})("audit", 8, "batches") as advance:
+    with console.stages({})("audit", 8, "step") as advance:
         for _ in range(8):
             now[0] += 25
             advance(1)
     assert capsys.readouterr().err.splitlines() == [
-        "audit 38 % (3 of 8 batches), about 2 min left",
-        "audit 75 % (6 of 8 batches), about 50 s left",
+        "audit 38 % (3 of 8 steps), about 2 min left",
+        "audit 75 % (6 of 8 steps), about 50 s left",
     ]
 
 

@@ -485,6 +485,15 @@ def test_several_are_ranked_by_what_changed(pair: Pair, tmp_path: Path) -> None:
     assert [row["aligned"] for row in spinal_jax.rank(folders).rows()] == ["+0.4", "+0.2", "+0.1"]
 
 
+def test_rank_takes_run_folders_and_says_what_it_does_not_take(tmp_path: Path) -> None:
+    small, large, _ = ladder()
+    save_comparison(large, tmp_path)
+    assert [row["aligned"] for row in rank([small, tmp_path]).rows()] == ["+0.4", "+0.1"]
+    for wrong, words in (([], "no comparison is given"), (small, "takes a list"), ([3], "not int")):
+        with pytest.raises(UserError, match=words):
+            rank(wrong)  # type: ignore[arg-type]
+
+
 def test_the_package_gives_the_function(pair: Pair) -> None:
     assert spinal_jax.compare is compare
     assert spinal_jax.compare(*pair).to_json() == compare_traces(*pair).to_json()

@@ -18,6 +18,8 @@ from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import METRICS, Comparison, save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, render_comparison_report, write_comparison_report
+from spinal_jax.report.cells import name_boundaries
+from spinal_jax.report.comparison import lead
 from spinal_jax.report.comparison_figures import (
     comparison_figures,
     deltas_figure,
@@ -30,6 +32,7 @@ from spinal_jax.report.comparison_figures import (
 )
 from spinal_jax.report.comparison_words import comparison_caveats, missing, summary_markdown
 from spinal_jax.report.figures import png_bytes, svg_text
+from spinal_jax.wording import number
 
 from .planted import both_models, flat, simulated
 from .test_report import Page, assert_self_contained
@@ -101,7 +104,10 @@ def test_every_kind_is_drawn_legibly_and_nothing_is_cut_off(
     page = Page(render_comparison_report(found))
     assert not page.open
     assert "nan" not in page.text.lower().split()
-    said = [found.verdict, found.summary["headline"], found.robustness["sentence"], "The score and its parts"]
+    effect = " ".join(lead(found, name_boundaries(range(found.terminal[0], found.terminal[1] + 1))).split())
+    assert "not defined" in effect or number(found.summary["delta_align"]) in effect
+    counts = found.robustness["sentence"].replace("Delta_align", "Δ align")
+    said = [found.verdict[1:], effect, counts, "The score and its parts"]
     assert sorted(said, key=page.text.index) == said
     assert "nan" not in re.split(r"\W+", summary_markdown(found).lower())
 
@@ -185,7 +191,7 @@ def test_every_file_is_byte_stable_and_a_ranking_is_found_in_the_folder(
     summary = (tmp_path / "a" / "summary.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d) \| (\S+)", summary, re.MULTILINE)
     assert [place for place, _ in rows] == ["1", "2"]
-    with pytest.raises(UserError, match="no trace at"):
+    with pytest.raises(UserError, match="no run at"):
         draw_report(tmp_path)
 
 

@@ -40,6 +40,7 @@ def test_a_library_that_is_not_there_is_named(make_trace: Maker, monkeypatch: py
 def test_figures_by_name(make_trace: Maker) -> None:
     trace = make_trace()
     assert trace.plot().axes
+    assert trace.plot()._repr_png_().startswith(b"\x89PNG")
     assert trace.plot("entropy").axes[0].get_ylabel() == "entropy (nats)"
     with pytest.raises(UserError, match="there is no figure 'alpha'; there are depth, curve, spectra, entropy"):
         trace.plot("alpha")

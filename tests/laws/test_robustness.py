@@ -48,7 +48,7 @@ def test_each_window_is_refitted_from_the_spectra(pair: Pair) -> None:
         assert (record["contraction"], record["transport"]) == (MEASURED, MEASURED)
         assert 0 < record["p_value"] < 0.001
     assert sign_counts(found)["sentence"] == (
-        "The sign holds in 5 of 5 settings of the measurement; of the 5 with an interval, 5 leave out 0 with this sign "
+        "The sign holds in 5 of 5 settings of the measurement; of the 5 with an interval, 5 exclude 0 with this sign "
         "and 0 with the opposite sign."
     )
 
@@ -127,5 +127,5 @@ def test_the_sign_is_that_of_the_first_setting() -> None:
     ]
     told = sign_counts([{"delta_align": value, "low": low, "high": high} for value, low, high in numbers])
     assert (told["holds"], told["sure"], told["opposite"], told["bounded"], told["of"]) == (3, 1, 1, 3, 5)
-    assert "3 of 5 settings of the measurement; of the 3 with an interval, 1 leave out 0" in told["sentence"]
+    assert "3 of 5 settings of the measurement; of the 3 with an interval, 1 exclude 0" in told["sentence"]
     assert sign_counts([{"delta_align": np.nan, "low": np.nan, "high": np.nan}])["holds"] == 0

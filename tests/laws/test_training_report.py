@@ -23,7 +23,7 @@ from spinal_jax.comparison.record import save_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, load_training_run, render_training_report, write_training_report
 from spinal_jax.report.figures import png_bytes, svg_text
-from spinal_jax.report.training import training_caveats, training_headline
+from spinal_jax.report.training import evidence, training_caveats, training_headline
 from spinal_jax.report.training_figures import (
     DIVERGING,
     course_figure,
@@ -176,7 +176,10 @@ def test_the_verdict_comes_first_with_its_evidence(made: Mapping[str, Path]) -> 
     page = Page(render_training_report(run))
     lead = page.text.index(said["destabilised"])
     for name, word in (("onset", "Onset"), ("destabilisation", "Destabilisation")):
-        assert page.text.index(f"{word}. {run.onset[name]['evidence']}. At that step: held-out margin") > lead
+        told = dict(evidence(run))[word]
+        assert told[1:].startswith(f"{run.onset[name]['evidence'][1:]}. At that step: held-out margin")
+        shown = told.replace("Delta_align", "\N{GREEK CAPITAL LETTER DELTA} align")
+        assert page.text.index(f"{word}. {shown}") > lead
     assert sum(row.get("class") == "terminal" for row in page.find("tr")) == 2
     assert "a warning of the trace" in training_caveats(run)[-1]
     assert "optimizer.learning_rate" in page.text

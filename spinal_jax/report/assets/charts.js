@@ -15,20 +15,22 @@
     const plots = data.panels.map((panel, at) => {
       const last = at === data.panels.length - 1;
       const columns = [panel.x];
-      const series = [{ label: data.x_label.split(" (")[0], value: (_, v) => shown(v) }];
+      const series = [{ label: data.x_label.split(" (")[0], value: (_, v) => v == null ? "point to read" : shown(v) }];
       const bands = [];
+      const looks = [0]; // of each series, for the legend
       const banded = new Map(); // the interval goes with its line
       const many = panel.lines.length > 12;
       panel.lines.forEach((line, order) => {
         const dense = panel.x.length > 60 || many;
         columns.push(line.values);
+        looks[series.length] = line.look;
         series.push({
           label: line.label,
           stroke: () => many ? faded(line.colour, 0.55) : colour(line.colour),
           width: line.look === 3 ? 0 : 1.6,
           dash: DASHES[line.look] ?? [],
           spanGaps: data.joined,
-          value: (_, v) => shown(v),
+          value: (_, v, at, index) => index == null ? "" : shown(v),
           points: {
             show: !dense,
             // Later lines have wider, open markers: where lines coincide, all of them show.
@@ -68,6 +70,8 @@
         ctx.restore();
       };
       const axis = { stroke: () => colour("ink"), font: text, labelFont: text, ticks: { stroke: () => colour("line"), width: 1 } };
+      const whole = panel.x.every(Number.isInteger);
+      const room = whole && panel.x.length < 200 ? 0.5 : 0; // the ends are points, and the shade reaches beyond them
       const spot = document.createElement("div");
       holder.append(spot);
       const plot = new uPlot({
@@ -75,12 +79,12 @@
         height: data.height + (last ? 24 : 0),
         cursor: { sync: { key: sync.key, setSeries: false }, focus: { prox: many ? 24 : -1 }, drag: { x: true, y: false } },
         focus: { alpha: many ? 0.15 : 1 },
-        scales: { x: { time: false } },
+        scales: { x: { time: false, range: (_, min, max) => min === panel.x[0] && max === panel.x.at(-1) ? [min - room, max + room] : [min, max] } },
         axes: [
-          { ...axis, ...(panel.x.every(Number.isInteger) ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] } : {}), label: last ? data.x_label : undefined, labelSize: 18, size: last ? 34 : 24, grid: { show: false } },
-          { ...axis, label: panel.label, labelSize: 18, size: 52, grid: { stroke: () => colour("line"), width: 1 } },
+          { ...axis, ...(whole ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] } : {}), values: (_, ticks) => ticks.map((tick) => last ? shown(tick) : ""), label: last ? data.x_label : undefined, labelSize: 18, size: last ? 34 : 10, grid: { show: false } },
+          { ...axis, values: (_, ticks) => ticks.map(shown), label: panel.label, labelSize: 18, size: 52, grid: { stroke: () => colour("line"), width: 1 } },
         ],
-        legend: { live: true, show: !many },
+        legend: { live: true, show: !many, markers: { dash: (_, at) => ["solid", "dashed", "dotted"][looks[at]] ?? "solid" } },
         hooks: { drawClear: [under], setScale: [(u, key) => key === "x" && follow(u)] },
         series,
         bands,
@@ -148,14 +152,18 @@
         const [[x1, y1], [x2, y2]] = [seen(from), seen(corners[i | bit])];
         make("line", { x1, y1, x2, y2, class: "edge" }, svg);
       }));
-      [[0, -1, -1], [-1, 0, -1], [-1, -1, 0]].forEach((middle, axis) => {
-        const [x, y] = seen(middle.map((value, at) => at === axis ? 0 : 1.22 * value));
-        make("text", { x, y, class: "axis", "text-anchor": "middle" }, svg).textContent = data.axes[axis];
-        for (const end of [-1, 1]) {
-          const [ex, ey] = seen(middle.map((value, at) => at === axis ? end : 1.1 * value));
-          const value = end < 0 ? low[axis] : low[axis] + span[axis];
-          make("text", { x: ex, y: ey, class: "tick", "text-anchor": "middle" }, svg).textContent = shown(value);
-        }
+      // Each axis has an edge of its own, and its labels stand off that edge, away from the middle.
+      [[0, 1, -1], [-1, 0, -1], [-1, -1, 0]].forEach((middle, axis) => {
+        const away = seen(middle);
+        const length = Math.hypot(...away) || 1;
+        const label = (along, distance, kind, words) => {
+          const [x, y] = seen(middle.map((value, at) => at === axis ? along : value)).map((v, i) => v + distance * away[i] / length);
+          const anchor = Math.abs(away[0]) < 0.4 * length ? "middle" : away[0] < 0 ? "end" : "start";
+          make("text", { x, y: y + 3, class: kind, "text-anchor": anchor }, svg).textContent = words;
+        };
+        label(0, 12, "axis", data.axes[axis]);
+        label(-0.92, 7, "tick", shown(low[axis]));
+        label(0.92, 7, "tick", shown(low[axis] + span[axis]));
       });
       for (const line of data.lines) {
         const spots = line.points.map((point) => seen(unit(point)));
