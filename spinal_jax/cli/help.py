@@ -12,7 +12,6 @@ from spinal_jax.cli.registry import COMMANDS, Command
 from spinal_jax.config.record import REQUIRED, Setting, settings_of
 
 QUOTING = "a value that holds , = ( ) [ ] { } : or quotes needs quotes of its own: 'NAME=\"VALUE\"'"
-WHOLE = {"break_on_hyphens": False, "break_long_words": False}  # words of a wrapped line
 HYDRA_HELP = """
   -m NAME=A,B,C         one run for each value, in folders under multirun/{command}/DATE_TIME
   hydra.sweep.dir=DIR   instead of that
@@ -45,12 +44,19 @@ def names_of(command: Command) -> list[str]:
     return [*names, *parts, *(part for part in command.folders if part not in parts)]
 
 
+def _wrap(text: str, first: str, rest: str) -> list[str]:
+    """Lines of at most 118 characters, with an indent of the first and of the rest; words stay whole."""
+    return textwrap.wrap(
+        text, 118, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+    )
+
+
 def usage() -> str:
     """The text of `spinal --help`."""
     lines = ["usage: spinal COMMAND [setting=value ...]", ""]
     for command in COMMANDS.values():
-        lines += textwrap.wrap(command.usage, 118, initial_indent="  ", subsequent_indent=" " * 9, **WHOLE)
-        lines += textwrap.wrap(command.does, 118, initial_indent=" " * 6, subsequent_indent=" " * 6, **WHOLE)
+        lines += _wrap(command.usage, "  ", " " * 9)
+        lines += _wrap(command.does, " " * 6, " " * 6)
     return "\n".join([*lines, "", "`spinal COMMAND --help` lists its settings, `spinal --version` says which spinal."])
 
 
@@ -59,7 +65,7 @@ def help_text(command: Command) -> str:
     if command.record is None:
         return f"usage: {command.usage}\n\n{command.does}"
     first = f"usage: {command.usage} [setting=value ...]"
-    lines = textwrap.wrap(first, 118, subsequent_indent=" " * 7, **WHOLE)
+    lines = _wrap(first, "", " " * 7)
     lines += ["", *textwrap.wrap(command.does, 118), ""]
     lines.append(f"settings and their defaults ({REQUIRED}: to be given)")
     rows = list(_rows(command))
