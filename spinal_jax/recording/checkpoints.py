@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -34,9 +35,16 @@ def checkpoints(root: Path, settle: float) -> list[tuple[int, Path]]:
     Args:
         root: the trainer's output folder.
         settle: seconds for which nothing must have changed in a folder without trainer_state.json.
+
+    Raises:
+        UserError: two of them are of one step.
     """
     steps = [(step, path) for path in root.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
-    return [(step, path) for step, path in sorted(steps) if is_complete(path, settle)]
+    found = [(step, path) for step, path in sorted(steps) if is_complete(path, settle)]
+    for (step, one), (same, other) in itertools.pairwise(found):
+        if step == same:
+            raise UserError(f"{one} and {other.name} are both checkpoints of step {step}; keep one of them there")
+    return found
 
 
 def is_complete(folder: Path, settle: float) -> bool:

@@ -17,7 +17,7 @@ from spinal_jax.comparison.attribution_runs import read_attributed_run
 from spinal_jax.comparison.onset import Rules, load_control
 from spinal_jax.comparison.record import load_comparison
 from spinal_jax.errors import UserError
-from spinal_jax.recording.checkpoints import has_ended, is_complete, trainer_metrics
+from spinal_jax.recording.checkpoints import checkpoints, has_ended, is_complete, trainer_metrics
 from spinal_jax.recording.series import TraceSeries
 from spinal_jax.runs.find import find_runs
 from spinal_jax.runs.training_run import load_training_run
@@ -115,3 +115,13 @@ def test_what_a_trainer_left_is_read_or_refused(content: str, tmp_path: Path) ->
     refused(trainer_metrics, tmp_path)
     (tmp_path / "metrics.jsonl").write_text(content, encoding="utf-8")
     refused(trainer_metrics, tmp_path)
+
+
+def test_two_checkpoints_of_one_step(tmp_path: Path) -> None:
+    for name in ("checkpoint-5", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "_CHECKPOINT_METADATA").touch()
+    assert [step for step, _ in checkpoints(tmp_path, 0)] == [5, 10]
+    (tmp_path / "checkpoint-10").rename(tmp_path / "step_005")
+    with pytest.raises(UserError, match="checkpoint-5 and step_005 are both checkpoints of step 5"):
+        checkpoints(tmp_path, 0)
