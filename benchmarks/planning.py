@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spinal_jax import data
-from spinal_jax.audit.prompt_pool import PromptPool, batches_sha256, tokens_sha256
+from spinal_jax.audit.grouped_prompts import GroupedPrompts, batches_sha256, tokens_sha256
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenSequence
 from spinal_jax.data.vocabulary import Vocabulary
@@ -70,7 +70,7 @@ def measured(count: int, words: int, repeated: float, clock: Callable[[], float]
     with stage("groups"):
         group, _ = assign_groups([p.text for p in tokens.prompts], [p.turns for p in tokens.prompts], 16)
     with stage("packing"):
-        pool = PromptPool(
+        pool = GroupedPrompts(
             sequences=tuple(TokenSequence(ids, each) for ids, each in zip(tokens.ids, group.tolist(), strict=True)),
             settings=MetricsConfig(),
             vocabulary=Vocabulary.of(tokenizer, VOCABULARY),

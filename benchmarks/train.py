@@ -284,7 +284,7 @@ def run_ours(
     from spinal_jax.train import reference as references
     from spinal_jax.train.loop import Task, optimise
     from spinal_jax.train.optimizer import optimizer, schedule
-    from spinal_jax.train.run import begin, micro_shape, split
+    from spinal_jax.train.run import begin, micro_shape, split_parameters
 
     asked = {
         "model": {"source": args.model},
@@ -304,7 +304,7 @@ def run_ours(
     stop = args.steps + 1
     if config.lora.rank:
         lora.attach(model, config.lora.rank, config.lora.alpha, config.lora.targets, 0)
-    parts, parameters, fixed = split(model, config, mesh)
+    parts, parameters, fixed = split_parameters(model, config, mesh)
     del model
     method, shape = optimizer(config.optimizer, stop), micro_shape(config, decoder, examples, stop, mesh)
     steps = make_steps(
@@ -332,12 +332,12 @@ def run_ours(
 def trace_costs(config: Any, examples: Any, model: Any, tokenizer: Any, decoder: Any) -> dict[str, Any]:
     """Seconds in which a trace of the default prompts is measured, and how many steps lie between two by default."""
     from spinal_jax.audit import pipeline
-    from spinal_jax.audit.measure import keep, measure
+    from spinal_jax.audit.measure import keep_reference, measure
     from spinal_jax.train.run import trace_interval
 
     prompts = pipeline.read_prompt_set(config.prompts)
     pool = pipeline.plan_prompts(prompts, tokenizer, decoder, config.prompts, config.metrics)
-    reference = keep(model, pool, config.metrics, alone=True)
+    reference = keep_reference(model, pool, config.metrics, alone=True)
     begin = time.perf_counter()
     measure(model, pool, config.metrics, None, reference)
     seconds = time.perf_counter() - begin

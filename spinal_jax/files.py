@@ -1,4 +1,4 @@
-"""The files that a run leaves: JSON documents with a schema, a table and arrays beside them, each written whole."""
+"""Files of a run: JSON documents with a schema, tables and arrays, written atomically."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json, ReadJson
 
 T = TypeVar("T")
-SCRATCH = ".writing-"  # begins the name of a folder in which a run's files wait until all are written
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # name of a file that is being written
+SCRATCH = ".writing-"  # prefix of the folder for files of an incomplete run
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # name of a temporary file
 
 
 class Document:
-    """What a document is written from: an attribute for each of its sections, of which these are always there."""
+    """Base of records that are saved as JSON documents, with an attribute for each section."""
 
     columns: Mapping[str, np.ndarray]
-    summary: Mapping[str, Any]
+    summary: ReadJson
     warnings: tuple[str, ...]
 
     @property
@@ -53,7 +54,7 @@ class Document:
         return int(first), int(last)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A column by name, [D + 1]. UserError names the columns where there is none of that name."""
+        """A column by name, [D + 1]. Raises UserError, with the known names, for another name."""
         if name not in self.columns:
             raise UserError(f"there is no column {name!r}; there are {', '.join(self.columns)}")
         return self.columns[name]
@@ -63,31 +64,30 @@ class Document:
         return list(self.columns)
 
     def table(self) -> dict[str, np.ndarray]:
-        """One row per boundary: boundary, relative_depth (l / D) and every column. What `to_pandas` and `to_polars` are
-        made from, and any library that takes a mapping of arrays."""
+        """A mapping of arrays with one row per boundary: boundary, relative_depth (l / D) and all columns."""
         boundary = np.arange(self.boundaries)
         return {"boundary": boundary, "relative_depth": boundary / self.depth, **self.columns}
 
     def to_pandas(self) -> Any:
-        """`table` as a pandas.DataFrame. UserError without pandas."""
+        """`table` as a pandas.DataFrame. Raises UserError without pandas."""
         return _library("pandas").DataFrame(self.table())
 
     def to_polars(self) -> Any:
-        """`table` as a polars.DataFrame; NaN stays NaN. UserError without polars."""
+        """`table` as a polars.DataFrame; NaN stays NaN. Raises UserError without polars."""
         return _library("polars").DataFrame(self.table())
 
     def plot(self, kind: str | None = None) -> Any:
-        """One of the figures of this record's page, as a matplotlib figure.
+        """A figure of the page of this record, as a matplotlib figure.
 
         Args:
-          kind: its name; None: the first. UserError names all of them where there is none of that name.
+          kind: name of the figure; None is the first. Raises UserError, with the known names, for another name.
         """
-        # Pages stand above records and import them, so they are found by name when one is asked for.
+        # The report package imports this module, so it is imported by name here.
         return import_module("spinal_jax.report.notebook").plot(self, kind)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes the file under a temporary name, then renames it, so that nobody ever sees half of it."""
+    """Writes a file atomically: under a temporary name that is then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -105,13 +105,13 @@ def _library(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Locks a folder for this process alone, through the kernel: the lock ends with the process, however that ends.
+    """Locks a folder with a kernel lock, which ends with the process.
 
     Yields:
       Whether it is locked; False on a file system without locks on folders.
 
     Raises:
-      UserError: another process holds the folder, or has just moved it away.
+      UserError: another process holds or has moved the folder.
     """
     taken = UserError(f"{folder} is in use by another run; wait until it has ended or choose another")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -132,8 +132,8 @@ def locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def first_difference(one: object, other: object, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first place where two documents differ: its dotted name, and what it holds in each. None where they agree."""
+def first_difference(one: object, other: object, name: str = "") -> tuple[str, object, object] | None:
+    """The first difference of two documents: dotted name and both values. None if they are equal."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = sorted(one.keys() | other)
         found = (first_difference(one.get(key), other.get(key), f"{name}.{key}".removeprefix(".")) for key in keys)
@@ -143,7 +143,7 @@ def first_difference(one: object, other: object, name: str = "") -> tuple[str, A
 
 @contextlib.contextmanager
 def malformed(what: object) -> Iterator[None]:
-    """What is found to be wrong with the content of a saved file inside the block becomes a UserError that names it."""
+    """Converts errors from invalid content of a saved file into a UserError with its name."""
     try:
         yield
     except UserError:
@@ -154,12 +154,12 @@ def malformed(what: object) -> Iterator[None]:
         raise UserError(f"{what} is malformed: {error or type(error).__name__}") from error
 
 
-# What reading values of another type, size or shape than was written raises.
+# Errors of reading values of an unexpected type, size or shape.
 MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, AssertionError)
 
 
 def load_json(text: str | bytes, what: object) -> Any:
-    """The value of a JSON text. UserError, which names `what` it is, where it is none or is nested too deeply."""
+    """Parses a JSON text. Raises UserError, with the name `what`, if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -179,7 +179,7 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
-def load_json_lines(file: Path) -> list[dict[str, Any]]:
+def load_json_lines(file: Path) -> list[Json]:
     """The JSON objects of a log, one a line; a last line without an end is half-written and left out. UserError where
     the log cannot be read, or another line is no object."""
     found = []
@@ -191,7 +191,7 @@ def load_json_lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def load_json_file(file: Path) -> dict[str, Any]:
+def load_json_file(file: Path) -> Json:
     """The JSON object of a file. UserError where it cannot be read or is none."""
     found = load_json(read_text(file), file)
     if not isinstance(found, dict):
@@ -200,7 +200,7 @@ def load_json_file(file: Path) -> dict[str, Any]:
 
 
 def load_record(path: Path, name: str, arrays: str, parse: Callable[[str, Mapping[str, np.ndarray]], T]) -> T:
-    """The record of a run folder, or of a NAME.json; its arrays come from the file `arrays` beside it, if there.
+    """Loads the record of a run folder or of a NAME.json, with its file of arrays if it exists.
 
     Raises:
       UserError: nothing there, or a file that cannot be read or parsed.
@@ -225,14 +225,14 @@ def save_record(
     folder: Path,
     name: str,
     text: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[ReadJson],
     beside: str,
     arrays: Mapping[str, np.ndarray],
 ) -> None:
-    """Writes the file `beside` (when there are arrays), NAME.csv and, last, NAME.json; each appears whole."""
+    """Writes the arrays to the file `beside` (if any), NAME.csv and, last, NAME.json, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     if arrays:
-        # safetensors writes the buffer as it lies in memory, so a strided view would come back scrambled.
+        # safetensors writes the raw buffer, so arrays must be contiguous.
         write_whole(folder / beside, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
     else:
         (folder / beside).unlink(missing_ok=True)
@@ -245,7 +245,7 @@ def writable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[ReadJson]) -> str:
     """Rows as CSV; NaN is an empty field."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
@@ -256,12 +256,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def document(schema: str, sections: Mapping[str, tuple[str, ...]], record: Document) -> str:
-    """The text of a document: equal records give equal bytes; NaN is null.
+    """The deterministic text of a document; NaN is null.
 
     Args:
-      sections: by the name of an attribute the keys that come first in it, in order; further keys follow, sorted.
+      sections: for each attribute its first keys in order; other keys follow, sorted.
     """
-    content: dict[str, Any] = {"schema": schema}
+    content: Json = {"schema": schema}
     for name, keys in sections.items():
         if name == "columns":
             content["boundaries"] = record.boundaries
@@ -273,11 +273,11 @@ def document(schema: str, sections: Mapping[str, tuple[str, ...]], record: Docum
 
 
 @contextlib.contextmanager
-def read(text: str, what: str, schema: str, superseded: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
-    """The content of a document; what is found to be wrong with it inside the block becomes a UserError too.
+def read(text: str, what: str, schema: str, superseded: Mapping[str, str] | None = None) -> Iterator[Json]:
+    """Reads a document; errors from its content inside the block become a UserError.
 
     Args:
-      superseded: by older schema, why this version does not read it and what to do.
+      superseded: older schema -> reason why it is not supported, and a remedy.
     """
     content = load_json(text, f"the {what}")
     said = content.get("schema") if isinstance(content, dict) else None
@@ -289,14 +289,14 @@ def read(text: str, what: str, schema: str, superseded: Mapping[str, str] | None
         yield content
 
 
-def check_boundaries(content: Mapping[str, Any], boundaries: int) -> None:
-    """ValueError unless a document says as many boundaries as its columns have."""
+def check_boundaries(content: ReadJson, boundaries: int) -> None:
+    """Raises ValueError unless the number of boundaries matches the columns."""
     if (said := content.get("boundaries")) != boundaries:
         raise ValueError(f"it says {said} boundaries, its columns have {boundaries}")
 
 
 def plain(value: object) -> Any:
-    """`value` as JSON can hold it: NaN -> None, arrays and tuples -> lists, mappings by sorted key."""
+    """`value` for JSON: NaN as None, arrays and tuples as lists, mappings with sorted keys."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -307,7 +307,7 @@ def plain(value: object) -> Any:
 
 
 def undefined(value: object) -> Any:
-    """JSON's null is NaN again."""
+    """Replaces null by NaN."""
     if isinstance(value, dict):
         return {key: undefined(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -315,27 +315,26 @@ def undefined(value: object) -> Any:
     return math.nan if value is None else value
 
 
-def floats(name: str, values: Any) -> np.ndarray:
-    known = isinstance(values, list) and all(type(value) in (float, int, type(None)) for value in values)
-    if not known:
+def floats(name: str, values: object) -> np.ndarray:
+    if not isinstance(values, list) or not all(type(value) in (float, int, type(None)) for value in values):
         raise ValueError(f"column {name} is not a list of numbers and nulls")
-    found = np.array([math.nan if value is None else value for value in values], np.float64)
-    if np.isinf(found).any():
+    column = np.array([math.nan if value is None else value for value in values], np.float64)
+    if np.isinf(column).any():
         raise ValueError(f"column {name} holds infinity")
-    return found
+    return column
 
 
 def _two_levels(value: object) -> str:
-    """JSON with one line per key of a section, so that a trace diffs well and a column stays on its line."""
+    """JSON with one line for each key of a section, for readable diffs."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False)
     lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in value.items())
     return "{\n" + lines + "\n  }"
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted names."""
-    found: dict[str, Any] = {}
+def flat(values: ReadJson, prefix: str = "") -> Json:
+    """Flattens nested mappings to dotted names."""
+    found: Json = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found

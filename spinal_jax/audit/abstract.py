@@ -1,4 +1,4 @@
-"""The audit's two steps on abstract shapes: without weights or devices they compile, and their memory is known."""
+"""The two steps of an audit on abstract arrays, to compile them without weights or devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from spinal_jax.audit.device_base import jit_forward_step, jit_lens_step
 from spinal_jax.audit.forward_step import gram_shardings
@@ -16,7 +17,7 @@ from spinal_jax.audit.lens_step import LensSums, zero_lens_sums
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics import contraction
-from spinal_jax.metrics.transport import Lens
+from spinal_jax.metrics.lens import Lens
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import KEEP_FLOAT32, assemble, parameter_shapes
@@ -24,15 +25,15 @@ from spinal_jax.parallel.placement import Shards
 
 
 class Abstract(NamedTuple):
-    """What the steps take, as `jax.ShapeDtypeStruct`s that know their shardings."""
+    """Arguments of the steps as `jax.ShapeDtypeStruct`s with shardings."""
 
     model: Decoder
     grams: tuple[contraction.Grams, ...]
-    lens_error: Any
+    lens_error: jax.ShapeDtypeStruct
     batch: TokenBatch
     lens: Lens
     lens_sums: LensSums
-    x: Any
+    x: jax.ShapeDtypeStruct
 
 
 def abstract_arguments(
@@ -46,25 +47,25 @@ def abstract_arguments(
     device: Any = None,
     slots: int,
 ) -> Abstract:
-    """Everything on the devices while one checkpoint is audited by itself.
+    """All arrays on the devices during the audit of one checkpoint.
 
     Args:
-        config: the model's shape.
+        config: the shape of the model.
         dtype: of its weights.
         settings: what is measured.
         batch_shape: B, T and M of a batch; `shards.rows` divides B and M.
-        gram_dtype: `contraction.gram_dtype` of the pool; float64 is lost without `jax.enable_x64(True)`.
-        shards: where things lie on a mesh; None: on one device.
-        device: which one, where it is not JAX's default: one that is only compiled for.
-        slots: groups whose Gram sums are on the devices.
+        gram_dtype: `contraction.gram_dtype`; float64 needs `jax.enable_x64(True)`.
+        shards: shardings on a mesh; None for one device.
+        device: the device to compile for; None is JAX's default.
+        slots: number of groups whose Gram sums are on the devices.
     """
 
     alone = None if device is None else SingleDeviceSharding(device)
 
-    def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
+    def array(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or alone)
 
-    def parameter(path: str, shape: tuple[int, ...]) -> Any:
+    def parameter(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         kept = jnp.float32 if path.endswith(KEEP_FLOAT32) else dtype
         return array(shape, kept, None if shards is None else shards.parameter(path, shape))
 
@@ -102,8 +103,7 @@ def lower_steps(
     shards: Shards | None = None,
     backend: str | None = None,
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """(`forward_step`, `lens_step`) as an audit jits them for a kind of device, to be compiled; `groups` is the most
-    in a batch."""
+    """`forward_step` and `lens_step`, lowered for a kind of device; `groups` is the maximum in a batch."""
     first = jit_forward_step.lower(
         some.model,
         some.grams,

@@ -1,4 +1,4 @@
-"""What a reader of a trace must know: sentences on rows, resolution, fit and groups."""
+"""Warnings of a trace: number of rows, resolution, quality of fit, size of groups."""
 
 from __future__ import annotations
 
@@ -6,56 +6,56 @@ import math
 
 import numpy as np
 
-from spinal_jax.audit.measure import Measurement
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.data.packing import Plan
 from spinal_jax.metrics.tail import EPS32, fitted_ranks, resolved_ranks
+from spinal_jax.stats.jackknife import MAX_SHARE
 
-HEAVY = 0.25  # share of the rows of one prompt or one group above which intervals are too narrow
-WEAK_FIT = 0.95  # R^2 below which a trace says that the tail is not a power law
+WEAK_FIT = 0.95  # R^2 below which the tail is not a clean power law
 
 
-def trace_warnings(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
-    """Sentences that a reader of the numbers must know."""
-    lines = list(work.notes)
-    if work.rows < 4 * width:
+def trace_warnings(measurement: Measurement, plan: Plan, width: int, window: tuple[float, float]) -> list[str]:
+    """Warnings about a measurement, one sentence each."""
+    lines = list(plan.notes)
+    if plan.rows < 4 * width:
         lines.append(
-            f"N = {work.rows:,} rows are fewer than 4 d = {4 * width:,} (d = {width:,}): sampling then steepens the "
+            f"N = {plan.rows:,} rows are fewer than 4 d = {4 * width:,} (d = {width:,}): sampling then steepens the "
             "tail, contraction reads high, and a comparison gives no verdict. More or longer prompts help."
         )
-    lines += _unresolved(found, work, width, window)
-    lines += _depends_on_rows(found, work)
-    lines += [f"No {name}: {reason}." for name, reason in found.reasons.items()]
-    worst = float(np.nanmin(found.whole.columns["fit_r2"], initial=math.inf))
+    lines += _unresolved(measurement, plan, width, window)
+    lines += _depends_on_rows(measurement, plan)
+    lines += [f"No {name}: {reason}." for name, reason in measurement.reasons.items()]
+    worst = float(np.nanmin(measurement.whole.columns["fit_r2"], initial=math.inf))
     if worst < WEAK_FIT:
-        at = int(np.nanargmin(found.whole.columns["fit_r2"]))
+        at = int(np.nanargmin(measurement.whole.columns["fit_r2"]))
         lines.append(f"The tail is not a clean power law everywhere: R^2 falls to {worst:.3f} at boundary {at}.")
-    if (share := work.largest_prompt_share) > HEAVY:
+    if (share := plan.largest_prompt_share) > MAX_SHARE:
         lines.append(
-            f"One prompt holds {share:.0%} of the rows: above {HEAVY:.0%} the intervals are far too narrow. Lower "
+            f"One prompt holds {share:.0%} of the rows: above {MAX_SHARE:.0%} the intervals are far too narrow. Lower "
             "prompts.max_length, or leave the longest prompts out."
         )
-    elif (share := work.groups.largest_share) > HEAVY:
+    elif (share := plan.groups.largest_share) > MAX_SHARE:
         lines.append(
-            f"One group of prompts holds {share:.0%} of the rows: above {HEAVY:.0%} the intervals are far too narrow. "
-            f"Of {len(work.sequences)} prompts {work.counts.get('largest_component', 1)} are near-duplicates in one "
-            f"component, and metrics.groups is {work.group_count}."
+            f"One group of prompts holds {share:.0%} of the rows: above {MAX_SHARE:.0%} the intervals are far too "
+            f"narrow. Of {len(plan.sequences)} prompts {plan.counts.get('largest_component', 1)} are near-duplicates "
+            f"in one component, and metrics.groups is {plan.group_count}."
         )
-    if len(found.rows) < 8:
-        lines.append(f"Only {len(found.rows)} groups of prompts: the intervals are rough.")
+    if len(measurement.rows) < 8:
+        lines.append(f"Only {len(measurement.rows)} groups of prompts: the intervals are rough.")
     return lines
 
 
-def _unresolved(found: Measurement, work: Plan, width: int, window: tuple[float, float]) -> list[str]:
-    """Where the window reaches below what is resolved, a sentence a boundary."""
+def _unresolved(measurement: Measurement, plan: Plan, width: int, window: tuple[float, float]) -> list[str]:
+    """A warning for each boundary whose fit window is not resolved."""
     lines = []
-    high = fitted_ranks(work.rows, width, window)[1]
-    for at in np.flatnonzero(np.isnan(found.whole.columns["contraction"])):
-        spectra = np.concatenate([found.singular_values[None, at], found.singular_values_without[:, at]])
-        last = int(resolved_ranks(spectra, found.resolution).min())
-        least = f"{found.resolution:.1e} s_1"
+    high = fitted_ranks(plan.rows, width, window)[1]
+    for at in np.flatnonzero(np.isnan(measurement.whole.columns["contraction"])):
+        spectra = np.concatenate([measurement.singular_values[None, at], measurement.singular_values_without[:, at]])
+        last = int(resolved_ranks(spectra, measurement.resolution).min())
+        least = f"{measurement.resolution:.1e} s_1"
         helps = (
             "model.dtype=float32, whose Gram sums are multiplied in float64,"
-            if found.resolution > EPS32
+            if measurement.resolution > EPS32
             else f"a window that ends at rank {last} or before"
         )
         lines.append(
@@ -65,15 +65,16 @@ def _unresolved(found: Measurement, work: Plan, width: int, window: tuple[float,
     return lines
 
 
-def _depends_on_rows(found: Measurement, work: Plan) -> list[str]:
-    """A sentence where alpha of half of the groups lies further from that of all than 2 standard errors."""
-    change = found.whole.columns["contraction"] - found.contraction_half
-    beyond = np.flatnonzero(np.abs(change) > 2 * found.errors.columns["contraction"])
+def _depends_on_rows(measurement: Measurement, plan: Plan) -> list[str]:
+    """A warning if alpha of half of the groups differs from alpha of all by more than 2 standard errors."""
+    change = measurement.whole.columns["contraction"] - measurement.contraction_half
+    beyond = np.flatnonzero(np.abs(change) > 2 * measurement.errors.columns["contraction"])
     if not len(beyond):
         return []
     at = beyond[np.argmax(np.abs(change[beyond]))]
     return [
-        f"Contraction still depends on N at {len(beyond)} of {len(change)} boundaries: from N / 2 to N = {work.rows:,} "
-        f"it moves by more than 2 standard errors, most at boundary {at}, from {found.contraction_half[at]:.4f} to "
-        f"{found.whole.columns['contraction'][at]:.4f}. Only traces of equal N compare."
+        f"Contraction still depends on N at {len(beyond)} of {len(change)} boundaries: from N / 2 to N = {plan.rows:,} "
+        f"it moves by more than 2 standard errors, most at boundary {at}, from "
+        f"{measurement.contraction_half[at]:.4f} to {measurement.whole.columns['contraction'][at]:.4f}. "
+        "Only traces of equal N compare."
     ]

@@ -1,11 +1,11 @@
-"""What an audit runs on, and what all kinds of it share."""
+"""Abstract base of the devices of an audit, and functions that the implementations share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,15 @@ from spinal_jax.audit.spectra import BoundarySums, Worker
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics import contraction
-from spinal_jax.metrics.transport import Lens
+from spinal_jax.metrics.depth import Terminal
+from spinal_jax.metrics.lens import Lens
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import Placing
 from spinal_jax.parallel.placement import Shards
 
-AllGrams = tuple[contraction.Grams, ...]  # of the rows that count, and of each of `metrics.variants.skip`
+AllGrams = tuple[contraction.Grams, ...]  # for `contraction.skip` and for each of `variants.skip`
 
-# Compiled once for the shapes of a model and a batch, however often `measure` is called; what is summed is donated.
+# Jitted at module level, so that repeated calls of `measure` compile once; sums are donated.
 jit_forward_step = jax.jit(
     forward_step, static_argnames=("skips", "groups", "shards", "backend"), donate_argnames="grams"
 )
@@ -38,14 +39,14 @@ jit_position_steps = jax.jit(position_steps, static_argnames=("top_k", "shards",
 
 
 class Devices(ABC):
-    """What an audit runs on.
+    """The devices of an audit.
 
     Attributes:
-        rows: how many devices share the rows of a batch.
-        own: which of these parts of the rows this process fills; None: all.
-        leads: whether this process keeps the sums that leave the devices: the first of those that share them.
-        placing: where a parameter lies, for `load_decoder`; None: wherever JAX puts it.
-        shards: where arrays lie on a mesh; None: there is none.
+        rows: number of devices that split the rows of a batch.
+        own: numbers of the row shards that this process fills; None is all.
+        leads: whether this process collects the results.
+        placing: sharding of each parameter, for `load_decoder`; None is the default device.
+        shards: shardings on a mesh; None without a mesh.
     """
 
     rows: int
@@ -55,32 +56,32 @@ class Devices(ABC):
     shards: Shards | None
 
     def gram_share(self, width: int) -> int:
-        """Among how many devices the Gram sums are split."""
+        """Number of devices that split the Gram sums."""
         return 1 if self.shards is None else self.shards.gram_share(width // contraction.stripe_count(width))
 
     @abstractmethod
     def model(self, model: Decoder) -> Decoder:
-        """The model, its parameters where they belong."""
+        """The model with its parameters placed on the devices."""
 
     @abstractmethod
     def lens(self, lens: Lens) -> Lens:
-        """What reads token distributions, its rows where the walk through the vocabulary wants them."""
+        """The lens with its rows placed for the pass over the vocabulary."""
 
     @abstractmethod
     def batch(self, batch: TokenBatch) -> TokenBatch:
-        """A batch of the host."""
+        """A host batch placed on the devices."""
 
     @abstractmethod
     def grams(self, number: int, slots: int, boundaries: int, width: int, dtype: np.dtype) -> AllGrams:
-        """`number` sums of nothing yet."""
+        """`number` Gram sums of zero rows."""
 
     @abstractmethod
     def lens_error(self) -> Array:
-        """No difference seen yet."""
+        """A lens error of 0."""
 
     @abstractmethod
     def lens_sums(self, sums: LensSums) -> LensSums:
-        """Sums of nothing yet."""
+        """Sums placed on the devices."""
 
     @abstractmethod
     def forward_step(
@@ -113,25 +114,25 @@ class Devices(ABC):
 
     @abstractmethod
     def clear(self, grams: contraction.Grams, slot: int) -> contraction.Grams:
-        """The sums with nothing in one slot; `grams` is donated."""
+        """Sets one slot to zero; `grams` is donated."""
 
     @abstractmethod
     def of_slot(self, grams: contraction.Grams, slot: int, boundary: int) -> BoundarySums:
-        """The sums of a slot at a boundary, on the host. Processes that share the sums must all ask for them."""
+        """The sums of a slot at a boundary, on the host. A collective operation of all processes."""
 
     @abstractmethod
     def of_boundaries(self, grams: contraction.Grams, boundaries: Sequence[int]) -> dict[int, BoundarySums]:
-        """The sums of all slots at one boundary for each device (`workers` of them): by the number of the device, of
-        those that belong to this process, which have them. Processes that share the sums must all ask for them."""
+        """The sums of all slots at one boundary for each of `workers`, by the number of the device, for the devices of
+        this process. A collective operation of all processes."""
 
     @property
     @abstractmethod
     def workers(self) -> Sequence[Worker]:
-        """All devices, which share the work of the spectra."""
+        """All devices, which share the eigenvalue computations."""
 
     @abstractmethod
     def to_host(self, x: Array) -> np.ndarray:
-        """x [D + 1, M, d] as `forward_step` leaves it, on the host."""
+        """x [D + 1, M, d] from `forward_step`, on the host."""
 
     @abstractmethod
     def from_host(self, x: np.ndarray) -> Array:
@@ -139,21 +140,30 @@ class Devices(ABC):
 
     @abstractmethod
     def largest(self, lens_error: Array) -> float:
-        """The largest difference seen."""
+        """The lens error as a number, over all devices."""
 
     @abstractmethod
     def totals(self, sums: LensSums) -> tuple[tuple[TransportSums, ...], PairSums | None]:
-        """The sums as float64 on the host."""
+        """The sums in float64 on the host."""
 
 
 @partial(jax.jit, donate_argnames="grams")
 def clear_slot(grams: contraction.Grams, slot: int) -> contraction.Grams:
-    """The sums with nothing in one slot."""
+    """Sets one slot to zero."""
     return jax.tree.map(lambda x: x.at[slot].set(0), grams)
 
 
-def static(settings: MetricsConfig) -> dict[str, Any]:
-    """The settings that `lens_step` is compiled for."""
+class LensSettings(TypedDict):
+    """Static arguments of `lens_step`."""
+
+    top_k: int | None
+    groups: int
+    lasts: tuple[int, ...]
+    terminal: Terminal
+
+
+def static(settings: MetricsConfig) -> LensSettings:
+    """The settings for which `lens_step` is compiled."""
     return {
         "top_k": settings.transport.top_k,
         "groups": settings.groups,
@@ -163,12 +173,12 @@ def static(settings: MetricsConfig) -> dict[str, Any]:
 
 
 def no_error() -> Array:
-    """No difference seen yet."""
+    """A lens error of 0."""
     return jnp.zeros((), jnp.float32)
 
 
 def as_float64(sums: LensSums) -> tuple[tuple[TransportSums, ...], PairSums | None]:
-    """The sums of the model, and between two, on the host."""
+    """The sums in float64 on the host."""
     host = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     return host.own, host.across
 
@@ -184,10 +194,10 @@ def on_host(sums: BoundarySums) -> BoundarySums:
 
 
 def by_device(dealt: BoundarySums, workers: Sequence[Worker]) -> dict[int, BoundarySums]:
-    """Of sums that were dealt out, one to each device, those of this process by the number of the device."""
-    number = {device: place for place, device in enumerate(workers)}
+    """Sums with one boundary on each device -> those of this process, by the number of the device."""
+    number = {device: index for index, device in enumerate(workers)}
     parts = [{number[shard.device]: shard.data[0] for shard in x.addressable_shards} for x in jax.tree.leaves(dealt)]
     return {
-        place: BoundarySums(second=tuple(part[place] for part in parts[:-1]), first=parts[-1][place])
-        for place in parts[-1]
+        index: BoundarySums(second=tuple(part[index] for part in parts[:-1]), first=parts[-1][index])
+        for index in parts[-1]
     }

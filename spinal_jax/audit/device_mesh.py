@@ -1,11 +1,11 @@
-"""A mesh of devices that shares every array."""
+"""An audit on a mesh of devices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from spinal_jax.audit.spectra import BoundarySums, Worker
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics import contraction
-from spinal_jax.metrics.transport import Lens
+from spinal_jax.metrics.lens import Lens
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import take_apart
 from spinal_jax.parallel.mesh import placed
@@ -42,7 +42,7 @@ from spinal_jax.parallel.placement import Shards
 
 @final
 class OnMesh(Devices):
-    """A mesh of devices, every array split by the rules of `spinal_jax.parallel`."""
+    """A mesh of devices; arrays are sharded by the rules of `spinal_jax.parallel`."""
 
     def __init__(self, shards: Shards):
         self.shards = self.places = shards
@@ -57,7 +57,7 @@ class OnMesh(Devices):
 
     def lens(self, lens: Lens) -> Lens:
         multiple, table = self.places.table_multiple, self.places.table
-        padded = jax.tree.map(partial(_padded, multiple=multiple), lens)  # first, so that rows can be dealt out evenly
+        padded = jax.tree.map(partial(_padded, multiple=multiple), lens)  # so that the mesh divides the rows
         return replace(jax.tree.map(lambda x: placed(x, table), padded), size=lens.vocab_size)
 
     def batch(self, batch: TokenBatch) -> TokenBatch:
@@ -128,18 +128,18 @@ class OnMesh(Devices):
 
 @partial(jax.jit, static_argnames="multiple")
 def _padded(x: Array, multiple: int) -> Array:
-    """Rows of zeros behind x [V, ..], up to a multiple of so many."""
+    """x [V, ...] padded with rows of zeros to a multiple of `multiple`."""
     return jnp.pad(x, ((0, -x.shape[0] % multiple), *((0, 0) for _ in x.shape[1:])))
 
 
 @cache
-def _gathered(whole: NamedSharding) -> Any:
+def _gathered(whole: NamedSharding) -> Callable[[contraction.Grams, int, int], BoundarySums]:
     return jax.jit(slot_sums, out_shardings=whole)
 
 
 @cache
-def _dealt_out(each: NamedSharding) -> Any:
-    """Sums of all slots at one boundary for each device, [n, G, ..], one on each."""
+def _dealt_out(each: NamedSharding) -> Callable[[contraction.Grams, np.ndarray], BoundarySums]:
+    """Jitted function to [n, G, ...], the sums of all slots at one boundary for each device, one on each."""
 
     def deal(grams: contraction.Grams, boundaries: Array) -> BoundarySums:
         second, first = jax.tree.map(lambda x: jnp.moveaxis(x[:, boundaries], 1, 0), tuple(grams))

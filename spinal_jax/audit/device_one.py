@@ -1,4 +1,4 @@
-"""One device."""
+"""An audit on one device."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from spinal_jax.audit.spectra import BoundarySums, Worker
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics import contraction
-from spinal_jax.metrics.transport import Lens
+from spinal_jax.metrics.lens import Lens
 from spinal_jax.models.decoder import Decoder
 
 
 @final
 class OneDevice(Devices):
-    """The device that JAX takes where nothing is said."""
+    """JAX's default device."""
 
     def __init__(self) -> None:
         self.rows, self.own, self.leads = 1, None, True

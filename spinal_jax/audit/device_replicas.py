@@ -1,10 +1,10 @@
-"""Replicas: devices that each have a whole model and do a part of every batch."""
+"""An audit on replicas: every device has the whole model and processes a part of each batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, TypeVar, final
+from typing import TypeVar, Unpack, final
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,23 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from spinal_jax.audit.device_base import AllGrams, Devices, as_float64, by_device, no_error, on_host, static
+from spinal_jax.audit.device_base import (
+    AllGrams,
+    Devices,
+    LensSettings,
+    as_float64,
+    by_device,
+    no_error,
+    on_host,
+    static,
+)
 from spinal_jax.audit.forward_step import forward_step
 from spinal_jax.audit.lens_step import LensSums, PairSums, TransportSums, lens_step, position_steps
 from spinal_jax.audit.spectra import BoundarySums, Worker
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics import contraction
-from spinal_jax.metrics.transport import Lens
+from spinal_jax.metrics.lens import Lens
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.parallel.placement import Replicas
 
@@ -28,9 +37,9 @@ T = TypeVar("T")
 
 @final
 class OnReplicas(Devices):
-    """Devices that each have the whole model, a part of every batch's rows and sums of their own: `jax.pmap`.
+    """Data parallelism by `jax.pmap`: each device has the whole model, some rows of each batch, and its own sums.
 
-    Sums are added up as they leave the devices, so that nothing is exchanged during a step.
+    Sums are added when they leave the devices, so that a step needs no communication.
     """
 
     def __init__(self, replicas: Replicas):
@@ -40,7 +49,7 @@ class OnReplicas(Devices):
         self.shards = None
 
     def _each(self, tree: T) -> T:
-        """One copy on each device, along a new first axis."""
+        """One copy on each device, along a new leading axis."""
         return jax.tree.map(lambda x: jax.device_put(np.stack([np.asarray(x)] * self.rows), self.replicas.each), tree)
 
     def model(self, model: Decoder) -> Decoder:
@@ -120,8 +129,8 @@ class OnReplicas(Devices):
 
 
 @cache
-def _dealt_out_by_replicas(each: NamedSharding) -> Any:
-    """The same, of sums [n, G, D + 1, ..] that each device has its part of."""
+def _dealt_out_by_replicas(each: NamedSharding) -> Callable[[contraction.Grams, np.ndarray], BoundarySums]:
+    """Jitted function from the sums of each device [n, G, D + 1, ...] to the totals at one boundary for each device."""
 
     def deal(grams: contraction.Grams, boundaries: Array) -> BoundarySums:
         second, first = jax.tree.map(lambda x: jnp.moveaxis(jnp.sum(x[:, :, boundaries], axis=0), 1, 0), tuple(grams))
@@ -131,17 +140,17 @@ def _dealt_out_by_replicas(each: NamedSharding) -> Any:
 
 
 @cache
-def _forward_each(skips: tuple[int, ...], groups: int) -> Any:
+def _forward_each(skips: tuple[int, ...], groups: int) -> Callable[..., tuple[AllGrams, Array, Array]]:
     return jax.pmap(partial(forward_step, skips=skips, groups=groups), in_axes=(None, 0, 0, 0), donate_argnums=1)
 
 
 @cache
-def _lens_each(**static: Any) -> Any:
+def _lens_each(**static: Unpack[LensSettings]) -> Callable[..., LensSums]:
     return jax.pmap(partial(lens_step, **static), in_axes=(None, 0, 0, 0), donate_argnums=1)
 
 
 @cache
-def _steps_each(top_k: int | None) -> Any:
+def _steps_each(top_k: int | None) -> Callable[..., tuple[Array, ...]]:
     return jax.pmap(partial(position_steps, top_k=top_k), in_axes=(None, 0, 0))
 
 

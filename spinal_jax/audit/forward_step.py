@@ -1,9 +1,8 @@
-"""The first of an audit's two steps: the forward of one batch, whose tap sums Gram matrices and keeps residuals."""
+"""First step of an audit: forward pass of a batch with a tap that accumulates Gram sums and keeps hidden states."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +27,17 @@ def forward_step(
     shards: Shards | None = None,
     backend: str | None = None,
 ) -> tuple[tuple[contraction.Grams, ...], Array, Array]:
-    """Runs the forward of one batch. Pure.
+    """Runs the forward pass of a batch. A pure function.
 
     Args:
         model: the checkpoint.
-        grams: the sums of the rows that count and, for each of `skips`, of those from that position on.
-        lens_error: largest difference in probability seen so far between the model's own output and what its lens
-            reads at boundary D.
+        grams: Gram sums of the counted rows and, for each of `skips`, of the rows from that position on.
+        lens_error: largest difference in probability so far between the output of the model and the lens at boundary D.
         batch: rows of tokens.
-        skips: first positions, one for each of the sums behind the first.
-        groups: most groups of prompts in a batch.
-        shards: how devices share the work, where there are several.
-        backend: the kind of device that this is for; None: JAX's default.
+        skips: first position of each Gram sum after the first.
+        groups: maximum number of groups in a batch.
+        shards: shardings on a mesh, if there are several devices.
+        backend: kind of device; None is JAX's default.
 
     Returns:
         (grams, x [D + 1, M, d] at the measured positions after the final norm, lens_error)
@@ -53,7 +51,9 @@ def forward_step(
         kept = jnp.zeros((boundaries, measured, config.width), h.dtype)
         return grams, kept if shards is None else jax.lax.with_sharding_constraint(kept, shards.kept)
 
-    def update(carry: tuple[tuple[contraction.Grams, ...], Array], h: Array, index: Array) -> Any:
+    def update(
+        carry: tuple[tuple[contraction.Grams, ...], Array], h: Array, index: Array
+    ) -> tuple[tuple[contraction.Grams, ...], Array]:
         grams, kept = carry
         rows = pick(h, batch.measured, shards)
         grams = tuple(
@@ -72,7 +72,7 @@ def forward_step(
         mesh=ALONE if shards is None else shards.mesh,
     )
     x = model.final_norm(kept)
-    # The model's own way to its output, at one position a batch: the last block's result.
+    # The output of the model itself, from the last block, at one position of the batch.
     own, kept = pick(last, batch.measured, shards)[0], x[-1, 0]
     if shards is not None:
         own, kept = jax.lax.with_sharding_constraint((own, kept), shards.whole)
@@ -88,7 +88,7 @@ def forward_step(
 
 
 def pick(values: Array, measured: Array, shards: Shards | None) -> Array:
-    """`values` [B, T, ..] at the measured positions of a batch, [M, ..]."""
+    """`values` [B, T, ...] at the measured positions of a batch, [M, ...]."""
 
     def own(values: Array, measured: Array) -> Array:
         return values.reshape(-1, *values.shape[2:])[measured]
@@ -97,7 +97,7 @@ def pick(values: Array, measured: Array, shards: Shards | None) -> Array:
 
 
 def gram_shardings(width: int, shards: Shards) -> contraction.Grams:
-    """Where Gram sums lie on a mesh: in the place of each array its `NamedSharding`."""
+    """The `NamedSharding` of each array of the Gram sums."""
     stripes = contraction.stripe_count(width)
     second, first = shards.grams(width // stripes)
     return contraction.Grams(second=(second,) * stripes, first=first)

@@ -1,4 +1,4 @@
-"""Where Gram sums are once they have been made: on the devices, in the memory of the host, or in a scratch file."""
+"""Storage of Gram sums: on the devices, in host memory, or in a scratch file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GramHome:
-    """Where the Gram sums of all groups are kept, and why there."""
+    """The storage of the Gram sums of all groups, and the reason."""
 
     where: Literal["devices", "host", "file"]
     why: str
 
     @property
     def slots(self) -> int | None:
-        """Groups in a batch at most, as `data.packing.plan_batches` takes it."""
+        """Maximum number of groups in a batch, for `data.packing.plan_batches`."""
         return None if self.where == "devices" else SLOTS
 
     def __str__(self) -> str:
@@ -42,19 +42,19 @@ class GramHome:
 
 
 def gram_bytes(config: DecoderConfig, settings: MetricsConfig) -> int:
-    """Of the Gram sums of all groups, on all devices together."""
+    """Size of the Gram sums of all groups in bytes, over all devices."""
     numbers = contraction.triangle_size(config.width) + config.width
     return 8 * (1 + len(settings.variants.skip)) * settings.groups * (config.depth + 1) * numbers
 
 
 def gram_home(config: DecoderConfig, settings: MetricsConfig, weight_bytes: int, devices: Devices) -> GramHome:
-    """On the devices where the sums of all groups fit beside the weights, else in host memory, else in a file.
+    """On the devices if the sums of all groups fit next to the weights, else in host memory, else in a file.
 
     Args:
-        config: the model's shape.
+        config: the shape of the model.
         settings: what is measured.
-        weight_bytes: of the parameters, all devices together.
-        devices: what the audit runs on.
+        weight_bytes: size of the parameters, over all devices.
+        devices: devices of the audit.
     """
     share, parts = devices.gram_share(config.width), 1 if devices.shards is None else devices.shards.parameter_split
     copies = len(devices.workers) // share
@@ -64,15 +64,15 @@ def gram_home(config: DecoderConfig, settings: MetricsConfig, weight_bytes: int,
 def home_for(
     size: int, share: int, copies: int, weight_bytes: float, memory: float | None, host: float | None
 ) -> GramHome:
-    """`gram_home` from numbers alone.
+    """`gram_home` from sizes in bytes.
 
     Args:
-        size: bytes of the sums of all groups.
-        share: how many devices split them.
-        copies: how many such sets of devices there are.
+        size: of the sums of all groups.
+        share: number of devices that split the sums.
+        copies: number of replicas of the sums.
         weight_bytes: of the parameters on one device.
-        memory: bytes of one device; None: devices share the memory of the host.
-        host: bytes of the host's memory; None: as much as is asked for.
+        memory: of one device; None if devices use host memory.
+        host: of the host; None is unlimited.
     """
     if memory is None and host is not None:
         room = HOST_SHARE * host
@@ -89,13 +89,13 @@ def home_for(
 
 
 def fits_host(config: DecoderConfig, settings: MetricsConfig) -> bool:
-    """Whether the memory of this machine has room for the sums of all groups."""
+    """Whether the sums of all groups fit into the memory of this host."""
     return gram_bytes(config, settings) <= HOST_SHARE * host_memory()
 
 
 @final
 class OnDevices(GramSource):
-    """Sums of all groups that are still where they were made."""
+    """Gram sums that stay on the devices."""
 
     def __init__(self, devices: Devices, grams: contraction.Grams):
         self.devices, self.grams = devices, grams
@@ -105,11 +105,11 @@ class OnDevices(GramSource):
 
 
 class GramStore(GramSource, ABC):
-    """Sums that have left the devices, of the boundaries that this process takes the spectra of.
+    """Gram sums that have left the devices, for the boundaries whose spectra this process computes.
 
     Args:
         groups: G.
-        boundaries: for each of `workers` those that it takes.
+        boundaries: the boundaries of each of `workers`.
         workers: the devices that share the work.
         width: d.
     """
@@ -128,23 +128,23 @@ class GramStore(GramSource, ABC):
         return {number: known[boundaries[number]] for number in self.mine if boundaries[number] in known}
 
     def zeros(self) -> BoundarySums:
-        """Nothing yet, of one boundary."""
+        """Sums of zero rows at one boundary."""
         height = self.width // contraction.stripe_count(self.width)
         stripes = tuple(np.zeros((self.group_count, height, end)) for end in contraction.stripe_ends(self.width))
         return BoundarySums(second=stripes, first=np.zeros((self.group_count, self.width)))
 
     @abstractmethod
     def add(self, group: int, sums: Callable[[int], BoundarySums], depth: int) -> None:
-        """Adds the sums of one run of rows of a group: `sums(boundary)`, which is asked for each of 0..depth."""
+        """Adds the sums of one run of rows of a group; `sums(boundary)` is called for each of 0..depth."""
 
     @abstractmethod
     def read(self, boundary: int) -> BoundarySums:
-        """What was added at a boundary, of all groups."""
+        """The sums of all groups at a boundary."""
 
 
 @final
 class HostStore(GramStore):
-    """Sums in the memory of the host."""
+    """Gram sums in host memory."""
 
     def __init__(self, groups: int, boundaries: Sequence[Sequence[int]], workers: Sequence[Worker], width: int):
         super().__init__(groups, boundaries, workers, width)
@@ -152,10 +152,10 @@ class HostStore(GramStore):
 
     def add(self, group: int, sums: Callable[[int], BoundarySums], depth: int) -> None:
         for boundary in range(depth + 1):
-            found = sums(boundary)
+            added = sums(boundary)
             if boundary in self.boundaries:
                 held = self._sums.setdefault(boundary, self.zeros())
-                for total, part in zip((*held.second, held.first), (*found.second, found.first), strict=True):
+                for total, part in zip((*held.second, held.first), (*added.second, added.first), strict=True):
                     total[group] += part
 
     def read(self, boundary: int) -> BoundarySums:
@@ -164,7 +164,7 @@ class HostStore(GramStore):
 
 @final
 class FileStore(GramStore):
-    """Sums in a scratch file of records, each of one run of rows of a group at all boundaries."""
+    """Gram sums in a scratch file. A record holds one run of rows of a group, at all boundaries."""
 
     def __init__(
         self,
@@ -177,21 +177,21 @@ class FileStore(GramStore):
         super().__init__(groups, boundaries, workers, width)
         self.file = file
         self.shapes = [x.shape[1:] for x in (*self.zeros().second, self.zeros().first)]
-        self.size = 8 * sum(math.prod(shape) for shape in self.shapes)  # bytes of a boundary
+        self.size = 8 * sum(math.prod(shape) for shape in self.shapes)  # bytes at one boundary
         self.record = self.size * len(self.boundaries)
-        self.groups: list[int] = []  # of each record
+        self.groups: list[int] = []  # group of each record
 
     def add(self, group: int, sums: Callable[[int], BoundarySums], depth: int) -> None:
         for boundary in range(depth + 1):
-            found = sums(boundary)
+            added = sums(boundary)
             if boundary in self.boundaries:
-                for part in (*found.second, found.first):
+                for part in (*added.second, added.first):
                     self.file.write(np.ascontiguousarray(part, np.float64).reshape(-1).data)
         self.groups.append(group)
 
     def go_on(self, groups: Sequence[int]) -> None:
-        """Takes over what the file holds of these groups, a record each, and forgets what is behind that. ValueError
-        where it holds less."""
+        """Continues with the first records of the file, one for each of `groups`, and truncates the rest. Raises
+        ValueError if the file is shorter."""
         length = len(groups) * self.record
         if (there := self.file.seek(0, os.SEEK_END)) < length:
             raise ValueError(f"the file of Gram sums has {there} bytes of {length}")
@@ -200,24 +200,24 @@ class FileStore(GramStore):
         self.file.seek(length)
 
     def inherit(self, held: Sequence[tuple[IO[bytes], Sequence[int]]], groups: Sequence[int]) -> None:
-        """Begins with what files of other processes hold of these groups, a record each. `held` is these files, each
-        with the boundaries that are in its records."""
+        """Starts with the records of files of other processes, one for each of `groups`. `held` lists these files, each
+        with the boundaries in its records."""
         self.file.truncate(0)
         self.file.seek(0)
         for record in range(len(groups)):
             for boundary in self.boundaries:
                 file, theirs = next(pair for pair in held if boundary in pair[1])
                 file.seek((record * len(theirs) + theirs.index(boundary)) * self.size)
-                if len(found := file.read(self.size)) != self.size:
+                if len(data := file.read(self.size)) != self.size:
                     raise ValueError(f"a file of Gram sums ends within record {record}")
-                self.file.write(found)
+                self.file.write(data)
         self.groups = list(groups)
 
     def read(self, boundary: int) -> BoundarySums:
         sums = self.zeros()
-        place = self.boundaries.index(boundary)
+        index = self.boundaries.index(boundary)
         for record, group in enumerate(self.groups):
-            self.file.seek(record * self.record + place * self.size)
+            self.file.seek(record * self.record + index * self.size)
             for total, shape in zip((*sums.second, sums.first), self.shapes, strict=True):
                 total[group] += np.frombuffer(self.file.read(8 * math.prod(shape)), np.float64).reshape(shape)
         return sums

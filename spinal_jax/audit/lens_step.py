@@ -1,4 +1,4 @@
-"""The second of an audit's two steps: token distributions at the measured positions, summed by prompt group."""
+"""Second step of an audit: token distributions at the measured positions, summed by prompt group."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ from spinal_jax.audit.forward_step import pick
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import TokenBatch
 from spinal_jax.metrics.depth import Terminal, terminal_block
-from spinal_jax.metrics.transport import Lens, LensStats, Pair, lens_stats, turning_angle
+from spinal_jax.metrics.lens import Lens
+from spinal_jax.metrics.transport import LensStats, Pair, lens_stats, turning_angle
 from spinal_jax.parallel.placement import Shards
 
 
 class TransportSums(NamedTuple):
-    """Transport by prompt group: sums over measured positions, to be divided last. float32."""
+    """Sums over measured positions by prompt group, float32."""
 
-    positions: Array  # [G] how many were measured
-    step: Array  # [G, D + 1] radians, of the step that arrives at a boundary; 0 at boundary 0
+    positions: Array  # [G] number of positions
+    step: Array  # [G, D + 1] radians, step that ends at a boundary; 0 at boundary 0
     entropy: Array  # [G, D + 1] nats
     turning: Array  # [G, D + 1] radians
-    turned: Array  # [G, D + 1] positions that count for `turning`
+    turned: Array  # [G, D + 1] number of positions in `turning`
     direct: Array  # [G] radians
-    last_positions: Array  # [K, G] how many of them are among the last so many tokens, for each variant
-    last_step: Array  # [K, G, D + 1] radians, of those
+    last_positions: Array  # [K, G] number of positions among the last tokens, for each of `lasts`
+    last_step: Array  # [K, G, D + 1] radians, `step` at these positions
 
 
 class PairSums(NamedTuple):
-    """Between two models by prompt group: sums over measured positions. float32."""
+    """Sums of distances between two models by prompt group, float32."""
 
     distance: Array  # [G, D + 1] radians
-    divergence: Array  # [G] nats, KL(model || reference) of what they put out
+    divergence: Array  # [G] nats, KL(model || reference) of the output distributions
 
 
 class LensSums(NamedTuple):
-    """Everything `lens_step` carries."""
+    """The state of `lens_step`."""
 
-    own: tuple[TransportSums, ...]  # of the model, and of the reference where it is not known yet
+    own: tuple[TransportSums, ...]  # of the model, and of the reference if its measurement is pending
     across: PairSums | None
-    lens_error: Array  # largest difference seen between two ways to the output's probabilities
+    lens_error: Array  # largest difference between two computations of the output probabilities
 
 
 def pairs_of(boundaries: int, model: int = 0, terminal: Terminal = "third") -> tuple[Pair, Pair, Pair]:
-    """Steps, two-block chords (for the turning angle) and the terminal chord (for directness) within one model."""
+    """Steps, chords over two blocks (for the turning angle) and the terminal chord (for directness) of one model."""
     depth, begin = boundaries - 1, model * boundaries
     before = begin + terminal_block(depth, terminal)[0] - 1
     return (
@@ -58,18 +59,19 @@ def pairs_of(boundaries: int, model: int = 0, terminal: Terminal = "third") -> t
 
 
 def zero_lens_sums(boundaries: int, settings: MetricsConfig, models: int, across: bool) -> LensSums:
-    """Sums of nothing yet.
+    """The initial state.
 
     Args:
         boundaries: D + 1.
-        models: how many to sum the own numbers of.
-        across: whether to sum the distances between two.
+        settings: what is measured.
+        models: number of models with transport sums.
+        across: whether distances between two models are summed.
     """
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     groups, lasts = settings.groups, len(settings.lasts)
     by = (groups, boundaries)
 
-    def sums() -> TransportSums:  # arrays of its own each: they are donated
+    def sums() -> TransportSums:  # separate arrays, because they are donated
         return TransportSums(
             positions=zeros(groups),
             step=zeros(by),
@@ -101,19 +103,19 @@ def lens_step(
     shards: Shards | None = None,
     backend: str | None = None,
 ) -> LensSums:
-    """Adds the distributions at a batch's measured positions to the sums. Pure.
+    """Adds the token distributions at the measured positions of a batch to the sums. A pure function.
 
     Args:
-        lenses: the model's and, where there is one, the reference's.
-        sums: so far.
-        x: [D + 1, M, d] of each, as from `forward_step`.
-        batch: the one that `x` is of.
-        top_k: as `lens_stats` takes it.
-        groups: how many groups of prompts there are.
-        lasts: also sum the steps at the last so many tokens of each sequence alone.
-        terminal: which blocks the terminal block is, as `terminal_block` takes it.
-        shards: how devices share the work, where there are several.
-        backend: as `lens_stats` takes it.
+        lenses: of the model and, with a reference, of the reference.
+        sums: the state.
+        x: for each lens [D + 1, M, d] from `forward_step`.
+        batch: the batch of `x`.
+        top_k: as in `lens_stats`.
+        groups: number of groups of prompts.
+        lasts: for each K, steps are also summed over the last K tokens of each sequence only.
+        terminal: as in `terminal_block`.
+        shards: shardings on a mesh, if there are several devices.
+        backend: as in `lens_stats`.
     """
     boundaries = x[0].shape[0]
     within = tuple(pairs_of(boundaries, model, terminal) for model in range(len(sums.own)))
@@ -133,7 +135,7 @@ def lens_step(
 
             stats = shards.by_vocabulary(part)(lenses, x, batch.measured_weight)
         by_group = batch.measured_weight[:, None] * jax.nn.one_hot(batch.measured_group, groups, dtype=jnp.float32)
-        ends = pick(batch.lengths - batch.positions, batch.measured, shards)  # 1 at a sequence's last token
+        ends = pick(batch.lengths - batch.positions, batch.measured, shards)  # 1 at the last token of a sequence
         by_last = jnp.stack([by_group * (ends <= k)[:, None].astype(jnp.float32) for k in lasts] or [by_group])
         by_last = by_last[: len(lasts)]
         own, lens_error = [], sums.lens_error
@@ -142,7 +144,7 @@ def lens_step(
             distances = stats.distances[3 * model : 3 * model + 3]
             added = group_sums(distances, stats.entropy[at], by_group, by_last)
             own.append(jax.tree.map(jnp.add, so_far, added))
-            # The walk's normaliser against the whole vocabulary at once, at one position a batch.
+            # The normaliser of the chunked pass against the whole vocabulary at once, at one position of the batch.
             logits = lenses[model].read(x[model][-1, 0])
             off = jnp.abs(jax.nn.softmax(logits) - jnp.exp(logits - stats.log_normaliser[at][-1, 0]))
             lens_error = jnp.maximum(lens_error, jnp.where(batch.measured_weight[0] > 0, jnp.max(off), 0.0))
@@ -168,10 +170,10 @@ def position_steps(
     shards: Shards | None = None,
     backend: str | None = None,
 ) -> tuple[Array, ...]:
-    """Transport at each measured position by itself: float32 [D, M] radians of each model. Pure.
+    """Transport at each measured position: for each model float32 [D, M] radians. A pure function.
 
     Args:
-        lenses, x, batch, top_k, shards, backend: as `lens_step` takes them.
+        lenses, x, batch, top_k, shards, backend: as in `lens_step`.
     """
     boundaries = x[0].shape[0]
     pairs = tuple(pairs_of(boundaries, model)[0] for model in range(len(lenses)))
@@ -191,8 +193,10 @@ def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by
     """Sums over the measured positions of each group.
 
     Args:
-        distances: of `pairs_of`. entropy: [D + 1, M].
-        by_group: [M, G] 1 where a position belongs. by_last: [K, M, G] the same, of fewer positions.
+        distances: of the pairs of `pairs_of`.
+        entropy: [D + 1, M].
+        by_group: [M, G] 1 for the group of each position.
+        by_last: [K, M, G] `by_group` restricted to the last tokens of sequences.
     """
     step, chord, terminal = distances  # [D, M], [D - 1, M], [1, M]
     angle, counts = turning_angle(step[:-1], step[1:], chord)  # [D - 1, M]
@@ -214,7 +218,7 @@ def group_sums(distances: tuple[Array, ...], entropy: Array, by_group: Array, by
 
 
 def over_groups(sums: TransportSums, drop: int | None = None) -> TransportSums:
-    """The sums over all groups, or all but one."""
+    """The sums over all groups, or over all but `drop`."""
     some = np.ones(len(sums.positions), bool) if drop is None else np.arange(len(sums.positions)) != drop
 
     def total(x: Any, axis: int = 0) -> Any:

@@ -1,4 +1,4 @@
-"""From the settings of an audit to its depth trace: open, plan, measure, describe."""
+"""One audit from its settings to its depth trace: open the checkpoint, pack the prompts, measure, build the trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,11 @@ from spinal_jax import data
 from spinal_jax.audit.caveats import trace_warnings
 from spinal_jax.audit.devices import Devices, devices_of
 from spinal_jax.audit.gram_store import GramHome, gram_bytes, gram_home
-from spinal_jax.audit.measure import Measurement, measure
-from spinal_jax.audit.prompt_pool import batches_sha256, default_batch_tokens, prompt_pool
-from spinal_jax.audit.prompt_pool import plan_prompts as plan_prompts
-from spinal_jax.audit.prompt_pool import tokens_sha256 as tokens_sha256
+from spinal_jax.audit.grouped_prompts import batches_sha256, default_batch_tokens, group_prompts
+from spinal_jax.audit.grouped_prompts import plan_prompts as plan_prompts
+from spinal_jax.audit.grouped_prompts import tokens_sha256 as tokens_sha256
+from spinal_jax.audit.measure import measure
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.config import (
     AuditConfig,
@@ -39,6 +39,7 @@ from spinal_jax.config import (
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
 from spinal_jax.files import writable
+from spinal_jax.jsontypes import Json
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.metrics.tail import fitted_ranks
 from spinal_jax.models.config import DecoderConfig
@@ -54,9 +55,9 @@ from spinal_jax.parallel.distributed import all_same, check_same
 from spinal_jax.parallel.placement import Choice, choose
 from spinal_jax.progress import Bar, Say, no_bar
 
-RANDOM = "random:"  # of a source: weights are drawn, not read
-WORLD_PROMPTS = 128  # of the controlled world's pool, where no limit is set
-HARDWARE_KEYS = ("devices", "processes")  # of an environment, with which an audit that was cut off need not go on
+RANDOM = "random:"  # prefix of a source with random weights
+WORLD_PROMPTS = 128  # default number of prompts of the controlled world
+HARDWARE_KEYS = ("devices", "processes")  # keys of `environment` that may change when an audit is resumed
 
 
 def run_audit(
@@ -66,11 +67,18 @@ def run_audit(
     say: Say | None = None,
     folder: Path | None = None,
 ) -> DepthTrace:
-    """`audit` from a configuration record; `texts` replaces `config.prompts.path`, `say` gets the start-up line, and
-    with `config.checkpoint_every` the run folder `folder` what is saved on the way.
+    """Runs an audit.
 
-    Processes that share the run each tokenise a part of the pool, tell each other what they have found, and make arrays
-    of their own rows alone. All but the first raise NotLeader in the end.
+    Args:
+        config: the settings.
+        texts: prompts in place of `config.prompts.path`.
+        bar: opens progress bars.
+        say: called with the start-up line.
+        folder: run folder for intermediate state; required by `config.checkpoint_every`.
+
+    Raises:
+        UserError: for a mistake in the settings or the inputs.
+        NotLeader: in all but the first of several processes, when the audit is complete.
     """
     bar = bar or no_bar
     prompts = read_prompt_set(config.prompts, texts)
@@ -78,13 +86,13 @@ def run_audit(
         choice = choose_devices(config.parallel, decoder, config.model.dtype, config.metrics)
         devices = devices_of(choice)
         home = audit_gram_home(decoder, config.model.dtype, config.metrics, devices)
-        tokens = prompt_pool(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
+        tokens = group_prompts(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
         name = config.model.name or model_name(config.model.source)
 
-        def models(digest: str) -> dict[str, Any]:
+        def models(digest: str) -> Json:
             return model_record(name, config.model.source, checkpoint.revision, config.model.dtype, digest)
 
-        pool = prompts_record(prompts, config.prompts)
+        prompts_section = prompts_record(prompts, config.prompts)
         batch_tokens = config.batch_tokens or default_batch_tokens(devices)
         saved, about = None, {}
         if config.checkpoint_every is None:
@@ -96,11 +104,11 @@ def run_audit(
 
             saved = Saved(folder)
             about |= {
-                "prompts": {**pool, "tokens_sha256": tokens_sha256(tokens.sequences)},
+                "prompts": {**prompts_section, "tokens_sha256": tokens_sha256(tokens.sequences)},
                 "metrics": to_mapping(config.metrics),
                 "environment": {key: value for key, value in environment().items() if key not in HARDWARE_KEYS},
             }
-            if saved.there:  # what an audit is compared with that was cut off; otherwise hashed while the weights load
+            if saved.there:  # checked before the weights load; a new audit is hashed meanwhile
                 saved.check({**about, "model": models(checkpoint.sha256())}, config.overwrite)
             here = Leg(
                 devices=str(replace(choice, why="")),
@@ -112,11 +120,11 @@ def run_audit(
             )
             work = saved.plan(here, tokens.pack)
             if work.leaves and home.where == "devices":
-                home = GramHome("file", "as where the audit was begun")
+                home = GramHome("file", "as at the start of this audit")
         check_processes_agree(checkpoint, work, choice)
         if say:
             say(start_line(name, config.model.dtype, decoder, work, choice, home))
-        with ThreadPoolExecutor(1) as background:  # the digest takes every byte of the weights, as the load does
+        with ThreadPoolExecutor(1) as background:  # reads every byte of the weights, like the load
             hashed = background.submit(checkpoint.sha256)
             model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
             digest = hashed.result()
@@ -124,19 +132,19 @@ def run_audit(
     progress = None
     if saved is not None and config.checkpoint_every is not None:
         progress = saved.begin({**about, "model": models(digest)}, config.checkpoint_every)
-    found = measure(model, work, config.metrics, bar, devices=devices, progress=progress)
+    measurement = measure(model, work, config.metrics, bar, devices=devices, progress=progress)
     return depth_trace(
         models(digest),
-        pool,
+        prompts_section,
         decoder,
         config.metrics,
         work,
-        found,
+        measurement,
     )
 
 
-def model_record(name: str, source: str, revision: str | None, dtype: str, sha256: str) -> dict[str, Any]:
-    """What a trace says of a model beside its shape; of a folder or file only the last part of the path."""
+def model_record(name: str, source: str, revision: str | None, dtype: str, sha256: str) -> Json:
+    """The "model" section of a trace, without the shape. Of a local path only the last part is kept."""
     return {
         "name": name,
         "source": Path(source).name or source,
@@ -146,8 +154,8 @@ def model_record(name: str, source: str, revision: str | None, dtype: str, sha25
     }
 
 
-def prompts_record(prompts: data.PromptSet, config: PromptsConfig) -> dict[str, Any]:
-    """What a trace says of its prompts beside how many tokens they have."""
+def prompts_record(prompts: data.PromptSet, config: PromptsConfig) -> Json:
+    """The "prompts" section of a trace, without numbers of tokens."""
     return {
         "source": data.stem(prompts.source),
         "format": prompts.format,
@@ -160,20 +168,22 @@ def prompts_record(prompts: data.PromptSet, config: PromptsConfig) -> dict[str, 
 
 
 def depth_trace(
-    model: dict[str, Any],
-    prompts: dict[str, Any],
+    model: Json,
+    prompts: Json,
     decoder: DecoderConfig,
     settings: MetricsConfig,
     work: Plan,
-    found: Measurement,
+    measurement: Measurement,
 ) -> DepthTrace:
-    """The trace of a measurement: `measure(weights, work, settings)` of a model that may be in memory alone.
+    """Builds the trace of a measurement.
 
     Args:
-        model: as from `model_record`.
-        prompts: as from `prompts_record`.
-        decoder: the model's shape.
-        settings, work, found: what `measure` was given, and what it returned.
+        model: from `model_record`.
+        prompts: from `prompts_record`.
+        decoder: the shape of the model.
+        settings: what was measured.
+        work: the batches.
+        measurement: the result of `measure`.
     """
     return DepthTrace(
         model={
@@ -189,7 +199,7 @@ def depth_trace(
         prompts={
             **prompts,
             **work.counts,
-            "groups": len(found.rows),
+            "groups": len(measurement.rows),
             "tokens": work.tokens,
             "rows": work.rows,
             "positions": work.positions,
@@ -204,36 +214,36 @@ def depth_trace(
             "temperature": settings.transport.temperature,
             "groups": settings.groups,
             "ranks": list(fitted_ranks(work.rows, decoder.width, settings.contraction.window)),
-            "resolution": found.resolution,
+            "resolution": measurement.resolution,
             "terminal": list(settings.terminal) if isinstance(settings.terminal, tuple) else settings.terminal,
         },
         columns={
-            **found.whole.columns,
-            "contraction_half": found.contraction_half,
-            **{f"{k}_se": v for k, v in found.errors.columns.items()},
+            **measurement.whole.columns,
+            "contraction_half": measurement.contraction_half,
+            **{f"{k}_se": v for k, v in measurement.errors.columns.items()},
         },
         summary={
             "terminal": list(terminal_block(decoder.depth, settings.terminal)),
-            **found.whole.summary,
-            **{f"{k}_se": v for k, v in found.errors.summary.items()},
-            "degrees_of_freedom": len(found.rows) - 1,
+            **measurement.whole.summary,
+            **{f"{k}_se": v for k, v in measurement.errors.summary.items()},
+            "degrees_of_freedom": len(measurement.rows) - 1,
         },
         environment=environment(),
-        warnings=tuple(trace_warnings(found, work, decoder.width, settings.contraction.window)),
+        warnings=tuple(trace_warnings(measurement, work, decoder.width, settings.contraction.window)),
         arrays={
-            "singular_values": found.singular_values,
-            "groups/singular_values": found.singular_values_without.astype(np.float32),
-            "groups/rows": found.rows,
-            "groups/positions": found.positions,
-            **{f"groups/{k}": np.array([c.columns[k] for c in found.without]) for k in found.whole.columns},
-            **{f"variants/{k}": v for k, v in found.variants.items()},
+            "singular_values": measurement.singular_values,
+            "groups/singular_values": measurement.singular_values_without.astype(np.float32),
+            "groups/rows": measurement.rows,
+            "groups/positions": measurement.positions,
+            **{f"groups/{k}": np.array([c.columns[k] for c in measurement.without]) for k in measurement.whole.columns},
+            **{f"variants/{k}": v for k, v in measurement.variants.items()},
         },
     )
 
 
 def check_processes_agree(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
-    """UserError where processes that share a run were given different things. Of the weights this compares names and
-    shapes; `check_weights` compares their values."""
+    """Raises UserError if processes that share a run differ in their inputs. Weights are compared by name and shape;
+    `check_weights` compares their values."""
     check_same(
         {
             "devices": str(choice),
@@ -247,10 +257,10 @@ def check_processes_agree(checkpoint: Checkpoint, work: Plan, choice: Choice) ->
 
 
 def check_weights(checkpoint: Checkpoint, sha256: str) -> None:
-    """UserError where processes that share a run read different weights; it names the first tensor that differs.
+    """Raises UserError, with the first differing tensor, if processes that share a run have different weights.
 
-    Each process reads only the parts of a tensor that its devices hold, so that no comparison of what was loaded could
-    tell two checkpoints apart. All therefore hash their whole files, side by side.
+    Each process loads only the parts of tensors that its devices hold, so loaded values cannot be compared. All
+    processes hash their whole files instead.
     """
     if jax.process_count() == 1 or all_same(sha256):
         return
@@ -262,7 +272,7 @@ def check_weights(checkpoint: Checkpoint, sha256: str) -> None:
 
 @contextlib.contextmanager
 def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderConfig]]:
-    """The checkpoint a user names, its family, and what its config.json says, read strictly."""
+    """Opens the checkpoint of the settings, with its family and its configuration."""
     is_random = config.source.startswith(RANDOM)
     checkpoint = _random(config) if is_random else open_checkpoint(config.source, config.revision, config.base)
     try:
@@ -272,12 +282,12 @@ def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderCon
 
 
 def _random(config: ModelConfig) -> Checkpoint:
-    """`random:SHAPE@SEED`: drawn weights (seed 0 if none is given) for a byte-level Llama of a named size, or in the
-    shape and with the tokenizer of another checkpoint."""
+    """`random:SHAPE@SEED`: random weights (seed 0 by default) for a byte-level Llama of a named size, or with the shape
+    and the tokenizer of another checkpoint."""
     shape, at, seed = config.source.removeprefix(RANDOM).rpartition("@")
     if not (at and seed.isascii() and seed.isdigit()):
         shape, seed = config.source.removeprefix(RANDOM), "0"
-    seed = seed[:20]  # enough to be refused as too large
+    seed = seed[:20]  # long enough to be rejected as too large
     if shape in SIZES:
         return random_checkpoint(config.source, dict(SIZES[shape]), byte_tokenizer(), int(seed))
     try:
@@ -289,13 +299,13 @@ def _random(config: ModelConfig) -> Checkpoint:
 
 
 def choose_devices(asked: AuditParallelConfig, decoder: DecoderConfig, dtype: str, settings: MetricsConfig) -> Choice:
-    """The devices for an audit of a model with this shape. Errors: UserError."""
+    """Chooses the devices for a model of this shape. Raises UserError if none fit."""
     table_bytes = unembedding_bytes(decoder, dtype)
     return choose(asked, weight_bytes(decoder, dtype) + gram_bytes(decoder, settings), table_bytes)
 
 
 def audit_gram_home(decoder: DecoderConfig, dtype: str, settings: MetricsConfig, devices: Devices) -> GramHome:
-    """Where the Gram sums of an audit of this model are kept."""
+    """Where an audit of this model stores its Gram sums."""
     return gram_home(decoder, settings, weight_bytes(decoder, dtype), devices)
 
 
@@ -317,7 +327,7 @@ def load(
     bar: Bar | None = None,
     devices: Devices | None = None,
 ) -> Decoder:
-    """The weights, with a progress bar over what is read; where `devices` want them."""
+    """Loads the weights onto the devices, with a progress bar."""
     size = sum(info.dtype.itemsize * math.prod(info.shape) for info in checkpoint.names().values())
     with (bar or no_bar)("load weights", size, "B") as advance:
         placing = None if devices is None else devices.placing
@@ -325,7 +335,7 @@ def load(
 
 
 def read_prompt_set(config: PromptsConfig, texts: Sequence[str] | None = None) -> data.PromptSet:
-    """The prompts that `config` names, or `texts` in their place. Errors: UserError."""
+    """The prompts of the settings, or `texts`. Raises UserError if they cannot be read."""
     if config.format == "world" and texts is None:
         return data.World().prompts(config.limit or WORLD_PROMPTS)
     if texts is not None:
@@ -338,7 +348,7 @@ def read_prompt_set(config: PromptsConfig, texts: Sequence[str] | None = None) -
 
 
 def model_name(source: str) -> str:
-    """A short name: the file's or folder's own."""
+    """A short name: that of the file or folder."""
     if source.startswith(RANDOM):
         return RANDOM + model_name(source.removeprefix(RANDOM))
     path = Path(source)
@@ -351,7 +361,7 @@ def model_name(source: str) -> str:
 
 
 def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice: Choice, home: GramHome) -> str:
-    """What will run on what, in one line."""
+    """One line on the model, the devices and the prompts of an audit."""
     device, count = jax.devices()[0], jax.device_count()
     kind = getattr(device, "device_kind", device.platform)
     shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -371,8 +381,8 @@ def start_line(name: str, dtype: str, decoder: DecoderConfig, work: Plan, choice
     )
 
 
-def environment() -> dict[str, Any]:
-    """Versions and device, without anything that changes between equal runs on one machine."""
+def environment() -> Json:
+    """Versions and devices: everything that is equal for all runs on one machine."""
     device = jax.devices()[0]
     return {
         "spinal_jax": version("spinal-jax"),

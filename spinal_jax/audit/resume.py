@@ -1,9 +1,8 @@
-"""What an audit has summed so far, kept in its run folder, so that one that was cut off goes on: on the same devices to
-the same bytes, or on others.
+"""Saved state of an audit, so that an interrupted one can be resumed: bit for bit on the same devices, or on others.
 
-The batches depend on how many devices share them, so an audit that goes on elsewhere begins a new leg: what was saved
-becomes its first state, and the prompts that are not in it are packed anew. Processes that share an audit share its
-folder; each writes its part.
+Batches depend on the number of devices, so an audit that resumes on other devices starts a new leg: the saved sums are
+its initial state, and the remaining prompts are packed again. Processes that share an audit share its folder, and each
+writes its part.
 """
 
 from __future__ import annotations
@@ -14,54 +13,63 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import jax
+from jax import Array
 from orbax.checkpoint import v1 as ocp
 
+from spinal_jax.audit.device_base import AllGrams
 from spinal_jax.audit.devices import Devices
 from spinal_jax.audit.gram_store import FileStore
+from spinal_jax.audit.lens_step import LensSums
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
 from spinal_jax.files import first_difference, load_json_file, malformed, write_whole
+from spinal_jax.jsontypes import ReadJson
 from spinal_jax.parallel.agreement import StopRequests, check_shared, of_each
 
-# Orbax logs every step of a save, and shows the traceback of an error that it also raises.
+# Orbax logs every save, and the traceback of errors that it also raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
-FOLDER, SETTINGS, SAVED = "progress", "settings.json", "saved"  # in the run folder, in that, and in each leg's
+SavedState = tuple[AllGrams, Array, LensSums]  # Gram sums, largest lens error, sums of the lens step
+FOLDER, SETTINGS, SAVED = (
+    "progress",
+    "settings.json",
+    "saved",
+)  # in the run folder, FOLDER, each leg
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
     """A part of an audit, on one set of devices."""
 
-    devices: str  # as the start line has them
+    devices: str  # as in the start line
     processes: int
-    replicas: int | None  # of jax.pmap, each with sums of its own
+    replicas: int | None  # number of jax.pmap replicas
     batch_tokens: int
-    rows: int  # how many devices share the rows of a batch
-    slots: int | None  # as `data.packing.plan_batches` takes it
-    batches: int = 0  # that were done when the next leg began
-    inherited: tuple[int, ...] = ()  # groups of the records that its files of Gram sums begin with
-    opened: tuple[tuple[int, int], ...] = ()  # (slot, group) of sums on the leg before's devices: the last of these
+    rows: int  # devices that split the rows of a batch
+    slots: int | None  # of `data.packing.plan_batches`
+    batches: int = 0  # completed before the next leg
+    inherited: tuple[int, ...] = ()  # groups of the first records in its files of Gram sums
+    opened: tuple[tuple[int, int], ...] = ()  # (slot, group) of the last of these, from the devices of the leg before
 
     def on(self, other: Leg) -> bool:
-        """Whether both have the same devices and batches."""
+        """Whether both legs have the same devices and batches."""
         names = ("devices", "processes", "replicas", "batch_tokens", "rows")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 class Saved:
-    """What the `progress` of a run folder holds.
+    """The saved state in a run folder.
 
     Attributes:
-        there: whether an audit was cut off in the folder.
+        there: whether the folder has an interrupted audit.
     """
 
     def __init__(self, folder: Path):
@@ -74,10 +82,10 @@ class Saved:
             self._legs = tuple(_leg(each) for each in said.get("legs", ()))
         self._wanted: tuple[Leg, ...] = ()
 
-    def check(self, about: Mapping[str, Any], overwrite: bool = False) -> None:
-        """UserError where the audit that was cut off is not the one of `about`; with `overwrite` it is forgotten.
+    def check(self, about: ReadJson, overwrite: bool = False) -> None:
+        """Raises UserError if the interrupted audit does not match `about`; with `overwrite` it is discarded.
 
-        `about` is everything on which the sums depend, but for the devices.
+        `about` is everything on which the sums depend, except the devices.
         """
         if not self.there or not (differs := first_difference(self._about, json.loads(json.dumps(about)))):
             return
@@ -90,8 +98,10 @@ class Saved:
         self.there, self._legs = False, ()
 
     def plan(self, here: Leg, pack: Callable[[int, int, int | None, Sequence[int] | None], Plan]) -> Plan:
-        """The batches of this leg, packed by `pack(batch tokens, rows, slots, among)`. UserError where these devices
-        cannot take over the sums."""
+        """The batches of this leg, packed by `pack(batch_tokens, rows, slots, among)`.
+
+        Raises UserError if these devices cannot continue from the saved sums.
+        """
         legs = self._legs
         step = _latest(self._of(len(legs) - 1)) if legs else None
         if not legs or step is None:
@@ -121,12 +131,12 @@ class Saved:
                 "hydra.run.dir"
             )
 
-    def begin(self, about: Mapping[str, Any], every: int) -> Progress:
-        """Opens the folder for the leg that was planned, all processes together.
+    def begin(self, about: ReadJson, every: int) -> Progress:
+        """Opens the folder for the planned leg. A collective operation of all processes.
 
         Args:
-            about: as `check` takes it.
-            every: batches between saves.
+            about: as in `check`.
+            every: number of batches between saves.
 
         Raises:
             UserError: the processes do not share the folder.
@@ -136,12 +146,12 @@ class Saved:
         if jax.process_index() == 0:
             if not moves and self._wanted != self._legs and self.folder.exists():
                 shutil.rmtree(self.folder)
-            elif moves and self._of(number).exists():  # of a process that was killed while it took over the sums
+            elif moves and self._of(number).exists():  # left by a process that was killed in `restore`
                 shutil.rmtree(self._of(number))
             self._of(number).mkdir(parents=True, exist_ok=True)
             if not self._settings.exists():
                 self._write(about)
-        of_each(0)  # none goes on before the folder is there
+        of_each(0)  # waits until the folder exists
 
         def moved() -> None:
             if jax.process_index() == 0:
@@ -154,17 +164,17 @@ class Saved:
     def _of(self, number: int) -> Path:
         return self.folder / f"{number}"
 
-    def _write(self, about: Mapping[str, Any]) -> None:
+    def _write(self, about: ReadJson) -> None:
         said = {"about": about, "legs": [dataclasses.asdict(leg) for leg in self._wanted]}
         write_whole(self._settings, (json.dumps(said, indent=1) + "\n").encode())
 
 
-def _leg(said: Mapping[str, Any]) -> Leg:
+def _leg(said: ReadJson) -> Leg:
     return Leg(**{**said, "inherited": tuple(said["inherited"]), "opened": tuple(map(tuple, said["opened"]))})
 
 
 def _replayed(legs: Sequence[Leg], pack: Callable[[int, int, int | None, Sequence[int] | None], Plan]) -> Plan:
-    """The batches of the last leg: those of the prompts that no leg before has done."""
+    """The batches of the last leg, with the prompts that are not in earlier legs."""
     left: list[int] | None = None
     for leg in legs[:-1]:
         work = pack(leg.batch_tokens, leg.rows, leg.slots, left)
@@ -174,15 +184,15 @@ def _replayed(legs: Sequence[Leg], pack: Callable[[int, int, int | None, Sequenc
 
 
 def _latest(leg: Path) -> int | None:
-    """How many batches are in the last complete save of a leg; None: there is none. Orbax names a save last."""
+    """Number of batches in the last complete save of a leg, or None. Orbax renames a save when it is complete."""
     return max((int(path.name) for path in (leg / SAVED).glob("*") if path.name.isdigit()), default=None)
 
 
 class Progress:
-    """Saves of an audit's sums between batches: Orbax for what is on devices, while the audit goes on, beside the
-    scratch files of the sums that have left them. A step that Orbax has completed is complete in every process.
+    """Saves the sums of an audit between batches: device arrays with Orbax, and scratch files of sums that have
+    left the devices. A save that Orbax completes is complete in every process.
 
-    Within the context SIGTERM at any process waits for the end of a batch and for a save in all, and then comes again.
+    Inside the context, SIGTERM at any process is delayed until all processes have saved after a batch.
     """
 
     def __init__(self, folder: Path, every: int, leg: Leg, before: Path | None, moved: Callable[[], None]):
@@ -192,8 +202,8 @@ class Progress:
             folder: of the leg.
             every: batches between saves.
             leg: what it is.
-            before: the folder of the leg whose sums are taken over first; None: there is none.
-            moved: to be called when they are.
+            before: folder of the leg before, if its sums are continued.
+            moved: called after these sums are saved in the new leg.
         """
         self.folder, self.every, self.leg = folder, every, leg
         self._from, self._moved = before, moved
@@ -207,7 +217,7 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or jax.process_count() == 1:  # a save that lacks another process never ends
+        if kind is None or jax.process_count() == 1:  # a save without all processes never completes
             self._wait()
             self._orbax.close()
         self._stops.__exit__()
@@ -218,21 +228,21 @@ class Progress:
             self._pending = None
 
     def file(self, number: int) -> IO[bytes]:
-        """This process's scratch file of a number, with what it held."""
+        """Opens scratch file `number` of this process."""
         path = self.folder / _sums(number, jax.process_index())
         path.touch()
         return path.open("r+b")
 
     @property
     def begun(self) -> int:
-        """How many batches of the leg are in what was saved last; 0 where nothing was."""
+        """Number of batches of the leg in the last save; 0 without one."""
         return _latest(self.folder) or 0
 
     def restore(
-        self, state: tuple[Any, Any, Any], stores: Sequence[FileStore], work: Plan, devices: Devices
-    ) -> tuple[tuple[Any, Any, Any], int]:
-        """What was saved last, each array placed as in `state` and that itself where nothing was, and how many batches
-        of the leg are in it. The stores take over their files."""
+        self, state: SavedState, stores: Sequence[FileStore], work: Plan, devices: Devices
+    ) -> tuple[SavedState, int]:
+        """Returns the last saved state, with arrays placed as in `state`, and its number of batches. Without a save,
+        returns `state` and 0. The stores continue their files."""
         for store in stores[:1]:
             held = json.dumps(store.boundaries).encode()
             write_whole(self.folder / _held(jax.process_index()), held)
@@ -243,7 +253,7 @@ class Progress:
                 store.go_on([*self.leg.inherited, *complete])
             return (self._load(self._orbax, state) if _latest(self.folder) is not None else state), begun
         with contextlib.closing(_checkpointer(self._from)) as before:
-            grams, *sums = self._load(before, state)
+            grams, lens_error, lens_sums = self._load(before, state)
         for number, store in enumerate(stores):
             with contextlib.ExitStack() as stack:
                 held = []
@@ -254,37 +264,37 @@ class Progress:
                 store.inherit(held, self.leg.inherited[: len(self.leg.inherited) - len(self.leg.opened)])
             for slot, group in self.leg.opened:
                 store.add(group, partial(devices.of_slot, grams[number], slot), _depth(grams))
-        state = (state[0] if stores else grams, sums[0], sums[1])
+        state = (state[0] if stores else grams, lens_error, lens_sums)
         self._save(0, state, [store.file for store in stores])
         self._wait()
-        of_each(0)  # all have saved
+        of_each(0)  # waits until all have saved
         self._moved()
         self._from = None
         return state, 0
 
-    def _load(self, orbax: Any, state: T) -> T:
+    def _load(self, orbax: ocp.training.Checkpointer, state: T) -> T:
         leaves, shape = jax.tree.flatten(state)
         like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _named(leaves).items()}
-        jax.config.update("jax_enable_x64", True)  # for Orbax's threads, which would make float32 of float64
+        jax.config.update("jax_enable_x64", True)  # otherwise the threads of Orbax convert float64 to float32
         try:
             step = max(at.step for at in orbax.checkpoints)
-            found = orbax.load_checkpointables(step, {"state": like})["state"]
+            saved = orbax.load_checkpointables(step, {"state": like})["state"]
         finally:
             jax.config.update("jax_enable_x64", self._x64)
-        return jax.tree.unflatten(shape, [found.get(str(number), x) for number, x in enumerate(leaves)])
+        return jax.tree.unflatten(shape, [saved.get(str(number), x) for number, x in enumerate(leaves)])
 
-    def after(self, batches: int, total: int, state: Any, files: Sequence[IO[bytes]]) -> None:
-        """To be called when so many batches of the total are in `state` and in the scratch files: saves where it is
-        time for that or a process was asked to stop, and then ends all of them by StoppedElsewhere."""
+    def after(self, batches: int, total: int, state: SavedState, files: Sequence[IO[bytes]]) -> None:
+        """Called when `batches` of `total` batches are in `state` and in the scratch files. Saves if a save is due or a
+        process was asked to stop; in the latter case all processes then raise StoppedElsewhere."""
         stops = self._stops.asked()
         if batches % self.every == 0 or batches == total or stops:
             self._save(batches, state, files)
         if stops:
             self._wait()
-            self._stops.check()  # behind the save of all
+            self._stops.check()  # after all have saved
 
-    def _save(self, batches: int, state: Any, files: Sequence[IO[bytes]]) -> None:
-        self._wait()  # Orbax would drop this save for the one that is running
+    def _save(self, batches: int, state: SavedState, files: Sequence[IO[bytes]]) -> None:
+        self._wait()  # Orbax drops a save while another one runs
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -292,7 +302,7 @@ class Progress:
         self._pending = self._orbax.save_checkpointables_async(batches, named, force=True)
 
 
-def _checkpointer(leg: Path) -> Any:
+def _checkpointer(leg: Path) -> ocp.training.Checkpointer:
     latest: Any = ocp.training.preservation_policies.LatestN(n=2)  # not of the type that Orbax declares
     return ocp.training.Checkpointer(str(leg / SAVED), preservation_policy=latest, cleanup_tmp_directories=True)
 
@@ -302,14 +312,14 @@ def _sums(number: int, process: int | str) -> str:
 
 
 def _held(process: int | str) -> str:
-    """The boundaries that a process keeps in its files of sums."""
+    """File with the boundaries of a process."""
     return f"held-{process}.json"
 
 
-def _depth(grams: Any) -> int:
+def _depth(grams: AllGrams) -> int:
     return grams[0].first.shape[-2] - 1
 
 
-def _named(leaves: Sequence[Any]) -> dict[str, Any]:
-    """By number; Orbax keeps no array without elements."""
+def _named(leaves: Sequence[Array]) -> dict[str, Array]:
+    """Arrays by number, without empty ones, which Orbax does not save."""
     return {str(number): x for number, x in enumerate(leaves) if x.size}

@@ -1,7 +1,7 @@
-"""Singular spectra of a pool of prompts from its Gram sums, in float64: whole, without each group, and of halves.
+"""Singular spectra from Gram sums in float64: of all prompts, without each group, and of two halves.
 
-The work is a list of (boundary, replicate), dealt out evenly to all devices of all processes. Each reads the sums of
-its own boundaries alone; what is exchanged in the end are spectra.
+The work is a list of (boundary, replicate), divided evenly over the devices of all processes. Each device reads the
+Gram sums of its own boundaries only. The processes exchange spectra at the end.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from spinal_jax.parallel.agreement import gathered
 from spinal_jax.parallel.device_defaults import eigenvalues_on_device
 from spinal_jax.progress import Advance
 
-Items = list[tuple[int, list[int]]]  # a boundary, and which replicates of it
+Items = list[tuple[int, list[int]]]  # boundaries, each with some of its replicates
 
 
 class Worker(Protocol):
-    """A device, which may be that of another process."""
+    """A device of this or another process."""
 
     @property
     def process_index(self) -> int: ...
 
 
 class BoundarySums(NamedTuple):
-    """Gram sums at one boundary, of all groups or (without the first axis) of one."""
+    """Gram sums at one boundary, of all groups, or of one group without the first axis."""
 
-    second: tuple[Any, ...]  # of each stripe [G, d / S, end]
+    second: tuple[Any, ...]  # stripes [G, d / S, end]
     first: Any  # [G, d]
 
 
 class GramSource(ABC):
-    """Gram sums of all groups, wherever they are."""
+    """Gram sums of all groups."""
 
     @abstractmethod
     def at(self, boundaries: Sequence[int]) -> dict[int, BoundarySums]:
-        """The sums at one boundary for each device: by its number, of those that belong to this process. Processes
-        that share the sums must all ask for them."""
+        """The sums at one boundary for each device, by the number of the device, for the devices of this process. A
+        collective operation of all processes."""
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """Singular values of a pool, and what other settings of the same pass give."""
+    """Singular values of all prompts and replicates, and the results under other settings."""
 
     whole: np.ndarray  # [D + 1, d]
     without: np.ndarray  # [G, D + 1, d] without each group of `plan.groups.drops`
-    halves: np.ndarray  # [2, D + 1, d] of `plan.groups.halves`, or [0, D + 1, d] where there is but one group
+    halves: np.ndarray  # [2, D + 1, d] of `plan.groups.halves`; [0, D + 1, d] for a single group
     variants: dict[str, np.ndarray]
-    resolution: float  # part of s_1 that a singular value must exceed to be known
+    resolution: float  # smallest resolved fraction of s_1
 
 
 def all_spectra(
@@ -76,16 +76,18 @@ def all_spectra(
     resolution: float,
     on_device: bool | None = None,
 ) -> Spectra:
-    """Spectra as the settings have them, then those of the variants; every process has all of them.
+    """Computes the spectra under the main settings and under those of `settings.variants`, for every process.
 
     Args:
-        sources: the sums of the rows that count and, for each of `metrics.variants.skip`, of those from there on.
+        sources: Gram sums for `contraction.skip` and for each of `variants.skip`.
+        plan: the prompts.
+        settings: what is measured.
         boundaries: D + 1.
         width: d.
         workers: the devices that share the work.
-        advance: called with the number of spectra of the whole pool that are done: `spectra_count` in all.
+        advance: called with the number of completed spectra of all prompts, `spectra_count` in total.
         resolution: of the Gram sums (`contraction.resolution`).
-        on_device: whether devices take the eigenvalues themselves; None: as suits their kind.
+        on_device: whether the devices compute eigenvalues; None decides by the kind of device.
     """
     asked, center = settings.variants, settings.contraction.center
     groups = plan.groups
@@ -99,7 +101,7 @@ def all_spectra(
     )
     nobody = groups.drops[:0]
     one_out = [np.array([group]) for group in groups.drops]
-    # Of two halves, leaving out the one is the spectrum of the other.
+    # Without one half, the spectrum is that of the other.
     every = solve(sources[0], [nobody, *one_out, *groups.halves[::-1]], groups.rows, center)
     whole, without, halves = every[0], every[1 : 1 + len(one_out)], every[1 + len(one_out) :]
     variants: dict[str, np.ndarray] = {}
@@ -119,13 +121,13 @@ def all_spectra(
 
 
 def spectra_count(boundaries: int, settings: MetricsConfig) -> int:
-    """How many spectra of the whole pool `all_spectra` takes."""
+    """Number of spectra of all prompts that `all_spectra` computes."""
     asked = settings.variants
     return boundaries * (1 + int(asked.center and not settings.contraction.center) + len(asked.skip))
 
 
 def dealt_out(boundaries: int, replicates: int, workers: int) -> list[Items]:
-    """Which spectra each worker takes: consecutive ones, as many for each as for the others or one less."""
+    """Assigns spectra to workers: consecutive ones, in numbers that differ by at most one."""
     every = [(boundary, replicate) for boundary in range(boundaries) for replicate in range(replicates)]
     ends = [len(every) * number // workers for number in range(workers + 1)]
     parts = [every[begin:end] for begin, end in pairwise(ends)]
@@ -134,13 +136,13 @@ def dealt_out(boundaries: int, replicates: int, workers: int) -> list[Items]:
 
 
 def boundaries_of(boundaries: int, replicates: Sequence[int], workers: int) -> list[list[int]]:
-    """The boundaries whose sums each worker reads, where so many replicates are asked for, one time after another."""
+    """The boundaries whose sums each worker reads, over several calls with these numbers of replicates."""
     parts = [dealt_out(boundaries, count, workers) for count in replicates]
     return [sorted({boundary for part in parts for boundary, _ in part[number]}) for number in range(workers)]
 
 
 def replicate_counts(plan: Plan, settings: MetricsConfig) -> list[int]:
-    """How many spectra `all_spectra` takes at each boundary, one time after another."""
+    """Number of spectra at each boundary in each pass of `all_spectra`."""
     asked, drops = settings.variants, len(plan.groups.drops)
     each = 1 + (drops if asked.groups else 0)
     return [1 + drops + len(plan.groups.halves), *[each] * (spectra_count(1, settings) - 1)]
@@ -158,24 +160,25 @@ def _spectra(
     advance: Advance,
     on_device: bool,
 ) -> np.ndarray:
-    """[len(left_out), D + 1, d] singular values of the rows of all groups but those in each of `left_out`.
+    """[len(left_out), D + 1, d] singular values of the rows of all groups except each of `left_out`.
 
     Args:
+        source: Gram sums.
         left_out: sets of groups.
-        rows: [all G] how many each group has.
-        center: of the centred rows.
+        rows: [all G] number of rows of each group.
+        center: whether rows are centred.
     """
     work = dealt_out(boundaries, len(left_out), len(workers))
     mine = [number for number, worker in enumerate(workers) if worker.process_index == jax.process_index()]
     keep = np.ones((len(left_out), len(rows)))
     for replicate, groups in enumerate(left_out):
         keep[replicate, groups] = 0
-    found = np.zeros((len(left_out), boundaries, width))
+    values = np.zeros((len(left_out), boundaries, width))
     threads = len(mine) if on_device else os.cpu_count() or 1
-    # LAPACK's symmetric eigensolver gains little from threads of its own: one matrix a core instead.
+    # LAPACK's symmetric eigensolver scales badly with threads, so each core solves one matrix.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool, jax.enable_x64(True):
         for turn in range(max(map(len, work))):
-            # Every process asks for as many boundaries, because sums of a mesh cross it; who is done asks again.
+            # Reads are collective on a mesh: processes read equally often, finished ones their last boundary again.
             asked = [items[min(turn, len(items) - 1)][0] if items else 0 for items in work]
             sums = source.at(asked)
             tasks = []
@@ -193,14 +196,14 @@ def _spectra(
                         task = pool.submit(_on_host, host, keep[replicate], rows, center)
                         tasks.append((boundary, [replicate], task))
             for boundary, replicates, task in tasks:
-                found[replicates, boundary] = task.result()
+                values[replicates, boundary] = task.result()
                 advance(replicates.count(0))
-    _exchange(found, work, workers)
-    return found
+    _exchange(values, work, workers)
+    return values
 
 
-def _exchange(found: np.ndarray, work: Sequence[Items], workers: Sequence[Worker]) -> None:
-    """Fills in the spectra that other processes have taken. As bytes, because devices without float64 would round."""
+def _exchange(values: np.ndarray, work: Sequence[Items], workers: Sequence[Worker]) -> None:
+    """Fills in the spectra of other processes. They are sent as bytes, because some devices would round float64."""
     if jax.process_count() == 1:
         return
 
@@ -212,15 +215,15 @@ def _exchange(found: np.ndarray, work: Sequence[Items], workers: Sequence[Worker
             for item in items
         ]
 
-    own = b"".join(found[replicates, boundary].tobytes() for boundary, replicates in of(jax.process_index()))
+    own = b"".join(values[replicates, boundary].tobytes() for boundary, replicates in of(jax.process_index()))
     for process, given in enumerate(gathered(own)):
-        rows = np.frombuffer(given).reshape(-1, found.shape[-1])
+        rows = np.frombuffer(given).reshape(-1, values.shape[-1])
         for boundary, replicates in of(process):
-            found[replicates, boundary], rows = rows[: len(replicates)], rows[len(replicates) :]
+            values[replicates, boundary], rows = rows[: len(replicates)], rows[len(replicates) :]
 
 
 def _on_host(sums: BoundarySums, keep: np.ndarray, rows: np.ndarray, center: bool) -> np.ndarray:
-    """[1, d] singular values by LAPACK, of the groups that `keep` [G] is 1 for."""
+    """[1, d] singular values by LAPACK, of the groups with `keep` [G] = 1."""
     stripes = [np.tensordot(keep, x.astype(np.float64), 1) for x in sums.second]
     width = stripes[-1].shape[-1]
     second = np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[-1]))) for x in stripes])
@@ -229,15 +232,15 @@ def _on_host(sums: BoundarySums, keep: np.ndarray, rows: np.ndarray, center: boo
 
 
 def _on_device(sums: BoundarySums, keep: np.ndarray, rows: np.ndarray, center: bool) -> np.ndarray:
-    """[n, d] singular values by the device that has the sums, of the groups that each row of `keep` [n, G] is 1 for."""
-    with jax.enable_x64(True):  # which is a setting of the thread
-        found = [eigenvalues(sums, each, float(each @ rows), center=center) for each in keep]
-        return np.stack([np.asarray(values) for values in found])
+    """[n, d] singular values on the device of the sums, for each row of `keep` [n, G]."""
+    with jax.enable_x64(True):  # a thread-local setting
+        spectra = [eigenvalues(sums, each, float(each @ rows), center=center) for each in keep]
+        return np.stack([np.asarray(values) for values in spectra])
 
 
 @partial(jax.jit, static_argnames="center")
 def eigenvalues(sums: BoundarySums, keep: Array, rows: Array | float, *, center: bool) -> Array:
-    """[d] singular values of the groups that `keep` [G] is 1 for, of so many rows; in a context of 64 bits."""
+    """[d] singular values of the groups with `keep` [G] = 1, which have `rows` rows; needs 64-bit mode."""
     total = [jnp.einsum("g,gij->ij", keep, x, precision=jax.lax.Precision.HIGHEST) for x in sums.second]
     second = contraction.lower_triangle([x.astype(jnp.float64) for x in total])
     if center:

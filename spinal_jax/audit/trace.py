@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (typographic dashes and minus signs are meant)
-"""The depth trace of one checkpoint as a frozen record, and its file forms: JSON, CSV and safetensors."""
+"""The depth trace of one checkpoint as a frozen record, and its files: JSON, CSV and safetensors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
 from spinal_jax.errors import UserError
 from spinal_jax.files import Document, check_boundaries, document, floats, load_record, read, save_record
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.metrics import columns
 from spinal_jax.wording import number, plus_minus, sparkline
 
@@ -27,7 +27,7 @@ SUPERSEDED = {
 ARRAYS = "spectra.safetensors"
 
 # fmt: off
-# The keys each section must hold, in the order in which they are written; further keys follow, sorted.
+# Required keys of each section, in the order of the file; other keys follow, sorted.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "model": ("name", "source", "revision", "family", "parameters", "layers", "width", "vocabulary",
               "vocabulary_tokens", "vocabulary_sha256", "dtype", "sha256"),
@@ -47,28 +47,28 @@ UNITS = {column.name: column.unit for column in (*columns.SUMMARY, *columns.TRAC
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DepthTrace(Document):
-    """What one audit measured, by boundary 0..D (docs/method.md).
+    """Result of an audit, by boundary 0..D (docs/method.md).
 
     Attributes:
-      model, prompts, settings, environment: plain records of what was measured, on what, how and where;
-        `prompts["rows"]` is N, the rows behind the contraction, `prompts["positions"]` the positions behind transport.
+      model, prompts, settings, environment: descriptions of the inputs. `prompts["rows"]` is N, the number of rows of
+        contraction; `prompts["positions"]` is the number of positions of transport.
       columns: name -> float64 [D+1], NaN where undefined. `X_se` is the jackknife standard error of `X`. Transport and
         curvature are in radians, entropy in nats, the rest has no unit.
       summary: numbers of the terminal block and of the whole path with their standard errors, NaN where undefined.
-      warnings: sentences that a reader of the numbers must know.
-      arrays: what trace.json is too small for. "singular_values" [D+1, d], descending, zero padded;
-        "groups/singular_values" [G, D+1, d] and any other "groups/NAME" [G, ...]: the same without group g.
+      warnings: one sentence each.
+      arrays: saved in spectra.safetensors. "singular_values" [D+1, d], descending, zero padded;
+        "groups/singular_values" [G, D+1, d] and other "groups/NAME" [G, ...]: without each group.
 
     Raises:
       ValueError: a section lacks a key, columns differ in length, or singular values do not match the boundaries.
     """
 
-    model: Mapping[str, Any]
-    prompts: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    model: ReadJson
+    prompts: ReadJson
+    settings: ReadJson
     columns: Mapping[str, np.ndarray]
-    summary: Mapping[str, Any]
-    environment: Mapping[str, Any]
+    summary: ReadJson
+    environment: ReadJson
     warnings: tuple[str, ...] = ()
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -101,23 +101,23 @@ class DepthTrace(Document):
 
     @property
     def singular_values(self) -> np.ndarray | None:
-        """[D+1, d], descending and zero padded, or None for a trace without its arrays."""
+        """[D+1, d], descending and zero padded, or None for a trace without arrays."""
         return self.arrays.get("singular_values")
 
     @property
     def group_singular_values(self) -> np.ndarray | None:
-        """[G, D+1, d], of the pool without group g, or None for a trace without its arrays."""
+        """[G, D+1, d] without each group, or None for a trace without arrays."""
         return self.arrays.get("groups/singular_values")
 
     @property
     def t_quantile(self) -> float:
-        """How many standard errors half a 95 % interval is: the 0.975 quantile of Student's t; NaN without groups."""
+        """The 0.975 quantile of Student's t, the half-width of intervals in standard errors; NaN without groups."""
         freedom = self.summary["degrees_of_freedom"]
         return float(stdtrit(freedom, 0.975)) if freedom >= 1 else math.nan
 
     def interval(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """95 % interval (low, high), each [D+1], of a column that has a standard error; NaN where there is none. It is
-        cut at what the column's definition allows."""
+        """95 % interval (low, high), each [D+1], of a column with a standard error, clipped to the
+        bounds of the column."""
         if column not in self.columns or f"{column}_se" not in self.columns:
             known = [name for name in self.columns if f"{name}_se" in self.columns]
             raise UserError(f"column {column!r} has no standard error; the columns that have one: {', '.join(known)}")
@@ -127,8 +127,8 @@ class DepthTrace(Document):
         return np.clip(low, least, None), np.clip(high, None, most)
 
     def summary_interval(self, name: str) -> tuple[float, float]:
-        """95 % interval (low, high) of a number of the summary, cut at what its definition allows; NaN where there is
-        none."""
+        """95 % interval (low, high) of a number of the summary, clipped to its bounds; NaN without a standard
+        error."""
         if f"{name}_se" not in self.summary:
             known = [key for key in self.summary if f"{key}_se" in self.summary]
             raise UserError(f"{name!r} has no standard error in the summary; what has one: {', '.join(known)}")
@@ -148,16 +148,16 @@ class DepthTrace(Document):
         Raises:
           UserError: not JSON, another schema version, or a section, key or length that does not fit the schema.
         """
-        with read(text, "trace", SCHEMA, SUPERSEDED) as found:
-            sections = {name: dict(found[name]) for name in SECTIONS}
+        with read(text, "trace", SCHEMA, SUPERSEDED) as content:
+            sections = {name: dict(content[name]) for name in SECTIONS}
             sections["columns"] = {name: floats(name, values) for name, values in sections["columns"].items()}
             sections["summary"] = {name: _number(name, value) for name, value in sections["summary"].items()}
-            trace = cls(**sections, warnings=tuple(found["warnings"]), arrays=arrays or {})
-            check_boundaries(found, trace.boundaries)
+            trace = cls(**sections, warnings=tuple(content["warnings"]), arrays=arrays or {})
+            check_boundaries(content, trace.boundaries)
             return trace
 
-    def rows(self, step: int = 0) -> list[dict[str, Any]]:
-        """Long form: one dict per metric and boundary; `low` and `high` are NaN where a metric has no interval."""
+    def rows(self, step: int = 0) -> list[Json]:
+        """Long form: one dict per metric and boundary; `low` and `high` are NaN without an interval."""
         nothing = np.full(self.boundaries, math.nan)
         rows = []
         for metric, values in self.columns.items():
@@ -216,7 +216,7 @@ class DepthTrace(Document):
 
 
 def load_trace(path: str | os.PathLike[str]) -> DepthTrace:
-    """The trace of a run folder, or of a trace.json; its arrays come from spectra.safetensors beside it, if there.
+    """Loads the trace of a run folder or a trace.json, with spectra.safetensors if it exists.
 
     Raises:
       UserError: nothing there, another schema version, or a file that cannot be read.
@@ -225,7 +225,7 @@ def load_trace(path: str | os.PathLike[str]) -> DepthTrace:
 
 
 def save_trace(trace: DepthTrace, folder: str | os.PathLike[str], step: int = 0) -> None:
-    """Writes spectra.safetensors (when there are arrays), trace.csv and, last, trace.json; each appears whole."""
+    """Writes spectra.safetensors (if there are arrays), trace.csv and, last, trace.json; each file atomically."""
     save_record(Path(folder), "trace", trace.to_json(), trace.rows(step), ARRAYS, trace.arrays)
 
 
@@ -235,7 +235,7 @@ def _frozen(values: np.ndarray) -> np.ndarray:
     return view
 
 
-def _number(name: str, value: Any) -> Any:
+def _number(name: str, value: object) -> object:
     if name == "terminal":
         return value
     if type(value) not in (float, int, type(None)):

@@ -1,6 +1,6 @@
-"""What stands around every command: signals, closed pipes, full disks, and errors that nobody foresaw.
+"""Error handling around every command: signals, closed pipes, full disks, and unforeseen errors.
 
-Nothing heavy is imported before it is needed, so that Ctrl-C in the first second is handled as later.
+Heavy imports are delayed, so that Ctrl-C is handled from the start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TextIO
 
 from spinal_jax.cli import console
 from spinal_jax.cli.console import DONE, MISTAKE, UNFORESEEN, Stopped, complain
@@ -23,14 +23,14 @@ FAULTS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EFBIG),
     *(errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV),
 )
-# As libraries word them that pass no errno on.
+# Messages of libraries that do not report an errno.
 FAULT_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 MEMORY = "out of memory: {}; a smaller batch_tokens or micro_tokens, a smaller model or more devices would need less"
 PANIC = "a library written in Rust gave up on its input ({}); often a rule of tokenizer.json asks too much of it"
 
 
 def guarded(run: Callable[[], int]) -> None:
-    """Runs a command; what it raises becomes one sentence and an exit code, and SystemExit unless that is 0."""
+    """Runs a command. Exceptions become one sentence and an exit code; raises SystemExit unless the code is 0."""
     _in_utf8()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of cache folders that cannot be made
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
@@ -49,12 +49,12 @@ def guarded(run: Callable[[], int]) -> None:
             except Stopped as stopped:
                 _end(stopped)
             except Exception as error:
-                if console.STOPS:  # a library has caught the interrupt and raised an error of its own
+                if console.STOPS:  # a library has converted the interrupt into an error
                     _end(console.STOPS[0])
                 code, message = describe_error(error)
                 complain(message)
             except BaseException as error:
-                if type(error).__name__ != "PanicException":  # as PyO3 passes on a panic in Rust; it is no Exception
+                if type(error).__name__ != "PanicException":  # a panic in Rust is no Exception
                     raise
                 complain(PANIC.format(" ".join(str(error).split())[:300]))
                 code = MISTAKE
@@ -67,15 +67,15 @@ def guarded(run: Callable[[], int]) -> None:
 
 def _end(stopped: Stopped) -> None:
     if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)  # the terminal's own ^C
+        print("\r\x1b[K", end="", file=sys.stderr)  # the ^C of the terminal
     complain(f"{stopped}; {stopped.kept}")
     sys.stdout.flush()
-    os._exit(128 + stopped.number)  # all is cleared up, and JAX may crash when Python ends with work in flight
+    os._exit(128 + stopped.number)  # JAX may crash at exit while work is in flight
 
 
 def describe_error(error: Exception) -> tuple[int, str]:
-    """The exit code of an error that is no UserError, and one sentence. An unforeseen one leaves a report file, or with
-    SPINAL_DEBUG=1 shows its traceback."""
+    """The exit code and one sentence for an error other than UserError. An unforeseen error writes a report file, or
+    with SPINAL_DEBUG=1 shows its traceback."""
     _debug(error)
     text = " ".join(str(error).split())
     if (fault := _fault(error)) is not None:  # first: TensorStore calls a full disk RESOURCE_EXHAUSTED too
@@ -95,7 +95,7 @@ def describe_error(error: Exception) -> tuple[int, str]:
 
 
 def debugging() -> bool:
-    """Whether tracebacks are wanted: SPINAL_DEBUG is set, and not to 0."""
+    """Whether SPINAL_DEBUG is set, and not to 0."""
     return os.environ.get("SPINAL_DEBUG", "0") not in ("", "0")
 
 
@@ -107,7 +107,7 @@ def _debug(error: Exception) -> None:
 
 
 def _fault(error: BaseException | None) -> str | None:
-    """A sentence for a fault of disk or system that an error comes from; None where it comes from none."""
+    """A sentence if the error was caused by the disk or the system, else None."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -125,9 +125,9 @@ def _fault(error: BaseException | None) -> str | None:
 
 
 class _Open:
-    """A text stream that takes what is written when nobody reads it any more."""
+    """A text stream that ignores closed pipes."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -148,16 +148,16 @@ class _Open:
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
 def _open_streams() -> Iterator[None]:
-    """Standard output and error that no closed pipe breaks, and that write every letter in some way."""
+    """Makes standard output and error robust against closed pipes and unencodable characters."""
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before, strict=True):
-        if stream is None:  # closed by whoever started this process
+        if stream is None:  # closed by the parent process
             continue
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -174,8 +174,8 @@ def _open_streams() -> Iterator[None]:
 
 
 def _in_utf8() -> None:
-    """Starts the process again in Python's UTF-8 mode where the locale has another encoding: names of files, prompts
-    and pages are UTF-8 throughout."""
+    """Restarts the process in Python's UTF-8 mode if the locale has another encoding, because file names, prompts and
+    pages are UTF-8."""
     again = "SPINAL_UTF8"
     if sys.getfilesystemencoding().lower().replace("-", "") == "utf8" or again in os.environ:
         return

@@ -1,6 +1,6 @@
-"""The commands that measure, compare and train: from a settings record to files in a run folder and an exit code.
+"""The commands audit, compare and train: from a settings record to files in a run folder and an exit code.
 
-Libraries are imported where they are used, so that a mistake in the settings is told at once.
+Libraries are imported inside functions, so that mistakes in settings are reported quickly.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from spinal_jax import config
 from spinal_jax.cli.console import DONE, FAILED, SHORT, Stopped, complain, short_path, stages
 from spinal_jax.cli.registry import command
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.errors import NotLeader
+from spinal_jax.jsontypes import Json
 
-SharedJob = Callable[[dict[str, Any], Path, bool], int]  # (settings, folder, whether this process leads) -> exit code
+SharedJob = Callable[[Json, Path, bool], int]  # (settings, folder, whether this process leads) -> exit code
 
 
 @command(
@@ -55,7 +55,7 @@ def _say(line: str) -> None:
 
 
 def _together(job: SharedJob, asked: config.AuditConfig | config.CompareConfig | TrainConfig, folder: Path) -> int:
-    """Runs a job, with other processes where the settings say so."""
+    """Runs a job, in several processes if the settings say so."""
     if asked.parallel.coordinator is None:
         return job(config.to_mapping(asked), folder, True)
     from spinal_jax.cli.together import together
@@ -67,14 +67,14 @@ def _together(job: SharedJob, asked: config.AuditConfig | config.CompareConfig |
     def own() -> int:
         if place.process != 0:
             return job(settings, folder, False)
-        folder.mkdir(parents=True, exist_ok=True)  # a process that ended early may have removed it
+        folder.mkdir(parents=True, exist_ok=True)  # another process may have removed it
         with held(folder):
             return job(settings, folder, True)
 
     return own() if place.processes == 1 else together(place, settings, asked.parallel.start_timeout, folder, own)
 
 
-def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
+def _audit(settings: Json, folder: Path, leads: bool) -> int:
     """`audit_command` in one process, which writes the folder if it is the one that leads."""
     from spinal_jax.runs import folder as run_folder
 
@@ -116,7 +116,7 @@ def _audit(settings: dict[str, Any], folder: Path, leads: bool) -> int:
     return DONE
 
 
-def _compare(settings: dict[str, Any], folder: Path, leads: bool) -> int:
+def _compare(settings: Json, folder: Path, leads: bool) -> int:
     """`compare_command` in one process, which writes the folder if it is the one that leads."""
     from spinal_jax.runs import folder as run_folder
 
@@ -183,7 +183,7 @@ def train_command(asked: TrainConfig, folder: Path) -> int:
     return _together(_train, asked, folder)
 
 
-def _train(settings: dict[str, Any], folder: Path, leads: bool) -> int:
+def _train(settings: Json, folder: Path, leads: bool) -> int:
     """`train_command` in one process, which prints if it is the one that leads."""
     from spinal_jax.runs import folder as run_folder
 

@@ -1,4 +1,4 @@
-"""The command line: `spinal COMMAND [setting=value ...]`. The only module that knows Hydra."""
+"""The command line: `spinal COMMAND [setting=value ...]`. The only module that imports Hydra."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 import sys
 from difflib import get_close_matches
 
+from spinal_jax.jsontypes import ReadJson
+
 try:
     from spinal_jax.cli.guard import guarded
-except KeyboardInterrupt:  # before the guard could take it
+except KeyboardInterrupt:  # before the guard was active
     os.write(2, b"spinal: interrupted; nothing was begun\n")
     os._exit(130)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection
     from pathlib import Path
     from typing import Any
 
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked, 3 evidence short of `assert`,
+    """Entry point. Exit codes: 0 done, 1 a check failed, 2 a usage error, 3 `assert` not met,
     70 an unforeseen error, 130 Ctrl-C, 143 SIGTERM."""
     guarded(lambda: _run(sys.argv[1:]))
 
 
 def _run(arguments: list[str]) -> int:
-    """The exit code of what the arguments ask for."""
+    """Runs the arguments and returns the exit code."""
     from spinal_jax.cli import help as pages
     from spinal_jax.cli.commands import COMMANDS
     from spinal_jax.cli.console import DONE, MISTAKE
@@ -66,8 +68,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _make_and_judge(command: Command, arguments: list[str]) -> int:
-    """`spinal attribute experiment=FILE`: the sweep that makes the runs and, where all are complete, what judges them.
-    Returns the exit code."""
+    """`spinal attribute experiment=FILE`: trains the runs in a sweep and, if all are complete, compares them. Returns
+    the exit code."""
     from spinal_jax.cli.attribution_job import ARMS, arms_of, split_arguments
     from spinal_jax.cli.commands import COMMANDS
     from spinal_jax.cli.console import complain
@@ -78,7 +80,7 @@ def _make_and_judge(command: Command, arguments: list[str]) -> int:
     arms = set() if {"aligned", "control"} <= given else {*ARMS.values()}
     code, sweep = _compose(COMMANDS[command.makes_runs_by], training, arms)
     if sweep is None:
-        return code  # the settings were shown and nothing was run
+        return code  # the settings were printed only
     if code:
         complain("there is no attribution until all runs are complete; the same command passes over those that are")
         return code
@@ -89,9 +91,9 @@ def _compose(command: Command, arguments: list[str], arms: Collection[str] = ())
     """Runs the command's job under Hydra, once or for each run of a sweep.
 
     Args:
-        command: whose job.
-        arguments: of the command.
-        arms: files of conf/arm/ of which each run must have one; nothing where that is all the same.
+        command: the command.
+        arguments: its arguments.
+        arms: files of conf/arm/, of which each run must have one; empty for no such check.
 
     Returns:
         The exit code, and the folder of the sweep if it is one.
@@ -102,14 +104,14 @@ def _compose(command: Command, arguments: list[str], arms: Collection[str] = ())
     from spinal_jax.errors import UserError
 
     words = hydras_arguments(command, arguments)
-    # Hydra then lets exceptions through instead of printing them and exiting by itself.
+    # Hydra then raises exceptions instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra
     from hydra.errors import HydraException
 
     sweeps: list[Sweep] = []
     ended: list[Outcome] = []
-    begun: list[Path] = []  # folders of the runs whose settings are composed
+    begun: list[Path] = []  # folders of the composed runs
 
     def begin(sweep: DictConfig) -> None:
         from pathlib import Path
@@ -135,7 +137,7 @@ def _compose(command: Command, arguments: list[str], arms: Collection[str] = ())
         raise UserError(
             _hydras_words(error, command) if composing else f"the output folder cannot be made: {error}"
         ) from error
-    except SystemExit as left:  # Hydra has said why: -p names a part that is null
+    except SystemExit as left:  # Hydra has printed the reason: -p names a group that is null
         return (MISTAKE if left.code else DONE), None
     except Stopped as stopped:
         if sweeps:
@@ -156,7 +158,7 @@ def _compose(command: Command, arguments: list[str], arms: Collection[str] = ())
 def _task(
     command: Command, sweeps: list[Sweep], begun: list[Path], ended: list[Outcome], arms: Collection[str]
 ) -> Callable[[DictConfig], None]:
-    """What Hydra is to run for each set of settings: the command's job on its record, in the run's own folder."""
+    """The task function of Hydra: runs the job of the command on its record, in the folder of the run."""
     import contextlib
     import time
     from pathlib import Path
@@ -182,7 +184,7 @@ def _task(
                 )
             return _attempt(command, settings, folder)
 
-        is_new = folder.stat().st_ctime >= started  # Hydra has made it; otherwise it stays, empty or not
+        is_new = folder.stat().st_ctime >= started  # created by Hydra; other folders are kept
         try:
             if sweeps:
                 told = list(run.overrides.task)
@@ -190,11 +192,11 @@ def _task(
             else:
                 ended.append(Outcome(0, attempt()))
         except UserError as error:
-            ended.append(Outcome(0, MISTAKE, str(error)))  # kept from Hydra, which would print its own words first
+            ended.append(Outcome(0, MISTAKE, str(error)))  # not raised, because Hydra would print it too
         except Exception as error:
             ended.append(Outcome(0, *describe_error(error)))
         finally:
-            with contextlib.suppress(FileNotFoundError):  # another process that shares the run has been here
+            with contextlib.suppress(FileNotFoundError):  # another process of the run has removed it
                 if is_new and not any(folder.iterdir()):
                     folder.rmdir()
 
@@ -202,7 +204,7 @@ def _task(
 
 
 def _attempt(command: Command, settings: DictConfig, folder: Path) -> int:
-    """The exit code of the job on these settings."""
+    """Runs the job on these settings and returns the exit code."""
     import contextlib
 
     from omegaconf import OmegaConf
@@ -212,7 +214,7 @@ def _attempt(command: Command, settings: DictConfig, folder: Path) -> int:
     from spinal_jax.errors import UserError
     from spinal_jax.runs.folder import held
 
-    _teach_omegaconf()  # also where a launcher has started another process
+    _teach_omegaconf()  # also in processes that a launcher has started
     assert command.record is not None
     try:
         if missing := sorted(OmegaConf.missing_keys(settings)):
@@ -222,14 +224,14 @@ def _attempt(command: Command, settings: DictConfig, folder: Path) -> int:
         raise UserError(_hydras_words(error, command)) from error
     assert isinstance(values, dict)
     asked = build(command.record, {str(name): value for name, value in values.items()})
-    # Of several processes that share a run and its folder, the first one holds it, once it knows which it is.
+    # If several processes share a run, process 0 locks the folder later.
     alone = getattr(getattr(asked, "parallel", None), "coordinator", None) is None
     with held(folder) if command.keeps_run and alone else contextlib.nullcontext():
         return command.job(asked, folder)
 
 
 def _store(command: Command) -> None:
-    """Gives Hydra the command's configuration: the record's defaults, then the files that its groups choose."""
+    """Registers the configuration of the command with Hydra: defaults of the record, then group files."""
     from hydra.core.config_store import ConfigStore
 
     from spinal_jax.config.record import defaults_of, optional_parts
@@ -252,34 +254,34 @@ def _store(command: Command) -> None:
 
 
 def _teach_omegaconf() -> None:
-    """`${by:KEY,{a: 1, b: 2, else: 3}}` in a configuration: one setting by another, as a learning rate by the size."""
+    """Registers the resolver `${by:KEY,{a: 1, b: 2, else: 3}}`, which sets one setting by another."""
     from omegaconf import OmegaConf
 
-    def by(key: str, values: Mapping[str, Any]) -> Any:
+    def by(key: str, values: ReadJson) -> Any:
         return values[key] if key in values else values["else"]
 
     OmegaConf.register_new_resolver("by", by, replace=True)
 
 
-_BEGIN: list[Callable[[Any], None]] = []  # what is to be done at the start of a sweep, by whoever waits for one
+_BEGIN: list[Callable[[Any], None]] = []  # callbacks for the start of a sweep
 
 
 def _on_sweep() -> Any:
-    """What Hydra calls at the turns of a sweep, in the process that launches its runs."""
+    """The Hydra callback of a sweep, in the launching process."""
     from hydra.experimental.callback import Callback
 
     class OnSweep(Callback):
         def on_multirun_start(self, config: Any, **_: Any) -> None:
             _BEGIN[-1](config)
 
-        def __reduce__(self) -> Any:  # it goes along to worker processes, which begin no sweep
+        def __reduce__(self) -> Any:  # pickled for worker processes, which start no sweep
             return _on_sweep, ()
 
     return OnSweep()
 
 
 def _runs_of(sweep: DictConfig) -> list[list[str]] | None:
-    """The settings of each run that Hydra's own sweeper will make of its arguments; None for another sweeper."""
+    """The settings of each run of Hydra's basic sweeper; None for another sweeper."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -289,14 +291,14 @@ def _runs_of(sweep: DictConfig) -> list[list[str]] | None:
         return None
     texts = [f"{name}={values}" for name, values in (sweep.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    given = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)  # ${hydra:...} is each run's own
+    given = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)  # ${hydra:...} differs between runs
     assert isinstance(given, list)
     (runs,) = BasicSweeper.split_arguments(parser.parse_overrides([*texts, *given]), None)
     return runs
 
 
 def _hydras_words(error: Exception, command: Command) -> str:
-    """Hydra's own message in one sentence, with what would be right where that can be told."""
+    """The message of Hydra in one sentence, with a remedy if it is known."""
     import difflib
     import re
     from pathlib import Path

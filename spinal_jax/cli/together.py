@@ -1,6 +1,6 @@
-"""A command that several processes share: they start together, and when one ends early all of them do.
+"""Runs a command in several processes: they start together, and if one ends early, all end.
 
-Restarting is the launcher's (`srun --kill-on-bad-exit`, JobSet, xpk); see docs/recipes.md.
+Restarts are left to the launcher (`srun --kill-on-bad-exit`, JobSet, xpk); see docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -8,35 +8,33 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from spinal_jax.cli.console import MISTAKE, Stopped, complain
 from spinal_jax.errors import NotLeader, StoppedElsewhere, UserError
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.parallel.distributed import ClusterSpec, start
 from spinal_jax.parallel.meeting import NotMet
 from spinal_jax.parallel.peers import SILENCE, PeerEnded, Peers, code_of, in_words
 
-OWN = ("process", "start_timeout")  # of the parallel settings, what processes need not have alike
-_RUNS: list[int] = []  # how many runs this process has shared: a sweep has several
+OWN = ("process", "start_timeout")  # parallel settings that may differ between processes
+_RUNS: list[int] = []  # number of shared runs of this process; a sweep has several
 
 
-def together(
-    place: ClusterSpec, settings: Mapping[str, Any], timeout: int, folder: Path, job: Callable[[], int]
-) -> int:
-    """The exit code of process 0, after `job` has run in all processes of a run.
+def together(place: ClusterSpec, settings: ReadJson, timeout: int, folder: Path, job: Callable[[], int]) -> int:
+    """Runs `job` in all processes of a run and returns the exit code of process 0.
 
-    Where one of them fails, refuses something, gets a signal or is gone, this ends the process: JAX's own shutdown
-    would wait for the process that is no longer there.
+    If a process fails, raises UserError, receives a signal or disappears, this process exits, because the shutdown of
+    JAX would wait for the missing process.
 
     Args:
-        place: of this process.
-        settings: which all processes must have alike.
-        timeout: seconds in which all of them must have started.
-        folder: of the run; it goes where the run ends early and nothing is in it.
-        job: what to run; NotLeader from it means that the result is with process 0.
+        place: address and number of this process.
+        settings: must be equal in all processes.
+        timeout: seconds until all processes must have started.
+        folder: of the run; deleted if it is empty after an early end.
+        job: what to run; it raises NotLeader in all but process 0.
     """
     if not _RUNS:
         _meet(place, timeout, folder)
@@ -44,7 +42,7 @@ def together(
     with Peers(place, _RUNS[-1]) as peers:
         try:
             return _run(peers, settings, job)
-        except PeerEnded as ended:  # it may come at any point, also where another error is being handled
+        except PeerEnded as ended:  # a signal can arrive at any point, also during error handling
             complain(in_words(ended.end, place))
             code = code_of(ended.end)
         except _Left as left:
@@ -52,7 +50,7 @@ def together(
         with contextlib.suppress(OSError):
             folder.rmdir()
         sys.stdout.flush()
-        with contextlib.suppress(RuntimeError):  # JAX's service is gone: there is nobody to wait for
+        with contextlib.suppress(RuntimeError):  # the coordination service has ended, so there is nothing to wait for
             peers.part()
         os._exit(code)
 
@@ -69,14 +67,14 @@ def _meet(place: ClusterSpec, timeout: int, folder: Path) -> None:
 
 
 class _Left(Exception):
-    """The run has ended here, and this has been said."""
+    """The run has ended in this process and the others know."""
 
     def __init__(self, code: int):
         super().__init__(code)
         self.code = code
 
 
-def _run(peers: Peers, settings: Mapping[str, Any], job: Callable[[], int]) -> int:
+def _run(peers: Peers, settings: ReadJson, job: Callable[[], int]) -> int:
     try:
         peers.check_same(_comparable(settings))
         code = job()
@@ -108,12 +106,12 @@ def _run(peers: Peers, settings: Mapping[str, Any], job: Callable[[], int]) -> i
 
 
 def _is_exchange(error: Exception) -> bool:
-    """Whether an error is of an exchange among processes."""
+    """Whether an error was caused by the communication of processes."""
     text = str(error).lower()
     return any(word in text for word in ("gloo", "nccl", "connection", "peer", "coordination", "barrier"))
 
 
-def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(settings: ReadJson) -> Json:
     parallel = {name: value for name, value in settings["parallel"].items() if name not in OWN}
     versions = {name: version(name) for name in ("spinal-jax", "jax", "jaxlib", "transformers")}
     return {**settings, "parallel": parallel, "version of": versions}

@@ -1,7 +1,7 @@
 """Attribution: aligned runs against control runs of the same base and budget, from their saved files.
 
-One pair of checkpoints cannot tell alignment from training. Several runs of each arm can: the spread between runs holds
-that of prompts, of data order and of labels (docs/method.md, "Attribution").
+One pair of checkpoints cannot separate alignment from training in general. Several runs of each arm can: the variance
+between runs includes that of prompts, data order and labels (docs/method.md, "Attribution").
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -26,16 +25,17 @@ from spinal_jax.comparison.attribution_runs import (
 )
 from spinal_jax.errors import UserError
 from spinal_jax.files import load_json_file, malformed, plain, table, undefined, write_whole
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.stats.signflip import holm
 from spinal_jax.stats.two_samples import MeanDifference, permutation_p, rank_correlation, welch
 from spinal_jax.wording import number, plus_minus
 
 SCHEMA = "spinal-attribution/1"
 ATTRIBUTABLE, EQUIVALENT, UNDECIDED = "attributable", "equivalent", "undecided"
-MIN_RUNS = 5  # runs of an arm that a verdict needs
+MIN_RUNS = 5  # runs in each arm that a verdict needs
 MARGIN_QUANTILE = 0.95  # of |x| over the controls
-MOST_RUNS = 1000  # of an arm, beyond which it is said that no number of runs would decide
-# Changes from the base, of which a single control run has some by itself: these have a margin and a verdict.
+MOST_RUNS = 1000  # largest number of runs in an arm that `more_runs` considers
+# Changes from the base. Control runs change too, so these have a margin and a verdict.
 CHANGES = ("delta_align", "delta_contraction", "delta_transport")
 NUMBERS: Mapping[str, tuple[str, str]] = {  # name: title, unit
     "delta_align": ("Delta_align", ""),
@@ -60,31 +60,31 @@ BEHAVIOUR = "reward_accuracy"
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What several runs show against controls.
+    """Result of several runs against controls.
 
     Attributes:
-        verdict: "attributable", "equivalent" or "undecided", of Delta_align.
-        sentence: the same with its evidence and its limits.
+        verdict: "attributable", "equivalent" or "undecided", for Delta_align.
+        sentence: the verdict with its evidence and limits.
         effects: by name of NUMBERS: effect (mean of aligned less mean of control), low, high, error,
             degrees_of_freedom, p_value, means and standard deviations of both arms, d_seed, and for CHANGES margin and
             verdict.
-        more_runs: runs of each arm, beside those there are, after which the present effect and spread would decide; 0
-            where it is decided; NaN where no number up to 1,000 would.
+        more_runs: additional runs in each arm with which the present effect and variance would be decisive; 0 for a
+            verdict; NaN above 1,000.
         boundaries: by name of BY_BOUNDARY: columns effect, low, high, p and p_holm, [D + 1] each.
         correlations: Spearman's, over all runs, between geometry and behaviour, with 95 % intervals.
-        runs: one record a run: folder, arm and its numbers.
-        settings: base, step, margin, whether all runs share one base, and what all were measured on.
-        warnings: sentences that a reader of the numbers must know.
+        runs: a record for each run: folder, arm and numbers.
+        settings: base, step, margin, whether all runs share one base, and the common inputs of the measurements.
+        warnings: one sentence each.
     """
 
     verdict: str
     sentence: str
-    effects: Mapping[str, Mapping[str, Any]]
+    effects: Mapping[str, ReadJson]
     more_runs: float
     boundaries: Mapping[str, Mapping[str, np.ndarray]]
-    correlations: Mapping[str, Mapping[str, Any]]
-    runs: tuple[Mapping[str, Any], ...]
-    settings: Mapping[str, Any]
+    correlations: Mapping[str, ReadJson]
+    runs: tuple[ReadJson, ...]
+    settings: ReadJson
     warnings: tuple[str, ...] = ()
 
     def arm(self, arm: str, name: str) -> np.ndarray:
@@ -94,7 +94,7 @@ class Attribution:
 
     def to_json(self) -> str:
         """The text of attribution.json: equal attributions give equal bytes; NaN is null."""
-        content: dict[str, Any] = {"schema": SCHEMA, "verdict": self.verdict, "sentence": self.sentence}
+        content: Json = {"schema": SCHEMA, "verdict": self.verdict, "sentence": self.sentence}
         content |= {"more_runs": plain(self.more_runs)}
         for name in ("effects", "boundaries", "correlations", "settings"):
             content[name] = plain(getattr(self, name))
@@ -126,7 +126,7 @@ def attribute(
     step: int | None = None,
     same_base: bool = True,
 ) -> Attribution:
-    """Whether aligned runs differ from control runs by more than a control run moves by itself.
+    """Tests whether aligned runs differ from control runs by more than control runs change.
 
     `effect = mean(A) - mean(C)` of Delta_align, with Welch's interval from the variances between runs and a p-value by
     permutation of runs. The margin m is the 95 % quantile of `|Delta_align|` over the controls unless given. The
@@ -143,7 +143,7 @@ def attribute(
         same_base: False admits runs that each have a base of their own.
 
     Raises:
-        UserError: runs that do not match, or fewer than two in an arm.
+        UserError: the runs do not match, or an arm has fewer than two.
     """
     if margin is not None and not margin > 0:
         raise UserError(f"margin is {margin!r}; it takes null or a number above 0")
@@ -165,9 +165,9 @@ def attribute(
 
 
 def attributed(
-    runs: Sequence[AttributedRun], margin: float | None = None, settings: Mapping[str, Any] | None = None
+    runs: Sequence[AttributedRun], margin: float | None = None, settings: ReadJson | None = None
 ) -> Attribution:
-    """The attribution of runs that match; arguments as `attribute` has them."""
+    """The attribution of matching runs; arguments as in `attribute`."""
     by_arm = {arm: [run for run in runs if run.arm == arm] for arm in ("aligned", "control", "beside")}
     effects = {
         name: _effect(name, _values(by_arm["aligned"], name), _values(by_arm["control"], name), margin)
@@ -196,7 +196,7 @@ def attributed(
 
 
 def verdict_of(low: float, high: float, margin: float) -> str:
-    """The verdict of an effect's 95 % interval against a margin."""
+    """The verdict from the 95 % interval of an effect and the margin."""
     if math.isnan(low) or math.isnan(high) or math.isnan(margin):
         return UNDECIDED
     if low > margin or high < -margin:
@@ -207,27 +207,27 @@ def verdict_of(low: float, high: float, margin: float) -> str:
 def judge_effect(
     aligned: np.ndarray, control: np.ndarray, margin: float | None = None
 ) -> tuple[MeanDifference, float, str]:
-    """(effect, margin, verdict) of a change, from its values over the runs of both arms; a margin of None is the
+    """(effect, margin, verdict) from the values of a change over the runs of both arms. The default margin is the
     MARGIN_QUANTILE of its magnitude over the controls."""
-    found = welch(aligned, control)
+    effect = welch(aligned, control)
     if margin is None:
         margin = float(np.quantile(np.abs(control), MARGIN_QUANTILE))
-    return found, margin, verdict_of(found.low, found.high, margin)
+    return effect, margin, verdict_of(effect.low, effect.high, margin)
 
 
 def _values(runs: Sequence[AttributedRun], name: str) -> np.ndarray:
     return np.array([run.numbers.get(name, math.nan) for run in runs], np.float64)
 
 
-def _effect(name: str, aligned: np.ndarray, control: np.ndarray, margin: float | None) -> dict[str, Any]:
-    """The record of one number; NaN where a run lacks it."""
-    found, margin, verdict = judge_effect(aligned, control, margin if name == "delta_align" else None)
-    effect: dict[str, Any] = {
-        "effect": found.value,
-        "low": found.low,
-        "high": found.high,
-        "error": found.error,
-        "degrees_of_freedom": found.freedom,
+def _effect(name: str, aligned: np.ndarray, control: np.ndarray, margin: float | None) -> Json:
+    """The record of one number; NaN if a run lacks it."""
+    difference, margin, verdict = judge_effect(aligned, control, margin if name == "delta_align" else None)
+    effect: Json = {
+        "effect": difference.value,
+        "low": difference.low,
+        "high": difference.high,
+        "error": difference.error,
+        "degrees_of_freedom": difference.freedom,
         "p_value": permutation_p(aligned, control),
         "mean_aligned": float(aligned.mean()),
         "sd_aligned": float(aligned.std(ddof=1)),
@@ -240,9 +240,9 @@ def _effect(name: str, aligned: np.ndarray, control: np.ndarray, margin: float |
     return effect
 
 
-def more_runs(by_arm: Mapping[str, Sequence[AttributedRun]], main: Mapping[str, Any]) -> float:
-    """Runs of each arm, beside the larger arm's, after which the present effect, spread and margin would decide; NaN
-    where no number up to MOST_RUNS would."""
+def more_runs(by_arm: Mapping[str, Sequence[AttributedRun]], main: ReadJson) -> float:
+    """Runs in each arm, in addition to those of the larger arm, with which the present effect, variance and margin
+    would be decisive; NaN above MOST_RUNS."""
     present = max(len(by_arm["aligned"]), len(by_arm["control"]))
     clear = abs(abs(main["effect"]) - main["margin"])
     variances = np.array([main["sd_aligned"], main["sd_control"]]) ** 2
@@ -256,30 +256,40 @@ def more_runs(by_arm: Mapping[str, Sequence[AttributedRun]], main: Mapping[str, 
 
 def _by_boundary(by_arm: Mapping[str, Sequence[AttributedRun]], name: str) -> dict[str, np.ndarray]:
     one, other = (np.array([run.columns[name] for run in by_arm[arm]]) for arm in ("aligned", "control"))
-    found = [welch(one[:, at], other[:, at]) for at in range(one.shape[1])]
+    differences = [welch(one[:, at], other[:, at]) for at in range(one.shape[1])]
     p = np.array([permutation_p(one[:, at], other[:, at]) for at in range(one.shape[1])])
     return {
-        "effect": np.array([each.value for each in found]),
-        "low": np.array([each.low for each in found]),
-        "high": np.array([each.high for each in found]),
+        "effect": np.array([each.value for each in differences]),
+        "low": np.array([each.low for each in differences]),
+        "high": np.array([each.high for each in differences]),
         "p": p,
         "p_holm": holm(p),
     }
 
 
-def _correlation(runs: Sequence[AttributedRun], name: str) -> dict[str, Any]:
-    found = rank_correlation(_values(runs, name), _values(runs, BEHAVIOUR))
-    interval = "" if math.isnan(found.low) else f" (95 % interval {number(found.low)} to {number(found.high)})"
-    sentence = (
-        f"Over these {found.count} runs {NUMBERS[name][0]} and {NUMBERS[BEHAVIOUR][0]} on held-out pairs have a rank "
-        f"correlation of {number(found.value)}{interval}: a correlation over these runs and no more."
+def _correlation(runs: Sequence[AttributedRun], name: str) -> Json:
+    correlation = rank_correlation(_values(runs, name), _values(runs, BEHAVIOUR))
+    interval = (
+        ""
+        if math.isnan(correlation.low)
+        else f" (95 % interval {number(correlation.low)} to {number(correlation.high)})"
     )
-    return {"value": found.value, "low": found.low, "high": found.high, "runs": found.count, "sentence": sentence}
+    sentence = (
+        f"Over these {correlation.count} runs {NUMBERS[name][0]} and {NUMBERS[BEHAVIOUR][0]} on held-out pairs have a "
+        f"rank correlation of {number(correlation.value)}{interval}: a correlation over these runs and no more."
+    )
+    return {
+        "value": correlation.value,
+        "low": correlation.low,
+        "high": correlation.high,
+        "runs": correlation.count,
+        "sentence": sentence,
+    }
 
 
 def _sentence(
     verdict: str,
-    main: Mapping[str, Any],
+    main: ReadJson,
     by_arm: Mapping[str, Sequence[AttributedRun]],
     more: float,
     given: float | None,
@@ -326,14 +336,16 @@ def _warnings(
     return tuple(lines)
 
 
-def save_attribution(found: Attribution, folder: str | os.PathLike[str]) -> None:
+def save_attribution(attribution: Attribution, folder: str | os.PathLike[str]) -> None:
     """Writes attribution.csv (a row a run), effects.csv (a row a number) and, last, attribution.json; each whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "attribution.csv", table([dict(run) for run in found.runs]).encode())
-    rows = [{"number": name, "margin": math.nan, "verdict": "", **effect} for name, effect in found.effects.items()]
+    write_whole(folder / "attribution.csv", table([dict(run) for run in attribution.runs]).encode())
+    rows = [
+        {"number": name, "margin": math.nan, "verdict": "", **effect} for name, effect in attribution.effects.items()
+    ]
     write_whole(folder / "effects.csv", table(rows).encode())
-    write_whole(folder / "attribution.json", found.to_json().encode())
+    write_whole(folder / "attribution.json", attribution.to_json().encode())
 
 
 def load_attribution(path: str | os.PathLike[str]) -> Attribution:
@@ -351,7 +363,7 @@ def load_attribution(path: str | os.PathLike[str]) -> Attribution:
         return _of_content(content)
 
 
-def _of_content(content: Mapping[str, Any]) -> Attribution:
+def _of_content(content: ReadJson) -> Attribution:
     columns = {
         name: {key: np.array([math.nan if v is None else v for v in values]) for key, values in column.items()}
         for name, column in content["boundaries"].items()
@@ -369,8 +381,8 @@ def _of_content(content: Mapping[str, Any]) -> Attribution:
     )
 
 
-def attribution_shortfalls(found: Attribution, *, verdict: str | None = None) -> list[str]:
+def attribution_shortfalls(attribution: Attribution, *, verdict: str | None = None) -> list[str]:
     """Where the evidence falls short of what was asked for, a phrase each."""
-    if verdict is not None and found.verdict != verdict:
-        return [f"the verdict is {found.verdict!r}, not {verdict!r}"]
+    if verdict is not None and attribution.verdict != verdict:
+        return [f"the verdict is {attribution.verdict!r}, not {verdict!r}"]
     return []

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,9 +17,9 @@ from spinal_jax.comparison.record import Comparison, load_comparison
 from spinal_jax.comparison.sources import saved_trace, steps_of
 from spinal_jax.errors import UserError
 from spinal_jax.files import flat, load_json_file, load_json_lines, malformed
+from spinal_jax.jsontypes import Json, ReadJson
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"  # of a training run
-PLACES = ("delta_contraction", "delta_transport", "policy_distance")  # whose place in depth is compared
 BY_BOUNDARY = ("delta_contraction", "delta_transport", "policy_distance")
 FROM_SUMMARY = (
     *("delta_align", "delta_contraction", "delta_transport", "output_distance", "kl", "spinal_gain"),
@@ -54,8 +53,8 @@ class AttributedRun:
     numbers: Mapping[str, float]
     columns: Mapping[str, np.ndarray]
     reference: str
-    measured: Mapping[str, Any]
-    trained: Mapping[str, Any]
+    measured: ReadJson
+    trained: ReadJson
 
     @property
     def name(self) -> str:
@@ -91,7 +90,7 @@ def read_attributed_run(folder: str, arm: str, base: str | None, step: int | Non
     """
     place = Path(folder)
     steps = steps_of(place)
-    trained: dict[str, Any] = {}
+    trained: Json = {}
     if steps:
         if not (place / "manifest.json").is_file() and step is None:
             raise UserError(f"{folder} is a training run that has not ended; run its command again, or give step=N")
@@ -121,25 +120,25 @@ def read_attributed_run(folder: str, arm: str, base: str | None, step: int | Non
     )
 
 
-def _check_base(folder: str, found: Comparison, base: str) -> None:
+def _check_base(folder: str, comparison: Comparison, base: str) -> None:
     """UserError where a run was compared with another model than the trace of `base`, by the numbers of both."""
     trace = saved_trace(base)
-    if trace.prompts["sha256"] != found.prompts["sha256"]:
+    if trace.prompts["sha256"] != comparison.prompts["sha256"]:
         raise UserError(f"base={base} was measured on other prompts than {folder}; audit the base on the same prompts")
-    same = trace.model["sha256"] == found.reference["sha256"] or (
-        trace.depth == found.depth
-        and np.allclose(trace.columns["contraction"], found.columns["reference_contraction"], 1e-4, equal_nan=True)
-        and np.allclose(trace.columns["transport"], found.columns["reference_transport"], 1e-3, equal_nan=True)
+    same = trace.model["sha256"] == comparison.reference["sha256"] or (
+        trace.depth == comparison.depth
+        and np.allclose(trace.columns["contraction"], comparison.columns["reference_contraction"], 1e-4, equal_nan=True)
+        and np.allclose(trace.columns["transport"], comparison.columns["reference_transport"], 1e-3, equal_nan=True)
     )
     if not same:
         raise UserError(f"{folder} was compared with another model than base={base}; give runs of this base")
 
 
-def _numbers(found: Comparison) -> dict[str, float]:
-    numbers = {name: float(found.summary[name]) for name in FROM_SUMMARY}
-    numbers["gradient_share"] = float(found.summary["gradient_concentration"])
-    for place in PLACES:
-        where = found.summary["localisation"][place]
+def _numbers(comparison: Comparison) -> dict[str, float]:
+    numbers = {name: float(comparison.summary[name]) for name in FROM_SUMMARY}
+    numbers["gradient_share"] = float(comparison.summary["gradient_concentration"])
+    for place in BY_BOUNDARY:
+        where = comparison.summary["localisation"][place]
         numbers |= {f"{place}_{what}": float(where[what]) for what in ("share", "centroid")}
     return numbers
 
@@ -165,21 +164,21 @@ def _logged(folder: Path, at: int, terminal: tuple[int, int]) -> dict[str, float
     return rewards | {"gradient_share": float(np.mean(shares)) if shares else math.nan}
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path) -> Json:
     with malformed(folder / SETTINGS):
         config = load_json_file(folder / SETTINGS)["config"]
         free = (*FREE_SETTINGS, "model.name")
         return {name: value for name, value in flat(config).items() if not name.startswith(free)}
 
 
-def _measured(found: Comparison) -> dict[str, Any]:
+def _measured(comparison: Comparison) -> Json:
     """What all runs must share: prompts, settings of the measurement, shape of the model."""
     return {
-        **{f"prompts' {name}": found.prompts[name] for name in ("sha256", "count", "rows", "positions")},
-        **{name: found.settings[name] for name in sorted(found.settings) if name != "weights"},
-        "terminal": list(found.terminal),
-        "blocks": found.depth,
-        "width": found.reference["width"],
+        **{f"prompts' {name}": comparison.prompts[name] for name in ("sha256", "count", "rows", "positions")},
+        **{name: comparison.settings[name] for name in sorted(comparison.settings) if name != "weights"},
+        "terminal": list(comparison.terminal),
+        "blocks": comparison.depth,
+        "width": comparison.reference["width"],
     }
 
 
@@ -209,7 +208,7 @@ def check_comparable_runs(runs: Sequence[AttributedRun], same_base: bool) -> Non
                 _refuse(run, first, name, one, other)
 
 
-def _refuse(run: AttributedRun, first: AttributedRun, name: str, one: Any, other: Any) -> None:
+def _refuse(run: AttributedRun, first: AttributedRun, name: str, one: object, other: object) -> None:
     raise UserError(
         f"{run.folder} does not match {first.folder}: {name} is {one!r} there and {other!r} here; runs of an "
         "attribution share base, prompts, settings and budget"

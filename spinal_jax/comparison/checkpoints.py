@@ -1,4 +1,4 @@
-"""From two checkpoints that a user names to their traces and to what only both together give."""
+"""Measures two checkpoints on the same tokens: their traces and the quantities that need both models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from spinal_jax import data
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import Devices, devices_of
-from spinal_jax.audit.measure import Measurement, keep_reference, measure
+from spinal_jax.audit.measure import keep_reference, measure
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.compare import BothModels
 from spinal_jax.comparison.preference_gradient import (
@@ -52,19 +53,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredPair:
-    """Two checkpoints on the same tokens: what `compare_traces` takes."""
+    """Two measured checkpoints: arguments of `compare_traces`."""
 
     aligned: DepthTrace
     reference: DepthTrace
     both: BothModels
-    left_out: tuple[int, int] = (0, 0)  # tokens of the aligned model's vocabulary, and of the other's, not in both
-    steps: PromptSteps | None = None  # where config.keep_prompts asks for them
-    tokenizer: PreTrainedTokenizerBase | None = None  # that spells them
+    left_out: tuple[int, int] = (0, 0)  # number of tokens of each vocabulary that the other does not have
+    steps: PromptSteps | None = None  # if config.keep_prompts is set
+    tokenizer: PreTrainedTokenizerBase | None = None  # to decode `steps`
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two, opened."""
+    """One of the two checkpoints."""
 
     config: ModelConfig
     checkpoint: Checkpoint
@@ -82,7 +83,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Preference pairs as token ids, each with its group."""
+    """Tokenised preference pairs with their groups."""
 
     examples: tuple[Example, ...]
     groups: tuple[int, ...]
@@ -95,15 +96,20 @@ def measure_checkpoints(
     bar: Bar | None = None,
     say: Callable[[str], None] | None = None,
 ) -> MeasuredPair:
-    """Measures both checkpoints that `config` names by their sources, one in memory at a time.
+    """Measures both checkpoints of the settings, with one model in memory at a time.
 
-    The reference runs first and leaves its unembedding, its spectra and, in a scratch file, its residuals at the
-    measured positions; one pass over the vocabulary then reads both models. `texts` replaces `config.prompts.path`,
-    `say` gets a start-up line for each.
+    The reference runs first. Its unembedding, its spectra and, in a scratch file, its hidden states at the measured
+    positions are kept; one pass over the vocabulary then processes both models.
+
+    Args:
+        config: the settings.
+        texts: prompts in place of `config.prompts.path`.
+        bar: opens progress bars.
+        say: called with a start-up line for each checkpoint.
 
     Raises:
-        UserError: for anything the caller can mend, before any weights are read: tokenizers, vocabularies or (unless
-            `config.align` is "relative") depths that differ, and whatever `run_audit` refuses.
+        UserError: different tokenizers, vocabularies or (unless `config.align` is "relative") depths, and the errors of
+            `run_audit`; raised before weights are loaded.
     """
     bar = bar or no_bar
     prompts = pipeline.read_prompt_set(config.prompts, texts)
@@ -142,7 +148,7 @@ def measure_checkpoints(
                 say(pipeline.start_line(side.name, side.config.dtype, side.decoder, work, choice, home))
         about = pipeline.prompts_record(prompts, config.prompts)
 
-        def traced(side: _Side, found: Measurement, plan: Plan) -> DepthTrace:
+        def traced(side: _Side, measurement: Measurement, plan: Plan) -> DepthTrace:
             model = pipeline.model_record(
                 side.name,
                 side.config.source,
@@ -150,7 +156,7 @@ def measure_checkpoints(
                 side.config.dtype,
                 side.checkpoint.sha256(),
             )
-            return pipeline.depth_trace(model, about, side.decoder, config.metrics, plan, found)
+            return pipeline.depth_trace(model, about, side.decoder, config.metrics, plan, measurement)
 
         joint = ours.decoder.depth == theirs.decoder.depth
         steps = None
@@ -165,7 +171,7 @@ def measure_checkpoints(
                 reference = None
             else:
                 kept = reference = None
-                with contextlib.suppress(NotLeader):  # which the other model then raises too
+                with contextlib.suppress(NotLeader):  # raised again by the second model
                     reference = measure(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
             known = at_reference = None
             if pairs is not None:
@@ -173,10 +179,10 @@ def measure_checkpoints(
                     known = log_probabilities(weights, pairs.examples, pairs.shape, advance, mesh)
                 at_reference = _gradient(config, weights, pairs, known, theirs.bar, mesh)
             del weights
-            gc.collect()  # the two need not be in memory together
+            gc.collect()  # frees the first model before the second is loaded
             weights = ours.load(devices)
             aligned = None
-            with contextlib.suppress(NotLeader):  # until all have done their part of what follows
+            with contextlib.suppress(NotLeader):  # processes that do not lead still take part in the gradient
                 aligned = measure(weights, work, config.metrics, ours.bar, kept, devices, watch=steps)
                 reference = kept.measurement if kept is not None else reference
         of_pairs = None
@@ -198,16 +204,16 @@ def _gradient(
     bar: Bar,
     mesh: Mesh | None,
 ) -> PreferenceGradient:
-    """The preference gradient with these weights as the policy; `known` are log-probabilities under the reference."""
+    """The preference gradient with these weights as the policy; `known`: log-probabilities under the reference."""
     with bar("gradient", len(pairs.examples), "pair") as advance:
         objective = ObjectiveConfig("dpo", beta=config.beta)
         return preference_gradient(weights, pairs.examples, pairs.groups, known, objective, pairs.shape, advance, mesh)
 
 
 def _both(
-    found: Measurement, gradient: PreferenceGradient | None, at_reference: PreferenceGradient | None
+    measurement: Measurement, gradient: PreferenceGradient | None, at_reference: PreferenceGradient | None
 ) -> BothModels:
-    policy = found.policy
+    policy = measurement.policy
     both = BothModels()
     if policy is not None:
         both = replace(
@@ -235,9 +241,10 @@ def _both(
 
 
 def with_reference(config: CompareConfig) -> CompareConfig:
-    """The settings with a reference: where none is given, the base that the aligned model is an adapter of.
+    """The settings with a reference. The default reference of an adapter is its base.
 
-    Errors: UserError where the aligned model is no adapter.
+    Raises:
+        UserError: no reference is given and the aligned model is not an adapter.
     """
     if config.reference.source is not None or config.model.source is None:
         return config
@@ -264,7 +271,7 @@ def _opened(asked: ComparedConfig, role: str, bar: Bar) -> Iterator[_Side]:
 def _check(
     config: CompareConfig, ours: _Side, theirs: _Side, prompts: data.PromptSet, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """UserError where the two cannot be compared."""
+    """Raises UserError if the two cannot be compared."""
     if (a := ours.decoder.depth) != (b := theirs.decoder.depth) and config.align == "equal":
         raise UserError(
             f"{ours.name} has {a} blocks and {theirs.name} {b}; align=relative compares models of different depth by "
@@ -277,7 +284,7 @@ def _check(
         )
     other = theirs.checkpoint.tokenizer()
     for number in own_part(len(prompts.prompts)):
-        prompt = prompts.prompts[number]  # the text itself: chat templates may differ, ours is used
+        prompt = prompts.prompts[number]  # without chat templates, which may differ; that of the aligned model is used
         a, b = (data.token_ids(prompt, each, config.prompts.max_length, False) for each in (tokenizer, other))
         if not np.array_equal(a, b):
             raise UserError(
@@ -293,12 +300,12 @@ def _shown(ids: np.ndarray) -> str:
 def _read_pairs(
     config: CompareConfig, tokenizer: PreTrainedTokenizerBase, sides: Sequence[_Side], mesh: Mesh | None
 ) -> _Pairs:
-    """The preference pairs, grouped by their prompts as the prompts are."""
+    """The preference pairs, grouped by their prompts."""
     asked: PreferencesConfig | None = config.preferences
     assert asked is not None
-    found = pair_sets(asked)[0]
-    kept, _ = data.tokenise_pairs(found, tokenizer, asked.max_length, asked.chat_template, asked.overlong)
-    asked_for = {pair.id: pair for pair in found.pairs}
+    pair_set = pair_sets(asked)[0]
+    kept, _ = data.tokenise_pairs(pair_set, tokenizer, asked.max_length, asked.chat_template, asked.overlong)
+    asked_for = {pair.id: pair for pair in pair_set.pairs}
     prompts = [asked_for[pair.id] for pair in kept]
     examples = tuple((pair.chosen, pair.rejected) for pair in kept)
     longest = max(len(sequence.ids) for example in examples for sequence in example)

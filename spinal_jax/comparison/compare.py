@@ -1,6 +1,6 @@
-"""Two traces of the same tokens: what differs between the checkpoints, where, how much, and how sure that is.
+"""Comparison of two traces on the same tokens: differences by boundary, their errors, localisation, and scores.
 
-Float64 arithmetic on two saved traces, no model: docs/method.md, "Two checkpoints" and "How sure".
+Float64 arithmetic on two saved traces, without a model: docs/method.md, "Two checkpoints" and "How sure".
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -18,17 +17,17 @@ from spinal_jax.comparison.paired import Align, check, paired_difference, replic
 from spinal_jax.comparison.record import BOTH, METRICS, Comparison
 from spinal_jax.comparison.score import EQUAL, Part, Weights, coherence_of, combined
 from spinal_jax.comparison.verdict import NO_CHANGE, UNDETERMINED, summarised
+from spinal_jax.jsontypes import Json
 from spinal_jax.metrics.columns import column
 from spinal_jax.stats import signflip
-from spinal_jax.stats.jackknife import Estimate, Replicates
+from spinal_jax.stats.jackknife import MAX_SHARE, Estimate, Replicates
 from spinal_jax.stats.localisation import localise, localise_difference, share
 from spinal_jax.wording import number
 
 MODEL_KEYS = ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype", "sha256")
-HEAVY = 0.25  # share of the rows above which one group of prompts decides an interval
 NO_GRADIENT = "it needs both models and preference pairs (preferences=...)"
 NO_REFERENCE_GRADIENT = "it needs the preference gradient of the reference too"
-BOUNDED = {  # numbers of the summary, by definition
+BOUNDED = {  # bounds of numbers of the summary
     **dict.fromkeys(("coherence", "coherence_reference", "reward_accuracy"), (0.0, 1.0)),
     **dict.fromkeys(("gradient_concentration", "gradient_concentration_reference"), (0.0, 1.0)),
     "output_distance": (0.0, math.pi),
@@ -38,7 +37,7 @@ BOUNDED = {  # numbers of the summary, by definition
 
 @dataclass(frozen=True, eq=False)
 class BothModels:
-    """What only both models together give, with its delete-one-group replicates; None where it was not measured.
+    """Quantities that need both models, with their delete-one-group replicates; None if not measured.
 
     Attributes:
       policy_distance: [D+1] mean Fisher-Rao distance between both models' p_l at the same position, radians.
@@ -82,25 +81,25 @@ def compare_traces(
     weights: Weights = EQUAL,
     left_out: tuple[int, int] = (0, 0),
 ) -> Comparison:
-    """How the aligned checkpoint's trace differs from the reference's.
+    """Compares the trace of an aligned checkpoint with that of a reference.
 
     `Delta_align = mean over T of delta alpha - mean over T of delta L`, T the terminal block;
     `SPINALScore(A, R) = w_delta Delta_align + w_coherence S_coh(A) + w_gradient G_term`, G_term the share of T in the
     preference gradient; its gain is `SPINALScore(A, R) - SPINALScore(R, R)`. Intervals are 95 %, by the
-    delete-one-group jackknife and Student's t; p-values by sign flips of the groups' pseudo-values (Holm over
-    boundaries beside them). The verdict is that of `spinal_jax.comparison.verdict`.
+    delete-one-group jackknife and Student's t; p-values by sign flips of the pseudo-values of
+    groups, also with Holm's correction over boundaries. The verdict is from `spinal_jax.comparison.verdict`.
 
     Args:
         aligned, reference: traces of the same tokens, with their arrays.
-        extras: what both models in memory give; without it those columns and the score are NaN.
-        align: "relative" reads the reference at the relative depths of the aligned model's boundaries.
-        same_prompts: False compares traces of different prompts with equally many groups: a control. Group g of one is
-            then set against group g of the other, which is as good as any pairing of independent groups.
+        extras: quantities that need both models; without them, their columns and the score are NaN.
+        align: "relative" interpolates the reference at the relative depths of the boundaries of the aligned model.
+        same_prompts: False compares traces of different prompts with equally many groups, as a control. Groups are
+            paired by number, which is arbitrary for independent groups.
         weights: of the score.
-        left_out: tokens of the aligned model's vocabulary, and of the reference's, that the other has not.
+        left_out: number of tokens of the aligned model, and of the reference, that the other does not have.
 
     Raises:
-        UserError: the traces were not measured alike; it says what differs.
+        UserError: the settings or the inputs of the two traces differ.
     """
     warnings = check(aligned, reference, align, same_prompts)
     extras = extras or BothModels()
@@ -108,7 +107,7 @@ def compare_traces(
     columns: dict[str, np.ndarray] = {}
     changes: dict[str, Estimate] = {}
     arrays: dict[str, np.ndarray] = {}
-    places: dict[str, dict[str, Any]] = {}
+    localisations: dict[str, Json] = {}
     for name in METRICS:
         ours, theirs = replicates(aligned, name), resampled(replicates(reference, name), aligned.depth, name)
         _put(columns, f"aligned_{name}", ours.estimate, column(name).bounds)
@@ -119,9 +118,9 @@ def compare_traces(
         columns[f"delta_{name}_p_holm"] = signflip.holm(delta.p_value)
         arrays[f"groups/delta_{name}"] = delta.pseudo_values
         if name in ("contraction", "transport"):
-            apart = paired_difference(ours, theirs)
-            places[f"delta_{name}"] = localise_difference(
-                apart.full[1:], apart.without[:, 1:], apart.sizes, (first, last)
+            difference = paired_difference(ours, theirs)
+            localisations[f"delta_{name}"] = localise_difference(
+                difference.full[1:], difference.without[:, 1:], difference.sizes, (first, last)
             )
     gained, moved = changes["contraction"].mean(first, last), changes["transport"].mean(first, last)
     delta_align = gained - moved
@@ -129,9 +128,11 @@ def compare_traces(
     groups = len(delta_align.share)
 
     policy, gradient = _policy(extras, aligned), _gradient(extras, aligned.depth)
-    for name, found in zip(BOTH, (policy, gradient), strict=True):
-        _put(columns, name, found.estimate, column(name).bounds)
-        places[name] = localise(found.full[1:], found.without[:, 1:], found.sizes, (first, last))
+    for name, by_boundary in zip(BOTH, (policy, gradient), strict=True):
+        _put(columns, name, by_boundary.estimate, column(name).bounds)
+        localisations[name] = localise(
+            by_boundary.full[1:], by_boundary.without[:, 1:], by_boundary.sizes, (first, last)
+        )
     parts = _parts(extras, aligned, reference, delta_align, (gained, moved), policy, gradient)
     concentration, at_reference = parts["gradient_concentration"], parts["gradient_concentration_reference"]
     level = combined(
@@ -148,7 +149,7 @@ def compare_traces(
     counts = robustness.sign_counts(robustness.robustness_grid(aligned, reference))
     words = summarised(aligned, reference, delta_align, (gained, moved), counts)
     p = float(delta_align.p_value)
-    summary: dict[str, Any] = {
+    summary: Json = {
         **words,
         "terminal": [first, last],
         "delta_align_se": float(delta_align.error),
@@ -160,7 +161,7 @@ def compare_traces(
         **_interval("spinal_score", level.value, level.half),
         "degrees_of_freedom": groups - 1,
         "gradient_apart": dict(extras.gradient_apart),
-        "localisation": places,
+        "localisation": localisations,
         "undefined": {
             **{name: part.reason for name, part in parts.items() if not part.defined},
             **({"spinal_gain": gain.reason} if gain.reason else {}),
@@ -195,10 +196,10 @@ def compare_traces(
     )
 
 
-def family_wise(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """How often some boundary of some column is marked significant where nothing changed, and a sentence.
+def family_wise(columns: Mapping[str, np.ndarray]) -> Json:
+    """The family-wise error rate over columns, and a sentence on it.
 
-    Holm's correction keeps each column at 5 %; `1 - 0.95^K` of K independent columns have a mark.
+    Holm's correction keeps each column at 5 %; over K independent columns the rate is `1 - 0.95^K`.
     """
     tested = [name for name in METRICS if np.isfinite(columns[f"delta_{name}_p_holm"]).any()]
     rate = 1 - 0.95 ** len(tested)
@@ -219,20 +220,20 @@ def _parts(
     policy: Replicates,
     gradient: Replicates,
 ) -> dict[str, Part]:
-    """The numbers of the summary by name, each with its error and the reason why it is undefined where it is."""
+    """The numbers of the summary by name, with their errors and the reasons why they are undefined."""
     terminal = aligned.terminal
     undefined = "contraction or transport is undefined in the terminal block"
     unmeasured = "it needs both models, not only their traces"
     no_pairs = "" if extras.gradient_norm is not None else NO_GRADIENT
     pairs = np.ones(2) if extras.pairs is None else np.asarray(extras.pairs, np.float64)
     positions = replicates(aligned, "transport").sizes
-    reference_norm = _curve(
+    reference_norm = _replicates(
         extras.reference_gradient_norm, extras.reference_gradient_norm_without, extras.pairs, aligned.depth
     )
 
     def of(value: float | None, without: np.ndarray | None, sizes: np.ndarray) -> Estimate:
-        found = _curve(None if value is None else np.array([value]), _column(without), sizes, 1)
-        return found.apply(lambda x: x[..., 0])
+        single = _replicates(None if value is None else np.array([value]), _column(without), sizes, 1)
+        return single.apply(lambda x: x[..., 0])
 
     return {
         "delta_align": Part(delta_align, _unless(delta_align, undefined)),
@@ -260,19 +261,21 @@ def _parts(
     }
 
 
-def _unless(found: Estimate, reason: str) -> str:
-    return reason if math.isnan(float(found.value)) else ""
+def _unless(estimate: Estimate, reason: str) -> str:
+    return reason if math.isnan(float(estimate.value)) else ""
 
 
 def _less(one: Part, other: Part) -> Part:
     return Part(one.estimate - other.estimate, "; ".join(dict.fromkeys(filter(None, (one.reason, other.reason)))))
 
 
-def _put(columns: dict[str, np.ndarray], name: str, found: Estimate, bounds: tuple[float, float] | None = None) -> None:
-    low, high = found.value - found.half, found.value + found.half
+def _put(
+    columns: dict[str, np.ndarray], name: str, estimate: Estimate, bounds: tuple[float, float] | None = None
+) -> None:
+    low, high = estimate.value - estimate.half, estimate.value + estimate.half
     if bounds is not None:
         low, high = np.maximum(low, bounds[0]), np.minimum(high, bounds[1])
-    columns |= {name: found.value, f"{name}_low": low, f"{name}_high": high}
+    columns |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _interval(name: str, value: float, half: float, bounds: tuple[float, float] | None = None) -> dict[str, float]:
@@ -284,25 +287,27 @@ def _interval(name: str, value: float, half: float, bounds: tuple[float, float] 
 
 def _policy(extras: BothModels, trace: DepthTrace) -> Replicates:
     sizes = replicates(trace, "transport").sizes
-    return _curve(extras.policy_distance, extras.policy_distance_without, sizes, trace.boundaries)
+    return _replicates(extras.policy_distance, extras.policy_distance_without, sizes, trace.boundaries)
 
 
 def _gradient(extras: BothModels, depth: int) -> Replicates:
-    """By boundary: that of block l at boundary l, NaN at 0."""
-    found = _curve(extras.gradient_norm, extras.gradient_norm_without, extras.pairs, depth)
-    full, without = (np.concatenate([np.full_like(x[..., :1], np.nan), x], axis=-1) for x in found[:2])
-    return Replicates(full, without, found.sizes)
+    """Gradient norms by boundary: block l at boundary l, NaN at 0."""
+    by_block = _replicates(extras.gradient_norm, extras.gradient_norm_without, extras.pairs, depth)
+    full, without = (np.concatenate([np.full_like(x[..., :1], np.nan), x], axis=-1) for x in by_block[:2])
+    return Replicates(full, without, by_block.sizes)
 
 
 def _column(without: np.ndarray | None) -> np.ndarray | None:
     return None if without is None else np.asarray(without, np.float64).reshape(-1, 1)
 
 
-def _curve(full: np.ndarray | None, without: np.ndarray | None, sizes: np.ndarray | None, length: int) -> Replicates:
-    """What was measured, NaN where nothing was; ValueError where it does not fit the traces."""
+def _replicates(
+    full: np.ndarray | None, without: np.ndarray | None, sizes: np.ndarray | None, length: int
+) -> Replicates:
+    """Replicates of a measured quantity, NaN if it was not measured. Raises ValueError for wrong shapes."""
     sizes = np.ones(2) if sizes is None else np.asarray(sizes, np.float64)
     full = np.full(length, np.nan) if full is None else np.asarray(full, np.float64)
-    if without is None or not len(without):  # nothing measured, or an only group
+    if without is None or not len(without):  # not measured, or a single group
         without = np.full((len(sizes), length), np.nan)
     if full.shape != (length,) or without.shape != (len(sizes), length):
         raise ValueError(f"shapes {full.shape} and {without.shape} do not fit {len(sizes)} groups and {length} values")
@@ -319,12 +324,12 @@ def _vocabulary_words(aligned: DepthTrace, reference: DepthTrace, left_out: tupl
 
 
 def _heavy(aligned: DepthTrace, reference: DepthTrace) -> list[str]:
-    """A sentence where one group of prompts holds more than HEAVY of the rows of a trace."""
+    """A warning if one group of prompts has more than MAX_SHARE of the rows of a trace."""
     lines = []
     for trace in (aligned, reference):
         rows = trace.arrays["groups/rows"].astype(np.float64)
         heaviest = float(rows.max() / rows.sum())
-        if len(rows) > 1 and heaviest > HEAVY:
+        if len(rows) > 1 and heaviest > MAX_SHARE:
             lines.append(
                 f"One of {len(rows)} groups of prompts holds {heaviest:.0%} of the rows, so that the intervals rest on "
                 f"it and are too narrow; give more prompts of similar length."
@@ -343,10 +348,10 @@ def _caveats(extras: BothModels, groups: int, word: str, p: float) -> list[str]:
         )
     if groups < 2:
         lines.append("Only one group of prompts: there are no intervals and no p-values.")
-    elif groups < signflip.FEWEST_GROUPS:
+    elif groups < signflip.MIN_GROUPS:
         lines.append(
             f"Only {groups} groups of prompts: no p-value could be below {2.0 ** (1 - groups):.2g}, so none is given; "
-            f"{signflip.FEWEST_GROUPS} groups or more have one."
+            f"{signflip.MIN_GROUPS} groups or more have one."
         )
     if not math.isnan(p) and word != UNDETERMINED and (p < 0.05) == (word == NO_CHANGE):
         lines.append(f"The interval and the sign-flip test (p = {number(p, 2)}) disagree: this is a borderline case.")

@@ -1,125 +1,46 @@
-"""Over training: where the alignment footprint begins, and where it destabilises (docs/method.md, "Over training")."""
+"""Detection of the onset and the destabilisation of the alignment footprint over training (docs/method.md)."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from spinal_jax.comparison.record import Comparison, load_comparison
-from spinal_jax.errors import UserError
-from spinal_jax.files import load_json_file, malformed, write_whole
-from spinal_jax.stats.jackknife import t_quantile
+from spinal_jax.comparison.step_records import SCHEMA, SERIES, Rules, Series, StepRecord, wobble
+from spinal_jax.files import write_whole
+from spinal_jax.jsontypes import Json, ReadJson
 
-SCHEMA = "spinal-onset/2"
 NOISE_SE = 2.0  # a record counts beyond this many errors
 MIN_RECORDS = 3  # records in a row that must count
 STRONG_SE = 3.5  # errors that one of them exceeds: two-sided 5 % over 100 records, however correlated they are
-MAX_DISTANCE = math.pi / 2  # radians from step 0; beyond it the output has moved more than half of the way to disjoint
-MIN_DIFFERENCES = 3  # from which one step among them does not change the median
-MAD_TO_SD = 1.4826  # of a normal distribution
-
-Series = Literal["delta_align", "transport", "distance"]
-SERIES: tuple[Series, ...] = ("delta_align", "transport", "distance")
-
-
-class StepRecord(NamedTuple):
-    """One trace of a run, compared with that of step 0."""
-
-    step: int
-    delta_align: float
-    delta_align_se: float
-    transport: float  # terminal transport minus that of step 0, radians
-    transport_se: float
-    distance: float  # mean Fisher-Rao distance between the output and that of step 0, radians
-    distance_se: float
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What detection depends on besides the records.
-
-    Attributes:
-      warmup_steps: records before this step do not enter the estimate of the optimiser's wobble.
-      control: the wobble of each series in a matched control run (`control_wobble`); None estimates it from the run.
-      max_distance: radians beyond which the output's distance from step 0 counts as destabilisation; None: no such
-        rule, for a reference that is not worth staying near (`objective=lm`, random weights).
-    """
-
-    warmup_steps: int = 0
-    control: Mapping[Series, float] | None = None
-    max_distance: float | None = MAX_DISTANCE
-
-    @classmethod
-    def from_mapping(cls, saved: Mapping[str, Any]) -> Rules:
-        """The rules of a saved onset.json. UserError for one of another version."""
-        if saved.get("schema") != SCHEMA:
-            raise UserError(f"onset.json is of schema {saved.get('schema')!r}, not {SCHEMA}; run the training again")
-        return cls(saved["warmup_steps"], saved["control"], saved["max_distance"])
-
-
-def record_of(step: int, comparison: Comparison) -> StepRecord:
-    """What detection needs of a comparison with step 0. UserError without intervals."""
-    summary = comparison.summary
-    if math.isnan(summary["delta_align_se"]):
-        raise UserError("the prompts fall into one group only, so that nothing can be said of noise; give more prompts")
-    quantile = t_quantile(summary["degrees_of_freedom"])
-    distance, low, high = (float(comparison.columns[f"policy_distance{end}"][-1]) for end in ("", "_low", "_high"))
-    return StepRecord(
-        step=step,
-        delta_align=summary["delta_align"],
-        delta_align_se=summary["delta_align_se"],
-        transport=summary["delta_transport"],
-        transport_se=(summary["delta_transport_high"] - summary["delta_transport_low"]) / 2 / quantile,
-        distance=distance,
-        distance_se=(high - low) / 2 / quantile,
-    )
-
-
-def recall(
-    saved: Mapping[str, Any], folder_of: Mapping[int, Path]
-) -> tuple[list[StepRecord], list[dict[str, float]], Rules]:
-    """The records of a run, read again from its saved comparisons; what its onset.json, `saved`, holds beside them; and
-    the rules they were judged by.
-
-    Args:
-        saved: the content of onset.json.
-        folder_of: where the comparison of each step is; a step that is not in here is left out.
-    """
-    entries = [entry for entry in saved["records"] if entry["step"] in folder_of]
-    beside = [{k: v for k, v in entry.items() if k not in StepRecord._fields} for entry in entries]
-    steps = [int(entry["step"]) for entry in entries]
-    records = [record_of(step, load_comparison(folder_of[step])) for step in steps]
-    return records, beside, Rules.from_mapping(saved)
 
 
 class Stay(NamedTuple):
-    """Consecutive records that count."""
+    """Consecutive records beyond the noise."""
 
     start: int
-    stop: int  # the first record after it
-    known: int  # the record at which it became long and strong enough
+    stop: int  # first record after it
+    known: int  # record at which it met the criteria
 
 
 class Change(NamedTuple):
-    """Something that began: at which record, in which series, by how much, and how long it lasted."""
+    """A detected change of a series."""
 
     series: Series
-    what: str  # the evidence in words, without its size
+    what: str  # the evidence in words, without numbers
     start: int
-    stop: int  # the first record at which it no longer holds, or the number of records
-    known: int  # the record at which it could be detected
-    size: float  # of the change at `start`, in the series' unit
-    errors: float  # the same in errors
-    most: float  # the largest of the records up to `stop`, in errors
+    stop: int  # first record at which it no longer holds, or the number of records
+    known: int  # record at which it was detectable
+    size: float  # at `start`, in the unit of the series
+    errors: float  # at `start`, in errors
+    most: float  # maximum up to `stop`, in errors
 
     def sentence(self, steps: Sequence[int]) -> str:
-        """The evidence in words; `steps` are those of the records."""
+        """The evidence in words; `steps`: training steps of the records."""
         return (
             f"{self.what} by {abs(self.size):.3g} ({self.errors:.1f} standard errors) at step {steps[self.start]}, and "
             f"did so in every trace up to step {steps[self.stop - 1]}, by at most {self.most:.1f} standard errors"
@@ -135,77 +56,6 @@ def stays(errors: np.ndarray) -> list[Stay]:
         if stop - start >= MIN_RECORDS and len(strong):
             lasting.append(Stay(start, stop, start + max(MIN_RECORDS - 1, int(strong[0]))))
     return lasting
-
-
-def expanding_sd(values: np.ndarray) -> np.ndarray:
-    """[n + 1] the robust standard deviation of the first 0, 1, ... n values: 1.4826 times the median absolute deviation
-    from the median. Values that are not finite are ignored, and of an even number of values the oldest. 0 below
-    MIN_DIFFERENCES values."""
-    finite = np.isfinite(values)
-    values = values[finite]
-    rows, place = np.arange(len(values) + 1), np.arange(len(values))
-    if len(values) < MIN_DIFFERENCES:
-        return np.zeros(len(finite) + 1)
-    first = 1 - rows % 2
-    seen = (place < rows[:, None]) & (place >= first[:, None])  # [n + 1, n]
-
-    def medians(x: np.ndarray) -> np.ndarray:  # [n + 1, n], unseen values infinite -> [n + 1]
-        return np.sort(x, axis=1)[rows, np.maximum(rows - first - 1, 0) // 2]
-
-    middle = medians(np.where(seen, values, np.inf))
-    deviation = np.where(seen, np.abs(values - np.where(rows, middle, 0.0)[:, None]), np.inf)
-    spread = np.where(rows < MIN_DIFFERENCES, 0.0, MAD_TO_SD * medians(deviation))
-    return spread[np.concatenate([[0], np.cumsum(finite)])]
-
-
-def wobble(records: Sequence[StepRecord], name: Series, rules: Rules) -> np.ndarray:
-    """[n] the optimiser's wobble at each record: the robust standard deviation of first differences.
-
-    Differences are those of the control run where there is one, else those of the run itself, between records after
-    step 0 and the warm-up and up to the record in question, so that a later trace never changes what was said of an
-    earlier one. The median of the differences, a steady drift, is no wobble. Below 3 differences a single step cannot
-    be told from wobble, which is then 0.
-    """
-    if rules.control is not None:
-        return np.full(len(records), float(rules.control[name]))
-    before = sum(record.step < max(1, rules.warmup_steps) for record in records)
-    own = expanding_sd(np.diff([getattr(record, name) for record in records[before:]]))
-    return np.concatenate([np.zeros(before), own])[: len(records)]
-
-
-def control_wobble(records: Sequence[StepRecord], warmup_steps: int) -> dict[Series, float]:
-    """The wobble of each series of a control run, from all its records after step 0 and the warm-up.
-
-    Raises:
-      UserError: fewer than 3 differences between such records.
-    """
-    after = sum(record.step >= max(1, warmup_steps) for record in records)
-    if after <= MIN_DIFFERENCES:
-        raise UserError(
-            f"the control run has {after} traces after step 0 and its warm-up; estimating its wobble takes "
-            f"{MIN_DIFFERENCES + 1} or more"
-        )
-    return {name: float(wobble(records, name, Rules(warmup_steps))[-1]) for name in SERIES}
-
-
-def load_control(folder: Path) -> tuple[list[StepRecord], int]:
-    """The records of a control run and the steps of its warm-up, from its onset.json. UserError without one."""
-    file = folder / "onset.json"
-    try:
-        saved = load_json_file(file)
-        with malformed(file):
-            rules = Rules.from_mapping(saved)
-            records = [
-                StepRecord(int(entry["step"]), *(float(_or_nan(entry[name])) for name in StepRecord._fields[1:]))
-                for entry in saved["records"]
-            ]
-    except UserError as error:
-        raise UserError(f"onset.control={folder} is no training run that can be used: {error}") from error
-    return records, rules.warmup_steps
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 class Course(NamedTuple):
@@ -247,12 +97,12 @@ def onset(course: Course) -> Change | None:
 
 
 class Drawdown(NamedTuple):
-    """How far each record is behind the level its series had held, towards step 0 or beyond it."""
+    """The distance of each record below the level that its series had held."""
 
     series: Series
     what: str
-    value: np.ndarray  # [n] in the series' unit
-    errors: np.ndarray  # [n] the same in errors of the difference between two records
+    value: np.ndarray  # [n] in the unit of the series
+    errors: np.ndarray  # [n] in errors of the difference of two records
 
 
 def drawdowns(course: Course, after: Change | None) -> list[Drawdown]:
@@ -296,8 +146,8 @@ def destabilisation(course: Course, after: Change | None) -> Change | None:
 
 
 def last_healthy(course: Course, after: Change | None) -> int | None:
-    """The step of the last record without a drawdown beyond NOISE_SE errors, before a destabilisation if there is one;
-    None where there is no such record, as where the first checkpoint of a watched run is already broken."""
+    """The step of the last record before a destabilisation without a drawdown beyond NOISE_SE errors. None without such
+    a record, for example if the first checkpoint of a watched run is already broken."""
     sound = ~np.any([fall.errors > NOISE_SE for fall in drawdowns(course, after)], axis=0)
     broke = destabilisation(course, after)
     last = len(course.steps) if broke is None else broke.start
@@ -305,15 +155,14 @@ def last_healthy(course: Course, after: Change | None) -> int | None:
     return course.steps[int(healthy[-1])] if len(healthy) else None
 
 
-def detect(records: Sequence[StepRecord], beside: Sequence[Mapping[str, float]], rules: Rules) -> dict[str, Any]:
-    """The content of onset.json: the rules and the records; and for onset and destabilisation the step, the series, the
-    evidence and what is known `beside` it at that step (reward margin, accuracy, KL to the reference), null where
-    nothing happened."""
+def detect(records: Sequence[StepRecord], beside: Sequence[Mapping[str, float]], rules: Rules) -> Json:
+    """The content of onset.json: the rules, the records, and for onset and destabilisation the step, the series, the
+    evidence and the metrics of `beside` at that step (reward margin, accuracy, KL to the reference), or null."""
     course = Course.of(records, rules)
     began = onset(course)
     broke = destabilisation(course, began)
 
-    def described(change: Change | None) -> dict[str, Any] | None:
+    def described(change: Change | None) -> Json | None:
         if change is None:
             return None
         return {
@@ -341,9 +190,9 @@ def detect(records: Sequence[StepRecord], beside: Sequence[Mapping[str, float]],
     }
 
 
-def no_onset_sentence(detected: Mapping[str, Any]) -> str:
-    """What is said where no onset lasted: with Delta_align of the last record, which an interval may well tell from 0
-    although it has not stayed away from 0 for long enough."""
+def no_onset_sentence(detected: ReadJson) -> str:
+    """The sentence for runs without a lasting onset, with Delta_align of the last record, which may be significant
+    although it has not lasted long enough."""
     records = detected["records"]
     if len(records) < 2:
         return "No onset can be detected in a single trace"
@@ -354,12 +203,12 @@ def no_onset_sentence(detected: Mapping[str, Any]) -> str:
     )
 
 
-def save_onset(detected: Mapping[str, Any], file: Path) -> None:
+def save_onset(detected: ReadJson, file: Path) -> None:
     """Writes onset.json; NaN and infinity are null in it."""
     write_whole(file, (json.dumps(_plain(detected), indent=1) + "\n").encode())
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -368,13 +217,13 @@ def _plain(value: object) -> Any:
 
 
 def _in_errors(value: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """[n] as many errors; infinite where a change has no error, 0 where nothing changed, NaN if unknown."""
+    """[n] values in units of their errors; infinite for a change without error, 0 for no change, NaN if unknown."""
     sure = np.where(np.isnan(value) | (value == 0), value, np.copysign(np.inf, value))
     return np.divide(value, error, out=sure, where=error > 0)
 
 
 def _held(progress: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By record, the best level that MIN_RECORDS records in a row have held up to it, at least 0, and its error."""
+    """[n] the best level, at least 0, that MIN_RECORDS consecutive records have held so far, and its error."""
     level, level_error = np.zeros_like(progress), np.zeros_like(progress)
     best, best_error = 0.0, 0.0
     for at in range(len(progress)):

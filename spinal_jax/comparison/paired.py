@@ -1,9 +1,9 @@
-"""Two traces side by side: whether they may be compared, and their columns with what each group changes in them."""
+"""Pairs of traces: whether they are comparable, and their columns with jackknife replicates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -16,10 +16,10 @@ Align = Literal["equal", "relative"]
 
 
 def replicates(trace: DepthTrace, name: str) -> Replicates:
-    """A column of `trace` with its replicates. UserError where the trace was read without its arrays."""
+    """A column of a trace with its replicates. Raises UserError for a trace without arrays."""
     sizes = _array(trace, f"groups/{column(name).counted_by}")
     without = _array(trace, f"groups/{name}")
-    if len(without) != len(sizes):  # an only group cannot be left out
+    if len(without) != len(sizes):  # a single group has no replicates
         without = np.full((len(sizes), trace.boundaries), np.nan)
     return Replicates(trace.columns[name], without.astype(np.float64), sizes.astype(np.float64))
 
@@ -33,50 +33,49 @@ def _array(trace: DepthTrace, name: str) -> np.ndarray:
     return trace.arrays[name]
 
 
-def resampled(found: Replicates, depth: int, name: str) -> Replicates:
-    """The curve at the relative depths l / D of a model with `depth` blocks.
+def resampled(original: Replicates, depth: int, name: str) -> Replicates:
+    """A column interpolated at the relative depths l / D of a model with `depth` blocks.
 
-    States (contraction, entropy, effective rank) are interpolated linearly. Transport is a length: the path up to a
-    relative depth is interpolated and then cut at the new boundaries, so that the whole path keeps its length, and a
-    model with twice the blocks is not taken for one with half the transport. The curvature of a path depends on how
-    finely it is cut, so it is NaN.
+    States (contraction, entropy, effective rank) are interpolated linearly. For transport, the cumulative path length
+    is interpolated and differenced, so that the total is kept and models of different depth are comparable. Curvature
+    depends on the spacing of the boundaries, so it is NaN.
     """
-    if len(found.full) == depth + 1:
-        return found
-    if column(name).place == "turn":
+    if len(original.full) == depth + 1:
+        return original
+    if column(name).kind == "turn":
         nothing = np.full(depth + 1, np.nan)
-        return Replicates(nothing, np.full((len(found.sizes), depth + 1), np.nan), found.sizes)
-    at = np.arange(depth + 1) * ((len(found.full) - 1) / depth)
-    low = np.minimum(np.floor(at + 1e-9).astype(int), len(found.full) - 2)
+        return Replicates(nothing, np.full((len(original.sizes), depth + 1), np.nan), original.sizes)
+    at = np.arange(depth + 1) * ((len(original.full) - 1) / depth)
+    low = np.minimum(np.floor(at + 1e-9).astype(int), len(original.full) - 2)
     part = np.clip(at - low, 0.0, 1.0)
 
     def interpolate(values: np.ndarray) -> np.ndarray:  # [..., D' + 1] -> [..., D + 1]
-        if column(name).place == "step":
+        if column(name).kind == "step":
             values = np.concatenate([np.zeros_like(values[..., :1]), np.cumsum(values[..., 1:], axis=-1)], axis=-1)
         between = (1 - part) * values[..., low] + part * values[..., low + 1]
         # An undefined neighbour that has no weight must not spoil a boundary that both models have.
         between = np.where(part == 0, values[..., low], np.where(part == 1, values[..., low + 1], between))
-        if column(name).place == "step":
+        if column(name).kind == "step":
             return np.concatenate([np.full_like(between[..., :1], np.nan), np.diff(between, axis=-1)], axis=-1)
         return between
 
-    return Replicates(interpolate(found.full), interpolate(found.without), found.sizes)
+    return Replicates(interpolate(original.full), interpolate(original.without), original.sizes)
 
 
 def paired_difference(aligned: Replicates, reference: Replicates) -> Replicates:
-    """Aligned minus reference, group by group. Swapping them changes every sign and nothing else."""
+    """Aligned minus reference, with paired replicates. Swapping them only flips the sign."""
     share = (aligned.sizes / aligned.sizes.sum() + reference.sizes / reference.sizes.sum()) / 2
     return Replicates(aligned.full - reference.full, aligned.without - reference.without, share)
 
 
 def check(aligned: DepthTrace, reference: DepthTrace, align: Align, same_prompts: bool) -> list[str]:
-    """What a reader must know of the pair, in sentences.
+    """Warnings about a pair of traces, one sentence each.
 
     Raises:
-        UserError: the two were not measured on the same tokens in the same way; it says what differs.
+        UserError: the settings or the inputs of the two traces differ.
     """
 
-    def same(what: str, of: Callable[[DepthTrace], Any], remedy: str) -> None:
+    def same(what: str, of: Callable[[DepthTrace], object], remedy: str) -> None:
         a, b = of(aligned), of(reference)
         if a != b:
             raise UserError(
@@ -142,12 +141,12 @@ def _warnings(aligned: DepthTrace, reference: DepthTrace) -> list[str]:
     return lines
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     return np.asarray(value).tolist() if isinstance(value, (list, tuple, np.ndarray)) else value
 
 
 def _shown(value: object) -> str:
-    """A hash by its first digits, a long list by its first values, anything else as it is."""
+    """A value as text; hashes and long lists are shortened."""
     if isinstance(value, str) and len(value) > 16 and set(value) <= set("0123456789abcdef"):
         return f"{value[:12]}..."
     if isinstance(value, list) and len(value) > 16:

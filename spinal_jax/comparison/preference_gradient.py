@@ -52,8 +52,8 @@ class PreferenceGradient:
 
 
 def shape_for(examples: Sequence[Example], micro_tokens: int, mesh: Mesh | None = None) -> Shape:
-    """The one shape of the micro-batches of these pairs, of at most `micro_tokens` tokens where a pair allows it, and
-    of equally many rows for each device of `mesh` that shares them."""
+    """The common shape of the micro-batches of these pairs: at most `micro_tokens` tokens if a pair fits. The number of
+    devices of `mesh` divides its rows."""
     longest = max(len(sequence.ids) for example in examples for sequence in example)
     steps = [examples[i : i + MOST_AT_ONCE] for i in range(0, len(examples), MOST_AT_ONCE)]
     return choose_shape(steps, longest, micro_tokens, 1 if mesh is None else row_multiple(mesh))
@@ -62,17 +62,17 @@ def shape_for(examples: Sequence[Example], micro_tokens: int, mesh: Mesh | None 
 def log_probabilities(
     model: Decoder, examples: Sequence[Example], shape: Shape, advance: Advance, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """float32 [pairs, 2]: log-probability of the chosen and the rejected response under a model, nats. Devices of
-    `mesh`, on which the model lies, share the rows of each micro-batch."""
+    """float32 [pairs, 2]: log-probabilities of the chosen and the rejected response, nats. The devices of `mesh` split
+    the rows of each micro-batch."""
     steps, arrays = _steps(model, ObjectiveConfig("dpo"))
-    found = np.zeros((len(examples), 2), np.float32)
+    scores = np.zeros((len(examples), 2), np.float32)
     for start in range(0, len(examples), MOST_AT_ONCE):
         part = examples[start : start + MOST_AT_ONCE]
         for numbers, batch in micro_batches(part, shape):
             logp = _on_host(steps.score(arrays, {}, _shared(batch, mesh)), mesh)[: 2 * len(numbers)]
-            found[[start + number for number in numbers]] = logp.reshape(-1, 2)
+            scores[[start + number for number in numbers]] = logp.reshape(-1, 2)
         advance(len(part))
-    return found
+    return scores
 
 
 def preference_gradient(
@@ -94,9 +94,9 @@ def preference_gradient(
         reference: [pairs, 2] log-probabilities under the reference (`log_probabilities`).
         objective: the loss.
         shape: from `shape_for`.
-        advance: called with how many pairs were done.
-        mesh: the devices on which the model lies, of which each takes some rows of a micro-batch; None: one device.
-            Processes that share it must all call this, with equal arguments, and all get the result.
+        advance: called with the number of completed pairs.
+        mesh: the devices of the model, which split the rows of a micro-batch; None is one device. A collective
+            operation of all processes, with equal arguments and equal results.
     """
     depth, layers = model.config.depth, model.config.layers_of_stacks
     steps, arrays = _steps(model, objective)
@@ -105,16 +105,16 @@ def preference_gradient(
     squares, sketches, counts, accurate, margins = [], [], [], [], []
     for group in sorted(set(groups)):
         members = [i for i, g in enumerate(groups) if g == group]
-        found: Any = None
+        state: Any = None
         for start in range(0, len(members), MOST_AT_ONCE):
             some = members[start : start + MOST_AT_ONCE]
             for _, host in micro_batches([examples[i] for i in some], shape, reference[some]):
                 batch = _shared(host, mesh)
-                if found is None:  # nothing yet, in the shapes to come: one function is compiled, not two
-                    found = _nothing(jax.eval_shape(steps.first, arrays, {}, batch, one), arrays, mesh)
-                found = steps.more(arrays, {}, batch, one, *found)
+                if state is None:  # start from zeros, so that only one function is compiled
+                    state = _zeros(jax.eval_shape(steps.first, arrays, {}, batch, one), arrays, mesh)
+                state = steps.more(arrays, {}, batch, one, *state)
             advance(len(some))
-        gradient, sums = found
+        gradient, sums = state
         accurate.append(float(sums.accurate))
         margins.append(float(sums.chosen) - float(sums.rejected))
         norms, sketch = (_on_host(x, mesh).astype(np.float64) for x in _described(gradient, layers))
@@ -148,7 +148,7 @@ def preference_gradient(
 
 
 def _means(sums: np.ndarray, pairs: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean over all pairs, and [G] without each group ([0] where there is only one), from sums [G] by group."""
+    """The mean over all pairs, and [G] the means without each group ([0] for a single group), from sums [G]."""
     without = (sums.sum() - sums) / (pairs.sum() - pairs) if len(pairs) > 1 else np.zeros(0)
     return float(sums.sum() / pairs.sum()), without
 
@@ -167,8 +167,8 @@ def _on_host(x: Array, mesh: Mesh | None) -> np.ndarray:
     return np.asarray(x if mesh is None else placed(x, on_all(mesh)))
 
 
-def _nothing(shapes: tuple[Any, Any], arrays: Arrays, mesh: Mesh | None) -> Any:
-    """Zeros in the shapes of (gradient, sums): of the gradient where the parameters lie."""
+def _zeros(shapes: tuple[Any, Any], arrays: Arrays, mesh: Mesh | None) -> Any:
+    """Zeros in the shapes of (gradient, sums), with the gradient placed like the parameters."""
 
     def zeros() -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -186,7 +186,7 @@ def _add(a: Arrays, b: Arrays) -> Arrays:
 
 
 def _described(gradient: Arrays, layers: Layers) -> tuple[Array, Array]:
-    """Norms [D] of the blocks' gradients, and their sketches [D, SKETCH]."""
+    """Norms [D] and sketches [D, SKETCH] of the gradients of the blocks."""
     return _norms(gradient, layers), _sketch(gradient, layers)
 
 
@@ -196,8 +196,8 @@ _all_norms = jax.jit(block_norms, static_argnums=1)
 
 @partial(jax.jit, static_argnums=1)
 def _sketch(gradient: Arrays, layers: Layers) -> Array:
-    """[D, SKETCH] of the parameters by block; `layers` are the blocks that each stack holds. Linear, with the same
-    signs at every call."""
+    """[D, SKETCH] linear sketch of the gradient of each block, with the same random signs at every call; `layers`: the
+    blocks of each stack."""
     sketch = jnp.zeros((sum(map(len, layers)), SKETCH), jnp.float32)
     begin: dict[int, int] = {}
     for number, (path, g) in enumerate(sorted(gradient.items())):
@@ -206,7 +206,7 @@ def _sketch(gradient: Arrays, layers: Layers) -> Array:
         stack = int(path.split(".")[1])
         flat = g.reshape(g.shape[0], -1).astype(jnp.float32)
         signs = jax.random.rademacher(jax.random.fold_in(jax.random.key(0), number), flat.shape[1:], jnp.float32)
-        # Entries take places one after the other: no two of a block that is no longer than a sketch share one.
+        # Entries are placed consecutively, so that blocks of at most SKETCH entries have no collisions.
         behind = begin.get(stack, 0) % SKETCH
         length = -(-(behind + flat.shape[1]) // SKETCH) * SKETCH
         signed = jnp.pad(flat * signs, ((0, 0), (behind, length - behind - flat.shape[1])))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spinal_jax.comparison.record import Comparison
 from spinal_jax.data.packing import Plan
+from spinal_jax.jsontypes import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,11 +65,11 @@ class PromptSteps:
                 for m in largest
             )
 
-    def moved(self, found: Comparison, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[dict[str, Any], ...]:
+    def moved(self, comparison: Comparison, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[Json, ...]:
         """The groups whose pseudo-value of Delta_align is farthest from the mean, and their prompts that changed most.
 
         Args:
-            found: the comparison.
+            comparison: the comparison.
             tokenizer: spells the tokens.
             most: prompts of each group.
 
@@ -81,7 +82,7 @@ class PromptSteps:
               `places`: for each `position`, `token`, `before`, `after` (the text around it), `boundary`, and the steps
                 that end there, `aligned` and `reference` (radians).
         """
-        values = found.arrays["groups/delta_align"]
+        values = comparison.arrays["groups/delta_align"]
         if len(values) < 2 or not np.isfinite(values).all():
             return ()
         order = np.argsort(-np.abs(values - values.mean()), kind="stable")
@@ -95,7 +96,7 @@ class PromptSteps:
             groups.append({"group": group, "delta_align": float(values[group]), "prompts": prompts})
         return tuple(groups)
 
-    def _prompt(self, number: int, tokenizer: PreTrainedTokenizerBase, total: float) -> dict[str, Any]:
+    def _prompt(self, number: int, tokenizer: PreTrainedTokenizerBase, total: float) -> Json:
         sequence = self.plan.sequences[number]
         positions = len(self.plan.selector.of(sequence))
         return {

@@ -1,4 +1,4 @@
-"""What changed between two checkpoints, as a frozen record, and its file forms: JSON, CSV and safetensors."""
+"""The comparison of two checkpoints as a frozen record, and its files: JSON, CSV and safetensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,15 +27,16 @@ from spinal_jax.files import (
     undefined,
     write_whole,
 )
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.metrics.columns import PAIR, TRACE, compared
 from spinal_jax.wording import number, plus_minus, sparkline
 
 SCHEMA = "spinal-comparison/2"
 ARRAYS = "comparison.safetensors"
 MOVED, MOVED_SCHEMA = "prompts.json", "spinal-prompts/1"
-METRICS = tuple(column.name for column in compared())  # of one checkpoint, compared
-BOTH = tuple(column.name for column in PAIR)  # that only both models in memory give
-LOCALISED = ("delta_contraction", "delta_transport", *BOTH)  # whose place in depth is told
+METRICS = tuple(column.name for column in compared())  # columns of a trace that a comparison subtracts
+BOTH = tuple(column.name for column in PAIR)  # columns that need both models
+LOCALISED = ("delta_contraction", "delta_transport", *BOTH)  # columns that are localised over depth
 UNITS = {column.name: column.unit for column in (*TRACE, *PAIR) if column.unit}
 # Lines of a comparison's text: (label, number of the summary, unit).
 SHOWN = {
@@ -86,37 +86,37 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Document):
-    """What `spinal_jax.compare` found, by boundary 0..D and for the terminal block (docs/method.md).
+    """Result of `spinal_jax.compare`, by boundary 0..D and for the terminal block (docs/method.md).
 
     Attributes:
-      aligned, reference: the two models, as in their traces. prompts, settings: what both were measured on, and how.
+      aligned, reference: the two models, as in their traces. prompts, settings: of both measurements.
       columns: name -> float64 [D+1], NaN where undefined. `delta_X` is X of the aligned model minus X of the
         reference, `_low` and `_high` its 95 % interval, `_p` its p-value by sign flips, `_p_holm` the same after
         Holm's correction over boundaries. `policy_distance` in radians; `gradient_norm` of block l at boundary l.
         `aligned_X` and `reference_X` are the two depth traces.
       summary: numbers of the terminal block with their intervals, and the verdict: "toward contraction", "toward
-        expansion", "differs, direction not robust", "no detectable change" or "undetermined". `undefined` says of each
-        number that is NaN why it is.
-      robustness: the same under other settings of the measurement; `settings` is a list of records.
-      warnings: sentences that a reader of the numbers must know.
-      arrays: "groups/delta_align" [G] and "groups/delta_X" [G, D+1]: pseudo-values, what each group by itself says.
-      moved: groups, prompts and tokens that moved most (`prompt_steps.PromptSteps.moved`), where `keep_prompts` asked
-        for them. They have a file of their own, prompts.json, because they hold text of the prompts.
+        expansion", "differs, direction not robust", "no detectable change" or "undetermined". `undefined` gives the
+        reason for each number that is NaN.
+      robustness: Delta_align under other settings of the measurement; `settings` is a list of records.
+      warnings: one sentence each.
+      arrays: pseudo-values of groups, "groups/delta_align" [G] and "groups/delta_X" [G, D+1].
+      moved: groups, prompts and tokens with the largest changes (`prompt_steps.PromptSteps.moved`), if `keep_prompts`
+        is set. They are saved in prompts.json, separately because they contain text of the prompts.
 
     Raises:
       ValueError: a section lacks a key, or columns differ in length.
     """
 
-    aligned: Mapping[str, Any]
-    reference: Mapping[str, Any]
-    prompts: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    aligned: ReadJson
+    reference: ReadJson
+    prompts: ReadJson
+    settings: ReadJson
     columns: Mapping[str, np.ndarray]
-    summary: Mapping[str, Any]
-    robustness: Mapping[str, Any]
+    summary: ReadJson
+    robustness: ReadJson
     warnings: tuple[str, ...] = ()
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
-    moved: tuple[Mapping[str, Any], ...] = ()
+    moved: tuple[ReadJson, ...] = ()
 
     def __post_init__(self) -> None:
         for section, keys in SECTIONS.items():
@@ -150,7 +150,7 @@ class Comparison(Document):
           UserError: not JSON, another schema version, or a section, key or length that does not fit the schema.
         """
         with read(text, "comparison", SCHEMA) as found:
-            sections: dict[str, Any] = {name: dict(found[name]) for name in SECTIONS}
+            sections: Json = {name: dict(found[name]) for name in SECTIONS}
             sections["columns"] = {name: floats(name, values) for name, values in sections["columns"].items()}
             for name in ("summary", "robustness"):
                 sections[name] = undefined(sections[name])
@@ -158,8 +158,8 @@ class Comparison(Document):
             check_boundaries(found, comparison.boundaries)
             return comparison
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Long form: one dict per metric and boundary; NaN where a metric has no interval or p-value."""
+    def rows(self) -> list[Json]:
+        """Long form: one dict per metric and boundary; NaN without an interval or p-value."""
         nothing = np.full(self.boundaries, math.nan)
         ends = ("low", "high", "p", "p_holm")
         rows = []
@@ -208,7 +208,7 @@ class Comparison(Document):
         return "; ".join(parts)
 
     def shown(self, name: str) -> str:
-        """A number of the summary with half of its 95 % interval, the longer side where a bound cuts it, for people."""
+        """A number of the summary with the half-width of its 95 % interval (the longer side if clipped), as text."""
         value, low, high = (float(self.summary[f"{name}{end}"]) for end in ("", "_low", "_high"))
         return plus_minus(value, max(value - low, high - value))
 
@@ -236,8 +236,7 @@ class Comparison(Document):
 
 
 def load_comparison(path: str | os.PathLike[str]) -> Comparison:
-    """The comparison of a run folder, or of a comparison.json; its arrays come from comparison.safetensors beside it,
-    and the prompts that moved most from prompts.json.
+    """Loads the comparison of a run folder or a comparison.json, with comparison.safetensors and prompts.json.
 
     Raises:
       UserError: nothing there, another schema version, or a file that cannot be read.
@@ -267,8 +266,8 @@ def save_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> N
     save_record(folder, "comparison", comparison.to_json(), rows, ARRAYS, comparison.arrays)
 
 
-def _checked(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A group of `moved` with the types it must have; ValueError, TypeError or KeyError otherwise."""
+def _checked(group: ReadJson) -> ReadJson:
+    """A group of `moved`, validated. Raises ValueError, TypeError or KeyError."""
     return {
         "group": int(group["group"]),
         "delta_align": float(group["delta_align"]),

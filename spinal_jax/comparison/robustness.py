@@ -1,21 +1,21 @@
-"""Does the sign hold: Delta_align again under other windows, positions and centring, from what the traces keep."""
+"""Robustness: Delta_align under other windows, positions and centring, from the arrays of saved traces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.paired import replicates, resampled
+from spinal_jax.jsontypes import Json
 from spinal_jax.metrics.tail import tail_slopes
 from spinal_jax.stats.jackknife import Estimate, Replicates
 
 WINDOWS = ((0.05, 0.50), (0.10, 0.40), (0.10, 0.50), (0.10, 0.70), (0.20, 0.60))
 
 
-def robustness_grid(aligned: DepthTrace, reference: DepthTrace) -> list[dict[str, Any]]:
+def robustness_grid(aligned: DepthTrace, reference: DepthTrace) -> list[Json]:
     """Delta_align for each window of the fit x each way in which contraction was measured x each of transport.
 
     A trace measures in more than one way when it holds `variants/NAME/singular_values` [D+1, d] (with
@@ -48,7 +48,7 @@ def robustness_grid(aligned: DepthTrace, reference: DepthTrace) -> list[dict[str
     ]
 
 
-def sign_counts(settings: list[dict[str, Any]]) -> dict[str, Any]:
+def sign_counts(settings: list[Json]) -> Json:
     """How far the sign of the first setting holds over the grid.
 
     Returns:
@@ -81,9 +81,7 @@ def sign_counts(settings: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _record(
-    window: tuple[float, float], contraction: str, transport: str, gained: Estimate, moved: Estimate
-) -> dict[str, Any]:
+def _record(window: tuple[float, float], contraction: str, transport: str, gained: Estimate, moved: Estimate) -> Json:
     total = gained - moved
     value, half = float(total.value), float(total.half)
     return {
@@ -103,14 +101,14 @@ MEASURED = "as measured"
 
 
 def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, tuple[float, float], Replicates]]:
-    """(how, window, alpha) of `trace` in every way that both traces can give."""
+    """(name, window, alpha) of `trace` for every setting that both traces have."""
     low, high = trace.settings["window"]
     own = (float(low), float(high))
     yield MEASURED, own, replicates(trace, "contraction")
     for name in ("", *_variants("singular_values", trace, other)):
         prefix = f"variants/{name}/" if name else ""
         if not all(f"{prefix}singular_values" in t.arrays for t in (trace, other)):
-            continue  # a trace that was read without its spectra
+            continue  # a trace without spectra
         sizes = trace.arrays.get(f"{prefix}groups/rows", trace.arrays["groups/rows"]).astype(np.float64)
         total = np.asarray(trace.arrays.get(f"{prefix}rows", trace.prompts["rows"]))
         rest = [window for window in WINDOWS if window != own]
@@ -128,7 +126,7 @@ def _contractions(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, t
 
 
 def _transports(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, Replicates]]:
-    """(how, L) of `trace` in every way that both traces can give."""
+    """(name, L) of `trace` for every setting that both traces have."""
     yield MEASURED, replicates(trace, "transport")
     for name in _variants("transport", trace, other):
         prefix = f"variants/{name}/"
@@ -141,13 +139,12 @@ def _transports(trace: DepthTrace, other: DepthTrace) -> Iterator[tuple[str, Rep
 
 
 def _variants(of: str, trace: DepthTrace, other: DepthTrace) -> list[str]:
-    """Names of the variants of which both traces hold `of`, sorted."""
+    """Names of the variants with `of` in both traces, sorted."""
     names = {key.split("/")[1] for key in trace.arrays if key.startswith("variants/")}
     return sorted(name for name in names if all(f"variants/{name}/{of}" in t.arrays for t in (trace, other)))
 
 
 def _replicates(key: str, sizes: np.ndarray, trace: DepthTrace, other: DepthTrace) -> np.ndarray | None:
-    """An array [G, ...] that both traces hold, one for each group. None where there is none, an only group could not be
-    left out, or a group has nothing that counts under the setting."""
+    """The replicates [G, ...] of a variant. None if a trace lacks them, or a group has no rows under this setting."""
     held = all(len(t.arrays.get(key, ())) == len(sizes) for t in (trace, other))
     return trace.arrays[key] if held and np.all(sizes > 0) else None

@@ -1,4 +1,4 @@
-"""The SPINALScore of a pair, its gain over the reference against itself, and why a part of it may be undefined."""
+"""The SPINALScore of a pair, and its gain over the score of the reference against itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spinal_jax.stats.summary import coherence_estimate
 
 
 class Weights(NamedTuple):
-    """Of the parts of the SPINALScore."""
+    """Weights of the parts of the SPINALScore."""
 
     delta: float = 1 / 3
     coherence: float = 1 / 3
@@ -23,7 +23,7 @@ EQUAL = Weights()
 
 
 class Part(NamedTuple):
-    """A number with its error, and why it is undefined where it is NaN."""
+    """An estimate; if it is NaN, `reason` says why."""
 
     estimate: Estimate
     reason: str = ""
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A sum of parts: the number, half of its 95 % interval, and why it is undefined."""
+    """A weighted sum of parts with the half-width of its 95 % interval; if it is NaN, `reason` says why."""
 
     value: float
     half: float
@@ -42,17 +42,17 @@ class Scored(NamedTuple):
 
 
 def coherence_of(trace: DepthTrace) -> Part:
-    """S_coh of one checkpoint, and why it is undefined where it is."""
+    """S_coh of one checkpoint."""
     columns = {name: replicates(trace, name) for name in ("contraction", "transport")}
-    found = coherence_estimate(columns, trace.terminal)
-    return Part(found.estimate, f"{trace.model['name']}: {found.reason}" if found.reason else "")
+    estimate, reason = coherence_estimate(columns, trace.terminal)
+    return Part(estimate, f"{trace.model['name']}: {reason}" if reason else "")
 
 
 def combined(prompts: list[tuple[float, Part]], pairs: list[tuple[float, Part]]) -> Scored:
-    """The weighted sum of parts, of which those with weight 0 are left out.
+    """The weighted sum of parts; parts with weight 0 are left out.
 
-    Preference pairs are other texts than the prompts: their error is independent and its square adds; the fewer degrees
-    of freedom of the two count.
+    Prompts and preference pairs are different texts, so their errors are independent and add in quadrature. The smaller
+    degrees of freedom apply.
 
     Args:
         prompts: (weight, part) of the parts whose error is over groups of prompts.

@@ -1,13 +1,12 @@
-"""What one pair of checkpoints may say: the verdict in words, the sentence that names its limits, and the gate."""
+"""The verdict on one pair of checkpoints: words, limits, and the checks of `assert`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.record import Comparison
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.stats.jackknife import Estimate
 from spinal_jax.wording import number
 
@@ -16,8 +15,8 @@ TOWARD_EXPANSION = "toward expansion"
 NOT_ROBUST = "differs, direction not robust"
 NO_CHANGE = "no detectable change"
 UNDETERMINED = "undetermined"
-HOLDS = 0.8  # least share of the settings in which the sign must hold
-ROWS_PER_WIDTH = 4  # N / d below which the bias of a difference is up to 15 % of it, and there is no verdict
+HOLDS = 0.8  # share of settings with the same sign that a direction needs
+ROWS_PER_WIDTH = 4  # N / d that a verdict needs; below, the bias of a difference is up to 15 %
 
 
 def verdict(low: float, high: float, holds: float, rows_per_width: float) -> str:
@@ -38,7 +37,7 @@ def verdict(low: float, high: float, holds: float, rows_per_width: float) -> str
 
 
 def why_undetermined(aligned: DepthTrace, reference: DepthTrace, groups: int, value: float) -> str:
-    """Why there is no verdict, in a sentence."""
+    """The reason for an undetermined verdict, in one sentence."""
     rows, width = min(((t.prompts["rows"], t.model["width"]) for t in (aligned, reference)), key=lambda n: n[0] / n[1])
     if rows < ROWS_PER_WIDTH * width:
         return (
@@ -53,7 +52,7 @@ def why_undetermined(aligned: DepthTrace, reference: DepthTrace, groups: int, va
 
 
 def driver(gained: float, moved: float) -> tuple[str, str]:
-    """Which part of Delta_align is the larger, "contraction" or "transport" ("" where neither changed), and a sentence.
+    """The larger part of Delta_align, "contraction" or "transport" ("" if neither changed), and a sentence on both.
 
     Args:
         gained: change of mean terminal contraction.
@@ -78,7 +77,7 @@ def _moved(change: float, unit: str) -> str:
 
 
 def limits(aligned: DepthTrace, reference: DepthTrace, groups: int) -> str:
-    """What the verdict of one pair cannot say."""
+    """Limits of the verdict on one pair, as a sentence."""
     lines = [
         f"One pair of checkpoints, an interval over {groups} groups of prompts: not attributable to alignment without "
         f"controls (spinal attribute)."
@@ -96,11 +95,11 @@ def summarised(
     reference: DepthTrace,
     delta_align: Estimate,
     parts: tuple[Estimate, Estimate],
-    robustness: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The words of a comparison's summary: verdict, sentence, headline, because, driver, driver_sentence and limits.
+    robustness: ReadJson,
+) -> Json:
+    """The text entries of the summary: verdict, sentence, headline, because, driver, driver_sentence and limits.
 
-    The sentence is made of headline, because, driver_sentence, the grid's counts and limits.
+    The sentence joins headline, because, driver_sentence, the counts of the robustness grid and limits.
 
     Args:
         delta_align: of the pair.
@@ -137,7 +136,7 @@ def summarised(
 
 
 def comparison_shortfalls(
-    found: Comparison,
+    comparison: Comparison,
     *,
     verdict: str | None = None,
     delta_align_low: float | None = None,
@@ -147,10 +146,10 @@ def comparison_shortfalls(
     spinal_gain_low: float | None = None,
     holds: float | None = None,
 ) -> list[str]:
-    """Where the evidence falls short of what was asked for, a phrase each; a number that is not defined falls short.
+    """The requirements of `assert` that the comparison does not meet, a phrase each. NaN meets no requirement.
 
     Args:
-        found: the comparison.
+        comparison: the comparison.
         verdict: which it must be.
         delta_align_low, spinal_score_low, spinal_gain_low: the 95 % interval of that number must begin here or above.
         delta_align_high: the 95 % interval must end here or below.
@@ -158,21 +157,23 @@ def comparison_shortfalls(
         holds: the sign of Delta_align must hold in at least this share of the settings.
     """
     lines = []
-    if verdict is not None and found.verdict != verdict:
-        lines.append(f"the verdict is {found.verdict!r}, not {verdict!r}")
+    if verdict is not None and comparison.verdict != verdict:
+        lines.append(f"the verdict is {comparison.verdict!r}, not {verdict!r}")
     for name, label, least in (
         ("delta_align_low", "Delta_align", delta_align_low),
         ("spinal_score_low", "the SPINALScore", spinal_score_low),
         ("spinal_gain_low", "the gain of the SPINALScore", spinal_gain_low),
     ):
-        if least is not None and not found.summary[name] >= least:
-            lines.append(f"the interval of {label} begins at {number(found.summary[name])}, not at {least} or above")
-    if delta_align_high is not None and not found.summary["delta_align_high"] <= delta_align_high:
-        end = number(found.summary["delta_align_high"])
+        if least is not None and not comparison.summary[name] >= least:
+            lines.append(
+                f"the interval of {label} begins at {number(comparison.summary[name])}, not at {least} or above"
+            )
+    if delta_align_high is not None and not comparison.summary["delta_align_high"] <= delta_align_high:
+        end = number(comparison.summary["delta_align_high"])
         lines.append(f"the interval of Delta_align ends at {end}, not at {delta_align_high} or below")
-    if p_value is not None and not found.summary["p_value"] <= p_value:
-        lines.append(f"the p-value is {number(found.summary['p_value'], 2)}, not at most {p_value}")
-    there, of = found.robustness["holds"], found.robustness["of"]
+    if p_value is not None and not comparison.summary["p_value"] <= p_value:
+        lines.append(f"the p-value is {number(comparison.summary['p_value'], 2)}, not at most {p_value}")
+    there, of = comparison.robustness["holds"], comparison.robustness["of"]
     if holds is not None and not there / of >= holds:
         lines.append(f"the sign of Delta_align holds in {there} of {of} settings, not in at least {holds:.0%}")
     return lines

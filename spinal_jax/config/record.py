@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json, ReadJson
 
 T = TypeVar("T")
 LARGEST = 2**63 - 1  # a whole number must fit 64 bits, as everything that takes one assumes
@@ -73,10 +74,10 @@ def settings_of(record: Any, prefix: str = "", optional: bool = False) -> Iterat
         yield Setting(name, shown, text, unit, _choices(hint), optional)
 
 
-def defaults_of(record: Any) -> dict[str, Any]:
+def defaults_of(record: Any) -> Json:
     """The defaults of a record, or of a record's class, as plain nested values."""
     hints = typing.get_type_hints(record if isinstance(record, type) else type(record))
-    found: dict[str, Any] = {}
+    found: Json = {}
     for declared in fields(record):
         default, inner = _default(record, declared), _record_of(hints[declared.name])
         if inner is not None and default is not None:
@@ -115,7 +116,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal), ())
 
 
-def to_mapping(config: Any) -> dict[str, Any]:
+def to_mapping(config: Any) -> Json:
     """The record as plain nested dictionaries and lists, as it goes into manifest.json."""
     return _plain(asdict(config))
 
@@ -126,7 +127,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def build(record: type[T], values: Mapping[str, Any], path: str = "") -> T:
+def build(record: type[T], values: ReadJson, path: str = "") -> T:
     """A `record` from nested mappings. UserError names the dotted path of an unknown, missing or mistyped key."""
     hints = typing.get_type_hints(record)
     known = {_key(declared): declared for declared in fields(record)}  # type: ignore[arg-type]
@@ -144,7 +145,7 @@ def build(record: type[T], values: Mapping[str, Any], path: str = "") -> T:
     return record(**chosen)
 
 
-def merged(given: dict[str, Any], asked: Mapping[str, object], path: str = "") -> dict[str, Any]:
+def merged(given: Json, asked: Mapping[str, object], path: str = "") -> Json:
     """`given` with what was `asked` by keyword, at any depth; None asks for nothing. UserError if the two disagree."""
     for name, value in asked.items():
         where = f"{path}{name}"

@@ -1,4 +1,4 @@
-"""Chat messages as turns: the roles, the forms of content, and what is refused because it would be lost."""
+"""Converts chat messages to turns. Unsupported content raises UserError."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from spinal_jax.data.sources import json_start, string_of
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 
 Turn = tuple[str, str]  # (role, content)
 
@@ -74,7 +75,7 @@ def content_of(content: object, where: str) -> str:
 
 
 def ending_before_reply(turns: list[Turn], field: str, where: str) -> tuple[Turn, ...]:
-    """The turns that a reply answers: without the assistant's at the end, where a user's or a tool's comes before."""
+    """The turns before a reply: without final assistant turns, if a user or tool turn precedes them."""
     end = len(turns)
     while end and turns[end - 1][0] == "assistant":
         end -= 1
@@ -84,8 +85,8 @@ def ending_before_reply(turns: list[Turn], field: str, where: str) -> tuple[Turn
     return tuple(turns[:end])
 
 
-def _transposed(columns: dict[str, list[Any]], field: str, where: str) -> list[dict[str, Any]]:
-    """Messages from one list for each of their fields, as older data sets keep them."""
+def _transposed(columns: dict[str, list[Any]], field: str, where: str) -> list[Json]:
+    """Messages from a list for each field, the format of older data sets."""
     if len({len(column) for column in columns.values()}) > 1:
         raise UserError(f"{where}: the lists of {field!r} differ in length")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,12 +1,12 @@
-"""Fixed shapes from ragged prompts: sequences are packed into rows, rows into batches.
+"""Batches of fixed shape from prompts of different lengths: sequences are packed into rows, rows into batches.
 
-Several prompts share a row, told apart by `segments`, so that padding wastes little and one compiled shape serves a
-whole prompt set. Rows are sorted by jackknife group, a row holds prompts of one group only, and each row names the
-accumulator of its group (its `slot`). Every group has its own. Where the devices have no room for all of them, a batch
-touches at most `SLOTS` groups in a row, whose sums are complete and leave before another group takes their slot.
+Several prompts share a row and are separated by `segments`, so that there is little padding and few compiled shapes.
+Rows are sorted by jackknife group, each row holds prompts of one group, and `slots` names the accumulator of each row.
+By default every group has an accumulator of its own. If the devices have no room for that, a batch contains at most
+`SLOTS` groups; the sums of a group leave the devices when they are complete, and the next group takes its slot.
 
-Where devices share the rows of a batch, each has equally many, one after the other (a shard), and the measured
-positions of its own rows: what a device measures never has to come from another.
+If devices split the rows of a batch, each has a shard of equally many consecutive rows and the measured positions of
+these rows, so that no device needs hidden states of another.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.stats.groups import Groups
 
-SLOTS = 2  # most groups in a batch where the sums of a group leave the devices as soon as they are complete
-LENGTH_CLASSES = (512, 2048, 8192, 32768, 131072)  # sequences up to each of these lengths share a compiled shape
-LONG_MULTIPLE = 512  # rows above the first class are a multiple of this, for attention by blocks of queries
-ROW_LENGTHS = (128, 192, 256, 384, 512)  # tried beside multiples of the longest sequence
+SLOTS = 2  # maximum groups in a batch if complete sums leave the devices
+LENGTH_CLASSES = (512, 2048, 8192, 32768, 131072)  # upper bounds of the lengths that share a compiled shape
+LONG_MULTIPLE = 512  # lengths of rows above the first class are multiples of this, for blockwise attention
+ROW_LENGTHS = (128, 192, 256, 384, 512)  # candidates, with multiples of the longest sequence
 MEASURED_MULTIPLE = 8
-BATCH_OVERHEAD = 128  # what starting a batch costs, in tokens: weighs many small batches against padding
-ATTENTION_LENGTH = 8192  # the row length at which attention costs as much as the rest of a block, roughly
+BATCH_OVERHEAD = 128  # cost of a batch in tokens, which weighs many small batches against padding
+ATTENTION_LENGTH = 8192  # row length at which attention costs about as much as the rest of a block
 
 
 if TYPE_CHECKING:
     OnEither = Array
 else:
-    OnEither = Array | np.ndarray  # on devices, or on the host
+    OnEither = Array | np.ndarray  # on devices or on the host
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """B rows of T tokens, and M measured positions among them. Padding has segment 0 and weight 0.
+    """B rows of T tokens and M measured positions. Padding has segment 0 and weight 0.
 
-    A pytree, whose leaves may be other things than arrays. Replicas have an axis of devices in front of all others.
+    A pytree, whose leaves need not be arrays. Replicas add a leading axis of devices.
     """
 
     tokens: Int32[OnEither, "*devices B T"]
-    positions: Int32[OnEither, "*devices B T"]  # place in its own sequence
-    segments: Int32[OnEither, "*devices B T"]  # 0: padding; 1, 2, ...: the sequences of a row
-    lengths: Int32[OnEither, "*devices B T"]  # tokens in its own sequence
-    counted: Float32[OnEither, "*devices B T"]  # 1 where the position counts for contraction
-    slots: Int32[OnEither, "*devices B"]  # the accumulator of the row's group
-    measured: Int32[OnEither, "*devices M"]  # flat index b * T + t, within its shard
-    measured_weight: Float32[OnEither, "*devices M"]  # 1 for the real ones, which come first in each shard
+    positions: Int32[OnEither, "*devices B T"]  # position within the sequence
+    segments: Int32[OnEither, "*devices B T"]  # 0 for padding; 1, 2, ... for the sequences of a row
+    lengths: Int32[OnEither, "*devices B T"]  # length of the sequence
+    counted: Float32[OnEither, "*devices B T"]  # 1 for positions that contraction counts
+    slots: Int32[OnEither, "*devices B"]  # accumulator of the group of the row
+    measured: Int32[OnEither, "*devices M"]  # flat index b * T + t within the shard
+    measured_weight: Float32[OnEither, "*devices M"]  # 1 for real positions, which come first in each shard
     measured_group: Int32[OnEither, "*devices M"]
 
     @staticmethod
     def empty(height: int, length: int, measured: int) -> TokenBatch:
-        """A batch of padding alone, as arrays of the host: B rows of T tokens and room for M positions."""
+        """A batch of padding as host arrays: B rows of T tokens and M positions."""
         by_token, by_row, by_position = (height, length), (height,), (measured,)
         arrays: dict[str, Any] = {
             "tokens": np.zeros(by_token, np.int32),
@@ -83,7 +83,7 @@ def _leaves(batch: TokenBatch) -> tuple[list[tuple[object, object]], None]:
 
 
 def _batch(_: None, leaves: Iterable[object]) -> TokenBatch:
-    """A batch of any leaves; only arrays have shapes that can be checked."""
+    """A batch of any leaves; shapes are checked only for arrays."""
     named = dict(zip(TokenBatch.__dataclass_fields__, leaves, strict=True))
     if all(isinstance(leaf, Array | np.ndarray) for leaf in named.values()):
         return TokenBatch(**named)  # pyright: ignore[reportArgumentType]
@@ -97,56 +97,56 @@ jax.tree_util.register_pytree_with_keys(TokenBatch, _leaves, _batch)
 
 @dataclass(frozen=True)
 class GroupRun:
-    """Consecutive rows of one group in one length class: what one accumulator gathers before it is read."""
+    """Consecutive rows of one group in one length class, which are summed in one slot."""
 
     group: int
     slot: int
-    last_batch: int  # the batch after which it is complete
+    last_batch: int  # batch after which the sum is complete
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One batch to be: the sequence numbers in each row, each row's visit, and the shape."""
+    """Layout of a batch: sequence numbers and group run of each row, and the shape."""
 
     rows: tuple[tuple[int, ...], ...]
-    visits: tuple[int, ...]
+    runs: tuple[int, ...]
     height: int  # B
     length: int  # T
     measured: int  # M
-    shards: int  # how many share the rows
+    shards: int  # devices that split the rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a prompt set's sequences become batches, and what that costs."""
+    """The batches of a prompt set."""
 
     sequences: Sequence[TokenSequence]
     selector: Positions
     skip: int
     batches: tuple[Packed, ...]
-    visits: tuple[GroupRun, ...]
-    slots: int  # accumulators that the rows of batches name
-    leaves: bool  # whether sums of a group leave its accumulator, which others then take
-    group_count: int = 0  # G, groups without a prompt included
-    counts: Mapping[str, int] = field(default_factory=dict)  # what a trace says of how its prompts became sequences
-    notes: tuple[str, ...] = ()  # sentences on that which a reader must know
-    vocabulary: Vocabulary | None = None  # that distributions are taken over; None: every row of the unembedding
+    runs: tuple[GroupRun, ...]
+    slots: int  # number of accumulators
+    leaves: bool  # whether complete sums leave the devices and other groups reuse their slots
+    group_count: int = 0  # G, including groups without prompts
+    counts: Mapping[str, int] = field(default_factory=dict)  # of prompts, for the trace
+    notes: tuple[str, ...] = ()  # warnings about the prompts, for the trace
+    vocabulary: Vocabulary | None = None  # tokens of the distributions; None is every row of the unembedding
 
     @cached_property
     def groups_at_once(self) -> int:
-        """Most groups in a batch."""
-        return max((len({self.visits[visit].slot for visit in packed.visits}) for packed in self.batches), default=1)
+        """Maximum number of groups in a batch."""
+        return max((len({self.runs[number].slot for number in packed.runs}) for packed in self.batches), default=1)
 
     @cached_property
     def groups(self) -> Groups:
-        """How much each group holds."""
+        """Rows and positions of each group."""
         positions = np.zeros(self.group_count)
         for sequence in self.sequences:
             positions[sequence.group] += len(self.selector.of(sequence))
         return Groups(rows=self.rows_by_group(self.skip), positions=positions)
 
     def rows_by_group(self, skip: int) -> np.ndarray:
-        """[G] contraction rows of each group where the first `skip` tokens of each sequence are left out."""
+        """[G] contraction rows of each group, without the first `skip` tokens of each sequence."""
         rows = np.zeros(self.group_count)
         for sequence in self.sequences:
             rows[sequence.group] += max(0, len(sequence.ids) - skip)
@@ -154,67 +154,67 @@ class Plan:
 
     @property
     def largest_prompt_share(self) -> float:
-        """Share of the contraction rows that the longest prompt holds; 0 where there are none."""
+        """Share of contraction rows in the longest prompt; 0 without rows."""
         most = max((len(sequence.ids) - self.skip for sequence in self.sequences), default=0)
         return max(0, most) / max(1, self.rows)
 
     @property
     def tokens(self) -> int:
-        """Real tokens."""
+        """Number of tokens, without padding."""
         return sum(len(s.ids) for s in self.sequences)
 
     def batch_tokens(self, number: int) -> int:
-        """Real tokens of a batch."""
+        """Number of tokens in a batch, without padding."""
         return sum(len(self.sequences[n].ids) for row in self.batches[number].rows for n in row)
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens computed, padding included."""
+        """Number of tokens, with padding."""
         return sum(b.height * b.length for b in self.batches)
 
     @property
     def rows(self) -> int:
-        """N: the positions that contraction measures."""
+        """N, the number of contraction rows."""
         return sum(max(0, len(s.ids) - self.skip) for s in self.sequences)
 
     @property
     def positions(self) -> int:
-        """The positions that transport measures."""
+        """The number of transport positions."""
         return sum(len(self.selector.of(s)) for s in self.sequences)
 
     @property
     def waste(self) -> float:
-        """Share of the computed tokens that is padding."""
+        """Share of padding among the tokens of all batches."""
         real = sum(self.batch_tokens(number) for number in range(len(self.batches)))
         return 1 - real / max(1, self.padded_tokens)
 
     def done(self, batches: int) -> frozenset[int]:
-        """The sequences in the first so many batches."""
+        """Numbers of the sequences in the first `batches` batches."""
         return frozenset(n for packed in self.batches[:batches] for row in packed.rows for n in row)
 
     def complete(self, batch: int) -> list[GroupRun]:
-        """The visits whose last batch this is."""
+        """The group runs that end with a batch."""
         return self._complete[batch]
 
     @cached_property
     def _complete(self) -> dict[int, list[GroupRun]]:
-        found: dict[int, list[GroupRun]] = defaultdict(list)
-        for visit in self.visits:
-            found[visit.last_batch].append(visit)
-        return found
+        by_last_batch: dict[int, list[GroupRun]] = defaultdict(list)
+        for run in self.runs:
+            by_last_batch[run.last_batch].append(run)
+        return by_last_batch
 
     def open_after(self, batches: int) -> list[GroupRun]:
-        """The visits that have begun in the first so many batches and have not ended."""
-        begun = {visit for packed in self.batches[:batches] for visit in packed.visits}
-        return [self.visits[number] for number in sorted(begun) if self.visits[number].last_batch >= batches]
+        """The group runs that begin within the first `batches` batches and end later."""
+        begun = {number for packed in self.batches[:batches] for number in packed.runs}
+        return [self.runs[number] for number in sorted(begun) if self.runs[number].last_batch >= batches]
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        """The batches, as arrays of the host."""
+        """The batches as host arrays."""
         return self.filled()
 
     def filled(self, parts: Sequence[int] | None = None, begin: int = 0) -> Iterator[TokenBatch]:
-        """The batches from number `begin` on, of each only the rows and measured positions of these shards, in order;
-        None: of all."""
+        """The batches from number `begin` on, with the rows and measured positions of the shards `parts` only; None is
+        all."""
         batches = self.batches[begin:]
         return (self._fill(packed, range(packed.shards) if parts is None else parts) for packed in batches)
 
@@ -224,9 +224,9 @@ class Plan:
         filled = 0
         real = range(len(packed.rows))
         for b, number in enumerate(shard * share + k for shard in parts for k in range(share)):
-            visit = packed.visits[min(number, len(packed.visits) - 1)]
-            batch.slots[b] = self.visits[visit].slot
-            if number not in real:  # padding, which counts nowhere
+            run = packed.runs[min(number, len(packed.runs) - 1)]
+            batch.slots[b] = self.runs[run].slot
+            if number not in real:  # padding
                 continue
             row = packed.rows[number]
             if b % share == 0:
@@ -263,21 +263,21 @@ def plan_batches(
     among: Sequence[int] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Plan:
-    """Packs sequences into batches of about `batch_tokens` tokens, few shapes and little padding.
+    """Packs sequences into batches of about `batch_tokens` tokens with few shapes and little padding.
 
     Args:
         sequences: the tokenised prompts.
-        selector: which positions transport measures.
-        skip: how many first tokens of each sequence contraction leaves out.
-        batch_tokens: of all shards together; each gets a row at least.
-        shards: how many share the rows of a batch; it divides every batch's height and number of measured positions.
-        slots: most groups in a batch, which then share as many accumulators; None: every group has its own.
-        groups: how many there are, those without a prompt included; None: up to the last that a sequence names.
-        counts, notes, vocabulary: as of `Plan`.
-        among: which of the sequences go into batches; None: all.
+        selector: positions at which transport is measured.
+        skip: number of first tokens of each sequence that contraction leaves out.
+        batch_tokens: over all shards; each shard has at least one row.
+        shards: number of devices that split the rows; it divides the height and the measured positions of a batch.
+        slots: maximum number of groups in a batch, and number of accumulators; None gives every group its own.
+        groups: G, including groups without prompts; None is the largest group of a sequence plus 1.
+        counts, notes, vocabulary: as in `Plan`.
+        among: numbers of the sequences to pack; None is all.
 
-    Sequences are classed by length (usually one class). Within a class the row length and the number of rows are chosen
-    by trying the packing: least padding, weighed against attention over long rows and the cost of many small batches.
+    Sequences are divided into length classes (usually one). In each class, the row length and the number of rows are
+    those with the least cost: padding, attention over long rows, and an overhead for each batch.
     """
     group_count = 1 + max((s.group for s in sequences), default=-1) if groups is None else groups
     classes: dict[int, list[int]] = defaultdict(list)
@@ -288,7 +288,7 @@ def plan_batches(
             raise UserError(f"a prompt has {size} tokens; set prompts.max_length to at most {LENGTH_CLASSES[-1]}")
         classes[bound].append(number)
     batches: list[Packed] = []
-    visits: list[GroupRun] = []
+    runs: list[GroupRun] = []
     for _, numbers in sorted(classes.items()):
         by_group: dict[int, list[int]] = defaultdict(list)
         for number in numbers:
@@ -303,7 +303,7 @@ def plan_batches(
                 options.append((cost, -length, -height, packed, cuts))
         _, length, height, packed, cuts = min(options, key=lambda option: option[:3])
         length, height = -length, -height
-        first = len(visits)
+        first = len(runs)
         rows = [(row, first + k) for k, group in enumerate(packed.values()) for row in group]
         share = height // shards
         parts = [(start, min(start + share, b)) for a, b in cuts for start in range(a, b, share)]
@@ -315,13 +315,13 @@ def plan_batches(
             batches.append(Packed(chosen, owner, height, length, width * shards, shards))
         last = {owner: offset + i for i, (a, b) in enumerate(cuts) for _, owner in rows[a:b]}
         for k, group in enumerate(packed):
-            visits.append(GroupRun(group, (first + k) % slots if slots else group, last[first + k]))
+            runs.append(GroupRun(group, (first + k) % slots if slots else group, last[first + k]))
     return Plan(
         sequences=sequences,
         selector=selector,
         skip=skip,
         batches=tuple(batches),
-        visits=tuple(visits),
+        runs=tuple(runs),
         slots=slots or group_count,
         leaves=slots is not None,
         group_count=group_count,
@@ -345,9 +345,9 @@ def _heights(batch_tokens: int, length: int, shards: int) -> list[int]:
 
 
 def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:
-    """Best-fit decreasing: each (size, number) goes into the fullest row that still has room for it."""
-    open_rows: dict[int, list[list[int]]] = defaultdict(list)  # room left -> rows
-    rooms = 0  # bit r: some row has room r left
+    """Best-fit decreasing: each (size, number) goes into the fullest row with room for it."""
+    open_rows: dict[int, list[list[int]]] = defaultdict(list)  # free tokens -> rows
+    rooms = 0  # bit r is set if a row has r free tokens
     rows: list[list[int]] = []
     for size, number in sorted(items, key=lambda item: (-item[0], item[1])):
         fitting = rooms >> size
@@ -369,7 +369,7 @@ def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:
 def _cut(counts: list[int], height: int, slots: int) -> list[tuple[int, int]]:
     """Cuts consecutive rows into batches [a, b) of at most `height` rows and `slots` groups.
 
-    `counts` says how many rows each group has.
+    `counts` is the number of rows of each group.
     """
     ends = np.cumsum(counts)
     cuts, start, total = [], 0, int(ends[-1])

@@ -1,4 +1,4 @@
-"""How public data sets lay out their rows: one function each for the prompt of a row and for its pair of responses."""
+"""Formats of public data sets: for each, a function for the prompt of a row and one for the pair of responses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from spinal_jax.data.messages import Turn, ending_before_reply, turns_of
 from spinal_jax.data.sources import field_of, json_start, string_of
 from spinal_jax.data.transcripts import ASSISTANT, MARKER, transcript, turns
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 
 Turns = tuple[Turn, ...]
-Record = dict[str, Any]
-PAIR_FIELDS = ("prompt", "chosen", "rejected", "system")
+Record = Json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The prompt of a row, as text and as turns."""
+    """A prompt as text and as turns."""
 
     text: str
     turns: Turns
@@ -29,7 +29,7 @@ class Asked:
 class Sides:
     """The pair of a row: `prompt + chosen` and `prompt + rejected` are texts, `turns` the prompt's.
 
-    `shortened`: a response lost the turns that follow it.
+    `shortened`: turns after a response were removed.
     """
 
     prompt: str
@@ -40,7 +40,7 @@ class Sides:
 
 
 def from_text(text: str) -> Asked:
-    """A prompt that is one text; one that is a transcript up to "Assistant:" gives its turns."""
+    """A prompt from a text; a transcript that ends with "Assistant:" is parsed into turns."""
     ends = text.rstrip().endswith(ASSISTANT)
     return Asked(text=text, turns=turns(text.rstrip().removesuffix(ASSISTANT)) if ends else (("user", text),))
 
@@ -59,7 +59,7 @@ def from_value(value: object, field: str, where: str) -> Asked:
 
 
 def mapped(record: Record, fields: Mapping[str, str], where: str) -> Record:
-    """The record with its columns under the names that a format expects; "a.b" is the column b of the column a."""
+    """The record with renamed columns; "a.b" is the column b of the column a."""
     named = {}
     for name, column in fields.items():
         value: Any = record
@@ -233,8 +233,8 @@ PROMPTS: dict[str, Callable[[Record, str], Asked | None]] = {
 }
 
 
-def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many leading items are equal."""
+def shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """Number of equal leading items."""
     pairs = zip(one, other, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -263,7 +263,7 @@ def _from_texts(chosen: str, rejected: str) -> Sides | str:
     begin = chosen[: shared(chosen, rejected)]
     if ASSISTANT in begin:
         return _from_transcripts(chosen, rejected)
-    # The response begins with the last white space that they share, so that no word is cut.
+    # The response starts at the last shared white space, so that no word is split.
     cut = max((index for index, character in enumerate(begin) if character.isspace()), default=0)
     prompt = chosen[:cut]
     if not prompt.strip():
@@ -336,12 +336,12 @@ def _replies(asked: Turns, chosen: str, rejected: str, shortened: bool = False) 
 
 
 def _reply(content: str) -> str:
-    """A response behind "Assistant:"."""
+    """A response after "Assistant:"."""
     return content if content[:1].isspace() else f" {content}"
 
 
 def _system(content: object, where: str) -> Turns:
-    """The system's turn, where there is something in it."""
+    """The system turn, unless it is empty."""
     text = "" if content is None else string_of(content, "system", where)
     return (("system", text),) if text.strip() else ()
 

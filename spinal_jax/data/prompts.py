@@ -1,7 +1,6 @@
-"""Reads prompts from files and data sets into plain records. Nothing here knows a model, a tokenizer or a batch.
+"""Reads prompts from files and data sets, independent of models and tokenizers.
 
-Rows are streamed, and each is read by the one function of its format; whatever is wrong with a source is one
-`UserError` that says where.
+Rows are streamed and parsed by the function of their format. Errors of a source are one `UserError` with the location.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from spinal_jax.data.presets import PROMPTS, Asked, from_value
 from spinal_jax.data.sources import Row, Source, asked, field_of, json_object, read_rows, texts_sha256, valid
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 
 SHIPPED = "spinal_jax/prompts/default.jsonl"
 FORMATS = ("jsonl", "text", *PROMPTS)
@@ -35,7 +34,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one source in its order, where they came from, and how many empty rows and blank lines were left.
+    """The prompts of a source in order, and the number of skipped empty rows and blank lines.
 
     `sha256` is the `texts_sha256` of the texts: equal digests mean equal prompts in equal order. `undecodable` counts
     the bytes that are no UTF-8 and became U+FFFD.
@@ -112,7 +111,7 @@ def prompts_of(texts: Sequence[str]) -> PromptSet:
 def _read(row: Row, format: str, field: str) -> Asked | None:
     if format == "text":
         return Asked(text=row.text, turns=(("user", row.text),))
-    record: dict[str, Any] = json_object(row, " or prompts.format=text")
+    record: Json = json_object(row, " or prompts.format=text")
     if format == "jsonl":
         value = field_of(record, field, row.where)
         return from_value(value, field, row.where) if value != [] else None

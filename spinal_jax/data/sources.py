@@ -1,6 +1,6 @@
-"""Rows of whatever holds them: text, JSON lines, JSON arrays, parquet, Arrow, folders of these, and hub data sets.
+"""Reads rows of text, JSON lines, JSON arrays, parquet and Arrow files, folders of these, and hub data sets.
 
-`key` is the part of the configuration that names the source (`prompts`, `preferences`, `corpus`), as errors say it.
+`key` is the group of settings of the source (`prompts`, `preferences`, `corpus`), for error messages.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 from spinal_jax.data.tables import HubDataset, data_files, hub_rows, table_rows
 from spinal_jax.data.textfiles import File, items, kind_of, lines, starts_array
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTAINER = re.compile(r"\.(jsonl?|ndjson|txt|parquet|arrow|feather|gz|bz2|xz|zst)$", re.IGNORECASE)
 
 
 class Row(NamedTuple):
-    """One row: which it is (0-based), how errors name it, and its text or its fields.
+    """A row: its number (0-based), its name in error messages, and its text or its fields.
 
-    `text` is a line without its end, "" if it is blank; rows of tables and of JSON arrays have none, and their fields
-    in `record`.
+    `text` is a line without its line break, "" if it is blank. Rows of tables and JSON arrays have their fields in
+    `record` instead.
     """
 
     number: int
@@ -38,12 +39,12 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where rows come from: a file or folder, of whose splits one may be chosen, or a data set on a hub."""
+    """A source of rows: a file, a folder with an optional split, or a data set on a hub."""
 
     path: File | None = None
     split: str | None = None  # of a folder
     hub: HubDataset | None = None
-    label: str | None = None  # how errors name it; None: by its path or id
+    label: str | None = None  # name in error messages; None is the path or id
 
     @property
     def shown(self) -> str:
@@ -57,14 +58,14 @@ def source_of(
     name: str | None = None,
     revision: str | None = None,
 ) -> Source:
-    """The source that the settings `path`, `dataset`, `split`, `name` and `revision` name."""
+    """The source of the settings `path`, `dataset`, `split`, `name` and `revision`."""
     if dataset is None:
         return Source(path, split)
     return Source(hub=HubDataset(dataset=dataset, split=split or "train", name=name, revision=revision))
 
 
 def stem(source: str) -> str:
-    """What a trace calls a source: the last part of its path without the endings that name a container."""
+    """The name of a source in a trace: the file name without extensions of containers."""
     name = Path(source).name
     while (short := _CONTAINER.sub("", name)) != name and short:
         name = short
@@ -74,12 +75,12 @@ def stem(source: str) -> str:
 def read_rows(
     source: Source, key: str, offset: int, limit: int | None, counts: dict[str, int], *, as_text: bool = False
 ) -> Iterator[Row]:
-    """Rows `offset` to `offset + limit`; a row of a text file is a line that is not blank, and blank ones among them
-    come too.
+    """Rows `offset` to `offset + limit`. Rows of a text file are its non-blank lines; blank lines are yielded, but not
+    counted.
 
-    What a file is, is told from its content: gzip, bzip2, xz and Zstandard are undone; a text file whose first
-    character is "[" is one JSON array unless `as_text`. What follows the last row asked for is not read.
-    `counts["undecodable"]` grows by the bytes of text that are no UTF-8 and became U+FFFD.
+    The type of a file is detected from its content. gzip, bzip2, xz and Zstandard are decompressed; a text file that
+    starts with "[" is a JSON array unless `as_text`. Nothing is read after the last requested row.
+    `counts["undecodable"]` is increased by the number of bytes that are not UTF-8 and become U+FFFD.
 
     Raises `UserError` if `offset` or `limit` is out of range or the source cannot be read.
     """
@@ -99,7 +100,7 @@ def _some(every: Iterator[Row], offset: int, limit: int | None) -> Iterator[Row]
 
 
 def _all(source: Source, key: str, counts: dict[str, int], as_text: bool) -> Iterator[Row]:
-    """Every row; a blank line has the number of the row after it."""
+    """All rows; a blank line has the number of the next row."""
     if source.hub is not None:
         if as_text:
             raise UserError(f"{key}.format=text reads lines of a file, but {key}.dataset names a data set")
@@ -116,7 +117,7 @@ def _all(source: Source, key: str, counts: dict[str, int], as_text: bool) -> Ite
 
 
 def _files(source: Source, key: str) -> tuple[list[File], list[str]]:
-    """The files of a source, and how errors name them."""
+    """The files of a source and their names in error messages."""
     file = source.path
     assert file is not None
     if not isinstance(file, str | Path):
@@ -147,7 +148,7 @@ def _of_file(file: File, name: str, key: str, counts: dict[str, int], as_text: b
 
 
 def asked(offset: int, limit: int | None) -> str:
-    """How errors name the rows asked for."""
+    """The requested rows in error messages."""
     return f"offset={offset}, limit={'null' if limit is None else limit}"
 
 
@@ -164,12 +165,12 @@ def texts_sha256(texts: Iterable[str]) -> str:
 
 
 def valid(text: str) -> str:
-    """The text with lone surrogates, which JSON escapes can carry and UTF-8 cannot, as U+FFFD."""
+    """The text with lone surrogates, which JSON allows and UTF-8 does not, replaced by U+FFFD."""
     return _SURROGATE.sub("\ufffd", text)
 
 
-def json_object(row: Row, otherwise: str = "") -> dict[str, Any]:
-    """The JSON object of a row; `otherwise` is what else the user may do if it is none."""
+def json_object(row: Row, otherwise: str = "") -> Json:
+    """The JSON object of a row; `otherwise` is an alternative for the error message."""
     value = row.record
     if value is None:
         try:
@@ -181,28 +182,28 @@ def json_object(row: Row, otherwise: str = "") -> dict[str, Any]:
     return value
 
 
-def field_of(record: dict[str, Any], field: str, where: str) -> Any:
-    """The value of a field that must be there."""
+def field_of(record: Json, field: str, where: str) -> Any:
+    """The value of a required field."""
     if field not in record:
         raise UserError(f"{where} has no field {field!r}; it has {_names(record)}")
     return record[field]
 
 
 def string_of(value: object, field: str, where: str) -> str:
-    """The value of a field that must be a string, as valid Unicode."""
+    """The value of a required string field, as valid Unicode."""
     if not isinstance(value, str):
         raise UserError(f"{where}: {field!r} must be a string, not {json_start(value)}")
     return valid(value)
 
 
 def json_start(value: object) -> str:
-    """The beginning of a value, as JSON."""
+    """The start of a value as JSON, for error messages."""
     try:
         return json.dumps(value, default=lambda item: f"<{type(item).__name__}>")[:60]
     except (ValueError, RecursionError):
         return f"a {type(value).__name__}"
 
 
-def _names(record: dict[str, Any]) -> str:
+def _names(record: Json) -> str:
     names = [repr(name[:40]) for name in record]
     return ", ".join(names[:12] + ["..."] * (len(names) > 12)) or "none"

@@ -12,15 +12,16 @@ from typing import Any
 
 from spinal_jax.data.textfiles import FileErrors
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 
 ROWS_AT_ONCE = 256
 _DATA = re.compile(r"\.(parquet|arrow|feather|jsonl?|ndjson)(\.(gz|bz2|xz|zst))?$")
-_STATE, _SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` of the datasets library writes
+_STATE, _SPLITS = "state.json", "dataset_dict.json"  # written by `save_to_disk` of the datasets library
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubDataset:
-    """A data set by its id on a hub, or by a folder laid out like one."""
+    """A data set on a hub, or a local folder with the same layout."""
 
     dataset: str  # owner/name
     split: str = "train"
@@ -29,13 +30,13 @@ class HubDataset:
 
     @property
     def shown(self) -> str:
-        """How errors and traces name it."""
+        """Name in error messages and traces."""
         parts = [self.dataset, self.name or "", self.split]
         return " ".join(part for part in parts if part) + (f"@{self.revision}" if self.revision else "")
 
 
-def table_rows(file: Path, kind: str, source: str, key: str) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, or of an Arrow file or stream, a few hundred in memory at a time.
+def table_rows(file: Path, kind: str, source: str, key: str) -> Iterator[Json]:
+    """The rows of a parquet file or an Arrow file or stream, read in small batches.
 
     Raises `UserError` if pyarrow is missing or the file is damaged.
     """
@@ -74,9 +75,8 @@ def _batches(reader: Any) -> Iterator[Any]:
 def data_files(folder: Path, split: str | None, source: str, key: str) -> list[Path]:
     """The data files of a folder, in the order of their rows.
 
-    A folder is what `save_to_disk` of the datasets library writes, for one split or several, or holds parquet, Arrow or
-    JSON files at any depth, which are read in the order of their names; with `split`, those whose name or folder begins
-    with it.
+    The folder was written by `save_to_disk` of the datasets library, or contains parquet, Arrow or JSON files at any
+    depth, which are read in order of their names. `split` selects files whose name or folder starts with it.
 
     Raises `UserError` if there are none, or several splits and none is chosen.
     """
@@ -124,8 +124,8 @@ def _listed(file: Path, name: str, kind: type, source: str, key: str) -> list[An
     return value
 
 
-def hub_rows(asked: HubDataset, key: str) -> Iterator[dict[str, Any]]:
-    """The rows of a split, streamed by the datasets library, which executes nothing of the data set's.
+def hub_rows(asked: HubDataset, key: str) -> Iterator[Json]:
+    """The rows of a split, streamed by the datasets library without executing code of the data set.
 
     Raises `UserError` if the library is missing, or the data set cannot be read.
     """
@@ -137,11 +137,11 @@ def hub_rows(asked: HubDataset, key: str) -> Iterator[dict[str, Any]]:
         found: Any = datasets.load_dataset(
             asked.dataset, asked.name, split=asked.split, revision=asked.revision, streaming=True
         )
-        # As Arrow tables: nothing is decoded, and rows are those of the files.
+        # Arrow tables are not decoded, so rows are as in the files.
         for table in found.with_format("arrow").iter(ROWS_AT_ONCE):
             yield from table.to_pylist()
     except UserError:
         raise
-    except Exception as error:  # the library raises what its file systems and its hub raise
+    except Exception as error:  # the library passes on errors of file systems and hubs
         reason = " ".join(str(error).split())[:300].removesuffix(".") or type(error).__name__
         raise UserError(f"{key}.dataset: {asked.shown!r} cannot be read ({reason})") from error

@@ -1,7 +1,7 @@
-"""Dialogues through a tokenizer's own chat template, rendered in a process of its own under limits.
+"""Renders dialogues with the chat template of a tokenizer, in a separate process with resource limits.
 
-A template is a program that came with a checkpoint, so nothing it does may hold up or bring down the run: each
-rendering has 1 GiB of memory and 5 s of CPU time, and its text is bounded by the dialogue's length.
+A template is untrusted code of a checkpoint. Each rendering is limited to 1 GiB of memory, 5 s of CPU time, and a text
+length in proportion to the dialogue.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEMORY, SECONDS, LARGEST = 1 << 30, 5, 1 << 20  # bytes, CPU seconds, characters beyond 4 times the dialogue
-FEW = 0.05  # share of the rows that a template may refuse before the run ends
+FEW = 0.05  # share of rows that a template may refuse
 
 
 class TemplateRefusal(UserError):
-    """The template refuses one dialogue, and may take others."""
+    """The template refuses a dialogue."""
 
 
 class Refusals:
-    """Counts the rows that a template refuses, and ends the run where they are many.
+    """Counts rows that a template refuses, and raises UserError if there are too many.
 
     Attributes:
-        count: so far.
+        count: number of refused rows.
         first: the first of them, with the reason.
     """
 
@@ -42,7 +43,7 @@ class Refusals:
         self.rows, self.count, self.first = rows, 0, ""
 
     def add(self, where: str, refusal: TemplateRefusal) -> None:
-        """One more. UserError where more than 1 in 20 rows are refused."""
+        """Counts a refused row. Raises UserError if more than 1 in 20 rows are refused."""
         self.count += 1
         self.first = self.first or f"{where}: {refusal}"
         self._check(refusal)
@@ -62,9 +63,9 @@ class ChatTemplate:
     """The chat template of a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str):
-        """`key` is the part of the configuration that asked for it.
+        """`key`: group of settings, for error messages.
 
-        Raises `UserError` if the tokenizer has none, or it is not a template.
+        Raises `UserError` if the tokenizer has no valid template.
         """
         template: Any = tokenizer.chat_template
         if isinstance(template, dict):
@@ -90,10 +91,10 @@ class ChatTemplate:
         )
 
     def render(self, turns: Sequence[tuple[str, str]], *, opening: bool) -> str:
-        """The text of turns; `opening`: with the opening of the assistant's reply.
+        """The text of turns; `opening` adds the start of the reply of the assistant.
 
-        Special tokens are in the text: tokenise it without adding any. Raises `TemplateRefusal` if the template fails
-        on these turns, and `UserError` if it fails on any or needs more than it may.
+        The text includes special tokens: tokenise it without adding any. Raises `TemplateRefusal` if the template fails
+        on these turns, and `UserError` if it fails on all turns or exceeds its limits.
         """
         messages = [{"role": role, "content": content} for role, content in turns]
         with _LOCK:
@@ -121,7 +122,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the run, which then closes this
+            start_new_session=True,  # Ctrl-C is handled by the main process
         )
         try:
             reply = self.ask(settings)
@@ -135,8 +136,8 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, line: str) -> dict[str, Any]:
-        """What the process answers. UserError if it ends instead."""
+    def ask(self, line: str) -> Json:
+        """Sends a request and returns the answer. Raises UserError if the process ends."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, which the answer says
@@ -170,7 +171,7 @@ _current: _Worker | None = None
 
 
 def _worker(settings: str) -> _Worker:
-    """The process for a template: the last one, if it is the same template's."""
+    """The process for a template; the last one is reused for the same template."""
     global _current
     if _current is not None and (_current.settings != settings or not _current.alive):
         _close()

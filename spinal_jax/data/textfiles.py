@@ -1,8 +1,8 @@
-"""Lines and JSON values of a text file, in bounded pieces; what is not text is refused by what it is.
+"""Reads lines and JSON values of text files in bounded memory; other formats are refused by name.
 
-`key` is the part of the configuration that names the file (`prompts`, `preferences`, `corpus`), as errors say it. A
-file is recognised by its first bytes and never by its name: gzip, bzip2, xz and Zstandard are undone, parquet and Arrow
-are for `tables`, and every other known binary format is refused by name.
+`key` is the group of settings of the file (`prompts`, `preferences`, `corpus`), for error messages. The format is
+detected from the first bytes, not the name: gzip, bzip2, xz and Zstandard are decompressed, parquet and Arrow are left
+to `tables`, and other known binary formats are refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import IO, Any, cast
 from spinal_jax.errors import UserError
 
 MAX_LINE = 64 << 20  # bytes of a line or of an item of a JSON array
-MAX_UNDECODABLE = 3  # bytes that are always let pass; beyond that at most 1 in TRACE
+MAX_UNDECODABLE = 3  # undecodable bytes that are always accepted; above, at most 1 in TRACE
 TRACE = 1000
-_HEAD = 4096  # bytes that a file is recognised by
+_HEAD = 4096  # bytes for the detection of the format
 _PIECE = 1 << 20
 
 File = str | Path | Traversable
@@ -78,16 +78,16 @@ _BINARY = {
 
 
 class FileErrors(contextlib.AbstractContextManager["FileErrors"]):
-    """Turns what goes wrong with a file's bytes into one `UserError`."""
+    """Converts errors of reading a file into one `UserError`."""
 
     def __init__(self, source: str, key: str):
         self.source, self.key, self.compression = source, key, ""
-        self.damage: type[Exception] = zlib.error  # what the decompressor raises
+        self.damage: type[Exception] = zlib.error  # raised by decompressors
 
     def error(self, why: str) -> UserError:
         return UserError(f"{self.key}.path: {self.source!r} {why}")
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{self.key}.path: there is no file {self.source!r}") from error
         if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, self.damage)) or (
@@ -99,9 +99,9 @@ class FileErrors(contextlib.AbstractContextManager["FileErrors"]):
 
 
 def kind_of(file: File, source: str, key: str) -> str:
-    """Of a file's content: `parquet`, `Arrow`, `Arrow stream`, or `text` for what `lines` and `items` are to read.
+    """The format of a file: `parquet`, `Arrow`, `Arrow stream`, or `text` for `lines` and `items`.
 
-    Raises `UserError` if there is no such file, or it is no regular one.
+    Raises `UserError` if it is not a regular file.
     """
     with FileErrors(source, key), _regular(file, source, key) as stream:
         head = stream.read(_HEAD)
@@ -109,7 +109,7 @@ def kind_of(file: File, source: str, key: str) -> str:
 
 
 def lines(file: File, source: str, key: str, counts: dict[str, int]) -> Iterator[str]:
-    """The lines without their ends (\\n or \\r\\n); `counts["undecodable"]` grows by the bytes that are no UTF-8.
+    """The lines without line breaks (\\n or \\r\\n); `counts["undecodable"]` counts bytes that are not UTF-8.
 
     Those become U+FFFD; a byte order mark is passed over. Raises `UserError` if the file cannot be read, is not text,
     has a line of more than `MAX_LINE` bytes, or more undecodable bytes than a trace.
@@ -144,7 +144,7 @@ def items(file: File, source: str, key: str, counts: dict[str, int]) -> Iterator
             ended = ended or len(raw) < wanted
             read += len(raw)
             pending += raw
-            # A character may be cut by the end of the piece.
+            # The end of the piece may split a character.
             cut = len(pending) if ended else max(0, len(pending) - 4)
             while 0 < cut < len(pending) and pending[cut] & 0xC0 == 0x80:
                 cut -= 1
@@ -177,7 +177,7 @@ def items(file: File, source: str, key: str, counts: dict[str, int]) -> Iterator
                         raise errors.error(f"is not JSON in item {number + 1}: {shown!r}") from error
                     break
                 if after == len(rest) and not ended:
-                    break  # a number may go on
+                    break  # a number may continue
                 number, place = number + 1, after
                 yield value
             if ended and place >= len(rest):

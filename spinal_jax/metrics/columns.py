@@ -1,9 +1,9 @@
 # ruff: noqa: RUF001 (Greek letters are meant)
-"""What every column of a result is, once: its unit, how it is counted, how it is shown, its equation and its source.
+"""Definition of every column of a result: unit, weighting, display, equation and source.
 
-Sections of JSON and CSV, units and titles of tables and figures, the weights of the jackknife and what a comparison
-subtracts all come from here. A new column of the depth trace is an entry of TRACE and its value in
-`audit.measure.depth_curve`.
+The sections of JSON and CSV files, the units and titles of tables and figures, the jackknife weights and the list of
+columns that a comparison subtracts are derived from these definitions. To add a column to the depth trace, add an entry
+to TRACE and compute its value in `audit.measurement.depth_curve`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Counted = Literal["rows", "positions", "pairs", "both"]
-Place = Literal["state", "step", "turn", "block"]
+ColumnKind = Literal["state", "step", "turn", "block"]
 Colour = Literal["blue", "vermillion", "green", "purple"]
 
 SPINAL = "SPINAL, arXiv 2601.06238"
@@ -22,24 +22,24 @@ SPINAL = "SPINAL, arXiv 2601.06238"
 
 @dataclass(frozen=True)
 class Column:
-    """A quantity that has one value per boundary, or one per curve.
+    """A quantity with one value per boundary, or one value per curve.
 
     Attributes:
-        name: its key in JSON, CSV and `arrays`.
-        label: as tables and axes call it.
-        unit: "rad", "nats", or "" for a pure number.
-        counted_by: what a group of prompts is weighed by: hidden states behind contraction ("rows"), positions of the
-            lens ("positions"), preference pairs ("pairs"), or "both" of the first two, a mean of one number of each.
-        equation: its definition, in the letters of docs/method.md.
-        source: where it comes from.
+        name: key in JSON, CSV and `arrays`.
+        label: text in tables and on axes.
+        unit: "rad", "nats", or "" for a dimensionless number.
+        counted_by: weight of a group of prompts: number of hidden states ("rows"), of lens positions ("positions"), of
+            preference pairs ("pairs"), or "both" for a mean of one number of each of the first two.
+        equation: definition, in the notation of docs/method.md.
+        source: where the definition comes from.
         error: whether it has a jackknife standard error, NAME_se, and replicates, "groups/NAME".
         compared: whether a comparison subtracts it.
-        place: how it lies over depth. A "state" belongs to a boundary and can be interpolated between two; a "step" is
-            a length that arrives there, so that a path keeps its length when it is cut anew; a "turn" depends on how
-            finely the path is cut; a "block" belongs to the block that ends there.
-        colour: by role, in figures.
-        bounds: the least and the largest value that its definition allows; intervals are cut there.
-        decimals: how many a table shows; None: by the size of the values.
+        kind: how it is resampled over depth. A "state" belongs to a boundary and is interpolated between two. A "step"
+            is a length that ends at a boundary; resampling keeps the total length. A "turn" depends on the spacing of
+            the boundaries and is not resampled. A "block" belongs to the block that ends at the boundary.
+        colour: in figures.
+        bounds: smallest and largest value that the definition allows; intervals are clipped to them.
+        decimals: in tables; None chooses by the size of the values.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Column:
     source: str
     error: bool = True
     compared: bool = False
-    place: Place = "state"
+    kind: ColumnKind = "state"
     colour: Colour = "blue"
     bounds: tuple[float, float] = (-math.inf, math.inf)
     decimals: int | None = None
 
 
-# By boundary, of one checkpoint; in this order in files and tables.
+# One checkpoint, by boundary, in the order of files and tables.
 TRACE = (
     Column(
         name="contraction",
@@ -133,7 +133,7 @@ TRACE = (
         equation="L_l = mean of 2 arccos sum_v sqrt(p_{l-1}(v) p_l(v))",
         source=SPINAL,
         compared=True,
-        place="step",
+        kind="step",
         colour="vermillion",
         bounds=(0.0, math.pi),
     ),
@@ -156,13 +156,13 @@ TRACE = (
         equation="mean turning angle at p_l of the geodesic path p_{l-1}, p_l, p_{l+1}",
         source="spherical law of cosines",
         compared=True,
-        place="turn",
+        kind="turn",
         colour="purple",
         bounds=(0.0, math.pi),
     ),
 )
 
-# One number of a whole curve; T is the terminal block.
+# One checkpoint, one number per curve; T is the terminal block.
 SUMMARY = (
     Column(
         name="contraction",
@@ -210,7 +210,7 @@ SUMMARY = (
     ),
 )
 
-# By boundary, of two checkpoints in memory together.
+# Two checkpoints that are measured together, by boundary.
 PAIR = (
     Column(
         name="policy_distance",
@@ -229,7 +229,7 @@ PAIR = (
         counted_by="pairs",
         equation="L2 norm over the parameters of block l of the gradient of the mean DPO loss",
         source="Rafailov et al. 2023, arXiv 2305.18290",
-        place="block",
+        kind="block",
         colour="green",
         bounds=(0.0, math.inf),
     ),
@@ -237,7 +237,7 @@ PAIR = (
 
 
 def names(columns: Iterable[Column], error: bool = True) -> tuple[str, ...]:
-    """The keys of columns in their order, each with its NAME_se behind it where it has a standard error."""
+    """The keys of columns in order; a column with a standard error is followed by NAME_se."""
     return tuple(key for c in columns for key in (c.name, f"{c.name}_se")[: 2 if c.error and error else 1])
 
 
@@ -247,7 +247,7 @@ def compared() -> tuple[Column, ...]:
 
 
 def column(name: str) -> Column:
-    """The column of a name, by boundary. KeyError where there is none."""
+    """The by-boundary column of this name. Raises KeyError for an unknown name."""
     return _BY_NAME[name]
 
 

@@ -2,13 +2,14 @@
 
 `alpha_l = - d log s_k / d log k`, the negative slope of the least-squares line through the middle of the log-log
 spectrum of `H_l` [N, d], whose rows are the hidden states at the measured positions. `H_l` is never stored: its Gram
-matrix is summed batch by batch, and its eigenvalues are taken in float64.
+matrix is accumulated batch by batch, and its eigenvalues are computed in float64.
 
-An eigenvalue of a Gram sum is known to about `eps s_1^2`, eps that of the sum, so a singular value is resolved above
-`sqrt(eps) s_1`: 1.5e-8 s_1 for a float64 sum, 3.5e-4 s_1 for a float32 sum. The hidden states are float32 themselves,
-which resolves 1.2e-7 s_1 (`resolution`). Massive directions of trained models are 10 to 1,000 times the middle of the
-spectrum, which a float32 sum does not resolve safely, so sums are float64 (`gram_dtype`). TPUs multiply no float64
-numbers; there products of float32 states are made of pieces that float32 sums exactly (`_exact_product`).
+An eigenvalue of a Gram sum has an error of about `eps s_1^2`, where eps belongs to the dtype of the sum, so a singular
+value is resolved above `sqrt(eps) s_1`: 1.5e-8 s_1 for a float64 sum, 3.5e-4 s_1 for a float32 sum. The hidden states
+are float32, which resolves 1.2e-7 s_1 (`resolution`). Massive directions of trained models are 10 to 1,000 times the
+middle of the spectrum. A float32 sum does not resolve that safely, so sums are float64 (`gram_dtype`). TPUs have no
+float64 multiplication; there, float32 states are split into bfloat16 pieces whose products float32 sums exactly
+(`_exact_product`).
 """
 
 from __future__ import annotations
@@ -26,58 +27,58 @@ from jax import Array
 from spinal_jax.metrics.tail import EPS32
 from spinal_jax.parallel.device_defaults import gram_rows
 
-STRIPE_HEIGHT = 128  # rows of a stripe of a Gram matrix, at least, where it has more than one
-EXACT_ROWS = 1024  # of hidden states in one float32 product, at most; float32 sums 2^10 products of 2^7 by 2^7 exactly
+MIN_STRIPE_HEIGHT = 128  # rows of a stripe, if a Gram matrix is split into several
+EXACT_ROWS = 1024  # maximum rows in one float32 product: float32 sums 2^10 products of 2^7 by 2^7 exactly
 
 
 def gram_dtype() -> np.dtype:
-    """The dtype of Gram sums: float64, whatever the number of rows and the platform.
+    """The dtype of Gram sums: float64 for any number of rows and on every platform.
 
-    Measured: a float64 sum adds 21 % of a forward on CPUs, and on H100 and H200 it is as fast as a float32 sum at
-    full precision. On TPUs XLA emulates float64 additions, each with some twenty float32 operations.
+    Measured cost: on CPUs a float64 sum adds 21 % to a forward pass; on H100 and H200 it is as fast as a float32 sum
+    at full precision. On TPUs XLA emulates a float64 addition with about twenty float32 operations.
     """
     return np.dtype(np.float64)
 
 
 def resolution(dtype: np.dtype, backend: str = "cpu") -> float:
-    """Which part of s_1 a singular value must exceed to be known: `max(sqrt(eps), eps32)`, eps that of the products'
-    dtype, eps32 that of the hidden states.
+    """The fraction of s_1 above which a singular value is resolved: `max(sqrt(eps), eps32)`, with eps of the dtype of
+    the products and eps32 of the hidden states.
 
-    On a TPU 1.9e-6 in place of eps32: `_exact_product` rounds a number by up to eps32 / 2 of the largest in its column
-    of EXACT_ROWS rows, which moves a column by up to `sqrt(EXACT_ROWS) eps32 / 2` of its norm.
+    On a TPU 1.9e-6 replaces eps32: `_exact_product` rounds a number by up to eps32 / 2 of the largest number in its
+    column of EXACT_ROWS rows, which changes the column by up to `sqrt(EXACT_ROWS) eps32 / 2` of its norm.
     """
     states = EPS32 / 2 * math.sqrt(EXACT_ROWS) if backend == "tpu" else EPS32
     return max(math.sqrt(float(np.finfo(dtype).eps)), states)
 
 
 class Grams(NamedTuple):
-    """Sums over rows for each slot and boundary; adding two of them merges what they have seen.
+    """Gram sums for each slot and boundary. The sum of two `Grams` covers the rows of both.
 
-    The matrices are symmetric: of each the lower triangle is held, in stripes of equally many rows up to the diagonal.
+    Only the lower triangle of each symmetric matrix is stored, in stripes of equal height that end at the diagonal.
     """
 
-    second: tuple[Array, ...]  # of each stripe [slots, D + 1, d / S, end]: sums of outer products
-    first: Array  # [slots, D + 1, d] sums
+    second: tuple[Array, ...]  # S stripes [slots, D + 1, d / S, end]: sums of outer products
+    first: Array  # [slots, D + 1, d]: sums of rows
 
 
 def stripe_count(width: int) -> int:
-    """S, in how many stripes a Gram matrix is held: 8 take 56 % of the whole, 4 take 62 %."""
-    return next(n for n in (8, 4, 2, 1) if n == 1 or (width % n == 0 and width // n >= STRIPE_HEIGHT))
+    """S, the number of stripes of a Gram matrix: 8 stripes need 56 % of the full matrix, 4 need 62 %."""
+    return next(n for n in (8, 4, 2, 1) if n == 1 or (width % n == 0 and width // n >= MIN_STRIPE_HEIGHT))
 
 
 def stripe_ends(width: int) -> range:
-    """Where each stripe ends, in rows and in columns."""
+    """The end of each stripe, equal in rows and columns."""
     height = width // stripe_count(width)
     return range(height, width + 1, height)
 
 
 def triangle_size(width: int) -> int:
-    """Numbers that the stripes of one matrix hold."""
+    """Number of elements in the stripes of one matrix."""
     return sum(stripe_ends(width)) * (width // stripe_count(width))
 
 
 def init(slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
-    """Nothing seen yet."""
+    """Sums of zero rows."""
     height = width // stripe_count(width)
     return Grams(
         second=tuple(jnp.zeros((slots, boundaries, height, end), dtype) for end in stripe_ends(width)),
@@ -86,11 +87,11 @@ def init(slots: int, boundaries: int, width: int, dtype: np.dtype) -> Grams:
 
 
 def product_dtype(states: np.dtype, sums: np.dtype, backend: str) -> np.dtype:
-    """The arithmetic in which products of hidden states are made.
+    """The dtype in which hidden states are multiplied.
 
-    Float64 where the sums are, on TPUs by way of `_exact_product`. Bfloat16 states on accelerators take float32
-    instead: products of bfloat16 numbers are exact there, and partial sums of at most EXACT_ROWS rows are added in the
-    dtype of the sums.
+    It is the dtype of the sums (on TPUs through `_exact_product`), except for bfloat16 states on accelerators, which
+    use float32: products of bfloat16 numbers are exact in float32, and partial sums of at most EXACT_ROWS rows are
+    added in the dtype of the sums.
     """
     narrow = backend in ("gpu", "tpu") and np.dtype(states).itemsize < 4
     return np.dtype(np.float32) if narrow else np.dtype(sums)
@@ -101,11 +102,10 @@ def update(grams: Grams, h: Array, counted: Array, slots: Array, boundary: Array
 
     Args:
         h: [B, T, d] residual stream.
-        counted: [B, T] 1 where a row counts, else 0.
-        slots: int [B] where each row of the batch is summed. Rows of one slot are multiplied together where they are
-            neighbours.
+        counted: [B, T] 1 for positions that count, else 0.
+        slots: int [B] the slot of each row of the batch. Adjacent rows of one slot are multiplied together.
         boundary: scalar int.
-        backend: the kind of device that this is for; None: JAX's default.
+        backend: kind of device to compile for; None is JAX's default.
     """
     backend = backend or jax.default_backend()
     pieces = _pieces_of(h, slots, backend)
@@ -171,14 +171,14 @@ def _add(
 
 
 def _outer(left: Array, right: Array, products: np.dtype, sums: np.dtype, backend: str) -> Array:
-    """`left.T @ right` of left [n, a], right [n, b], made in the dtype `products` and added in `sums`."""
+    """`left.T @ right` of left [n, a], right [n, b], multiplied in the dtype `products` and added in `sums`."""
     if backend == "tpu" and products == np.float64:
         product = _exact_product
     elif products == np.float64 or left.dtype.itemsize == 4 or backend == "cpu":
         left, right = left.astype(products), right.astype(products)
         product = _dot
     else:
-        product = _dot  # one pass of bfloat16 numbers loses nothing
+        product = _dot  # products of bfloat16 numbers are exact in float32
     step = len(left) if product is _dot and products == sums else EXACT_ROWS
     parts = [product(left[at : at + step], right[at : at + step], products) for at in range(0, len(left), step)]
     return functools.reduce(jnp.add, (part.astype(sums) for part in parts))
@@ -191,11 +191,11 @@ def _dot(left: Array, right: Array, products: np.dtype) -> Array:
 
 
 def _exact_product(left: Array, right: Array, sums: np.dtype) -> Array:
-    """`left.T @ right` of at most EXACT_ROWS rows in float64, on matrix units that multiply bfloat16 and add float32.
+    """`left.T @ right` in float64 for at most EXACT_ROWS rows, on units that multiply bfloat16 and add in float32.
 
-    Each column is rounded to multiples of 2^-24 of its largest power of two and taken apart into three pieces, whole
-    numbers of at most 2^7, as bfloat16 holds them. A product of two pieces sums to at most 2^24, which float32 adds
-    without rounding; the nine products are added in float64 (Ozaki et al. 2012, Numerical Algorithms 59).
+    Each column is rounded to multiples of 2^-24 of its largest power of two and split into three pieces: integers of at
+    most 2^7, which bfloat16 represents. A product of two pieces sums to at most 2^24, which is exact in float32. The
+    nine products are added in float64 (Ozaki et al. 2012, Numerical Algorithms 59).
     """
     (ours, tall), (theirs, wide) = _pieces(left), _pieces(right)
     total = jnp.zeros((left.shape[1], right.shape[1]), sums)
@@ -207,8 +207,8 @@ def _exact_product(left: Array, right: Array, sums: np.dtype) -> Array:
 
 
 def _pieces(x: Array) -> tuple[list[Array], Array]:
-    """Three bfloat16 arrays [n, a] of whole numbers from -128 to 128, and a power of two for each column [a], so that x
-    is `scale (pieces[0] / 2^7 + pieces[1] / 2^15 + pieces[2] / 2^23)` to 2^-24 of the scale."""
+    """Three bfloat16 arrays [n, a] of integers in [-128, 128] and a power of two for each column, `scale` [a]: x equals
+    `scale (pieces[0] / 2^7 + pieces[1] / 2^15 + pieces[2] / 2^23)` to within 2^-24 of the scale."""
     x = x.astype(jnp.float32)
     exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=0))[1]
     left, pieces = jnp.ldexp(x, 7 - exponent), []
@@ -220,11 +220,11 @@ def _pieces(x: Array) -> tuple[list[Array], Array]:
 
 
 class GramAxes(NamedTuple):
-    """How devices share the work of a Gram sum: names of the axes of a `jax.shard_map`."""
+    """Mesh axes over which a Gram sum is split, inside a `jax.shard_map`."""
 
-    rows: tuple[str, ...]  # hidden states are split along these
-    features: tuple[str, ...]  # each device makes some rows of each stripe: it has all features of its hidden states
-    scattered: tuple[str, ...]  # of `rows`: those along which each device keeps a part of the rows it has made
+    rows: tuple[str, ...]  # split the hidden states
+    features: tuple[str, ...]  # split the rows of each stripe; every device has all features of its hidden states
+    scattered: tuple[str, ...]  # subset of `rows` over which the result is reduce-scattered
 
 
 def update_shards(
@@ -311,18 +311,19 @@ def _scatter_around(stripe: Array, axis: str) -> Array:
 
 
 def lower_triangle(stripes: Sequence[Array]) -> Array:
-    """[.., d, d] matrices from their stripes [.., d / S, end]; zeros behind each stripe."""
+    """[..., d, d] lower-triangular matrices from stripes [..., d / S, end], padded with zeros."""
     width = stripes[-1].shape[-1]
     pads = [(0, 0)] * (stripes[0].ndim - 1)
     return jnp.concatenate([jnp.pad(x, (*pads, (0, width - x.shape[-1]))) for x in stripes], axis=-2)
 
 
 def singular_values(second: np.ndarray, first: np.ndarray | None = None, rows: int = 0) -> np.ndarray:
-    """Singular values of the rows behind a Gram sum, float64 [d], descending; of the centred rows if `first` is given.
+    """Singular values of the rows of a Gram sum, float64 [d], descending; of the centred rows if `first` is given.
 
     Args:
-        second: [d, d] symmetric sum of outer products; its lower triangle is read.
-        first: [d] sum of the `rows` rows, to centre them.
+        second: [d, d] symmetric sum of outer products; only the lower triangle is read.
+        first: [d] sum of the rows, for centring.
+        rows: number of rows.
     """
     gram = second.astype(np.float64)
     if first is not None and rows:

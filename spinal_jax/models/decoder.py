@@ -1,13 +1,14 @@
-"""The one decoder that every family is a setting of, and the tap that reads its residual stream.
+"""The decoder of all families, and taps that read its residual stream.
 
 The residual stream has D + 1 boundaries: boundary 0 enters block 1 (embedding, with the family's scale and learned
 positions), boundary l leaves block l, always before the final norm. `Decoder.forward` runs one `lax.scan` per pattern
-of blocks that repeats (`DecoderConfig.groups`) and hands every boundary to a `Tap`, so compile time does not grow with
-depth and nothing is kept that the tap does not keep.
+of blocks that repeats (`DecoderConfig.groups`) and passes every boundary to a `Tap`. Compile time does not grow with
+depth, and only the state of the tap is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from spinal_jax.metrics.transport import Lens
+from spinal_jax.metrics.lens import Lens
 from spinal_jax.models.attention import Attention, Layout, PerLayer, layout, per_layer
 from spinal_jax.models.config import BlockKind, DecoderConfig
 from spinal_jax.models.delta_net import GatedDeltaNet
@@ -32,8 +33,8 @@ Remat = Literal["none", "all_but_linear", "blocks"]
 class Tap(NamedTuple):
     """A fold over the boundaries of the residual stream.
 
-    `init(h, boundaries)` makes the state from the shape of one boundary `h` [B, T, d]; `update(state, h, l)` returns
-    the next state after boundary `l` (a traced int32, 0..D).
+    `init(h, boundaries)` returns the initial state for the shape of one boundary `h` [B, T, d]; `update(state, h, l)`
+    returns the next state after boundary `l` (a traced int32, 0..D).
     """
 
     init: Callable[[jax.ShapeDtypeStruct, int], Any]
@@ -61,7 +62,7 @@ def collect(function: Callable[[Array], Any]) -> Tap:
 
 
 class Block(nnx.Module):
-    """One residual block; see `DecoderConfig` for what `parallel`, `pre_norm` and `post_norm` switch."""
+    """One residual block, configured by `DecoderConfig`."""
 
     def __init__(self, config: DecoderConfig, kind: BlockKind, *, lead: tuple[int, ...], rngs: nnx.Rngs):
         def norm(present: bool) -> Norm | None:
@@ -91,7 +92,7 @@ class Block(nnx.Module):
             attended = self.attention_post_norm(attended)
         after = h + self._scaled(attended)
         source = h if self.parallel else after
-        unnormed = into_attention if self.parallel else source  # one norm for both, or none at all
+        unnormed = into_attention if self.parallel else source  # a shared norm, or none
         mixed = self.mlp(unnormed if self.mlp_norm is None else self.mlp_norm(source))
         return after + self._scaled(mixed if self.mlp_post_norm is None else self.mlp_post_norm(mixed))
 
@@ -100,7 +101,7 @@ class Block(nnx.Module):
 
 
 class Unembedding(nnx.Module):
-    """U [V, d], absent where the embedding serves for it, and a bias [V] where the family has one."""
+    """U [V, d], absent if tied to the embedding, and a bias [V] in some families."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.weight = None if config.tied else nnx.Param(normal(rngs, (config.vocab_size, config.width)))
@@ -128,7 +129,7 @@ class Decoder(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of the parameters, in which the forward computes."""
+        """The dtype of the parameters and of the computation."""
         return self.embedding[...].dtype
 
     def forward(
@@ -145,24 +146,22 @@ class Decoder(nnx.Module):
         backend: str | None = None,
         mesh: AnyMesh | None = None,
     ) -> tuple[Array, Any]:
-        """The residual stream, causally.
+        """Runs the forward pass.
 
         Args:
-            tokens: int [B, T]. Rows may be right-padded, or hold several sequences behind each other.
-            tap: reads every boundary; None reads nothing.
-            positions: int [B, T], a token's place in its own sequence; default 0..T-1. Tokens beyond the vocabulary and
-                positions beyond the learned ones come out as NaN.
+            tokens: int [B, T]. Rows may be right-padded or contain several sequences.
+            tap: called with every boundary; None for no tap.
+            positions: int [B, T] position within the sequence; default 0..T-1. Tokens beyond the vocabulary and
+                positions beyond the learned ones give NaN.
             segments: int [B, T], equal for tokens of one sequence; tokens attend within theirs. Default: one per row.
-            lengths: int [B, T], how many tokens the token's sequence has (only the `dynamic` and `longrope` rope
-                scalings ask). Default T.
-            branches: int [B, T], which continuation of its segment's prompt a token belongs to; 0 for the prompt, which
-                all of them share. Default: no segment has more than one.
-            remat: what the backward pass computes again instead of keeping it: nothing, all but the results of linear
-                layers and of attention, or whole blocks.
-            training: whether attention is computed as suits a backward pass on a CPU (`tiled_attention`).
-            backend: the kind of device that this is for, by which attention is computed; None: JAX's default.
-            mesh: the devices that share the work, each of which then runs kernels that XLA does not split, or
-                `fused_attention.ALONE`; None: not known, and such kernels run where there is one device alone.
+            lengths: int [B, T] length of the sequence, for the rope scalings `dynamic` and `longrope`. Default T.
+            branches: int [B, T] continuation of a shared prompt; 0 for the prompt. Default: no shared prompts.
+            remat: what the backward pass recomputes: nothing, everything but the results of linear layers and of
+                attention, or whole blocks.
+            training: use the attention for a backward pass on a CPU (`tiled_attention`).
+            backend: kind of device, which selects the attention kernel; None is JAX's default.
+            mesh: devices that split the work, for kernels that XLA cannot partition, or `fused_attention.ALONE`; None
+                if unknown, which allows such kernels on a single device only.
 
         Returns:
             (h_D [B, T, d] before the final norm, the tap's last state or None)
@@ -181,7 +180,7 @@ class Decoder(nnx.Module):
         with self.precision():
             h = look_up(self.embedding[...], tokens)
             if config.embed_scale != 1.0:
-                h = h * jnp.asarray(config.embed_scale, h.dtype)  # rounded to the compute dtype first, as Gemma does
+                h = h * jnp.asarray(config.embed_scale, h.dtype)  # rounded to the compute dtype first, as in Gemma
             if self.positions is not None:
                 h = h + look_up(self.positions[...], positions)
             at = backend or jax.default_backend()
@@ -220,12 +219,12 @@ class Decoder(nnx.Module):
         return h, state
 
     def unembed_weights(self) -> tuple[Array, Array | None]:
-        """(U [V, d], bias [V] or None), the embedding itself where the two are tied."""
+        """(U [V, d], bias [V] or None); the embedding if tied."""
         weight, bias = self.unembedding.weight, self.unembedding.bias
         return (self.embedding if weight is None else weight)[...], None if bias is None else bias[...]
 
     def head(self, temperature: float = 1.0) -> Lens:
-        """How logits are read from a normed residual."""
+        """The logit lens of the model."""
         cap, divisor = self.config.final_softcap, self.config.logit_divisor
         weight, bias = self.unembed_weights()
         if cap is not None and divisor != 1.0:
@@ -233,18 +232,18 @@ class Decoder(nnx.Module):
         return Lens(weight, bias, cap, temperature * divisor)
 
     def lens(self, h: Array) -> Array:
-        """Logits that the model's own final norm and unembedding read from any boundary, float32 [..., V].
+        """Logit-lens logits of a boundary, float32 [..., V], with the final norm and the unembedding of the model.
 
-        At boundary D these are the model's output.
+        At boundary D they are the output of the model.
         """
         with self.precision():
             return self.head().read(self.final_norm(h))
 
-    def precision(self) -> Any:
-        """Float32 means float32: TPUs and GPUs would otherwise multiply at lower precision."""
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """Full precision for float32 models; by default TPUs and GPUs multiply float32 at lower precision."""
         return jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default")
 
 
 def look_up(table: Array, index: Array) -> Array:
-    """Rows of `table` [n, d]; NaN for an index beyond the last, which by default would silently mean the last."""
+    """Rows of `table` [n, d]; NaN for an index out of range, which JAX would clip."""
     return table.at[index].get(mode="fill", fill_value=jnp.nan)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.models.rope import Rope, RopeKind
 
 # Keys that cannot change what a forward pass computes: bookkeeping, training-only settings, generation defaults.
@@ -30,7 +31,7 @@ unsloth_version unsloth_fixed neftune_noise_alpha max_sequence_length transforme
 """
 HARMLESS = frozenset(_HARMLESS.split())
 
-# Keys that must be absent, empty or false: what they switch on would change the forward.
+# Keys that must be absent, empty or false, because they would change the forward pass.
 REFUSED = ("quantization_config", "is_encoder_decoder", "add_cross_attention", "pruned_heads")
 
 # A rope setting's keys, beside its type, theta and rotary fraction.
@@ -54,15 +55,15 @@ ACTIVATIONS = {
 }
 
 
-# The bounds of what a config may state; no model comes near them.
+# Bounds of values in a config, beyond any published model.
 LARGEST = 2**31 - 1
 MOST_BLOCKS = 4096
 MOST_ROTATED = 1 << 16
 LARGEST_REAL = float(np.finfo(np.float32).max)
 
 
-def value_text(value: Any) -> str:
-    """A value of a config as a message shows it: shortened, and whatever its size or nesting."""
+def value_text(value: object) -> str:
+    """A value of a config for a message, shortened, for any size or nesting."""
     if isinstance(value, int) and abs(value) > 2**63:
         return f"a whole number of {value.bit_length()} bits"
     try:
@@ -77,7 +78,7 @@ def shorten_middle(text: str, most: int = 200) -> str:
 
 
 class HFConfig:
-    """config.json, read key by key; `done` refuses what nobody read.
+    """config.json, read key by key; `done` raises UserError for unread keys.
 
     >>> config = HFConfig({"hidden_size": 64, "new_switch": True})
     >>> config.integer("hidden_size")
@@ -87,7 +88,7 @@ class HFConfig:
     spinal_jax.errors.UserError: config.json has the key 'new_switch' (True), which ...
     """
 
-    def __init__(self, values: Mapping[str, Any], ignore: Iterable[str] = (), *, path: str = "", model_type: str = ""):
+    def __init__(self, values: ReadJson, ignore: Iterable[str] = (), *, path: str = "", model_type: str = ""):
         self.values = dict(values)
         self.read: set[str] = set(ignore)
         self.path = path  # where in config.json the keys stand, such as "text_config."
@@ -96,13 +97,13 @@ class HFConfig:
         self._ignore = frozenset(ignore)
         self._sections: list[HFConfig] = []
 
-    def defaults(self, **values: Any) -> None:
-        """Gives keys that config.json lacks the values that Hugging Face's config class would. Null is not absent."""
+    def defaults(self, **values: object) -> None:
+        """Sets the defaults of Hugging Face's config class for absent keys. Null is not absent."""
         self.read.update(values.keys() - self.values.keys())
         self.values = {**values, **self.values}
 
     def section(self, key: str, model_type: str) -> HFConfig:
-        """A part of config.json that is a config of its own; `done` checks it too."""
+        """A nested config; `done` checks it too."""
         values = self._typed(key, Mapping, "a config of its own", None)
         part = HFConfig(values, self._ignore, path=f"{self.path}{key}.", model_type=model_type)
         if (given := part.get("model_type", model_type)) != model_type:
@@ -111,11 +112,11 @@ class HFConfig:
         return part
 
     def part(self, key: str) -> HFConfig:
-        """A mapping within config.json, empty where it is null or absent, of which whoever reads it knows the keys."""
+        """A nested mapping, empty if it is null or absent; its keys are not checked by `done`."""
         return HFConfig(self._mapping(key) or {}, path=f"{self.path}{key}.", model_type=self.model_type)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or the default where it is absent or null."""
+        """The value of a key, or the default if it is absent or null."""
         self.read.add(key)
         value = self.values.get(key)
         return default if value is None else value
@@ -130,7 +131,7 @@ class HFConfig:
         return value
 
     def integer(self, key: str, default: int | None = None, *, low: int = 0, high: int = LARGEST) -> int:
-        """A whole number from `low` to `high`, required where there is no default for null and absence."""
+        """A whole number from `low` to `high`, required without a default."""
         value = self._typed(key, int, "a whole number", default)
         if not low <= value <= high:
             raise self._outside(key, value, f"a whole number from {low} to {high}")
@@ -141,7 +142,7 @@ class HFConfig:
         return self.integer(key, default, low=1, high=high)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A real number within the range of float32, required where there is no default for null and absence."""
+        """A real number within the range of float32, required without a default."""
         return self._real(key, self._typed(key, (int, float), "a number", default))
 
     def positive(self, key: str, default: float | None = None) -> float:
@@ -151,24 +152,24 @@ class HFConfig:
         return value
 
     def epsilon(self, key: str, default: float | None = None) -> float:
-        """What a norm adds to a mean square: from 0 to 1."""
+        """The epsilon of a norm, from 0 to 1."""
         if not 0 <= (value := self.number(key, default)) <= 1:
             raise self._outside(key, value, "a norm's epsilon, from 0 to 1")
         return value
 
     def _real(self, key: str, value: int | float) -> float:
-        if not -LARGEST_REAL <= value <= LARGEST_REAL:  # false for a NaN too; no conversion of a huge whole number
+        if not -LARGEST_REAL <= value <= LARGEST_REAL:  # also false for NaN; huge integers are not converted
             raise self._outside(key, value, "a finite number within the range of float32")
         return float(value)
 
-    def _outside(self, key: str, value: Any, what: str) -> UserError:
+    def _outside(self, key: str, value: object, what: str) -> UserError:
         return UserError(f"config.json: {self.path}{key} is {value_text(value)}, which is not {what}")
 
     def flag(self, key: str, default: bool | None = None) -> bool:
-        """True or false, required where there is no default for null and absence."""
+        """True or false, required without a default."""
         return bool(self._typed(key, bool, "true or false", default))
 
-    def choice(self, key: str, table: Mapping[str, Any], default: str | None = None) -> Any:
+    def choice(self, key: str, table: ReadJson, default: str | None = None) -> Any:
         """The entry of `table` that the key names."""
         name = self._typed(key, str, "a name", default)
         if name not in table:
@@ -178,7 +179,7 @@ class HFConfig:
         return table[name]
 
     def softcap(self, key: str) -> float | None:
-        """The scale of a tanh soft-cap, or None where there is none."""
+        """The scale of a tanh soft-cap, or None."""
         if self.get(key) is None:
             return None
         if (cap := self.number(key)) <= 0:
@@ -186,7 +187,7 @@ class HFConfig:
         return cap
 
     def window(self, key: str) -> int:
-        """How many tokens back a block attends, itself included; 0 where null says that there is no limit."""
+        """The attention window in tokens; null is 0, unlimited."""
         if self.get(key) is None:
             return 0
         if (window := self.integer(key, low=-LARGEST)) <= 0:
@@ -200,21 +201,21 @@ class HFConfig:
             raise self._outside(key, values, "a list of numbers")
         return tuple(self._real(key, value) for value in values)
 
-    def _mapping(self, key: str) -> Mapping[str, Any] | None:
+    def _mapping(self, key: str) -> ReadJson | None:
         return None if self.get(key) is None else self._typed(key, Mapping, "a mapping", None)
 
     def ignore(self, *keys: str) -> None:
-        """Marks keys as read that change nothing in this family."""
+        """Marks keys without effect in this family as read."""
         self.read.update(keys)
 
     def refuse(self, *keys: str) -> None:
-        """Refuses keys that would need code this family has not, unless false, zero, null or empty."""
+        """Raises UserError for unsupported keys, unless they are false, zero, null or empty."""
         for key in keys:
             if self.get(key):
                 raise self.refusal(key, f"which {self.model_type} models here do not support")
 
-    def agree(self, key: str, value: Any, why: str) -> None:
-        """Reads a key that may be left out but, where it is given, must have this value."""
+    def agree(self, key: str, value: object, why: str) -> None:
+        """Checks that an optional key has this value."""
         if self.get(key, value) != value:
             raise self.refusal(key, f"but {why}")
 
@@ -223,7 +224,7 @@ class HFConfig:
         return UserError(f"config.json: {self.path}{key} is {value_text(self.values.get(key))}, {why}")
 
     def done(self, harmless: frozenset[str] = HARMLESS) -> None:
-        """Refuses keys that nobody read, so that nothing in a checkpoint is silently left out."""
+        """Raises UserError for unread keys, so that no setting is silently ignored."""
         self.refuse(*(key for key in REFUSED if key not in self._ignore))
         for key in sorted(self.values):
             if key not in self.read and key not in harmless:
@@ -251,15 +252,16 @@ class HFConfig:
 
         Args:
             head_dim: features of a head.
-            section: the layer type, for configs whose `rope_parameters` holds one entry for each; `rope_scaling` is
-                then that of full attention.
-            kinds: the types of scaling that the family knows, by the names it knows them under.
-            theta_key, default_theta: where older files keep theta, and what it is when nothing says.
-            partial_key, default_partial: the same for the fraction of a head that is rotated; None for families that
-                always rotate whole heads, where any other fraction is refused.
-            extra: keys of the setting that the family reads itself, or that its class never reads.
+            section: layer type, for configs with `rope_parameters` for each type; `rope_scaling` is then that of full
+                attention.
+            kinds: scaling types of the family.
+            theta_key, default_theta: key of theta in older files, and its default.
+            partial_key, default_partial: the same for the rotated fraction of a head; None for families that rotate
+                whole heads, where other fractions are errors.
+            extra: keys of the setting that the family reads itself, or that its class ignores.
 
-        Errors: UserError, also where two places of config.json disagree.
+        Raises:
+            UserError: unsupported or contradictory settings.
         """
         old = None if section == "sliding_attention" else self._mapping("rope_scaling")
         new = self._mapping("rope_parameters")
@@ -308,7 +310,7 @@ class HFConfig:
         return rope
 
     def _scaled(self, dim: int, theta: float, kind: RopeKind, scaling: HFConfig, limit: int) -> Rope:
-        """The rope of a kind, its settings read from `scaling`; `limit` is the longest sequence of the model."""
+        """The rope of a kind with settings from `scaling`; `limit` is the maximum sequence length."""
         original = self._agreed(_ORIGINAL, scaling.get(_ORIGINAL), self.get(_ORIGINAL), limit)
         original = HFConfig({_ORIGINAL: original}, path=self.path, model_type=self.model_type).size(_ORIGINAL)
         if kind == "default":
@@ -370,7 +372,7 @@ class HFConfig:
         )
 
     def _agreed(self, key: str, first: Any, second: Any, default: Any) -> Any:
-        """The value given in two possible places, which must not differ."""
+        """A value that can be given in two places, which must agree."""
         if first is not None and second is not None and first != second:
             raise UserError(
                 f"config.json contradicts itself: {key} is both {value_text(first)} and {value_text(second)}"
@@ -382,7 +384,7 @@ def _mscale(factor: float, m: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
 
-def _spelling(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """A rope setting without what old and new spellings may say or leave out."""
+def _spelling(scaling: ReadJson) -> Json:
+    """A rope setting without keys in which old and new formats differ."""
     plain = {("rope_type" if k == "type" else k): v for k, v in scaling.items()}
     return {k: v for k, v in plain.items() if k not in ("rope_theta", "partial_rotary_factor")}

@@ -1,4 +1,4 @@
-"""Between a checkpoint's tensors and ours: the rules a family states once, and the loader that applies them."""
+"""Rules that map tensors of a checkpoint to parameters, and the loader that applies them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import Sharding
 
 from spinal_jax.errors import UserError
@@ -24,25 +25,25 @@ from spinal_jax.progress import Advance
 
 SplitTensor = Callable[[np.ndarray, DecoderConfig], Sequence[np.ndarray]]
 JoinTensor = Callable[[Sequence[np.ndarray], DecoderConfig], np.ndarray]
-Placing = Callable[[str, tuple[int, ...]], Sharding]  # where a parameter lies, by its path and shape
+Placing = Callable[[str, tuple[int, ...]], Sharding]  # sharding of a parameter by path and shape
 
-# A router's correction bias decides which experts run; DeepSeek-V3 keeps it in float32 beside bfloat16 weights.
+# The correction bias of a router selects experts; DeepSeek-V3 stores it in float32.
 KEEP_FLOAT32, FLOAT32 = ".correction", np.dtype(np.float32)
 
 
 def as_it_is(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
-    """The tensor is the parameter."""
+    """The identity."""
     return (tensor,)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Hugging Face tensor name and where it lives with us.
+    """A Hugging Face tensor name and its parameters.
 
-    `hf` may hold `{i}`, the block, and `{e}`, an expert or whatever else has tensors of its own within a block.
-    `ours` are parameter paths; those that start with `block.` are stacked over depth, and with `{e}` in `hf` over that
-    behind it. `split` turns the tensor into one array for each path, `join` back, bit for bit; both default to the
-    identity on a single path. Where the tensor has not the shape to be split, `split` raises ValueError.
+    `hf` may contain `{i}`, the block, and `{e}`, an expert or another index within a block. `ours` are parameter paths;
+    paths that start with `block.` are stacked over depth, and over `{e}` as the second axis. `split` maps the tensor to
+    one array for each path, and `join` is its exact inverse; both default to the identity. `split` raises ValueError
+    for a wrong shape.
     """
 
     hf: str
@@ -52,17 +53,17 @@ class Rule:
 
 
 def same(hf: str, ours: str) -> Rule:
-    """The tensor is ours as it lies."""
+    """A tensor that equals the parameter."""
     return Rule(hf, (ours,))
 
 
 def scalar(hf: str, ours: str) -> Rule:
-    """A single number that is saved without an axis."""
+    """A scalar that is saved without an axis."""
     return Rule(hf, (ours,), lambda t, c: (t.reshape(1),), lambda p, c: p[0].reshape(()))
 
 
 def linear(hf: str, ours: str, bias: bool) -> list[Rule]:
-    """Weight, and bias where the family has one, of a linear layer or a norm."""
+    """Weight and optional bias of a linear layer or a norm."""
     return [same(f"{hf}.weight", f"{ours}.weight")] + ([same(f"{hf}.bias", f"{ours}.bias")] if bias else [])
 
 
@@ -74,7 +75,7 @@ def transposed(hf: str, ours: str) -> Rule:
 def fused(
     hf: str, ours: Sequence[str], sizes: Callable[[DecoderConfig], Sequence[int]], transpose: bool = False
 ) -> Rule:
-    """Several of our arrays stacked along their first axis, of `sizes` rows each; `transpose`: stored as [in, out]."""
+    """Several parameters concatenated along the first axis, of `sizes` rows each; `transpose`: stored as [in, out]."""
 
     def split(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
         rows = sizes(config)
@@ -90,7 +91,7 @@ def fused(
 
 
 def by_head(hf: str, ours: Sequence[str], heads: int, sizes: Sequence[int]) -> Rule:
-    """Several of our arrays stacked head by head: of each head `sizes[0]` rows of one, then `sizes[1]` of the next."""
+    """Several parameters interleaved by head: `sizes[0]` rows of the first, `sizes[1]` rows of the next, and so on."""
 
     def split(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
         if tensor.shape[0] != heads * sum(sizes):
@@ -106,51 +107,53 @@ def by_head(hf: str, ours: Sequence[str], heads: int, sizes: Sequence[int]) -> R
 
 
 def without_prefix(prefix: str) -> tuple[tuple[str, str], ...]:
-    """`Family.renamed` for checkpoints of the model without its head, whose names lack the first part, `prefix`."""
+    """`Family.renamed` for checkpoints without a head, whose tensor names lack `prefix`."""
     return ((rf"^(?!{prefix}\.|lm_head\.)", f"{prefix}."),)
 
 
 def qkv_rows(config: DecoderConfig) -> tuple[int, int, int]:
-    """How many rows queries, keys and values have."""
+    """Numbers of rows of queries, keys and values."""
     return config.heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family is data: how its config.json reads, and what its tensors are called."""
+    """A model family: how to read its config.json, and the rules of its tensors."""
 
     model_types: tuple[str, ...]
     decoder_config: Callable[[HFConfig], DecoderConfig]
     rules: Callable[[DecoderConfig], list[Rule]]
-    ignored: tuple[str, ...] = ()  # patterns of tensors that hold no parameter, such as saved rotary tables
-    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) from other names in use to those of the rules
-    experts_apart: bool = False  # its rules have a tensor for each expert; files may have one for all
+    ignored: tuple[str, ...] = ()  # patterns of tensors without parameters, such as rotary tables
+    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) from alternative names to those of the rules
+    experts_apart: bool = False  # rules have a tensor for each expert, files may have one for all
 
 
 @dataclass(frozen=True)
 class TensorTarget:
-    """One tensor of the checkpoint and the rows of our stacked parameters that it fills."""
+    """A tensor of the checkpoint and the rows of stacked parameters that it fills."""
 
     rule: Rule
     name: str
-    paths: tuple[str, ...]  # full paths of our parameters
-    row: tuple[int, ...]  # (block within its stack, expert), as far as the rule has them
+    paths: tuple[str, ...]  # full paths of parameters
+    row: tuple[int, ...]  # (row in the stack, expert), or fewer
 
     @property
     def keeps_float32(self) -> bool:
-        """Whether it fills a parameter that is float32 in a model of any dtype."""
+        """Whether the parameter is float32 for any dtype of the model."""
         return any(path.endswith(KEEP_FLOAT32) for path in self.paths)
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape of every parameter of the decoder, stacked over depth; nothing is allocated."""
+    """Path -> abstract array of every parameter of the decoder, stacked over depth."""
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(abstract))}
 
 
-def tensor_targets(rules: Sequence[Rule], config: DecoderConfig, shapes: Mapping[str, Any]) -> Iterator[TensorTarget]:
-    """Every tensor that the checkpoint must hold, rule by rule. A block rule applies to the blocks whose stack has such
-    a parameter, so a family with dense and sparse blocks states both. `{e}` counts the second axis of the parameter."""
+def tensor_targets(
+    rules: Sequence[Rule], config: DecoderConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[TensorTarget]:
+    """All tensors that the checkpoint must have, by rule. A block rule applies to blocks with such a parameter, so a
+    family with dense and sparse blocks has rules for both. `{e}` runs over the second axis of the parameter."""
     rows = config.rows
     for rule in rules:
         if "{i}" not in rule.hf:
@@ -168,9 +171,9 @@ def tensor_targets(rules: Sequence[Rule], config: DecoderConfig, shapes: Mapping
 
 
 def parts_of(
-    place: TensorTarget, tensor: np.ndarray, config: DecoderConfig, shapes: Mapping[str, Any]
+    place: TensorTarget, tensor: np.ndarray, config: DecoderConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters that a tensor fills at `place.row`, by path. UserError where its shape is not what they need."""
+    """The values of a tensor at `place.row`, by parameter path. Raises UserError for a wrong shape."""
     try:
         parts = place.rule.split(tensor, config)
     except ValueError as error:
@@ -193,20 +196,20 @@ def load_decoder(
     progress: Advance = lambda size: None,
     placing: Placing | None = None,
 ) -> Decoder:
-    """The checkpoint as a `Decoder` whose parameters have `dtype`, and lie where `placing` says or on one device.
+    """Loads the checkpoint as a `Decoder` in `dtype`, placed by `placing` or on one device.
 
-    Where devices split a parameter, it is read and put there part by part, and only the parts that devices of this
-    process need. Raises UserError when a tensor is missing, unknown, or of another shape than the config says.
+    Sharded parameters are read by parts, and only the parts of the devices of this process. Raises UserError for a
+    missing or unknown tensor, or a wrong shape.
     """
     shapes = parameter_shapes(config)
     wanted, stored = match(checkpoint, family, config, shapes)
     infos = checkpoint.names()
-    for place in wanted:  # shapes before bytes: an array of no memory each
+    for place in wanted:  # check shapes before values are read, with arrays that need no memory
         for _ in parts_of(place, np.broadcast_to(np.float32(0), infos[stored[place.name]].shape), config, shapes):
             pass
     loaded: dict[str, jax.Array] = {}
     for _, same_rule in groupby(wanted, key=lambda place: place.rule.hf):
-        group = list(same_rule)  # a rule at a time: only its stacks, or a part of each, are on the host at once
+        group = list(same_rule)  # one rule at a time limits host memory
         paths = dict.fromkeys(path for place in group for path in place.paths)
         shardings = {path: placing(path, shapes[path].shape) if placing else None for path in paths}
         missing = {path: _pieces(shapes[path].shape, sharding) for path, sharding in shardings.items()}
@@ -233,9 +236,9 @@ def load_decoder(
 
 
 def require_finite(values: np.ndarray, source: str, name: str) -> None:
-    """UserError where some value is infinite or not a number, which names the tensor and says how many there are.
+    """Raises UserError, with the tensor and the count, if values are not finite.
 
-    Looks at the exponents' bits: NumPy's own test makes an array and takes bfloat16 one value at a time.
+    Tests the exponent bits, because `np.isfinite` allocates an array and is slow for bfloat16.
     """
     bits = {2: np.uint16, 4: np.uint32}[values.itemsize]
     exponent = np.array(np.inf, values.dtype).view(bits)
@@ -250,14 +253,14 @@ def require_finite(values: np.ndarray, source: str, name: str) -> None:
 
 
 class _Piece(NamedTuple):
-    """A part of a parameter, and the devices of this process that need it; None stands for the one that JAX takes."""
+    """A part of a parameter and the devices of this process that need it; None is JAX's default device."""
 
     bounds: Bounds
     devices: list[Any]
 
 
 def _pieces(shape: tuple[int, ...], sharding: Sharding | None) -> list[_Piece]:
-    """The parts of a parameter that differ."""
+    """The distinct parts of a parameter."""
     if sharding is None:
         return [_Piece(tuple((0, size) for size in shape), [None])]
     pieces: dict[Bounds, list[Any]] = defaultdict(list)
@@ -273,9 +276,9 @@ def _blocks(
     checkpoint: Checkpoint,
     name: str,
     config: DecoderConfig,
-    shapes: Mapping[str, Any],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
-    """What a tensor fills of pieces with these bounds: (path, row within the piece, values)."""
+    """The values of a tensor within pieces of these bounds: (path, row within the piece, values)."""
     lead = len(place.row)
     wanted = {
         path: bounds[path]
@@ -294,7 +297,7 @@ def _blocks(
         yield path, tuple(row - a for row, (a, _) in zip(place.row, wanted[path], strict=False)), part
 
 
-def assemble(config: DecoderConfig, parameters: Mapping[str, Any]) -> Decoder:
+def assemble(config: DecoderConfig, parameters: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Decoder:
     """A decoder from its parameters by path."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     flat = [(path, leaf.replace(parameters[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
@@ -302,12 +305,12 @@ def assemble(config: DecoderConfig, parameters: Mapping[str, Any]) -> Decoder:
 
 
 def match(
-    checkpoint: Checkpoint, family: Family, config: DecoderConfig, shapes: Mapping[str, Any]
+    checkpoint: Checkpoint, family: Family, config: DecoderConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> tuple[list[TensorTarget], dict[str, str]]:
-    """The tensors that the config needs, and the name in the checkpoint of each by the name that the rules have.
+    """The tensors of the config, and their names in the checkpoint by names of the rules.
 
-    Raises UserError for a checkpoint whose tensors are not exactly the ones this config needs. What is made on the way
-    is bounded by the tensors that are there, whatever the config asks for.
+    Raises UserError unless the checkpoint has exactly these tensors. Memory is bounded by the tensors of the
+    checkpoint, for any config.
     """
     stored = _known_names(checkpoint, family)
     wanted: list[TensorTarget] = []
@@ -340,7 +343,7 @@ def match(
 
 
 def _known_names(checkpoint: Checkpoint, family: Family) -> dict[str, str]:
-    """The checkpoint's names of its tensors by the names that the family's rules have for them."""
+    """Names of the rules -> names in the checkpoint."""
     stored: dict[str, str] = {}
     for name in checkpoint.names():
         if any(re.fullmatch(pattern, name) for pattern in family.ignored):

@@ -1,9 +1,8 @@
 """Fixed shapes for training: responses packed into rows, rows into micro-batches, micro-batches into optimiser steps.
 
 An example is one sequence (`sft`, `lm`) or two (chosen and rejected), which stay in one micro-batch because the loss
-needs both. Where the two begin with the same prompt it is computed once, and both responses lie behind it in one row
-(prefix sharing). A step has as many micro-batches as its examples need; all have one shape, so one compiled function
-serves a run whatever the lengths, and padding wastes little.
+needs both. If both start with the same prompt, it is computed once and both responses follow it in one row (prefix
+sharing). All micro-batches of a run have one shape, so that one function is compiled, with little padding.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from jax import Array
 from spinal_jax.models.config import DecoderConfig
 
 ROW_TOKENS = 256  # short sequences share rows of about this many tokens
-MICRO_OVERHEAD = 128  # what starting a micro-batch costs, in tokens: weighs many small ones against padding
+MICRO_OVERHEAD = 128  # cost of a micro-batch in tokens, which weighs many small ones against padding
 UNBOUNDED = 2**31 - 1
-TRIED_STEPS = 32  # steps that are packed to choose how many rows a micro-batch has
+TRIED_STEPS = 32  # steps that are packed to choose the number of rows
 
 
 class Response(Protocol):
-    """A tokenised prompt with the response behind it."""
+    """A tokenised prompt followed by a response."""
 
     @property
     def ids(self) -> np.ndarray:
@@ -45,19 +44,19 @@ Example = Sequence[Response]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class ResponseBatch:
-    """R rows of T tokens that hold up to S sequences. Those of pair p are 2 p (chosen) and 2 p + 1 (rejected)."""
+    """R rows of T tokens with up to S sequences. Pair p has the sequences 2 p (chosen) and 2 p + 1 (rejected)."""
 
     tokens: Array  # int32 [R, T]
-    positions: Array  # int32 [R, T] place in its own sequence
-    segments: Array  # int32 [R, T] 0: padding; 1, 2, ...: the sequences of a row, a pair with a shared prompt being one
-    lengths: Array  # int32 [R, T] tokens in its own sequence; of a shared prompt, in the longer of the two
-    branches: Array | None  # int32 [R, T] 0: prompts that are shared and sequences by themselves; 1, 2: the responses
-    predicting: Array  # int32 [R, T] positions of a row that predict a response token, which come first; then 0
-    targets: Array  # int32 [R, T] the tokens they predict
-    owner: Array  # int32 [R, T] the sequences they belong to
-    weight: Array  # float32 [R, T] 1 for the real ones, then 0
-    counts: Array  # float32 [S] response tokens of a sequence; 0 where there is none
-    reference: Array  # float32 [S] its log-probability under the reference, nats; 0 where that is not known
+    positions: Array  # int32 [R, T] position within the sequence
+    segments: Array  # int32 [R, T] 0 for padding; 1, 2, ... for the units of a row
+    lengths: Array  # int32 [R, T] length of the sequence; for a shared prompt, of the longer one
+    branches: Array | None  # int32 [R, T] 1, 2 for responses behind a shared prompt; else 0
+    predicting: Array  # int32 [R, T] positions of a row that predict a response token, padded with 0
+    targets: Array  # int32 [R, T] tokens that these predict
+    owner: Array  # int32 [R, T] sequences of these
+    weight: Array  # float32 [R, T] 1 for these, 0 for padding
+    counts: Array  # float32 [S] response tokens of a sequence; 0 for padding
+    reference: Array  # float32 [S] reference log-probability, nats; 0 if unknown
 
     @property
     def sequences(self) -> int:
@@ -88,24 +87,24 @@ class ResponseBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The one shape of a run's micro-batches."""
+    """The shape of all micro-batches of a run."""
 
     rows: int  # R
     length: int  # T
-    sequences: int  # S, at most
-    shares_up_to: int = 0  # tokens of the longest sequence whose prompt may be shared with another; 0: none is
+    sequences: int  # maximum S
+    shares_up_to: int = 0  # length up to which sequences may share a prompt; 0 disables sharing
 
 
 class Unit(NamedTuple):
-    """What lies together in a row: one sequence, or two behind one prompt."""
+    """Adjacent tokens in a row: one sequence, or two with a shared prompt."""
 
-    members: tuple[int, ...]  # which sequences of the example
-    prefix: int  # leading tokens that are computed once; 0 for one sequence
+    members: tuple[int, ...]  # sequences of the example
+    prefix: int  # shared leading tokens; 0 for one sequence
     size: int  # tokens in the row
 
 
 def units(example: Example, shares_up_to: int) -> list[Unit]:
-    """The units of an example: two sequences that begin with the same prompt tokens are one unit."""
+    """The units of an example. Two sequences with common leading prompt tokens are one unit."""
     if len(example) == 2 and max(len(sequence.ids) for sequence in example) <= shares_up_to:
         one, other = example
         most = min(one.start, other.start, len(one.ids) - 1, len(other.ids) - 1)
@@ -113,7 +112,7 @@ def units(example: Example, shares_up_to: int) -> list[Unit]:
         prefix = int(differs[0]) if len(differs) else most
         if prefix:
             return [Unit(members=(0, 1), prefix=prefix, size=len(one.ids) + len(other.ids) - prefix)]
-    return [Unit(members=(place,), prefix=0, size=len(sequence.ids)) for place, sequence in enumerate(example)]
+    return [Unit(members=(index,), prefix=0, size=len(sequence.ids)) for index, sequence in enumerate(example)]
 
 
 def longest_unit(examples: Iterable[Example], shares_up_to: int) -> int:
@@ -122,9 +121,9 @@ def longest_unit(examples: Iterable[Example], shares_up_to: int) -> int:
 
 
 def shareable(config: DecoderConfig) -> int:
-    """Tokens of the longest sequence whose prompt may be shared: beyond the length of pretraining, `dynamic` and
-    `longrope` rotations depend on how long a sequence is. The state of a delta net goes from token to token of a row,
-    so that no prompt of its models is shared."""
+    """The length up to which sequences may share a prompt. Beyond the pretraining length, `dynamic` and `longrope`
+    rotations depend on the length of the sequence. Models with delta nets share no prompts, because their state runs
+    along the row."""
     if config.delta is not None:
         return 0
     bounds = [rope.original_positions for rope in config.ropes if rope.kind in ("dynamic", "longrope")]
@@ -132,7 +131,7 @@ def shareable(config: DecoderConfig) -> int:
 
 
 def row_length(longest: int, micro_tokens: int) -> int:
-    """T for units of up to `longest` tokens: a few of them share a row where they are short."""
+    """T for units of up to `longest` tokens; several short units share a row."""
     tight = -(-longest // 8) * 8
     return tight * max(1, min(ROW_TOKENS, micro_tokens) // tight)
 
@@ -140,14 +139,14 @@ def row_length(longest: int, micro_tokens: int) -> int:
 def choose_shape(
     steps: Sequence[Sequence[Example]], longest: int, micro_tokens: int, multiple: int = 1, shares_up_to: int = 0
 ) -> Shape:
-    """The shape with the least computed tokens over `steps`, each a list of examples, at most `micro_tokens` at a time.
+    """The shape with the fewest tokens, padding included, over `steps`, with at most `micro_tokens` in a micro-batch.
 
     Args:
         steps: examples of some optimiser steps.
         longest: tokens of the longest unit of the run (`longest_unit`).
-        micro_tokens: most tokens of a micro-batch; a single example may need more.
-        multiple: of which the number of rows must be one: the devices that share them.
-        shares_up_to: tokens of the longest sequence whose prompt may be shared (`shareable`); 0: none is.
+        micro_tokens: maximum tokens of a micro-batch; a single example may need more.
+        multiple: the number of rows is a multiple of this, the number of devices that split them.
+        shares_up_to: length up to which sequences may share a prompt (`shareable`); 0 disables sharing.
     """
     length = row_length(longest, micro_tokens)
     width = max(len(example) for step in steps for example in step)
@@ -167,15 +166,15 @@ def choose_shape(
 
 
 class _Open:
-    """A micro-batch that still has room: which unit stands in which row."""
+    """A micro-batch during packing: the rows of its units."""
 
     def __init__(self, shape: Shape):
         self.room = [shape.length] * shape.rows
         self.examples: list[int] = []
-        self.rows: list[list[int]] = []  # of each example, the rows of its units
+        self.rows: list[list[int]] = []  # for each example, the rows of its units
 
     def take(self, number: int, sizes: Sequence[int]) -> bool:
-        """Puts the units of an example into the fullest rows that have room; False where they do not fit."""
+        """Puts the units of an example into the fullest rows with room. Returns False if they do not fit."""
         room, rows = list(self.room), []
         for size in sizes:
             row = min((r for r in range(len(room)) if room[r] >= size), key=lambda r: room[r], default=None)
@@ -190,7 +189,7 @@ class _Open:
 
 
 def assign(step: Sequence[Example], shape: Shape) -> list[_Open]:
-    """Which micro-batch and rows every example of a step goes into, the longest first."""
+    """Assigns the examples of a step to micro-batches and rows, the longest first."""
     opened: list[_Open] = []
     sizes = [[unit.size for unit in units(example, shape.shares_up_to)] for example in step]
     for number in sorted(range(len(step)), key=lambda n: (-sum(sizes[n]), n)):
@@ -205,12 +204,12 @@ def assign(step: Sequence[Example], shape: Shape) -> list[_Open]:
 def micro_batches(
     step: Sequence[Example], shape: Shape, reference: np.ndarray | None = None
 ) -> list[tuple[list[int], ResponseBatch]]:
-    """The micro-batches of a step, each with the numbers of its examples in order.
+    """The micro-batches of a step, each with the numbers of its examples.
 
     Args:
         step: the examples, of equally many sequences each.
         shape: from `choose_shape`.
-        reference: [examples, sequences of each] log-probabilities under the reference, nats; None: not known.
+        reference: [examples, sequences of each] reference log-probabilities, nats; None if unknown.
     """
     return [(micro.examples, _fill(step, micro, shape, reference)) for micro in assign(step, shape)]
 
@@ -223,9 +222,9 @@ def _fill(step: Sequence[Example], micro: _Open, shape: Shape, reference: np.nda
         example = step[number]
         for unit, row in zip(units(example, shape.shares_up_to), rows, strict=True):
             begin, held[row] = filled[row], held[row] + 1
-            for branch, place in enumerate(unit.members, 1):
-                ids, start = example[place].ids, example[place].start
-                # The first member lies whole behind `begin`; of the second, what is its own lies behind the first.
+            for branch, member in enumerate(unit.members, 1):
+                ids, start = example[member].ids, example[member].start
+                # The first member starts at `begin`; of the second, the part after the shared prompt follows the first.
                 own = unit.prefix if branch > 1 else 0
                 span = slice(filled[row], filled[row] + len(ids) - own)
                 where = np.arange(len(ids)) + begin
@@ -243,6 +242,6 @@ def _fill(step: Sequence[Example], micro: _Open, shape: Shape, reference: np.nda
                 filled[row], predicted[row] = span.stop, into.stop
                 batch.counts[slot] = len(ids) - start
                 if reference is not None:
-                    batch.reference[slot] = reference[number, place]
+                    batch.reference[slot] = reference[number, member]
                 slot += 1
     return jax.tree.map(jnp.asarray, batch)

@@ -1,4 +1,4 @@
-"""One optimiser step: gradients over micro-batches of one shape, then an update that refuses what is not finite."""
+"""One optimiser step: gradients over micro-batches of one shape, then an update that skips non-finite values."""
 
 from __future__ import annotations
 
@@ -23,49 +23,49 @@ from spinal_jax.objectives.losses import Scores, preference_loss, sequence_score
 from spinal_jax.objectives.responses import ResponseBatch
 
 Arrays = dict[str, Array]
-MERGED = ".merged"  # ends the name of a frozen weight that holds its adapter
+MERGED = ".merged"  # suffix of frozen weights with their adapters added
 
 
 class TrainState(NamedTuple):
-    """What a step changes."""
+    """The state of training."""
 
-    parameters: Arrays  # by path, float32: all of the model's, or its adapters
+    parameters: Arrays  # by path, float32: all parameters, or the adapters
     moments: optax.OptState
-    step: Array  # int32: how many steps were done
+    step: Array  # int32 number of completed steps
 
 
 class Sums(NamedTuple):
-    """Sums over the examples of a step, to be divided last. float32 scalars."""
+    """Sums over the examples of a step, float32 scalars."""
 
     loss: Array  # over pairs, or over tokens
     pairs: Array
     chosen: Array  # rewards
     rejected: Array
-    accurate: Array  # pairs whose chosen reward is the larger
-    accurate_per_token: Array  # pairs whose chosen reward is the larger when each is divided by its response's tokens
-    shorter: Array  # pairs whose chosen response has fewer tokens
+    accurate: Array  # pairs with a larger chosen reward
+    accurate_per_token: Array  # pairs with a larger chosen reward per response token
+    shorter: Array  # pairs with a shorter chosen response
     logp: Array  # [2] nats, of chosen (or only) and rejected responses
     logit: Array  # [2] mean logits, summed over tokens
     tokens: Array  # [2] response tokens
     sequences: Array  # [2]
     entropy: Array  # nats, summed over tokens
-    correct: Array  # tokens that were the likeliest
+    correct: Array  # tokens with the largest probability
 
 
 class Updated(NamedTuple):
-    """What an update leaves."""
+    """Result of an update."""
 
-    state: TrainState  # as before where the loss or a gradient is not finite
+    state: TrainState  # unchanged if the loss or a gradient is not finite
     norm: Array  # of the whole gradient, before clipping
     norms: BlockNorms
     fine: Array  # bool: everything was finite
 
 
 class Steps(NamedTuple):
-    """The compiled functions of a run."""
+    """The compiled functions of a training run."""
 
-    # (parameters, fixed): in float32 the frozen weights with their adapters added, by names under which `first` and
-    # `more` find them in `fixed`; of equal `parameters`, so once a step. Empty where no adapters are trained.
+    # (parameters, fixed): frozen weights with their adapters added, float32, to be put into the `fixed` of `first` and
+    # `more`. Once for each step, because it depends on `parameters`. Empty without adapters.
     merge: Callable[[Arrays, Arrays], Arrays]
     first: Callable[..., tuple[Arrays, Sums]]  # (parameters, fixed, batch, normaliser)
     more: Callable[..., tuple[Arrays, Sums]]  # (parameters, fixed, batch, normaliser, gradients, sums): adds to both
@@ -91,9 +91,9 @@ def make_steps(
         config: its shape.
         objective: what is minimised.
         method: the optimiser.
-        dtype: of forward and backward.
-        remat: what the backward pass computes again (`Decoder.forward`).
-        mesh: the devices that share the work; None: not known (`Decoder.forward`).
+        dtype: of the forward and backward pass.
+        remat: what the backward pass recomputes (`Decoder.forward`).
+        mesh: the devices (`Decoder.forward`).
     """
 
     def scores(parameters: Arrays, fixed: Arrays, batch: ResponseBatch, remat: Remat) -> Scores:
@@ -147,7 +147,7 @@ def make_steps(
             return TrainState(parameters=parameters, moments=moments, step=state.step + 1)
 
         fine = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        # Chosen element by element: a branch would hold the state before and after it at the same time.
+        # An elementwise choice, because a branch would keep both states in memory.
         after: TrainState = jax.tree.map(partial(jnp.where, fine), step(state), state)
         return Updated(state=after, norm=norm, norms=norms, fine=fine)
 
@@ -162,7 +162,7 @@ def make_steps(
 
 
 def summed(scores: Scores, batch: ResponseBatch, objective: ObjectiveConfig) -> Sums:
-    """The loss and what is logged beside it, of one micro-batch."""
+    """Loss and metrics of a micro-batch."""
     counts = batch.counts
     real = (counts > 0).astype(jnp.float32)
     sides = (real, jnp.zeros_like(real))
@@ -180,7 +180,8 @@ def summed(scores: Scores, batch: ResponseBatch, objective: ObjectiveConfig) -> 
             jnp.sum(jnp.where(is_so, present, 0.0))
             for is_so in (
                 pairs.chosen > pairs.rejected,
-                pairs.chosen * rejected_tokens > pairs.rejected * chosen_tokens,  # no division by an absent pair's 0
+                pairs.chosen * rejected_tokens
+                > pairs.rejected * chosen_tokens,  # avoids division by 0 for absent pairs
                 chosen_tokens < rejected_tokens,
             )
         )
@@ -210,13 +211,13 @@ def summed(scores: Scores, batch: ResponseBatch, objective: ObjectiveConfig) -> 
 
 
 def metrics(sums: Sums, kind: str, prefix: str = "") -> dict[str, float]:
-    """What is logged of a step, by TRL's names; means over its pairs, sequences or tokens."""
+    """Metrics of a step with the names of TRL: means over pairs, sequences or tokens."""
     total = jax.tree.map(lambda x: x.astype(float), sums)  # float64 on the host
     tokens = float(total.tokens.sum())
-    found = {"loss": float(total.loss) / (float(total.pairs) if kind == "dpo" else tokens)}
+    logged = {"loss": float(total.loss) / (float(total.pairs) if kind == "dpo" else tokens)}
     if kind == "dpo":
         chosen, rejected = float(total.chosen / total.pairs), float(total.rejected / total.pairs)
-        found |= {
+        logged |= {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
@@ -229,11 +230,11 @@ def metrics(sums: Sums, kind: str, prefix: str = "") -> dict[str, float]:
             "logits/rejected": float(total.logit[1] / total.tokens[1]),
         }
     else:
-        found["mean_token_accuracy"] = float(total.correct) / tokens
-    found["entropy"] = float(total.entropy) / tokens
-    return {f"{prefix}{name}": value for name, value in found.items()}
+        logged["mean_token_accuracy"] = float(total.correct) / tokens
+    logged["entropy"] = float(total.entropy) / tokens
+    return {f"{prefix}{name}": value for name, value in logged.items()}
 
 
 def zeroed_adapters(parameters: Mapping[str, Array]) -> Arrays:
-    """The adapters with which a model is its base again."""
+    """The parameters with adapters that have no effect."""
     return {name: jnp.zeros_like(x) if name.endswith(".adapter.b") else x for name, x in parameters.items()}

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from spinal_jax.metrics.transport import Lens
+from spinal_jax.metrics.lens import Lens
 
 # Logits of a tile: about what a CPU's caches hold, enough to fill the machine elsewhere.
 TILE_BYTES = {"cpu": 2**25}

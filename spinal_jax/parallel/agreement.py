@@ -1,6 +1,6 @@
-"""What the processes of a run settle together, in exchanges that all of them must take part in, in the same order.
+"""Collective operations of the processes of a run. All processes must call them in the same order.
 
-One process alone gets its own answer at once.
+With a single process they return its own value.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -20,17 +21,18 @@ from jax import Array
 
 from spinal_jax.errors import StoppedElsewhere, UserError
 
-EXCHANGED = 1 << 28  # bytes that all processes together give at a time
-PATIENCE = 10.0  # seconds that a network file system may take to show a new file
+T = TypeVar("T")
+EXCHANGED = 1 << 28  # bytes of all processes in one exchange
+PATIENCE = 10.0  # seconds until a new file is visible on a network file system
 
 
 def leads() -> bool:
-    """Whether this process is the first of those that share the run, or the only one."""
+    """Whether this is process 0."""
     return jax.process_index() == 0
 
 
 def of_each(number: int) -> list[int]:
-    """The number of every process, of 32 bits, in order."""
+    """Gathers a 32-bit number of every process, in order."""
     if jax.process_count() == 1:
         return [number]
     from jax.experimental.multihost_utils import process_allgather
@@ -38,23 +40,23 @@ def of_each(number: int) -> list[int]:
     return np.asarray(process_allgather(np.int32(number))).reshape(-1).tolist()
 
 
-def of_leader(value: Any) -> Any:
-    """What process 0 holds: an array, whose shape and dtype all processes know, or a JSON value."""
+def of_leader(value: T) -> T:
+    """Broadcasts a value of process 0: an array of known shape and dtype, or a JSON value."""
     if jax.process_count() == 1:
         return value
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     if isinstance(value, np.ndarray):
-        return np.array(broadcast_one_to_all(value))
+        return cast(T, np.array(broadcast_one_to_all(value)))
     text = json.dumps(value).encode() if leads() else b""
     size = int(broadcast_one_to_all(np.int32(len(text))))
-    held = np.zeros(-(-size // 1024) * 1024, np.uint8)  # few sizes: each is a program that is compiled
+    held = np.zeros(-(-size // 1024) * 1024, np.uint8)  # few sizes, because each is compiled
     held[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(np.asarray(broadcast_one_to_all(held)).tobytes()[:size])
 
 
 def gathered(own: bytes) -> list[bytes]:
-    """What each process gives, in the order of the processes; all get it."""
+    """Gathers bytes of every process, in order."""
     count = jax.process_count()
     if count == 1:
         return [own]
@@ -74,15 +76,15 @@ def gathered(own: bytes) -> list[bytes]:
 
 
 def own_part(count: int) -> range:
-    """Which of so many things this process takes, where all processes share them: consecutive ones."""
+    """The range of this process if `count` items are divided over all processes."""
     here, processes = jax.process_index(), jax.process_count()
     return range(count * here // processes, count * (here + 1) // processes)
 
 
-def to_host(tree: Any) -> Any:
-    """The arrays of a tree as NumPy's, whole in every process."""
+def to_host(tree: T) -> T:
+    """Copies the whole arrays of a tree to the host of every process."""
 
-    def whole(x: Array) -> Any:
+    def whole(x: Array) -> Array:
         if x.is_fully_addressable or x.is_fully_replicated:
             return x
         from jax.experimental.multihost_utils import process_allgather
@@ -93,14 +95,14 @@ def to_host(tree: Any) -> Any:
 
 
 def check_shared(folder: Path) -> None:
-    """UserError, in every process, where one does not see what process 0 writes into its run folder."""
+    """Raises UserError in every process if one of them cannot see the files of process 0 in the run folder."""
     if jax.process_count() == 1:
         return
     file = folder / of_leader(f".{os.getpid()}.{time.time_ns()}.tmp")
     try:
         if leads():
             file.touch()
-        of_each(0)  # none looks before it is there
+        of_each(0)  # waits until it exists
         until = time.monotonic() + PATIENCE
         while not (seen := file.exists()) and time.monotonic() < until:
             time.sleep(0.1)
@@ -116,15 +118,17 @@ def check_shared(folder: Path) -> None:
 
 
 class StopRequests:
-    """Within the context SIGTERM waits for `check`, so that all processes end behind the same piece of work. Behind the
-    context it comes again where it came."""
+    """Inside the context, SIGTERM is delayed until `check`, so that all processes end at the same point. On exit, a
+    delayed signal is raised again."""
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: Any = None
+        self._before: Callable[[int, FrameType | None], object] | int | None = None
 
     def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other one say what a signal does
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python allows signal handlers in the main thread only
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
@@ -132,11 +136,11 @@ class StopRequests:
         self._asked = True
 
     def asked(self) -> bool:
-        """Whether any process was asked to stop; all get the same answer."""
+        """Whether any process was asked to stop; equal in all processes."""
         return 1 in of_each(int(self._asked))
 
     def check(self) -> None:
-        """StoppedElsewhere, in every process, where one of them was asked to stop."""
+        """Raises StoppedElsewhere in every process if one of them was asked to stop."""
         if 1 in (asked := of_each(int(self._asked))):
             raise StoppedElsewhere(f"process {asked.index(1)} was asked to stop")
 

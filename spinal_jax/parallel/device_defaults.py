@@ -1,43 +1,48 @@
-"""What a device is given at a time: sizes that depend on the kind of device and on nothing else.
+"""Default sizes that depend only on the kind of device.
 
 `backend` is the name of JAX's backend: "cpu", "gpu" or "tpu".
 """
 
 from __future__ import annotations
 
-MODEL_SHARE = 0.8  # of a device's memory that a model and its sums may take; the rest is for what a batch needs
-GRAM_SHARE = 0.85  # of a device's memory behind the weights, for Gram sums
-HOST_SHARE = 0.25  # of the memory of a machine, for Gram sums: those of a CPU, and those that devices have no room for
-TABLE_BYTES = 1 << 30  # of the unembedding, up to which only `tensor` splits its rows
+MODEL_SHARE = 0.8  # of device memory for the model and its sums; the rest is for batches
+GRAM_SHARE = 0.85  # of the device memory left by the weights, for Gram sums
+HOST_SHARE = 0.25  # of host memory, for Gram sums
+TABLE_BYTES = 1 << 30  # size of the unembedding up to which only `tensor` splits its rows
 
 
 def logit_tile_bytes(backend: str) -> int:
-    """Bytes of logits that exist at a time: all boundaries x a tile of positions x a chunk of vocabulary.
+    """Bytes of a tile of logits: all boundaries x some positions x a chunk of the vocabulary.
 
-    On a CPU about what a core's second-level cache holds; elsewhere enough to fill the machine.
+    On a CPU about the size of the second-level cache; on accelerators enough to saturate them.
     """
     return 2**21 if backend == "cpu" else 2**27
 
 
 def gram_rows(backend: str) -> int:
-    """Rows of hidden states, at most, in one product of a Gram sum.
+    """Maximum number of rows in one product of a Gram sum.
 
-    On accelerators their sum may be float32, whose rounding grows with the rows. On a CPU fewer fill the cores, and
-    what is multiplied beyond the rows of one group is lost.
+    On accelerators the product may be float32, whose rounding error grows with the number of rows. On a CPU fewer rows
+    saturate the cores, and padding beyond the rows of a group is wasted work.
     """
     return 512 if backend == "cpu" else 1024
 
 
 def eigenvalues_on_device(backend: str) -> bool:
-    """Whether float64 eigenvalues are taken on the devices; elsewhere LAPACK of the host takes them."""
+    """Whether float64 eigenvalues are computed on the devices; otherwise by LAPACK on the host."""
     return backend == "gpu"
 
 
 def batch_tokens(backend: str) -> int:
-    """Tokens of an audit's batch, padding included, for each device that shares its rows."""
+    """Tokens of an audit batch, with padding, for each device that splits its rows."""
     return 2048 if backend == "cpu" else 16384
 
 
 def pair_tokens(backend: str) -> int:
-    """Tokens of a micro-batch of preference pairs, whose forward and backward are computed."""
+    """Tokens of a micro-batch of preference pairs, with a backward pass."""
     return 1024 if backend == "cpu" else 8192
+
+
+def training_tokens(backend: str) -> int:
+    """Tokens of a micro-batch in training."""
+    return 1024 if backend == "cpu" else 16384

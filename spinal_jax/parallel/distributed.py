@@ -1,4 +1,4 @@
-"""The processes that share a run: how they find each other, and what all of them must have alike."""
+"""Start of the processes that share a run, and checks that their inputs agree."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from spinal_jax.config import ProcessesConfig
 from spinal_jax.errors import UserError
 from spinal_jax.parallel.meeting import meet
 
-HEARTBEAT = 55  # seconds without one after which JAX aborts all processes of a run
+HEARTBEAT = 55  # seconds without a heartbeat after which JAX aborts all processes
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """Where this process stands among those that share a run."""
+    """Address and number of this process among those that share a run."""
 
     coordinator: str  # HOST:PORT of process 0
     processes: int
     process: int
-    devices: tuple[int, ...] | None = None  # those of this host that it takes; None: all that it sees
+    devices: tuple[int, ...] | None = None  # local devices of the process; None is all
 
     @property
     def local(self) -> bool:
-        """Whether all processes are on this machine, so that nobody else has to reach them."""
+        """Whether the coordinator is reachable from this machine only."""
         host = self.coordinator.rpartition(":")[0]
         return host == "localhost" or host.startswith("127.")
 
 
 def cluster_spec(config: ProcessesConfig) -> ClusterSpec:
-    """What the settings say, or with `parallel.coordinator=auto` the environment: SLURM, Open MPI or TPU metadata.
+    """The cluster of the settings or, with `parallel.coordinator=auto`, of SLURM, Open MPI or TPU metadata.
 
     Raises:
-        UserError: nothing in the environment says it.
+        UserError: the environment does not describe a cluster.
     """
     if config.coordinator != "auto":
         assert config.coordinator is not None
         assert config.processes is not None
         assert config.process is not None
         return ClusterSpec(config.coordinator, config.processes, config.process)
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; no public name tells beforehand
+    from jax._src.clusters import ClusterEnv  # used by jax.distributed.initialize; there is no public name
 
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, config.start_timeout)
-    except Exception as error:  # whatever a variable or an answer that is not as expected leads to
+        detected = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, config.start_timeout)
+    except Exception as error:  # the detection does not document its errors
         raise UserError(f"parallel.coordinator is 'auto', but {type(error).__name__}: {error}") from error
-    coordinator, processes, process, devices = found
+    coordinator, processes, process, devices = detected
     if coordinator is None or processes is None or process is None:
         raise UserError(
             "parallel.coordinator is 'auto', but neither SLURM, Open MPI nor a TPU pod says which processes there are; "
@@ -58,9 +58,9 @@ def cluster_spec(config: ProcessesConfig) -> ClusterSpec:
     return ClusterSpec(coordinator, processes, process, None if devices is None else tuple(devices))
 
 
-def start(place: ClusterSpec, timeout: int) -> None:
-    """Starts JAX's coordination service in process 0 and connects this process to it, after which JAX sees the devices
-    of all processes. Nothing may have asked JAX for devices before.
+def start(cluster: ClusterSpec, timeout: int) -> None:
+    """Starts JAX's coordination service in process 0 and connects this process to it. Must run before JAX initialises
+    devices.
 
     Raises:
         UserError: this process cannot listen or connect.
@@ -72,31 +72,32 @@ def start(place: ClusterSpec, timeout: int) -> None:
 
     def connect() -> None:
         jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process,
-            None if place.devices is None else list(place.devices),
+            cluster.coordinator,
+            cluster.processes,
+            cluster.process,
+            None if cluster.devices is None else list(cluster.devices),
             cluster_detection_method="deactivate",
             initialization_timeout=timeout + 60,  # later than `meet` gives up
             heartbeat_timeout_seconds=HEARTBEAT,
-            coordinator_bind_address=place.coordinator if place.local else None,
+            coordinator_bind_address=cluster.coordinator if cluster.local else None,
         )
 
     try:
-        meet(connect, place.coordinator, place.processes, place.process, timeout)
+        meet(connect, cluster.coordinator, cluster.processes, cluster.process, timeout)
     except RuntimeError as error:
         raise UserError(
-            f"process {place.process} cannot use parallel.coordinator={place.coordinator}: {str(error).splitlines()[0]}"
+            f"process {cluster.process} cannot use parallel.coordinator={cluster.coordinator}: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
 def all_same(value: str) -> bool:
-    """Whether all processes hold the same text; each gets the same answer."""
+    """Whether a text is equal in all processes."""
     return not len(np.flatnonzero(_differing({"": value})))
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """UserError, in every process, where something that all must have alike is not. For one process nothing."""
+    """Raises UserError in every process if one of the facts differs between processes."""
     if jax.process_count() == 1:
         return
     differing = _differing(facts)
@@ -106,7 +107,7 @@ def check_same(facts: Mapping[str, str]) -> None:
 
 
 def _differing(facts: Mapping[str, str]) -> np.ndarray:
-    """[processes, facts] whether what a process holds differs from what process 0 holds."""
+    """[processes, facts] whether a fact differs from that of process 0."""
     from jax.experimental.multihost_utils import process_allgather
 
     own = [np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32) for value in facts.values()]

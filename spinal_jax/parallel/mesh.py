@@ -1,8 +1,8 @@
-"""The mesh of devices, and the rules that say where a parameter lies on it.
+"""The mesh of devices and the sharding rules of parameters.
 
-A mesh has three axes: `data` (rows of a batch), `fsdp` (rows too, and parameters along one dimension) and `tensor`
-(parameters along the other). Models hold no sharding of their own; the rules below say it once, by the path of a
-parameter, and XLA's partitioner does the rest.
+A mesh has three axes: `data` (rows of a batch), `fsdp` (rows, and one dimension of parameters) and `tensor` (the other
+dimension of parameters). Models have no sharding annotations. The rules below give the sharding by the path of a
+parameter, and XLA's partitioner propagates it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from spinal_jax.config import ParallelConfig
 from spinal_jax.errors import UserError
@@ -25,11 +26,11 @@ from spinal_jax.errors import UserError
 T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # what splits the rows of a batch
+ROWS = ("data", "fsdp")  # axes that split the rows of a batch
 ROOTS = ("embedding", "positions", "stacks", "final_norm", "unembedding")
-LARGE = 1 << 22  # elements from which a parameter must not lie whole on every device of a mesh that shards
+LARGE = 1 << 22  # number of elements from which a parameter must be sharded
 
-# (paths, axes of the last dimensions); what no rule names is small and lies whole on every device.
+# (paths, axes of the last dimensions). Parameters without a rule are small and replicated.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*norm\.(weight|bias)", ()),
     (r"embedding|unembedding\.weight", ("tensor", "fsdp")),  # [V, d]
@@ -45,11 +46,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The devices as data x fsdp x tensor; one axis may be -1, which takes what is left.
+    """The devices as a mesh data x fsdp x tensor; an axis of -1 takes the remaining devices.
 
     Args:
         config: the sizes.
-        devices: those of the mesh, such as a slice of TPUs that is only compiled for; None: all that there are.
+        devices: devices of the mesh, such as a TPU slice to compile for; None is all.
 
     Raises:
         UserError: the axes do not multiply to the number of devices.
@@ -67,16 +68,16 @@ def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> M
     types = (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # an axis that is no product of sides of the slice, as 8 of 16 x 16
+    except NotImplementedError:  # an axis does not match the sides of the slice, such as 8 in 16 x 16
         each = jax.devices() if devices is None else list(devices)
         return Mesh(create_device_mesh(sizes, each, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lies. An axis that does not divide its dimension splits the other one where it divides that.
+    """The sharding of a parameter. If an axis does not divide its dimension, it splits the other dimension if possible.
 
     Raises:
-        UserError: a large parameter would lie whole on every device of a mesh that is there to split it.
+        UserError: a large parameter would be replicated on a mesh that shards parameters.
     """
     axes: tuple[str | None, ...] = next((axes for rule, axes in RULES if re.fullmatch(rule, path)), ())
     axes = axes[-len(shape) :] if len(shape) else ()
@@ -84,10 +85,10 @@ def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSh
     named = [number for number, axis in enumerate(axes) if axis]
     fitting: list[list[str]] = [[] for _ in shape]
     for number in named:
-        for place in (number, *(n for n in named if n != number)):
-            wanted = [*fitting[place], axes[number] or ""]
-            if shape[place] % math.prod(mesh.shape[axis] for axis in wanted) == 0:
-                fitting[place] = wanted
+        for dimension in (number, *(n for n in named if n != number)):
+            wanted = [*fitting[dimension], axes[number] or ""]
+            if shape[dimension] % math.prod(mesh.shape[axis] for axis in wanted) == 0:
+                fitting[dimension] = wanted
                 break
     split = mesh.shape["fsdp"] * mesh.shape["tensor"]
     if split > 1 and math.prod(shape) >= LARGE and not any(mesh.shape[a] > 1 for some in fitting for a in some):
@@ -99,10 +100,10 @@ def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSh
 
 
 def parameter_shardings(tree: T, mesh: Mesh) -> T:
-    """Where RULES place the parameters of a dictionary by path, or of a tree that holds such dictionaries (an
-    optimiser's moments): in the place of each array, or of its shape, a `NamedSharding`."""
+    """The `NamedSharding` of each array, or abstract array, in a dictionary by path or in a tree of such dictionaries
+    (optimiser state)."""
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    def place(path: tuple[object, ...], leaf: Array | jax.ShapeDtypeStruct) -> NamedSharding:
         names = [str(getattr(key, "key", key)) for key in path]
         name = next((name for name in reversed(names) if name.partition(".")[0] in ROOTS), "")
         return parameter_sharding(mesh, name, leaf.shape)
@@ -111,7 +112,7 @@ def parameter_shardings(tree: T, mesh: Mesh) -> T:
 
 
 def shard_parameters(tree: T, mesh: Mesh) -> T:
-    """The arrays of such a tree, placed by RULES."""
+    """Places the arrays of such a tree by RULES."""
     return jax.tree.map(placed, tree, parameter_shardings(tree, mesh))
 
 
@@ -127,12 +128,12 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def on_all(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Replicated over the mesh."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def placed(x: Any, sharding: NamedSharding) -> Array:
-    """An array of the host that every process has alike, or one that is on devices, where `sharding` says."""
+def placed(x: ArrayLike, sharding: NamedSharding) -> Array:
+    """Places a host array, equal in every process, or a device array by `sharding`."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     if isinstance(x, Array) and not x.is_fully_addressable:
@@ -147,5 +148,5 @@ def _moved(sharding: NamedSharding) -> Callable[[Array], Array]:
 
 
 def row_multiple(mesh: Mesh) -> int:
-    """How many devices share the rows of a batch."""
+    """Number of devices that split the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

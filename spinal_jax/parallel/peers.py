@@ -1,9 +1,9 @@
-"""What the processes of one run tell each other, in the key-value store of JAX's coordination service.
+"""Status exchange of the processes of a run through the key-value store of JAX's coordination service.
 
-JAX ends a process that has lost another by `abort()`, which no Python code can catch and which prints a C++ stack
-trace. A thread of each process therefore writes a counter every second and looks for what the others report, so that a
-user reads which process is gone before JAX's own heartbeat expires. Process 0 reads all counters; the others read that
-of process 0, so that the traffic grows with the number of processes and not with its square.
+If a process disappears, JAX aborts the others with a C++ stack trace, which Python cannot catch. A thread in each
+process therefore writes a counter every second and reads the reports of the others, so that the missing process is
+reported before JAX's heartbeat expires. Process 0 reads all counters; the others read that of process 0, so that
+traffic is linear in the number of processes.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import ReadJson
 from spinal_jax.parallel.distributed import ClusterSpec
 
-INTERVAL = 1.0  # seconds between two looks at the others
-# JAX's heartbeats come every distributed.HEARTBEAT / 2 seconds, so that it may abort the processes that much later than
-# one is gone. What follows takes less together.
-SILENCE = 20.0  # seconds without a new counter after which a process counts as gone
-GRACE = 3.0  # seconds in which the main thread may clean up before the process is ended
-PARTING = 3.0  # seconds that process 0, which serves the others, waits for them to read why the run ends
+INTERVAL = 1.0  # seconds between checks
+# JAX aborts at least distributed.HEARTBEAT / 2 seconds after a process disappears. The following times add up to less.
+SILENCE = 20.0  # seconds without a new counter after which a process is considered gone
+GRACE = 3.0  # seconds for the clean-up of the main thread before the process is ended
+PARTING = 3.0  # seconds that process 0 waits for the others to read the reason
 
 
 @dataclass(frozen=True)
 class End:
-    """Why a run ends in all of its processes."""
+    """The reason for the end of a run."""
 
     how: str  # "refused" (a user's mistake), "stopped" (a signal), "failed" or "gone"
     process: int
@@ -42,8 +42,8 @@ class End:
 
 
 class PeerEnded(BaseException):
-    """Raised in the main thread where the run has ended in another process. Not an Exception: nothing handles it but
-    the command line."""
+    """Raised in the main thread if the run has ended in another process. Not an Exception, so that only the command
+    line handles it."""
 
     def __init__(self, end: End):
         super().__init__(end.said)
@@ -51,15 +51,15 @@ class PeerEnded(BaseException):
 
 
 class Peers:
-    """This process among those that share a run, once JAX's coordination service is up.
+    """Status of this process for the others of the run. Needs JAX's coordination service.
 
     Args:
-        place: where this process stands.
-        run: a number that all processes count alike, for the runs of one sweep.
+        place: address and number of this process.
+        run: number of the run within a sweep, equal in all processes.
     """
 
     def __init__(self, place: ClusterSpec, run: int = 0):
-        from jax._src.distributed import global_state  # JAX has no public name for the client of its own service
+        from jax._src.distributed import global_state  # no public name in JAX
 
         self.place = place
         assert global_state.client is not None, "JAX's coordination service has not been started"
@@ -81,8 +81,8 @@ class Peers:
         self._thread.join(GRACE)
         signal.signal(signal.SIGUSR1, self._before)
 
-    def check_same(self, settings: Mapping[str, Any], timeout: float = 60.0) -> None:
-        """UserError where this process was started with other settings than process 0."""
+    def check_same(self, settings: ReadJson, timeout: float = 60.0) -> None:
+        """Raises UserError if the settings differ from those of process 0."""
         from spinal_jax.files import first_difference
 
         if self.place.process == 0:
@@ -98,17 +98,17 @@ class Peers:
             )
 
     def report(self, how: str, said: str, number: int = 0) -> None:
-        """Tells the others why the run ends here. The first report counts."""
+        """Reports the end of the run in this process. Only the first report is kept."""
         end = End(how, self.place.process, socket.gethostname(), said, number)
         self._stopping.set()
         self._tell("end", end.__dict__)
 
     def finish(self, code: int) -> None:
-        """Process 0 tells the others its exit code."""
+        """Publishes the exit code of process 0."""
         self._tell("code", code)
 
     def await_code(self) -> int:
-        """The exit code of process 0, once it has ended. PeerEnded where it fails meanwhile."""
+        """Waits for the exit code of process 0. Raises PeerEnded if it fails."""
         while True:
             if self._ended is not None:
                 raise PeerEnded(self._ended)
@@ -117,15 +117,15 @@ class Peers:
             time.sleep(INTERVAL / 4)
 
     def cause(self, patience: float) -> End | None:
-        """Why the run has ended elsewhere, waiting so many seconds for it to be known: an exchange with a process that
-        is gone fails before anybody has noticed."""
+        """The reason for the end of the run in another process, waiting until it is known: communication fails before
+        the missing process is detected."""
         deadline = time.monotonic() + patience
         while self._ended is None and time.monotonic() < deadline:
             time.sleep(INTERVAL / 4)
         return self._ended
 
     def part(self) -> None:
-        """To be called before this process ends early: JAX aborts all others as soon as process 0 is gone."""
+        """Waits before an early exit of process 0, because JAX aborts the others when it is gone."""
         deadline = time.monotonic() + PARTING
         self._tell("left", True)
         expected = set(range(self.place.processes))
@@ -134,18 +134,18 @@ class Peers:
         while self.place.process == 0 and time.monotonic() < deadline and not expected <= self._told("left").keys():
             time.sleep(INTERVAL / 4)
 
-    def _tell(self, name: str, value: Any) -> None:
+    def _tell(self, name: str, value: object) -> None:
         key = f"{self._prefix}/{name}/{self.place.process}"
         self._client.key_value_set(key, json.dumps(value), allow_overwrite=True)
 
     def _told(self, name: str) -> dict[int, Any]:
-        """What each process has told under a name."""
+        """The values that the processes have published under a name."""
         found = self._client.key_value_dir_get(f"{self._prefix}/{name}/")
         return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
     def _watch(self) -> None:
         begin = time.monotonic()
-        seen: dict[int, tuple[int, float]] = {}  # the last counter of each process, and when it came
+        seen: dict[int, tuple[int, float]] = {}  # last counter of each process, and its time
         count, last = 0, begin
         while not self._stopping.wait(INTERVAL):
             now = time.monotonic()
@@ -184,25 +184,25 @@ class Peers:
         if end.how == "gone" and self.place.process == 0:
             self._tell("end", end.__dict__)
         self._ended = end
-        # The main thread cleans up where Python code runs; within an exchange that never ends it cannot.
+        # The main thread can clean up only while it runs Python code, not inside a blocked collective.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
         time.sleep(GRACE)
         if not self._stopping.is_set():
             os.write(2, f"spinal: {in_words(end, self.place)}\n".encode())
-            with contextlib.suppress(RuntimeError):  # JAX's service is gone: there is nobody to wait for
+            with contextlib.suppress(RuntimeError):  # the coordination service has ended
                 self.part()
             os._exit(code_of(end))
 
-    def _interrupt(self, number: int, frame: Any) -> None:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-            # JAX's hook into garbage collection, in which an exception is printed and lost: again in a moment.
+            # An exception in JAX's garbage-collection hook is printed and lost, so try again.
             threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
         elif self._ended is not None:
             raise PeerEnded(self._ended)
 
 
 def in_words(end: End, place: ClusterSpec) -> str:
-    """One sentence: which process, where, and what."""
+    """The reason as one sentence with process and host."""
     if end.how == "refused" and end.process == 0:
         return end.said
     who = f"process {end.process} of {place.processes}{f' on {end.host}' if end.host else ''}"
@@ -216,5 +216,5 @@ def code_of(end: End) -> int:
     return 2 if end.how == "refused" else 128 + end.number if end.how == "stopped" else 1
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -1,7 +1,7 @@
-"""Where the arrays of an audit lie on a mesh or on replicas, and which of the two suits a model.
+"""Shardings of the arrays of an audit on a mesh or on replicas, and the choice between the two.
 
-Where XLA's partitioner would gather what is split, the audit says what each device does (`Shards.by_rows`,
-`by_features`, `by_vocabulary`).
+`Shards.by_rows`, `by_features` and `by_vocabulary` use `jax.shard_map` where XLA's partitioner would gather sharded
+arrays.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -22,15 +22,17 @@ from spinal_jax.errors import UserError
 from spinal_jax.parallel.device_defaults import MODEL_SHARE, TABLE_BYTES
 from spinal_jax.parallel.mesh import ROWS, make_mesh, parameter_sharding, row_multiple
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the arrays of an audit lie on a mesh, and how its devices share the work. Hashable: a static argument.
+    """Shardings of the arrays of an audit on a mesh. Hashable, for use as a static argument.
 
     Attributes:
         mesh: the devices.
-        vocabulary: the axes that split the rows of the unembedding in the walk through the vocabulary. Measured
-            positions are split by the row axes that are left.
+        vocabulary: axes that split the rows of the unembedding in the lens. The other row axes split the measured
+            positions.
     """
 
     mesh: Mesh
@@ -38,32 +40,32 @@ class Shards:
 
     @staticmethod
     def of(mesh: Mesh, table_bytes: int) -> Shards:
-        """For an unembedding of so many bytes.
+        """The shardings for an unembedding of `table_bytes`.
 
-        Rows of a batch and their measured positions then stay on their device, and only sums over the vocabulary are
-        exchanged along `tensor`. That takes a copy of the unembedding that `fsdp` does not split; where it would be
-        large, `fsdp` splits the vocabulary too, and residuals at the measured positions are gathered along it.
+        If it is small, only `tensor` splits the vocabulary: measured positions stay on their device, and only sums over
+        the vocabulary are exchanged. If it is large, `fsdp` splits it too, and the hidden states at the measured
+        positions are gathered along `fsdp`.
         """
         return Shards(mesh, ("tensor",) if table_bytes <= TABLE_BYTES * mesh.shape["tensor"] else ("tensor", "fsdp"))
 
     @property
     def rows(self) -> int:
-        """How many devices share the rows of a batch: a multiple of it is what `batch.plan` makes."""
+        """Number of devices that split the rows of a batch."""
         return row_multiple(self.mesh)
 
     @property
     def parameter_split(self) -> int:
-        """Among how many devices large parameters are split."""
+        """Number of devices that split large parameters."""
         return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
 
     @property
     def own(self) -> tuple[int, ...]:
-        """Which of the `rows` parts of a batch the devices of this process need, in order."""
+        """Numbers of the row shards of this process, in order."""
         parts = self.batch.addressable_devices_indices_map((self.rows,)).values()
         return tuple(sorted({index[0].indices(self.rows)[0] for index in parts if index is not None}))
 
     def of_parts(self, x: np.ndarray, sharding: NamedSharding, axis: int = 0) -> Array:
-        """An array that the row axes split along `axis`, from the parts of it that this process needs (`own`)."""
+        """A global array sharded by rows along `axis`, from the shards of this process (`own`)."""
         if sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
         own = {part: place for place, part in enumerate(self.own)}
@@ -86,10 +88,10 @@ class Shards:
 
     @property
     def table_multiple(self) -> int:
-        """What the number of rows of the unembedding is padded to a multiple of."""
+        """The rows of the unembedding are padded to a multiple of this."""
         return math.prod(self.mesh.shape[axis] for axis in self.vocabulary)
 
-    def _on(self, *axes: Any) -> NamedSharding:
+    def _on(self, *axes: str | tuple[str, ...] | None) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     @property
@@ -99,36 +101,35 @@ class Shards:
 
     @property
     def whole(self) -> NamedSharding:
-        """On every device: a scalar, and the sums that `lens_step` carries."""
+        """Replicated."""
         return self._on()
 
     def parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Of a parameter, by its path."""
+        """Sharding of a parameter by path."""
         return parameter_sharding(self.mesh, path, shape)
 
     @property
     def batch(self) -> NamedSharding:
-        """Of every array of a batch: rows [B, ..], and the measured positions [M] of each device's rows."""
+        """Sharding of the arrays of a batch."""
         return self._on(ROWS)
 
     @property
     def kept(self) -> NamedSharding:
-        """Of the residuals at the measured positions, [D + 1, M, d]."""
+        """Sharding of the hidden states at the measured positions, [D + 1, M, d]."""
         return self._on(None, ROWS)
 
     @property
     def table(self) -> NamedSharding:
-        """Of the unembedding [V, d] and its bias [V] in the walk through the vocabulary."""
+        """Sharding of the unembedding [V, d] and its bias [V] in the lens."""
         return self._on(self.vocabulary)
 
     def features(self, height: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """(axes along which each device makes some rows of a stripe of a Gram matrix, which has `height` of them, and
-        of ROWS those that split them further).
+        """(axes that split the computation of the `height` rows of a stripe, axes of ROWS over which these are
+        reduce-scattered).
 
-        The rows of the matrices are split and not the boundaries, because that is how the parts are made: a device
-        makes 1 / tensor of the rows from its own hidden states, of which it then keeps what a reduce-scatter along
-        `fsdp` and `data` leaves it. With boundaries split, a boundary's sums would cross the mesh whole to the one that
-        keeps them, and D + 1 is rarely divided by anything.
+        A device computes 1 / tensor of the rows from its own hidden states, and keeps its part of a reduce-scatter
+        along `fsdp` and `data`. Splitting boundaries instead would move whole matrices across the mesh, and D + 1
+        rarely has suitable divisors.
         """
         made = ("tensor",) if height % self.mesh.shape["tensor"] == 0 else ()
         left = height // math.prod(self.mesh.shape[axis] for axis in made)
@@ -139,18 +140,17 @@ class Shards:
         return made, kept
 
     def gram_share(self, height: int) -> int:
-        """Among how many devices the stripes of Gram sums are split."""
+        """Number of devices that split the Gram sums."""
         made, kept = self.features(height)
         return math.prod(self.mesh.shape[axis] for axis in (*made, *kept))
 
     def grams(self, height: int) -> tuple[Any, Any]:
-        """`NamedSharding`s of a stripe of Gram sums [slots, D + 1, height, ..] and of the sums [slots, D + 1, d] beside
-        them."""
+        """Shardings of a stripe [slots, D + 1, height, ...] and of the sums of rows [slots, D + 1, d]."""
         made, kept = self.features(height)
         return self._on(None, None, (*made, *kept)), self.whole
 
-    def by_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of arrays split by rows, run by each device on its own, to arrays split by rows."""
+    def by_rows(self, function: Callable[..., T]) -> Callable[..., T]:
+        """Maps `function` over devices, with inputs and outputs split by rows."""
         by = PartitionSpec(ROWS)
         return jax.shard_map(function, mesh=self.mesh, in_specs=by, out_specs=by, check_vma=False)
 
@@ -167,9 +167,9 @@ class Shards:
             check_vma=False,
         )
 
-    def by_vocabulary(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(lenses, x, weight)` of a part of the vocabulary and of the positions x [L, M, d], weight [M], to
-        arrays [.., M] that are the same on every device that shares the vocabulary."""
+    def by_vocabulary(self, function: Callable[..., T]) -> Callable[..., T]:
+        """Maps `function(lenses, x, weight)` over parts of the vocabulary and of the positions, x [L, M, d], weight
+        [M], to arrays [..., M] that are equal on all devices of the vocabulary axes."""
         positions = PartitionSpec(tuple(axis for axis in ROWS if axis not in self.vocabulary))
         by = PartitionSpec(None, *positions)
         return jax.shard_map(
@@ -183,18 +183,18 @@ class Shards:
 
 @dataclass(frozen=True)
 class Replicas:
-    """Devices that each have a whole model: `each` splits the first axis of an array among them."""
+    """Devices with a whole model each; `each` splits the first axis of an array over them."""
 
     mesh: Mesh  # of one axis
 
     @staticmethod
     def all() -> Replicas:
-        """All devices of this process, in the order of `jax.pmap`."""
+        """All devices of this process in the order of `jax.pmap`."""
         return Replicas(Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,)))
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return self.mesh.size
 
     @property
@@ -204,17 +204,17 @@ class Replicas:
 
     @property
     def whole(self) -> NamedSharding:
-        """Whole on every device."""
+        """Replicated."""
         return NamedSharding(self.mesh, PartitionSpec())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which devices an audit runs on: a mesh, replicas, or one device where both are None."""
+    """The devices of an audit: a mesh, replicas, or one device if both are None."""
 
     shards: Shards | None
     replicas: Replicas | None
-    why: str = ""  # empty where nothing was left to choose
+    why: str = ""  # empty if the settings determine it
 
     def __str__(self) -> str:
         if self.replicas is not None:
@@ -226,7 +226,7 @@ class Choice:
 
 
 def device_memory() -> int | None:
-    """Bytes that a device has for this process; None where that is not said, as on a CPU."""
+    """Memory of a device for this process in bytes; None if unknown, as on a CPU."""
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get("bytes_limit")
 
@@ -237,13 +237,13 @@ def host_memory() -> int:
 
 
 def choose(config: AuditParallelConfig, whole_bytes: int, table_bytes: int) -> Choice:
-    """The devices that `config` asks for, or that suit a model.
+    """The devices of the settings, or those that fit the model.
 
     Args:
-        config: the `parallel` settings. With backend auto and no sizes: replicas where the whole fits on a device, else
-            a mesh whose `fsdp` is the least that makes it fit.
-        whole_bytes: of parameters and Gram sums together.
-        table_bytes: of the unembedding.
+        config: the `parallel` settings. With backend auto and no sizes: replicas if everything fits on a device, else a
+            mesh with the smallest `fsdp` that fits.
+        whole_bytes: size of parameters and Gram sums.
+        table_bytes: size of the unembedding.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
@@ -271,7 +271,7 @@ def choose(config: AuditParallelConfig, whole_bytes: int, table_bytes: int) -> C
 
 @dataclass(frozen=True)
 class Suited:
-    """What suits a model where nobody asked for anything else."""
+    """The default devices for a model."""
 
     kind: Literal["one", "replicas", "mesh"]
     fsdp: int
@@ -279,14 +279,14 @@ class Suited:
 
 
 def suited(count: int, memory: float | None, backend: str, processes: int, whole_bytes: int) -> Suited:
-    """One device, replicas, or a mesh whose `fsdp` is the least that makes the model fit.
+    """One device, replicas, or a mesh with the smallest `fsdp` that fits the model.
 
     Args:
-        count: how many devices there are.
-        memory: bytes of each; None: not known.
-        backend: their kind.
-        processes: that share them.
-        whole_bytes: of parameters and Gram sums together.
+        count: number of devices.
+        memory: bytes of each; None if unknown.
+        backend: kind of device.
+        processes: number of processes.
+        whole_bytes: size of parameters and Gram sums.
     """
     if backend == "cpu" and processes == 1:
         return Suited("one", 1, f"{count} CPU devices share one processor")

@@ -1,10 +1,10 @@
-"""The audit's two steps, compiled ahead of time for devices that need not be there: what the compiler says they take.
+"""Ahead-of-time compilation of the two steps of an audit for absent devices, for their memory.
 
-A process of its own does it, which has shapes and no arrays. For TPUs libtpu compiles where it is installed
-(`spinal_jax.plan.slices`). Otherwise XLA for CPUs does, over as many virtual devices, of which there must be enough
-before JAX starts: what it says of shapes, sharding and lifetimes holds elsewhere too, but it multiplies bfloat16 in
-float32. An accelerator does not, so for one it is kept from widening all weights before the loop over blocks; the
-copies that it makes of one block's are in its numbers, which are from above.
+The compilation runs in a separate process with abstract arrays. TPU programs are compiled by libtpu if it is installed
+(`spinal_jax.plan.slices`). Other programs are compiled by XLA for CPUs over virtual devices, whose number must be set
+before JAX starts. Its shapes, shardings and buffer lifetimes hold for other backends too, but it multiplies bfloat16 in
+float32. For accelerators, it is therefore prevented from converting all weights before the loop over blocks. The copies
+of one block remain in the result, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -24,36 +24,37 @@ from typing import Any
 from spinal_jax.config import build, to_mapping
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 from spinal_jax.parallel.data_sheets import DEVICES
 from spinal_jax.plan.collectives import received_bytes
 from spinal_jax.plan.layout import DeviceLayout
 from spinal_jax.plan.slices import slice_devices, why_not_compiled
 
-# The pass that widens what a loop reads before the loop.
+# The pass that hoists conversions out of a loop.
 NO_WIDENING = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled step, in bytes of each device."""
+    """Memory of one compiled step in bytes on each device."""
 
     arguments: int
     outputs: int
-    aliased: int  # outputs that lie where arguments did
+    aliased: int  # outputs in the buffers of arguments
     temporaries: int
-    received: float  # from other devices
+    received: float  # received from other devices
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Both steps, and what lies on each device beside them, in bytes."""
+    """Both steps and the other arrays on each device, in bytes."""
 
     parameters: int
-    table: int  # the unembedding as the lens has it, where that is not the parameter itself
+    table: int  # copy of the unembedding for the lens, if it is sharded differently
     grams: int
     lens_sums: int
     batch: int
-    kept: int  # residuals at the measured positions of one batch
+    kept: int  # hidden states at the measured positions of a batch
     forward: Program
     lens: Program
     compiler: str
@@ -62,13 +63,13 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """The most that a device holds at a time. The last batch's residuals stay until the next batch has its own."""
+        """Peak memory of a device. The hidden states of a batch are kept until those of the next exist."""
         resident = self.parameters + self.table + self.grams + self.lens_sums + 2 * (self.batch + self.kept)
         return resident + max(self.forward.temporaries, self.lens.temporaries)
 
 
 def compiled(config: PlanConfig, layout: DeviceLayout) -> Compiled:
-    """Compiles the audit that `config` plans, in a process of its own. Errors: UserError."""
+    """Compiles the audit of the plan in a separate process. Raises UserError if that fails."""
     given = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in given if "host_platform_device_count" not in flag]
     if why_not_tpu(config) is not None:
@@ -93,7 +94,7 @@ def compiled(config: PlanConfig, layout: DeviceLayout) -> Compiled:
 
 
 def why_not_tpu(config: PlanConfig) -> str | None:
-    """Why libtpu does not compile this plan; None: it does."""
+    """The reason why libtpu cannot compile this plan, or None."""
     if config.device is None or DEVICES[config.device].kind != "tpu":
         return "it is for TPUs"
     return why_not_compiled(config.device, config.devices)
@@ -102,7 +103,7 @@ def why_not_tpu(config: PlanConfig) -> str | None:
 def _main() -> None:
     config, layout = json.load(sys.stdin)
     try:
-        found: dict[str, Any] = asdict(_compile(build(PlanConfig, config), DeviceLayout(**layout)))
+        found: Json = asdict(_compile(build(PlanConfig, config), DeviceLayout(**layout)))
     except UserError as error:
         found = {"mistake": str(error)}
     print(json.dumps(found))
@@ -120,20 +121,20 @@ def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     from spinal_jax.parallel.mesh import make_mesh
     from spinal_jax.parallel.placement import Shards
     from spinal_jax.plan.shapes import decoder_of
-    from spinal_jax.plan.work import pool, widest
+    from spinal_jax.plan.work import sample_prompts, widest
 
     begin = time.perf_counter()
     for_tpu = why_not_tpu(config) is None
     devices = slice_devices(config.device or "", config.devices) if for_tpu else jax.devices()
-    backend = "cpu" if config.device == "cpu" else "tpu" if for_tpu else "gpu"  # which tiles and kernels are made
+    backend = "cpu" if config.device == "cpu" else "tpu" if for_tpu else "gpu"  # selects tiles and kernels
     decoder, settings, dtype = decoder_of(config.model), config.metrics, config.model.dtype
     shards = None
     if layout.kind == "mesh" and layout.devices > 1:
         mesh = make_mesh(ParallelConfig(layout.data, layout.fsdp, layout.tensor), devices)
         shards = Shards.of(mesh, unembedding_bytes(decoder, dtype))
-    work = pool(config, decoder, layout)
+    work = sample_prompts(config, decoder, layout)
     batch = widest(work)
-    each = layout.devices if shards is None else 1  # replicas have a part of every batch each
+    each = layout.devices if shards is None else 1  # replicas split each batch
     shape = batch.height // each, batch.length, batch.measured // each
     gram = contraction.gram_dtype()
     with jax.enable_x64(True) if gram == np.float64 else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""What an audit will need, put together: the arithmetic, the compiler's memory, and a device's data sheet."""
+"""Builds a plan from the cost model, the memory of compiled steps, and device data sheets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spinal_jax.plan import estimate
 from spinal_jax.plan.compiled import Compiled, compiled, why_not_tpu
 from spinal_jax.plan.layout import USABLE, USUAL, DeviceLayout, layout_of, planned_gram_home, would_fit
 from spinal_jax.plan.record import AuditPlan, Memory, memory_of
-from spinal_jax.plan.work import pool, widest
+from spinal_jax.plan.work import sample_prompts, widest
 
 # Bytes of Python, the libraries and what they compile, in an audit of next to nothing (benchmarks/plan.py), and of
 # PyTorch, which transformers imports with a tokenizer where it is installed.
@@ -25,12 +25,12 @@ PROCESS, TORCH = 585 * 2**20, 188 * 2**20
 
 
 def make_plan(config: PlanConfig) -> AuditPlan:
-    """Plans an audit. Nothing is read but a config.json. Errors: UserError."""
+    """Plans an audit from config.json only. Raises UserError for invalid settings."""
     from spinal_jax.plan.shapes import decoder_of
 
     decoder = decoder_of(config.model)
     layout = layout_of(config, decoder)
-    work = pool(config, decoder, layout)
+    work = sample_prompts(config, decoder, layout)
     shapes, dtype = parameter_shapes(decoder), config.model.dtype
     found = compiled(config, layout) if config.compile else None
     spectra = estimate.spectra(decoder, work, config.metrics, os.cpu_count() or 1)
@@ -66,20 +66,20 @@ def make_plan(config: PlanConfig) -> AuditPlan:
 
 
 def _memory(
-    config: PlanConfig, layout: DeviceLayout, found: Compiled, spectra: estimate.SpectraCost, shapes: Any
+    config: PlanConfig, layout: DeviceLayout, compiled: Compiled, spectra: estimate.SpectraCost, shapes: Any
 ) -> Memory:
     on_cpu = config.device == "cpu"
     count = layout.devices if on_cpu else 1  # what one memory holds
-    temporaries = max(found.forward.temporaries, found.lens.temporaries)
+    temporaries = max(compiled.forward.temporaries, compiled.lens.temporaries)
     stack = max(estimate.parameter_bytes({path: shape}, config.model.dtype) for path, shape in shapes.items())
     process = (PROCESS + (TORCH if find_spec("torch") else 0)) if on_cpu else 0
-    parameters, grams = count * found.parameters, count * found.grams
+    parameters, grams = count * compiled.parameters, count * compiled.grams
     taken = {"cpu": spectra.host_memory, "gpu": spectra.device_memory, "tpu": 0}[DEVICES[config.device or USUAL].kind]
     return Memory(
         parameters=parameters,
-        table=count * found.table,
+        table=count * compiled.table,
         grams=grams,
-        batch=count * (found.peak - found.parameters - found.table - found.grams - temporaries),
+        batch=count * (compiled.peak - compiled.parameters - compiled.table - compiled.grams - temporaries),
         temporaries=count * temporaries,
         process=process,
         loading=parameters + (stack if on_cpu else 0) + process,
@@ -87,14 +87,19 @@ def _memory(
     )
 
 
-def _warnings(config: PlanConfig, rows: int, decoder: DecoderConfig, found: Compiled | None) -> Iterator[str]:
+def _warnings(config: PlanConfig, rows: int, decoder: DecoderConfig, compiled: Compiled | None) -> Iterator[str]:
     if rows < 4 * decoder.width:
         yield (
             f"N = {rows:,} rows are fewer than 4 d = {4 * decoder.width:,}: contraction reads high, so give "
             "more prompts."
         )
     device = DEVICES.get(config.device or "")
-    if found is not None and device is not None and device.kind == "tpu" and (why := why_not_tpu(config)) is not None:
+    if (
+        compiled is not None
+        and device is not None
+        and device.kind == "tpu"
+        and (why := why_not_tpu(config)) is not None
+    ):
         yield f"Memory is the estimate of XLA for CPUs: {why}."
     if device is not None and device.kind == "gpu" and config.devices > device.host:
         yield f"Only {device.host} {device.title} share NVLink: what crosses to other machines takes longer."

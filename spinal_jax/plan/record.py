@@ -1,4 +1,4 @@
-"""What a plan holds, and plan.json."""
+"""The plan as a record, and plan.json."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from spinal_jax.config import ModelConfig
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.parallel.data_sheets import DEVICES, Device
 from spinal_jax.plan import estimate
@@ -22,7 +22,7 @@ FILE = "plan.json"
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one device, in bytes, by what lies there. On a CPU: of the process, all its devices together."""
+    """Memory of one device in bytes, by content. On a CPU that of the process."""
 
     parameters: int
     table: int  # the lens's copy of the unembedding, split otherwise; 0 on one device
@@ -35,18 +35,18 @@ class Memory:
 
     @property
     def step(self) -> int:
-        """While batches are computed."""
+        """Peak while batches are computed."""
         return self.parameters + self.table + self.grams + self.batch + self.temporaries + self.process
 
     @property
     def peak(self) -> int:
-        """At any time."""
+        """Peak of the audit."""
         return max(self.step, self.loading, self.spectra)
 
 
 @dataclass(frozen=True)
 class AuditPlan:
-    """The plan; `save` writes plan.json, and `spinal_jax.plan.text` says it in tables."""
+    """The plan of an audit. `save` writes plan.json; `spinal_jax.plan.text` formats it."""
 
     name: str
     decoder: DecoderConfig
@@ -55,7 +55,7 @@ class AuditPlan:
     device: str | None
     devices: int
     layout: DeviceLayout
-    sums: str  # where the Gram sums of all groups are kept, and why there
+    sums: str  # storage of the Gram sums, with the reason
     prompts: int
     tokens: int
     batches: int
@@ -72,12 +72,12 @@ class AuditPlan:
     warnings: tuple[str, ...]
 
     def stages_on(self, name: str) -> tuple[estimate.Stage, ...]:
-        """The stages on a device of this name, whose kind says how Gram sums are multiplied."""
+        """The stages on this device."""
         products = estimate.gram_products(self.model.dtype, DEVICES[name].kind)
         return tuple(replace(stage, dtype=products) if stage.name == "gram" else stage for stage in self.stages)
 
     def fits(self, name: str) -> bool | None:
-        """Whether a device of this name has room; None: not known."""
+        """Whether this device has enough memory; None if unknown."""
         return None if self.memory is None else self.memory.peak <= USABLE * memory_of(DEVICES[name])
 
     def seconds(self, name: str) -> float:
@@ -86,16 +86,16 @@ class AuditPlan:
         return max(sum(stage.seconds(DEVICES[name]) for stage in self.stages_on(name)), self.exchange(name))
 
     def exchange(self, name: str) -> float:
-        """Seconds for what devices of this name receive from each other."""
+        """Seconds of communication on these devices."""
         link = DEVICES[name].link
         return self.received / link if self.received and link else 0.0
 
     def spectra_seconds(self, name: str) -> float:
-        """Of all spectra, by devices of this name or by their hosts."""
+        """Seconds of all spectra, on these devices or on their hosts."""
         return self.spectra.seconds(DEVICES[name], DEVICES["cpu"], self.layout)
 
-    def about(self) -> dict[str, Any]:
-        """What a manifest says of the plan: versions."""
+    def about(self) -> Json:
+        """Manifest entries of the plan: versions."""
         return {"environment": {name: version(name) for name in ("spinal-jax", "jax", "jaxlib", "flax")}}
 
     def save(self, folder: Path) -> None:
@@ -103,8 +103,8 @@ class AuditPlan:
         text = json.dumps(self.record(), indent=1) + "\n"
         (folder / FILE).write_text(text, encoding="utf-8")
 
-    def record(self) -> dict[str, Any]:
-        """As plan.json holds it."""
+    def record(self) -> Json:
+        """Content of plan.json."""
         d = self.decoder
         named = [name for name in DEVICES if self.device in (None, name) and (name != "cpu" or self.device == "cpu")]
         return {
@@ -150,5 +150,5 @@ class AuditPlan:
 
 
 def memory_of(device: Device) -> float:
-    """Bytes; of a CPU those of this machine."""
+    """Memory of a device in bytes; for a CPU that of this machine."""
     return device.memory or float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

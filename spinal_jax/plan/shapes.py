@@ -1,4 +1,4 @@
-"""Which decoder is planned: from a config.json alone, some of which come with the package."""
+"""Shapes of planned decoders, from config.json; some are shipped with the package."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from spinal_jax.audit.pipeline import RANDOM
 from spinal_jax.config import ModelConfig
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.adapter import base_of, is_adapter
@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parent / "shapes"
 
 
 @cache
-def shipped() -> dict[str, dict[str, Any]]:
-    """config.json by hub id and by short name, of the models whose shape comes with the package."""
+def shipped() -> dict[str, Json]:
+    """config.json of the shipped models, by hub id and by short name."""
     found = {}
     for file in sorted(FOLDER.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -32,15 +32,15 @@ def shipped() -> dict[str, dict[str, Any]]:
 
 
 def decoder_of(config: ModelConfig) -> DecoderConfig:
-    """The decoder that `config.source` names, of which no weights are read.
+    """The decoder of `config.source`, without weights.
 
-    A folder needs nothing but its config.json; of a .gguf file the header is read. Of a hub id whose shape does not
-    come with the package, config.json is downloaded or found in the hub's cache. Errors: UserError.
+    Reads config.json of a folder, or the header of a .gguf file. For a hub id that is not shipped, config.json is
+    downloaded or taken from the cache. Raises UserError if it cannot be read.
     """
     return read_model(_config_of(config.source, config.revision, config.base), config.ignore_keys)[1]
 
 
-def _config_of(source: str, revision: str | None, base: str | None) -> dict[str, Any]:
+def _config_of(source: str, revision: str | None, base: str | None) -> Json:
     if source.startswith(RANDOM):
         shape, at, seed = source.removeprefix(RANDOM).rpartition("@")
         shape = shape if at and seed.isdecimal() else source.removeprefix(RANDOM)
@@ -70,7 +70,7 @@ def _short_names() -> Iterator[str]:
     return (name for name in shipped() if "/" not in name)
 
 
-def _hub_config(repo: str, revision: str | None) -> dict[str, Any]:
+def _hub_config(repo: str, revision: str | None) -> Json:
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -1,18 +1,17 @@
-"""A plan as a text of tables."""
+"""Text tables of a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from spinal_jax.audit.gram_store import GIB
 from spinal_jax.parallel.data_sheets import DEVICES, Device
 from spinal_jax.plan import estimate
 from spinal_jax.plan.record import AuditPlan, memory_of
 
-GIB = 2**30
-
 
 def plan_text(plan: AuditPlan) -> str:
-    """The plan in tables."""
+    """The plan as text."""
     parts = (_head, _memory, _work, _spectra, _devices, _end)
     return "\n".join(line for part in parts for line in part(plan))
 

@@ -1,4 +1,4 @@
-"""The prompts that a plan is of: so many of equal length, packed as an audit packs them."""
+"""Sample prompts of a plan: equal length, packed like those of an audit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from spinal_jax.parallel.device_defaults import batch_tokens
 from spinal_jax.plan.layout import DeviceLayout, planned_gram_home
 
 
-def pool(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> packing.Plan:
-    """Batches of `config.prompt_count` prompts for devices that share them so. Errors: UserError."""
+def sample_prompts(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> packing.Plan:
+    """Batches of `config.prompt_count` prompts for this layout. Raises UserError if the prompts are too long."""
     length, groups = config.prompt_tokens, config.metrics.groups
     if decoder.learned_positions and length > decoder.max_positions:
         raise UserError(f"prompt_tokens is {length}, but the model has {decoder.max_positions} positions")
     ids = np.zeros(length, np.int32)
-    start = length // 2  # where a response would begin, for positions of responses
+    start = length // 2  # start of a response, for the selector response:K
     sequences = [packing.TokenSequence(ids, number % groups, start) for number in range(config.prompt_count)]
     most = batch_tokens("cpu" if config.device == "cpu" else "gpu") * layout.rows
     selector = packing.Positions.parse(config.metrics.transport.positions)
@@ -28,5 +28,5 @@ def pool(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout) -> pa
 
 
 def widest(work: packing.Plan) -> packing.Packed:
-    """The batch with most tokens, whose shape the others have where all prompts are equal."""
+    """The batch with the most tokens."""
     return max(work.batches, key=lambda packed: packed.height * packed.length)

@@ -1,4 +1,4 @@
-"""Checkpoints that a trainer writes into a folder: which are complete, and the metrics the trainer left beside them."""
+"""Checkpoints in the output folder of a trainer: complete ones, and the metrics that the trainer logged."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import math
 import re
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from spinal_jax.errors import UserError
 from spinal_jax.files import MALFORMED, load_json_file, load_json_lines
+from spinal_jax.jsontypes import Json, ReadJson
 
 STEP = re.compile(r"(?:checkpoint|step|global_step)?[-_]?(\d+)")
 STATE = "trainer_state.json"  # Hugging Face's Trainer writes it after the weights
 INDEXES = ("model.safetensors.index.json",)
 SINGLE = ("model.safetensors", "adapter_model.safetensors")
 CONFIGS = ("config.json", "adapter_config.json")
-ORBAX = "_CHECKPOINT_METADATA"  # Orbax renames a step into place when it is whole
+ORBAX = "_CHECKPOINT_METADATA"  # Orbax renames a step when it is complete
 
 
 def step_of(folder: Path) -> int | None:
@@ -34,10 +34,10 @@ def checkpoints(root: Path, settle: float) -> list[tuple[int, Path]]:
 
     Args:
         root: the trainer's output folder.
-        settle: seconds for which nothing must have changed in a folder without trainer_state.json.
+        settle: seconds without changes after which a folder without trainer_state.json is complete.
 
     Raises:
-        UserError: two of them are of one step.
+        UserError: two checkpoints have the same step.
     """
     steps = [(step, path) for path in root.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
     found = [(step, path) for step, path in sorted(steps) if is_complete(path, settle)]
@@ -48,8 +48,8 @@ def checkpoints(root: Path, settle: float) -> list[tuple[int, Path]]:
 
 
 def is_complete(folder: Path, settle: float) -> bool:
-    """Whether a checkpoint is whole: its config is there, and every safetensors file that belongs to it has the length
-    that its header states."""
+    """Whether a checkpoint is complete: its config exists, and every safetensors file has the length that its header
+    states."""
     try:
         if (folder / ORBAX).exists():
             return True
@@ -82,10 +82,10 @@ def _is_whole(file: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def trainer_metrics(root: Path) -> list[dict[str, Any]]:
-    """What the trainer logged, one mapping a step with finite numbers by TRL's names: from metrics.jsonl in `root`,
-    else from the latest trainer_state.json, else from TensorBoard's event files. Empty without any."""
-    by_step: dict[int, dict[str, Any]] = {}
+def trainer_metrics(root: Path) -> list[Json]:
+    """Metrics of the trainer: for each step a mapping of finite numbers with the names of TRL. Read from metrics.jsonl
+    in `root`, else the latest trainer_state.json, else TensorBoard event files. Empty without any."""
+    by_step: dict[int, Json] = {}
     for line in _logged(root):
         step = line.get("step")
         if isinstance(step, int):
@@ -94,7 +94,7 @@ def trainer_metrics(root: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _logged(root: Path) -> Sequence[Mapping[str, Any]]:
+def _logged(root: Path) -> Sequence[ReadJson]:
     log = root / "metrics.jsonl"
     if log.exists():
         return load_json_lines(log)
@@ -107,7 +107,7 @@ def _logged(root: Path) -> Sequence[Mapping[str, Any]]:
     return _events(root)
 
 
-def trainer_state(root: Path) -> Mapping[str, Any] | None:
+def trainer_state(root: Path) -> ReadJson | None:
     """The latest trainer_state.json among the checkpoints in `root`, or None."""
     steps = sorted((step, path) for path in root.iterdir() if path.is_dir() and (step := step_of(path)) is not None)
     for _, path in reversed(steps):
@@ -119,18 +119,18 @@ def trainer_state(root: Path) -> Mapping[str, Any] | None:
 
 
 def has_ended(root: Path) -> bool:
-    """Whether the trainer says that its last step is done."""
+    """Whether the trainer has finished its last step."""
     state = trainer_state(root)
     last, now = ((state or {}).get(name) for name in ("max_steps", "global_step"))
     return isinstance(last, int) and isinstance(now, int) and 0 < last <= now
 
 
-def _events(root: Path) -> list[Mapping[str, Any]]:
-    """Scalars of TensorBoard's files below `root`: `train/loss` is `loss`, `eval/loss` is `eval_loss`. Those of a
-    watch are left out."""
+def _events(root: Path) -> list[ReadJson]:
+    """Scalars of TensorBoard files below `root`: `train/loss` is `loss`, `eval/loss` is `eval_loss`. Files of `spinal
+    watch` are skipped."""
     from spinal_jax.runs.tensorboard import EVENTS
 
-    found: list[Mapping[str, Any]] = []
+    found: list[ReadJson] = []
     for folder in sorted({path.parent for path in root.rglob("*tfevents*") if not path.name.startswith(EVENTS)}):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -142,5 +142,5 @@ def _events(root: Path) -> list[Mapping[str, Any]]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -17,11 +17,13 @@ from flax import nnx
 from jax import Array
 
 from spinal_jax.audit import pipeline
-from spinal_jax.audit.measure import Measurement, Reference, keep_reference, measure
+from spinal_jax.audit.measure import Reference, keep_reference, measure
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.trace import DepthTrace, load_trace
-from spinal_jax.comparison.onset import Rules
+from spinal_jax.comparison.step_records import Rules
 from spinal_jax.config import MetricsConfig, ModelConfig, PromptsConfig, to_mapping
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import family_of
 from spinal_jax.models.formats.base import TensorInfo
@@ -29,13 +31,13 @@ from spinal_jax.models.parts import Parts, cast
 from spinal_jax.models.translate import load_decoder, parameter_shapes
 from spinal_jax.recording.series import TraceSeries
 
-SHARE = 0.05  # of the time that traces may take where no interval is given
+SHARE = 0.05  # share of the time for traces without a given interval
 
-Parameters = Mapping[str, Any]
+Parameters = ReadJson
 
 
 class Recorder:
-    """Traces a policy while it is trained, each time compared with the first.
+    """Records depth traces of a policy during training, each compared with the first.
 
     >>> recorder = Recorder("path/to/base", every=50, folder="traces")
     >>> for step, batch in enumerate(batches):
@@ -43,9 +45,9 @@ class Recorder:
     ...     params, loss = train_step(params, batch)
     >>> recorder.close()
 
-    Measuring runs on the devices of the parameters, before `recorder(...)` returns; comparing and writing run in a
-    thread beside the training. A recorder of the same settings and folder goes on with what is there: it measures
-    `model` again, which the first traced parameters must have been, and leaves out steps that have a trace.
+    Measurements run on the devices of the parameters before `recorder(...)` returns; comparisons and files are made in
+    a background thread. A recorder with the same settings and folder continues an earlier one: it measures `model`
+    again, which must equal the first traced parameters, and skips steps with a trace.
     """
 
     def __init__(
@@ -60,18 +62,18 @@ class Recorder:
         metrics: MetricsConfig | None = None,
         warmup_steps: int = 0,
     ) -> None:
-        """Reads config and tokenizer of `model`; the weights are those that are passed to the recorder.
+        """Reads config and tokenizer of `model`; weights are passed to the recorder later.
 
         Args:
             model: the checkpoint that training starts from: hub id, folder or .gguf file.
             prompts: a file, a list of texts, or None for the prompts that ship with the package.
-            folder: gets traces/, onset.json, metrics.jsonl, report.html and TensorBoard's events.
-            every: steps between traces; None: as often as takes at most 5 % of the time.
-            mapping: turns what is passed as parameters into a flat mapping of names to arrays: names of the Hugging
-                Face checkpoint, or this package's paths. None: they are such a mapping.
+            folder: for traces/, onset.json, metrics.jsonl, report.html and TensorBoard's events.
+            every: steps between traces; None takes at most 5 % of the time.
+            mapping: converts the parameters into a flat mapping of names to arrays, with names of the Hugging Face
+                checkpoint or paths of this package. None if they already are such a mapping.
             prompt_settings: format, limit, length and template of the prompts.
             metrics: what is measured.
-            warmup_steps: of the learning rate, which are no wobble of the optimiser.
+            warmup_steps: of the learning rate; excluded from the estimate of noise.
 
         Raises:
             UserError: the model or the prompts cannot be read, or the folder holds something else.
@@ -100,17 +102,17 @@ class Recorder:
         self._latest = self.series.steps[-1] if self.series.steps else -1
         self._began, self._spent, self._last = time.monotonic(), 0.0, 0.0
 
-    def __call__(self, step: int, parameters: Any, metrics: Mapping[str, Any] | None = None) -> bool:
-        """Notes the metrics of a step, and traces the parameters where a trace is due.
+    def __call__(self, step: int, parameters: Any, metrics: ReadJson | None = None) -> bool:
+        """Stores the metrics of a step, and records a trace if one is due.
 
         Args:
-            step: how many updates the parameters have had; ascending.
-            parameters: a `spinal_jax` decoder, or what `mapping` takes. They are read, never changed. Under our names
-                they stay where they are; under Hugging Face's they pass through the memory of the host.
-            metrics: numbers known at this step, by TRL's names.
+            step: number of updates so far, ascending.
+            parameters: a `spinal_jax` decoder, or the input of `mapping`; they are not changed. With paths of this
+                package they stay on their devices; with Hugging Face names they are copied through host memory.
+            metrics: numbers of this step with the names of TRL.
 
         Returns:
-            Whether a trace was taken.
+            Whether a trace was recorded.
 
         Raises:
             UserError: parameters that are missing or have another shape, or a folder whose first trace is not that of
@@ -158,7 +160,7 @@ class Recorder:
         self._pending = self._worker.submit(write)
 
     def _keep_reference(self, step: int, model: Decoder) -> None:
-        """Measures what all are compared with: the parameters of step `step`, or where traces are there, the model."""
+        """Measures the reference: the parameters of `step`, or `model` if there are traces already."""
         steps = self.series.steps
         if steps:
             step = steps[0]
@@ -185,7 +187,7 @@ class Recorder:
         return pipeline.depth_trace(about, self._prompts, self.config, self.settings, self.plan, measurement)
 
     def _assemble(self, parameters: Any) -> Decoder:
-        """The decoder of a mapping by our paths, whose arrays stay where they are, or by Hugging Face's names."""
+        """The decoder of a mapping by paths of this package, with arrays in place, or by Hugging Face names."""
         given: Any = parameters if self.mapping is None else self.mapping(parameters)
         if isinstance(given, Decoder):
             given = {".".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(given))}
@@ -205,13 +207,13 @@ class Recorder:
         return self._structure
 
     def wait(self) -> None:
-        """Returns once every trace is on disk."""
+        """Waits until all traces are on disk."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def close(self) -> None:
-        """Waits for what is being written, then writes metrics.jsonl and draws the report."""
+        """Waits for pending traces, then writes metrics.jsonl and the report."""
         self.wait()
         self._worker.shutdown()
         if self._reference is not None:
@@ -236,7 +238,7 @@ class _Tensors:
     kind = "memory"
     revision: str | None = None
 
-    def __init__(self, source: str, config: dict[str, Any], given: Parameters) -> None:
+    def __init__(self, source: str, config: Json, given: Parameters) -> None:
         self.source, self.config, self._given = source, config, given
 
     def names(self) -> Mapping[str, TensorInfo]:
@@ -252,4 +254,4 @@ class _Tensors:
         raise NotImplementedError("weights in memory have no file")
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """No-op."""

@@ -1,4 +1,4 @@
-"""The traces of a training run that somebody else runs: each compared with the first, in one folder."""
+"""A series of traces in one folder, each compared with the first."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from spinal_jax.audit.measure import PolicyDistance
+from spinal_jax.audit.measurement import PolicyDistance
 from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.comparison.compare import BothModels, compare_traces
-from spinal_jax.comparison.onset import Rules, StepRecord, detect, recall, record_of, save_onset
+from spinal_jax.comparison.onset import detect, save_onset
 from spinal_jax.comparison.record import save_comparison
+from spinal_jax.comparison.step_records import Rules, StepRecord, recall, record_of
 from spinal_jax.errors import UserError
 from spinal_jax.files import load_json_file, load_json_lines, malformed, read_text, write_whole
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.report.training import write_training_report
 from spinal_jax.report.training_figures import trace_figure
 from spinal_jax.runs.tensorboard import Events
@@ -24,15 +25,16 @@ SCALARS = ("delta_align", "delta_contraction", "delta_transport", "coherence")
 
 
 class TraceSeries:
-    """Writes `traces/step_N/`, `onset.json`, `metrics.jsonl`, `report.html` and TensorBoard events, each file whole."""
+    """Writes `traces/step_N/`, `onset.json`, `metrics.jsonl`, `report.html` and TensorBoard events, each file
+    atomically."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], rules: Rules):
-        """Opens the folder, or goes on where a run with the same settings stopped.
+    def __init__(self, folder: Path, config: ReadJson, rules: Rules):
+        """Opens a new folder, or continues one with the same settings.
 
         Args:
-            folder: is made where it does not exist.
+            folder: created if it does not exist.
             config: the settings, written to settings.json.
-            rules: by which onset and destabilisation are detected.
+            rules: of onset detection.
 
         Raises:
             UserError: the folder holds something else, or a run with other settings.
@@ -63,7 +65,7 @@ class TraceSeries:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a trace, ascending."""
+        """Steps with a trace, ascending."""
         return [record.step for record in self.records]
 
     def _steps_on_disk(self) -> list[int]:
@@ -75,15 +77,15 @@ class TraceSeries:
 
     def add(
         self, step: int, trace: DepthTrace, first: DepthTrace, policy: PolicyDistance, beside: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """Writes the trace of a step that is later than all before, and returns the content of onset.json.
+    ) -> Json:
+        """Writes the trace of the next step and returns the content of onset.json.
 
         Args:
-            step: of the optimiser.
-            trace: the checkpoint's.
-            first: the reference's, the same object at the first step.
-            policy: distance and divergence of the outputs from those of the reference.
-            beside: metrics known at that step.
+            step: optimiser step, larger than all before.
+            trace: of the checkpoint.
+            first: trace of the reference; the same object at the first step.
+            policy: distance from the reference.
+            beside: metrics of this step.
         """
         both = BothModels(
             policy_distance=policy.distance,
@@ -106,17 +108,17 @@ class TraceSeries:
         save_onset(self.detected, self.folder / ONSET)
         return self.detected
 
-    def logged(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, as an earlier run left them."""
+    def logged(self) -> list[Json]:
+        """The lines of an existing metrics.jsonl."""
         file = self.folder / METRICS
         return load_json_lines(file) if file.exists() else []
 
-    def metrics(self, lines: list[dict[str, Any]]) -> None:
-        """Writes metrics.jsonl anew, a line for each mapping."""
+    def metrics(self, lines: list[Json]) -> None:
+        """Rewrites metrics.jsonl, one line for each mapping."""
         write_whole(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def report(self) -> None:
-        """Draws report.html and its figures anew."""
+        """Redraws report.html and its figures."""
         write_training_report(self.folder)
 
     def close(self) -> None:

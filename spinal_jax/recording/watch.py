@@ -12,13 +12,16 @@ from typing import Any
 
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import Devices, devices_of
-from spinal_jax.audit.measure import Measurement, Reference, keep_reference, measure
+from spinal_jax.audit.measure import Reference, keep_reference, measure
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.onset import Rules, no_onset_sentence
+from spinal_jax.comparison.onset import no_onset_sentence
+from spinal_jax.comparison.step_records import Rules
 from spinal_jax.config import ModelConfig, to_mapping
 from spinal_jax.config.watch import WatchConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.progress import Bar, Say, no_bar
 from spinal_jax.recording.checkpoints import checkpoints, has_ended, trainer_metrics
@@ -27,11 +30,11 @@ from spinal_jax.recording.series import TraceSeries
 
 @dataclass(frozen=True)
 class Watched:
-    """What a watch came to."""
+    """Result of `spinal watch`."""
 
     folder: Path
-    steps: list[int]  # that have a trace
-    onset: dict[str, Any]  # the content of onset.json
+    steps: list[int]  # steps with a trace
+    onset: Json  # the content of onset.json
 
     def __str__(self) -> str:
         began, broke = self.onset["onset"], self.onset["destabilisation"]
@@ -45,20 +48,20 @@ class Watched:
 
 
 def run_watch(config: WatchConfig, folder: Path, bar: Bar | None = None, say: Say | None = None) -> Watched:
-    """Measures every complete checkpoint of `config.dir` into `folder` until training ends, `stop_file` exists, or at
-    once where `once` is set. What an earlier call measured is kept.
+    """Measures the complete checkpoints of `config.dir` until training ends or `stop_file` exists, or only once if
+    `once` is set. Traces of earlier calls are kept.
 
-    A checkpoint that is not whole yet is left for the next look; one that is deleted while it is read is passed over.
+    Incomplete checkpoints are tried again later; checkpoints that are deleted while they are read are skipped.
 
     Args:
         config: the settings.
-        folder: of the traces, onset.json, metrics.jsonl, report.html and TensorBoard's events.
+        folder: for traces, onset.json, metrics.jsonl, report.html and TensorBoard's events.
         bar: opens progress bars.
-        say: gets a line for every checkpoint.
+        say: called with a line for each checkpoint.
 
     Raises:
-        UserError: no such folder, a checkpoint that cannot be read, other tokens than the reference's tokenizer makes,
-            or the first checkpoint, which is the reference, was deleted before this call.
+        UserError: no such folder, an unreadable checkpoint, another tokenizer than that of the reference, or the first
+            checkpoint, which is the reference, was deleted.
     """
     bar, say = bar or no_bar, say or (lambda line: None)
     root = Path(config.dir).expanduser()
@@ -75,15 +78,15 @@ def run_watch(config: WatchConfig, folder: Path, bar: Bar | None = None, say: Sa
             time.sleep(config.poll_seconds)
 
 
-def _comparable(config: WatchConfig) -> dict[str, Any]:
-    """The settings that the results depend on: how long to wait and what to run are free to change."""
+def _comparable(config: WatchConfig) -> Json:
+    """The settings that affect results, without waiting times and commands."""
     free = ("poll_seconds", "settle_seconds", "once", "stop_file", "on_destabilisation")
     kept = {name: value for name, value in to_mapping(config).items() if name not in free}
     return {"source": kept.pop("dir"), **kept}
 
 
 class _Watch:
-    """The reference, the prompts as its tokenizer makes them, and what was measured."""
+    """State of a watch: reference, tokenised prompts, and traces."""
 
     def __init__(self, config: WatchConfig, root: Path, series: TraceSeries, bar: Bar, say: Say):
         self.config, self.root, self.series, self.bar, self.say = config, root, series, bar, say
@@ -93,15 +96,15 @@ class _Watch:
         self.slots: int | None = None
         self.reference: Reference | None = None
         self.first: DepthTrace | None = None
-        self.drawn = not series.steps  # an earlier watch may have ended between a trace and its page
+        self.drawn = not series.steps  # an earlier watch may have ended before it wrote the page
 
     def close(self) -> None:
-        """Frees what is kept of the reference."""
+        """Frees the reference."""
         if self.reference is not None:
             self.reference.close()
 
     def look(self) -> None:
-        """Measures the complete checkpoints that have no trace yet, and updates the page."""
+        """Measures complete checkpoints without a trace and updates the page."""
         last = self.series.steps[-1] if self.series.steps else -1
         for step, path in checkpoints(self.root, 0.0 if self.config.once else self.config.settle_seconds):
             if step <= last:
@@ -139,7 +142,7 @@ class _Watch:
             self._act(detected["destabilisation"])
 
     def _keep_reference(self, first: Path) -> None:
-        """Runs the reference model: the one that is named, or the first checkpoint."""
+        """Runs the reference model: that of the settings, or the first checkpoint."""
         named = self.config.reference
         if named.source is not None:
             asked = ModelConfig(
@@ -200,23 +203,23 @@ class _Watch:
             self.prompts, tokenizer, decoder, config.prompts, config.metrics, None, self.devices, self.slots
         )
 
-    def _about(self, asked: ModelConfig, revision: str | None, sha256: str) -> dict[str, Any]:
+    def _about(self, asked: ModelConfig, revision: str | None, sha256: str) -> Json:
         name = pipeline.model_name(asked.source)
         return pipeline.model_record(name, asked.source, revision, asked.dtype, sha256)
 
-    def _trace(self, about: dict[str, Any], decoder: DecoderConfig, plan: Plan, measurement: Measurement) -> DepthTrace:
+    def _trace(self, about: Json, decoder: DecoderConfig, plan: Plan, measurement: Measurement) -> DepthTrace:
         prompts = pipeline.prompts_record(self.prompts, self.config.prompts)
         return pipeline.depth_trace(about, prompts, decoder, self.config.metrics, plan, measurement)
 
     def _beside(self, step: int) -> dict[str, float]:
-        """The trainer's metrics of preference at a step: the last that were logged up to it."""
+        """The last preference metrics of the trainer up to a step."""
         known: dict[str, float] = {}
         for line in trainer_metrics(self.root):
             if line["step"] <= step:
                 known |= {name: float(value) for name, value in line.items() if "rewards/" in name}
         return known
 
-    def _act(self, broke: dict[str, Any]) -> None:
+    def _act(self, broke: Json) -> None:
         self.say(f"destabilised at step {broke['step']}: {broke['evidence']}")
         if self.config.on_destabilisation is not None:
             environment = {**os.environ, "SPINAL_STEP": str(broke["step"]), "SPINAL_EVIDENCE": broke["evidence"]}

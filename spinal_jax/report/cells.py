@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""Numbers and names as the pages show them."""
+"""Formats numbers and names for pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from spinal_jax.report.sections import Cell, Facts, Tile, number_key
-from spinal_jax.wording import decimals, number, plus_minus
+from spinal_jax.wording import decimals, plus_minus
 
 
 def cell(text: str, key: float = math.nan, half: str = "") -> Cell:
@@ -24,7 +24,7 @@ def word(value: object) -> Cell:
 
 
 def measured(value: float, half: float = math.nan, unit: str = "") -> Cell:
-    """A number with half of its interval."""
+    """A number with the half-width of its interval."""
     text, _, width = plus_minus(value, half).partition(" ± ")
     return cell(f"{text} {unit}".rstrip() if math.isfinite(value) else "–", value, width)
 
@@ -32,12 +32,13 @@ def measured(value: float, half: float = math.nan, unit: str = "") -> Cell:
 def number_cells(
     values: np.ndarray, halves: np.ndarray | None = None, most: int = 5, marked: np.ndarray | None = None
 ) -> list[Cell]:
-    """Cells of one column, all with the decimals that suit its median.
+    """Cells of a column, with decimals by the size of its median.
 
     Args:
-      values: [N]. halves: [N], half of each interval, NaN where there is none.
-      most: the largest number of decimals.
-      marked: [N] of bool, the values that get an asterisk.
+      values: [N].
+      halves: [N] half-widths of intervals, NaN if there is none.
+      most: maximum number of decimals.
+      marked: bool [N] values with an asterisk.
     """
     halves = np.full(len(values), np.nan) if halves is None else halves
     marked = np.zeros(len(values), bool) if marked is None else marked
@@ -56,7 +57,7 @@ def by_row(columns: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
 
 
 def tile(label: str, value: float, half: float = math.nan, unit: str = "", note: str = "") -> Tile:
-    """A number of the first screen; without a value it says "not measured"."""
+    """A tile with a number, or "not measured"."""
     text, _, width = plus_minus(value, half).partition(" ± ")
     return Tile(label, text, width, unit, note if math.isfinite(value) else "not measured")
 
@@ -99,12 +100,12 @@ def name_boundaries(boundaries: Iterable[int]) -> str:
 
 
 def code(text: object) -> Markup:
-    """Text in a typewriter face."""
+    """Text in a code font."""
     return Markup("<code>{}</code>").format(text)
 
 
 def sha256_markup(sha256: str | None, missing: str = "no hash") -> str | Markup:
-    """A hash as the pages show it."""
+    """A hash as markup."""
     return Markup('sha256 <code class="hash">{}</code>').format(sha256) if sha256 else missing
 
 
@@ -120,11 +121,6 @@ def environment_facts(values: Mapping[str, object]) -> Facts:
 
 
 def _places(values: np.ndarray, digits: int) -> int:
-    """Decimals that show the median to so many significant digits."""
+    """Decimals that show the median to `digits` significant digits."""
     seen = np.abs(values[np.isfinite(values) & (np.abs(values) > 1e-9)])
     return decimals(float(np.median(seen)), digits) if len(seen) else 0
-
-
-def number_text(value: float, unit: str = "") -> str:
-    """A number with its unit; an en dash for NaN."""
-    return f"{number(value)} {unit}".rstrip() if math.isfinite(value) else "–"

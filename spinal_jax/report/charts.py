@@ -1,13 +1,14 @@
-"""Interactive charts: what assets/charts.js draws with uPlot, as plain data."""
+"""Data of interactive charts, drawn by assets/charts.js with uPlot."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from spinal_jax.jsontypes import Json
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,10 @@ class Line:
     """One curve of a chart.
 
     Attributes:
-      label: what the legend says; plain text.
+      label: in the legend, plain text.
       values: [X], NaN where undefined.
-      low, high: [X] ends of the interval around it, or None.
-      colour: the name of a colour of the page ("blue", "ink", ...).
+      low, high: [X] interval, or None.
+      colour: name of a colour of the page ("blue", "ink", ...).
       look: 0 solid, 1 dashed, 2 dotted, 3 markers alone.
     """
 
@@ -36,7 +37,7 @@ def panel(
     lines: Sequence[Line],
     shaded: tuple[float, float] | None = None,
     zero: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """One panel: lines over a common x.
 
     Args:
@@ -64,13 +65,13 @@ def panel(
     }
 
 
-def stacked(x_label: str, panels: Sequence[dict[str, Any]], height: int = 210, joined: bool = False) -> dict[str, Any]:
-    """Panels over each other whose cursors and zoom go together; `joined` lines pass over points without a value."""
+def stacked(x_label: str, panels: Sequence[Json], height: int = 210, joined: bool = False) -> Json:
+    """Stacked panels with a common cursor and zoom; `joined` lines skip points without a value."""
     return {"kind": "lines", "x_label": x_label, "height": height, "joined": joined, "panels": list(panels)}
 
 
-def rotated(axes: tuple[str, str, str], lines: Sequence[tuple[str, str, np.ndarray]], first: int) -> dict[str, Any]:
-    """Curves in three dimensions that can be turned.
+def rotated(axes: tuple[str, str, str], lines: Sequence[tuple[str, str, np.ndarray]], first: int) -> Json:
+    """Rotatable curves in three dimensions.
 
     Args:
       axes: names of the three axes; the first is depth.
@@ -85,6 +86,6 @@ def rotated(axes: tuple[str, str, str], lines: Sequence[tuple[str, str, np.ndarr
 
 
 def _numbers(values: Sequence[float] | np.ndarray) -> list[float | None]:
-    """To six significant digits; None where undefined."""
+    """Numbers with six significant digits; None for NaN."""
     found = np.asarray(values, float).tolist()
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in found]

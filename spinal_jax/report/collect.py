@@ -1,4 +1,4 @@
-"""From folders to the table and the page of the runs below them."""
+"""`spinal collect`: table and page of the runs in folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS = {INDEX: 'name="generator" content="spinal_jax"', TABLE: ",".join(KEYS)}  
 
 @dataclass(frozen=True)
 class Collected:
-    """What was found, and the files that were written."""
+    """The runs and the written files."""
 
     runs: list[Run]
     files: list[Path]
@@ -37,11 +37,11 @@ def collect_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
     """Writes runs.csv, index.html and, where pyarrow is installed, runs.parquet of all runs in or below the folders.
 
     Args:
-        folders: that hold runs.
-        out: where to write; None: into the folder, where only one is given.
+        folders: with runs.
+        out: output folder; None is the single given folder.
 
     Raises:
-        UserError: no run there, a file that cannot be read, nowhere to write, or a file of others in the way.
+        UserError: no run there, a file that cannot be read, no output folder, or a file of another program there.
     """
     if out is None and len(folders) != 1:
         raise UserError(f"{len(folders)} folders are given, so say where the table goes: out=DIR")

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""The page of many runs: what they found, a table that sorts, filters and links, and their depth traces."""
+"""The page of several runs: results, a sortable table, and depth traces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from spinal_jax.wording import number
 PANELS = (("contraction", "contraction α"), ("transport", "transport L (rad)"))
 COLOURS, DASHES = (BLUE, VERMILLION, GREEN, PURPLE), ("-", (0, (4, 2)), (0, (1, 1.2)))
 ROLES = ("blue", "vermillion", "green", "purple")
-NAMED = len(COLOURS) * len(DASHES)  # more lines than that are not told apart by colour and dash
+NAMED = len(COLOURS) * len(DASHES)  # maximum number of lines with distinct colour and dash
 # Columns after the settings: what it is called among what was found, title, unit.
 COLUMNS = (
     ("delta_align", "Δ align", ""),
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def render_index(runs: Sequence[Run], names: Mapping[Path, str], out: Path) -> str:
-    """The page as text, to be put into the folder `out`: equal runs give equal text."""
+    """The page as text for the folder `out`, deterministic."""
     traced = [run for run in runs if run.trace is not None]
     lost = [names[run.folder] for run in runs if not run.complete]
     said = f"{len(runs) - len(lost)} complete, {len(lost)} incomplete" if lost else "all complete"
@@ -74,7 +74,7 @@ def render_index(runs: Sequence[Run], names: Mapping[Path, str], out: Path) -> s
 
 
 def findings(runs: Sequence[Run], names: Mapping[Path, str]) -> list[str]:
-    """What the complete runs came to, in a few sentences."""
+    """Results of the complete runs in a few sentences."""
     said = []
     verdicts = Counter(str(run.found["verdict"]) for run in runs if run.found.get("verdict"))
     if verdicts:
@@ -130,7 +130,7 @@ def collected_figure(runs: Sequence[Run], names: Mapping[Path, str]) -> Figure:
             x, y = _line(run, column)
             line: dict[str, Any] = {"color": BLUE, "alpha": 0.45}
             if told:
-                # Markers start apart, so that lines which coincide show as more than one.
+                # Markers are shifted, so that coinciding lines are visible.
                 every = (at % 5, 5)
                 line = {"color": colour, "ls": dash, "marker": MARKERS[at % len(MARKERS)], "markersize": 4}
                 line |= {"markevery": every}

@@ -38,13 +38,13 @@ P_VALUES = {
 }
 
 
-def parts(found: Comparison) -> Table:
+def parts(comparison: Comparison) -> Table:
     """The numbers of the terminal block with interval, p-value and weight in the score."""
-    weights = found.settings["weights"]
+    weights = comparison.settings["weights"]
     rows = []
     for name, _, unit, weight in PARTS:
-        value, low, high = (float(found.summary[f"{name}{end}"]) for end in ("", "_low", "_high"))
-        p = float(found.summary[P_VALUES[name]]) if name in P_VALUES else math.nan
+        value, low, high = (float(comparison.summary[f"{name}{end}"]) for end in ("", "_low", "_high"))
+        p = float(comparison.summary[P_VALUES[name]]) if name in P_VALUES else math.nan
         rows.append(
             [
                 measured(value, unit=unit),
@@ -58,11 +58,11 @@ def parts(found: Comparison) -> Table:
     return Table("The numbers of the terminal block", "quantity", head, titles, rows, in_order=False)
 
 
-def localisation_table(found: Comparison) -> Table:
-    """Where each measure changed."""
+def localisation_table(comparison: Comparison) -> Table:
+    """Localisation of each measure."""
     rows = []
     for name in LOCALISED:
-        place = found.summary["localisation"][name]
+        place = comparison.summary["localisation"][name]
         row = []
         for key in ("share", "centroid"):
             scale, form = (100, "{:.0f}") if key == "share" else (1, "{:.2f}")
@@ -89,28 +89,28 @@ def localisation_table(found: Comparison) -> Table:
     return Table("Where each measure changed", "measure", head, keys, rows, in_order=False)
 
 
-def boundaries(found: Comparison) -> Table:
-    """Every delta, then what only both models give, where it was measured."""
-    known = [name for name in BOTH if np.isfinite(found.columns[name]).any()]
+def boundaries(comparison: Comparison) -> Table:
+    """All deltas by boundary, then the measured quantities of both models."""
+    known = [name for name in BOTH if np.isfinite(comparison.columns[name]).any()]
     head, columns = [], []
     for name in (*(f"delta_{metric}" for metric in METRICS), *known):
         metric = name.removeprefix("delta_")
         about = column_of(metric)
         head.append((f"{'Δ ' if name != metric else ''}{about.label}", about.unit))
-        values, low, high = (found.columns[f"{name}{end}"] for end in ("", "_low", "_high"))
-        p = found.columns.get(f"{name}_p_holm", np.full(found.boundaries, np.nan))
+        values, low, high = (comparison.columns[f"{name}{end}"] for end in ("", "_low", "_high"))
+        p = comparison.columns.get(f"{name}_p_holm", np.full(comparison.boundaries, np.nan))
         columns.append(number_cells(values, (high - low) / 2, marked=p < SURE))
-    first, last = found.terminal
-    keys = list(range(found.boundaries))
+    first, last = comparison.terminal
+    keys = list(range(comparison.boundaries))
     return Table(
         "Every change at every boundary", "boundary", head, keys, by_row(columns), marked=range(first, last + 1)
     )
 
 
-def robustness_table(found: Comparison) -> Table:
-    """Delta_align under every setting of the measurement."""
+def robustness_table(comparison: Comparison) -> Table:
+    """Delta_align under all settings of the robustness grid."""
     rows: list[list[Cell]] = []
-    for setting in found.robustness["settings"]:
+    for setting in comparison.robustness["settings"]:
         low, high = setting["window"]
         rows.append(
             [
@@ -128,18 +128,18 @@ def robustness_table(found: Comparison) -> Table:
     return Table("Δ align under every setting", "setting", head, list(range(1, len(rows) + 1)), rows, marked=(1,))
 
 
-def models(found: Comparison) -> Table:
-    """What is known of the two models, differing lines first and shaded."""
+def models(comparison: Comparison) -> Table:
+    """Properties of the two models, with differing lines first and shaded."""
     keys = ("name", "source", "revision", "family", "layers", "width", "vocabulary", "dtype")
-    differing = [key for key in keys if found.aligned[key] != found.reference[key]]
+    differing = [key for key in keys if comparison.aligned[key] != comparison.reference[key]]
     order = [*differing, *(key for key in keys if key not in differing)]
-    rows = [[word(side[key]) for side in (found.aligned, found.reference)] for key in order]
+    rows = [[word(side[key]) for side in (comparison.aligned, comparison.reference)] for key in order]
     head = [("aligned", ""), ("reference", "")]
     return Table("The two models, what differs first", "", head, order, rows, marked=differing, in_order=False)
 
 
 def ranking_table(ranked: Sequence[Comparison], marked: Sequence[int]) -> Table:
-    """Comparisons in order of rank; `marked` are the places that are shaded."""
+    """Comparisons in order of rank; `marked` ranks are shaded."""
     rows = []
     for row in rank(ranked).rows():
         cells = [
@@ -158,10 +158,10 @@ def ranking_table(ranked: Sequence[Comparison], marked: Sequence[int]) -> Table:
     return Table("The ranking", "place", head, list(range(1, len(rows) + 1)), rows, marked=marked)
 
 
-def moved_prompts(found: Comparison) -> Table:
+def moved_prompts(comparison: Comparison) -> Table:
     """The prompts that changed most, of the groups farthest from the mean."""
     rows, keys = [], []
-    for group in found.moved:
+    for group in comparison.moved:
         for prompt in group["prompts"]:
             keys.append(prompt["number"])
             rows.append(
@@ -177,10 +177,10 @@ def moved_prompts(found: Comparison) -> Table:
     return Table("Prompts that changed most", "prompt", head, keys, rows, in_order=False)
 
 
-def moved_tokens(found: Comparison) -> Table:
+def moved_tokens(comparison: Comparison) -> Table:
     """The tokens at which the steps of the two models differ most."""
     rows, keys = [], []
-    for prompt in (prompt for group in found.moved for prompt in group["prompts"]):
+    for prompt in (prompt for group in comparison.moved for prompt in group["prompts"]):
         for place in prompt["places"]:
             keys.append(prompt["number"])
             change = place["aligned"] - place["reference"]

@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
-"""Figures of a depth trace, one idea each, as matplotlib figures that do not depend on the caller's settings.
+"""Matplotlib figures of a depth trace, independent of the settings of the caller.
 
-Every figure is 4.6 inches wide with 9 to 10 pt text, so that it is legible in one column of a paper, on a phone and,
-scaled up, beside another on a wide screen. Colours are Okabe-Ito's; what they tell is also told by marker or dash.
+Every figure is 4.6 inches wide with text of 9 to 10 pt, legible in one column of a paper and on a phone. Colours are
+those of Okabe and Ito, always combined with a marker or a dash.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
@@ -68,8 +68,8 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": SURFACE,
     "axes.facecolor": "none",
     "savefig.facecolor": SURFACE,
-    "text.parse_math": False,  # names are text: no typesetting
-    "svg.fonttype": "none",  # text stays text: it can be searched, copied and recoloured
+    "text.parse_math": False,  # names are plain text
+    "svg.fonttype": "none",  # text is not converted to paths, so that it can be searched and recoloured
 }
 
 
@@ -78,7 +78,7 @@ R = TypeVar("R")
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Runs under matplotlib's defaults and STYLE, whatever the caller's rcParams say, and restores those."""
+    """Runs a function with matplotlib's defaults and STYLE, and restores the rcParams of the caller."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -90,7 +90,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 @styled
 def depth_figure(trace: DepthTrace) -> Figure:
-    """Contraction and transport over depth, two panels that share the boundary axis, with 95 % intervals."""
+    """Contraction and transport over depth, in two panels, with 95 % intervals."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     _over_depth(trace, upper, "contraction", "o", "higher: small modes vanish faster")
@@ -161,7 +161,7 @@ def curve_figure(trace: DepthTrace) -> Figure:
     bar_axes = figure.add_axes((0.2, 0.075, 0.6, 0.022))
     bar: Any = figure.colorbar(ScalarMappable(norm, cmap), cax=bar_axes, orientation="horizontal")
     bar.outline.set_visible(False)
-    bar.solids.set_edgecolor("face")  # without it, viewers show seams between the steps
+    bar.solids.set_edgecolor("face")  # otherwise viewers show seams
     first, last = trace.terminal
     bar.set_ticks(sorted({0, first, last}), labels=[str(at) for at in sorted({0, first, last})])
     bar.ax.tick_params(length=2)
@@ -220,14 +220,14 @@ FIGURES: dict[str, Callable[[DepthTrace], Figure]] = {
 
 
 def figures(trace: DepthTrace) -> dict[str, Figure]:
-    """Every figure this trace can show, by name: without singular values there is no "spectra"."""
+    """All figures of a trace by name; "spectra" needs singular values."""
     names = [name for name in FIGURES if name != "spectra" or trace.singular_values is not None]
     return {name: FIGURES[name](trace) for name in names}
 
 
 @styled
 def svg_text(figure: Figure, name: str) -> str:
-    """The figure as an SVG document: equal figures give equal text; `name` goes into its element ids."""
+    """The figure as a deterministic SVG document; `name` is part of its element ids."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": f"spinal_jax {name}"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "spinal_jax"})
@@ -236,7 +236,7 @@ def svg_text(figure: Figure, name: str) -> str:
 
 @styled
 def png_bytes(figure: Figure, dpi: int = 200) -> bytes:
-    """The figure as a PNG: equal figures give equal bytes."""
+    """The figure as a deterministic PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": "spinal_jax"})
     return buffer.getvalue()
@@ -255,7 +255,7 @@ def save_figures(trace: DepthTrace, folder: str | os.PathLike[str]) -> list[Path
 
 
 def spread(trace: DepthTrace) -> list[int]:
-    """About five boundaries that stand for all: 1, two between, the first of the terminal block, the last."""
+    """About five representative boundaries: 1, two between, the first of the terminal block, the last."""
     first, last = trace.terminal
     return sorted({1, max(1, first // 3), max(1, 2 * first // 3), first, last})
 
@@ -291,13 +291,13 @@ def hover_bands(figure: Figure, trace: DepthTrace | Comparison) -> list[tuple[in
 
 
 def axis_label(name: str) -> str:
-    """A column's label with its unit."""
+    """The label of a column with its unit."""
     about = columns.column(name)
     return f"{about.label} ({about.unit})" if about.unit else about.label
 
 
 def _over_depth(trace: DepthTrace, axes: Axes, column: str, marker: str, hint: str) -> None:
-    """One column over the boundaries: interval band, line, terminal block; the hint says what higher means."""
+    """Draws one column by boundary: interval, line, terminal block, and a hint at the meaning of higher values."""
     label, colour = axis_label(column), ROLES[columns.column(column).colour]
     first, last = trace.terminal
     axes.axvspan(first - 0.5, last + 0.5, color=SHADE, lw=0, zorder=0)
@@ -322,7 +322,7 @@ def _over_depth(trace: DepthTrace, axes: Axes, column: str, marker: str, hint: s
 def depth_axis(
     trace: DepthTrace | Comparison, figure: Figure, upper: Axes, lower: Axes, interval: str = "band"
 ) -> None:
-    """What two stacked panels share: the name of the shaded block, the boundary axis, what shows the intervals."""
+    """Common parts of two stacked panels: name of the terminal block, boundary axis, legend of intervals."""
     upper.set_title(terminal_name(trace), loc="right", fontsize=9, pad=4)
     lower.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     lower.set_xlabel(f"boundary (0: embeddings, {trace.depth}: after the last block)")
@@ -333,7 +333,7 @@ def depth_axis(
 
 
 def _depth_colours(trace: DepthTrace) -> tuple[Colormap, BoundaryNorm]:
-    """One colour per boundary: the middle of viridis, dark to light, which shows on white and on black."""
+    """A colour for each boundary from the middle of viridis, visible on white and on black."""
     colours = mpl.colormaps["viridis"](np.linspace(0.28, 0.8, trace.boundaries))
     return ListedColormap(colours), BoundaryNorm(np.arange(trace.boundaries + 1) - 0.5, trace.boundaries)
 
@@ -359,5 +359,5 @@ def _power_of_ten(value: float, _position: int | None = None) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def halo() -> list[Any]:
+def halo() -> list[AbstractPathEffect]:
     return [withStroke(linewidth=2.5, foreground=SURFACE)]

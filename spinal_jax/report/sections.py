@@ -1,4 +1,4 @@
-"""What a page is made of: blocks in sections, the first screen above them. The four pages share this model."""
+"""The model of all pages: elements in sections, below a first screen."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-Words = str | Markup  # plain text is escaped; Markup is the package's own
+from spinal_jax.jsontypes import ReadJson
+
+Words = str | Markup  # plain text is escaped; Markup is trusted
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: what it shows, half of its interval, and what it sorts by ("" sorts last)."""
+    """A table cell: text, half-width of its interval, and sort key ("" sorts last)."""
 
     text: str
     key: str = ""
@@ -30,14 +32,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a head of (title, unit), whose rows have a key each in the first column.
+    """A table with a head of (title, unit) and a key for each row in the first column.
 
     Attributes:
-      label: the name that a screen reader says.
-      marked: keys of the rows that are shaded.
-      links: one address a row, "" for none; empty: no links.
-      in_order: whether the rows stand in the order of their keys.
-      filtered: whether the page offers a field that filters the rows.
+      label: name for screen readers.
+      marked: keys of shaded rows.
+      links: an address for each row, "" for none; empty for no links.
+      in_order: whether the rows are sorted by key.
+      filtered: whether the page has a field to filter the rows.
     """
 
     kind: ClassVar[str] = "table"
@@ -65,7 +67,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Numbers side by side."""
+    """A row of tiles."""
 
     kind: ClassVar[str] = "tiles"
     items: Sequence[Tile]
@@ -73,7 +75,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure with its caption. `hover` is the hint in the line that reads out what is pointed at."""
+    """A drawn figure with its caption. `hover` is the initial text of the readout line."""
 
     kind: ClassVar[str] = "picture"
     name: str
@@ -85,7 +87,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Figures in as many columns as fit."""
+    """Figures in columns."""
 
     kind: ClassVar[str] = "pictures"
     items: Sequence[Picture]
@@ -93,17 +95,17 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Chart:
-    """An interactive chart of `charts.py`, over the picture that stands for it on paper and without scripts."""
+    """An interactive chart of `charts.py`, with a static picture for print and for pages without scripts."""
 
     kind: ClassVar[str] = "chart"
     name: str
-    data: Mapping[str, Any]
+    data: ReadJson
     still: Markup
     caption: Words
 
     @property
     def json(self) -> Markup:
-        """The data as JSON that no HTML parser reads as a tag."""
+        """The data as JSON, escaped for HTML."""
         text = json.dumps(self.data, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
         return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
@@ -128,7 +130,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Facts:
-    """Terms with what they are here, in two columns."""
+    """Terms and values in two columns."""
 
     kind: ClassVar[str] = "facts"
     items: Sequence[tuple[Words, Words]]
@@ -136,7 +138,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Definitions:
-    """Terms with what they mean."""
+    """Terms and definitions."""
 
     kind: ClassVar[str] = "definitions"
     items: Sequence[tuple[Words, Words]]
@@ -147,7 +149,7 @@ Element = Table | Tiles | Pictures | Chart | Text | Points | Facts | Definitions
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a title. A section is folded unless `unfolded`."""
+    """Elements under a title, folded unless `unfolded`."""
 
     title: str
     blocks: Sequence[Element]
@@ -155,18 +157,20 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """The id by which the table of contents refers to the section."""
+        """The id of the section for the table of contents."""
         return "section-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page: the first screen, which answers, then sections.
+    """A page: a first screen with the answer, then sections.
 
     Attributes:
-      title: of the browser's tab. kicker: what kind of page this is, of what. heading: the answer in a few words.
-      answer: blocks of the first screen, beside `glance`, its picture.
-      footer: where the same numbers are, and the command that draws the page again.
+      title: of the browser tab.
+      kicker: kind and subject of the page.
+      heading: the answer in a few words.
+      answer: elements of the first screen, next to `glance`, its picture.
+      footer: location of the numbers, and the command that redraws the page.
     """
 
     title: str
@@ -180,7 +184,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as one HTML file that loads nothing: its scripts and its style are allowed by their hashes."""
+    """The page as a self-contained HTML file, with scripts and styles allowed by hash."""
     style = _asset("uplot.min.css") + _asset("report.css")
     scripts = [_asset(name) for name in page.scripts]
     policy = (
@@ -191,7 +195,7 @@ def render(page: Page) -> str:
 
 
 def number_key(value: float) -> str:
-    """What a cell with this number sorts by."""
+    """The sort key of a number."""
     return repr(float(value)) if math.isfinite(value) else ""
 
 
@@ -209,7 +213,7 @@ def _template() -> Template:
 
 @cache
 def _asset(name: str) -> str:
-    """The text of a style or script, as it stands between its tags."""
+    """The text of a style or script."""
     return resources.files("spinal_jax.report").joinpath("assets", name).read_text(encoding="utf-8").strip()
 
 

@@ -1,4 +1,4 @@
-"""The runs below some folders, whatever command made them, each with its settings and what it came to."""
+"""Finds run folders of all commands and reads their settings and results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.record import load_comparison
 from spinal_jax.errors import UserError
 from spinal_jax.files import SCRATCH, flat, load_json_file, load_json_lines, malformed
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.runs.folder import MANIFEST, SCHEMA, without_free
 from spinal_jax.runs.training_run import METRICS, ONSET, SETTINGS, TRACES
 
@@ -33,23 +33,23 @@ class Run:
 
     Attributes:
         folder: where it lies.
-        command: what made it: audit, compare or train.
-        complete: whether it ended. What an incomplete run came to is not read.
-        settings: every setting under its dotted name; None where they are not known.
-        found: the numbers it came to, and words such as the verdict.
-        trace: the last depth trace, of a comparison that of the aligned model; None where it kept none.
+        command: audit, compare or train.
+        complete: whether it has finished. Results of incomplete runs are not read.
+        settings: all settings by dotted name.
+        found: results: numbers, and words such as the verdict.
+        trace: the last depth trace, for a comparison that of the aligned model; None without one.
     """
 
     folder: Path
     command: str
     complete: bool
-    settings: Mapping[str, Any]
+    settings: ReadJson
     found: Mapping[str, Value] = field(default_factory=dict)
     trace: DepthTrace | None = None
 
 
 def find_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """Every run in or below the folders, each once, in order of its path.
+    """All runs in or below the folders, each once, sorted by path.
 
     Raises:
         UserError: a folder is not there, none holds a run, or a file of a complete run cannot be read.
@@ -66,7 +66,7 @@ def find_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Run]:
 
 
 def _run_folders(folder: Path) -> Iterable[Path]:
-    """Run folders in or below a folder; inside a run there are no others."""
+    """Run folders in or below a folder. Run folders are not nested."""
     for path, below, files in os.walk(folder):
         killed = any(name.startswith(SCRATCH) for name in below)
         ours = _manifest(Path(path)) if MANIFEST in files else {}
@@ -76,14 +76,14 @@ def _run_folders(folder: Path) -> Iterable[Path]:
             below.clear()
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run; empty where it is another program's."""
+def _manifest(folder: Path) -> Json:
+    """The manifest of a run; empty for files of other programs."""
     found = load_json_file(folder / MANIFEST)
     return found if found.get("schema") == SCHEMA else {}
 
 
 def read_run(folder: Path) -> Run:
-    """The run of a folder. UserError for a complete run with a file that cannot be read."""
+    """Reads a run folder. Raises UserError for an unreadable file of a complete run."""
     if not (folder / MANIFEST).exists():
         config = load_json_file(folder / SETTINGS).get("config", {}) if (folder / SETTINGS).exists() else {}
         if not isinstance(config, dict):
@@ -140,7 +140,7 @@ def _comparison(folder: Path) -> dict[str, Value]:
 
 
 def _share(norms: Sequence[float], terminal: tuple[int, int]) -> float:
-    """The terminal block's share of the gradient's norms over blocks; block l ends at boundary l."""
+    """Share of the terminal block in the gradient norms of blocks; block l ends at boundary l."""
     first, last = terminal
     return float(sum(norms[first - 1 : last]) / sum(norms)) if sum(norms) else math.nan
 
@@ -154,4 +154,4 @@ READERS: dict[str, Callable[[Path], tuple[dict[str, Value], DepthTrace | None]]]
     "compare": _compare,
     "train": _train,
 }
-APART = ("plan", "attribute")  # commands whose runs hold nothing to collect
+APART = ("plan", "attribute")  # commands without results to collect

@@ -1,4 +1,4 @@
-"""Run folders: everything is written beside its place and moved there last, the manifest after all else."""
+"""Run folders. Files are written to a scratch folder and moved at the end, the manifest last."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.record import Comparison
 from spinal_jax.errors import AlreadyDone, UserError
 from spinal_jax.files import SCRATCH, TEMPORARY, load_json_file, locked, plain
+from spinal_jax.jsontypes import Json
 from spinal_jax.runs.tensorboard import EVENTS
 
 SCHEMA = "spinal-manifest/1"
-MANIFEST = "manifest.json"  # a run folder without it is not complete
-REPLACED = "replaced.json"  # in a scratch folder: the manifest of the run that is being replaced
+MANIFEST = "manifest.json"  # marks a complete run
+REPLACED = "replaced.json"  # in a scratch folder: manifest of the replaced run
 PARTS = (
     *("trace.json", "trace.csv", "spectra.safetensors", "figures", "report.html", EVENTS),
     *(
@@ -42,16 +43,16 @@ PARTS = (
         "effects.csv",
     ),
 )
-PROGRESS = "progress"  # what an audit has saved on its way
-# Settings that change nothing but where and how fast a run computes: it may go on with others.
+PROGRESS = "progress"  # saved state of an audit
+# Settings without effect on results, which may change when a run is resumed.
 FREE_SETTINGS = {"parallel", "overwrite", "cache", "checkpoint_every", "logging"}
 HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REMEDY = "set overwrite=true to replace it, or choose another hydra.run.dir"
 
 
 def check_free(folder: Path, overwrite: bool, config: Mapping[str, object] | None = None) -> None:
-    """Refuses a folder that cannot be written to or, unless `overwrite`, where something would be lost: UserError, or
-    AlreadyDone where that is a run with the settings `config`."""
+    """Raises UserError for a folder that is not writable or, without `overwrite`, has files of a run; AlreadyDone if
+    that run is complete with the settings `config`."""
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written to; choose another hydra.run.dir")
     if overwrite:
@@ -63,7 +64,7 @@ def check_free(folder: Path, overwrite: bool, config: Mapping[str, object] | Non
 
 
 def check_incomplete(folder: Path, config: Mapping[str, object] | None = None) -> None:
-    """Refuses a folder that holds a complete run: UserError, or AlreadyDone where its settings are `config`."""
+    """Raises UserError for a folder with a complete run, or AlreadyDone if its settings are `config`."""
     if not (folder / MANIFEST).exists():
         return
     same = config is not None and without_free(_read(folder / MANIFEST).get("config")) == without_free(_as_json(config))
@@ -71,12 +72,12 @@ def check_incomplete(folder: Path, config: Mapping[str, object] | None = None) -
 
 
 def has_progress(folder: Path) -> bool:
-    """Whether an audit was cut off in the folder that can go on: what else it has left there may be replaced."""
+    """Whether the folder has an interrupted audit that can be resumed."""
     return (folder / PROGRESS).exists() and not (folder / MANIFEST).exists()
 
 
 def without_free(values: object) -> Any:
-    """The settings without those that may differ between equal runs, at any depth: FREE."""
+    """The settings without FREE_SETTINGS, at any depth."""
     if not isinstance(values, Mapping):
         return values
     return {name: without_free(value) for name, value in values.items() if name not in FREE_SETTINGS}
@@ -86,8 +87,8 @@ def _as_json(values: Mapping[str, object]) -> Any:
     return json.loads(json.dumps(values))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A manifest; empty where what lies there is none."""
+def _read(path: Path) -> Json:
+    """A manifest; empty if there is none."""
     try:
         manifest = load_json_file(path)
     except UserError:
@@ -97,8 +98,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Locks a run folder and clears up after processes that were killed in it: a run that was written in full takes its
-    place, and what is half-written goes. Without locks nothing is touched, since another process may still write it.
+    """Locks a run folder and cleans up after killed processes: a completely written run is moved into place, incomplete
+    files are deleted. Without file locks nothing is changed, because another process may still write.
 
     Raises:
       UserError: another process holds the folder.
@@ -116,34 +117,34 @@ def held(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A scratch folder inside `folder` for the parts of a run, its manifest among them.
+    """A scratch folder inside `folder` for the files of a run, including its manifest.
 
-    When the block ends well they move up. With `overwrite` they replace the run that is there: all that its manifest
-    lists and what a killed one left, and nothing else. When the block does not, they vanish and `folder` is as it was.
+    If the block succeeds, the files are moved into `folder`. With `overwrite` they replace the existing run: the files
+    in its manifest and those of an interrupted one, and no others. If the block fails, `folder` is unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
         yield Path(scratch)
-        check_free(folder, overwrite)  # again: another run may have ended here meanwhile
+        check_free(folder, overwrite)  # again, because another run may have finished meanwhile
         with _uninterrupted():
             _move_up(Path(scratch), folder, overwrite)
 
 
 def _is_written(scratch: Path, folder: Path) -> bool:
-    """Whether all that the manifest of a scratch folder lists is there, or has moved up."""
+    """Whether all files in the manifest of a scratch folder exist there or in the run folder."""
     names = _read(scratch / MANIFEST).get("files")
     return _are_parts(names) and all((scratch / name).exists() or (folder / name).exists() for name in names)
 
 
 def _move_up(scratch: Path, folder: Path, overwrite: bool) -> None:
-    """Moves the parts of a run into its folder, the manifest last; killed anywhere, `held` takes it from there."""
+    """Moves the files of a run into its folder, the manifest last. `held` completes an interrupted move."""
     if (folder / MANIFEST).exists():
         os.replace(folder / MANIFEST, scratch / REPLACED)
     new = {part.name for part in scratch.iterdir()} - {MANIFEST, REPLACED}
     old = set()
     if overwrite:
         killed = {path.name for path in folder.glob(f"{SCRATCH}*") if path != scratch}
-        moved = set(_names_in(scratch / MANIFEST)) - new  # by a run that was killed in between
+        moved = set(_names_in(scratch / MANIFEST)) - new  # of an interrupted run
         old = {*new, *_names_in(scratch / REPLACED), *killed} - moved
     for path in (folder / name for name in old):
         if path.is_dir() and not path.is_symlink():
@@ -155,12 +156,12 @@ def _move_up(scratch: Path, folder: Path, overwrite: bool) -> None:
 
 
 def _parts_of(folder: Path) -> list[str]:
-    """The files and folders of the complete run in `folder`, by its manifest; UserError if that is not ours."""
+    """Files and folders of the complete run, from its manifest. Raises UserError for a foreign manifest."""
     return _names_in(folder / MANIFEST)
 
 
 def _names_in(path: Path) -> list[str]:
-    """The files and folders that a manifest lists; none where it is not there. UserError if it is not ours."""
+    """Files and folders in a manifest; none without a manifest. Raises UserError for a foreign one."""
     if not path.exists():
         return []
     names = _read(path).get("files")
@@ -170,15 +171,15 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _are_parts(names: object) -> TypeGuard[list[str]]:
-    """Whether these may be deleted and replaced: names in the folder itself and nowhere else."""
+    """Whether all names are directly in the folder, so that they may be replaced."""
     return isinstance(names, list) and all(isinstance(n, str) and re.fullmatch(r"\w[\w.-]*", n) for n in names)
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C, SIGTERM and the end of a shared run (SIGUSR1) back until the block has ended."""
+    """Delays Ctrl-C, SIGTERM and the end of a shared run (SIGUSR1) until the block has ended."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # they only ever interrupt the main thread
+        yield  # signals interrupt the main thread only
         return
     held: list[int] = []
     before = {s: signal.signal(s, lambda number, _: held.append(number)) for s in HELD}
@@ -194,8 +195,8 @@ def _uninterrupted() -> Iterator[None]:
 def write_manifest(
     folder: Path, command: str, config: Mapping[str, object], about: Mapping[str, object], seconds: Mapping[str, float]
 ) -> None:
-    """What ran: resolved configuration, versions and devices, hashes (`about`), the files of the run, and under `time`
-    all that differs between equal runs: when it ended (UTC) and how many seconds each stage took."""
+    """Writes the manifest: resolved configuration, versions, devices and hashes (`about`), the files of the run, and
+    under `time` everything that differs between equal runs: end time (UTC) and seconds of each stage."""
     manifest = {
         "schema": SCHEMA,
         "command": command,
@@ -207,8 +208,8 @@ def write_manifest(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def about_trace(trace: DepthTrace) -> dict[str, Any]:
-    """What a manifest says of a trace: versions and devices, hashes of weights, prompts and settings."""
+def about_trace(trace: DepthTrace) -> Json:
+    """Manifest entries of a trace: versions, devices, and hashes of weights, prompts and settings."""
     settings = json.dumps(trace.settings, sort_keys=True).encode()
     return {
         "environment": dict(trace.environment),
@@ -221,16 +222,16 @@ def about_trace(trace: DepthTrace) -> dict[str, Any]:
     }
 
 
-def about_comparison(found: Comparison) -> dict[str, Any]:
-    """What a manifest says of a comparison: hashes of both models' weights, the prompts and the settings."""
-    settings = json.dumps(plain(found.settings), sort_keys=True).encode()
+def about_comparison(comparison: Comparison) -> Json:
+    """Manifest entries of a comparison: hashes of both weights, the prompts and the settings."""
+    settings = json.dumps(plain(comparison.settings), sort_keys=True).encode()
     return {
         "environment": {name: version(name) for name in ("spinal-jax", "numpy", "scipy")},
         "sha256": {
-            "aligned": found.aligned["sha256"],
-            "reference": found.reference["sha256"],
-            "prompts": found.prompts["sha256"],
+            "aligned": comparison.aligned["sha256"],
+            "reference": comparison.reference["sha256"],
+            "prompts": comparison.prompts["sha256"],
             "settings": hashlib.sha256(settings).hexdigest(),
         },
-        "prompts": {name: found.prompts[name] for name in ("count", "skipped_empty")},
+        "prompts": {name: comparison.prompts[name] for name in ("count", "skipped_empty")},
     }

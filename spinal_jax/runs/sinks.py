@@ -1,4 +1,4 @@
-"""Experiment trackers beside TensorBoard: Weights & Biases, Trackio and MLflow. Off unless `logging=` names one."""
+"""Experiment trackers: Weights & Biases, Trackio and MLflow, enabled by `logging=`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import ReadJson
 
 PROJECT = "spinal"
 
 
 class Sink(Protocol):
-    """Takes the numbers of one run."""
+    """Receives the metrics of one run."""
 
     def scalar(self, step: int, tag: str, value: float) -> None:
         """Adds a number of a step."""
@@ -29,7 +31,7 @@ class Sink(Protocol):
 class _Wandb:
     """Weights & Biases, and Trackio, which has the same interface."""
 
-    def __init__(self, module: Any, folder: Path, settings: Mapping[str, object]) -> None:
+    def __init__(self, module: ModuleType, folder: Path, settings: Mapping[str, object]) -> None:
         self._module = module
         module.init(project=PROJECT, name=folder.name, config=dict(settings))
 
@@ -41,9 +43,9 @@ class _Wandb:
 
 
 class _MLflow:
-    """MLflow: the experiment is PROJECT, the run the folder's name; where it goes is MLFLOW_TRACKING_URI's."""
+    """MLflow, with experiment PROJECT, the folder name as run name, and the server of MLFLOW_TRACKING_URI."""
 
-    def __init__(self, module: Any, folder: Path, settings: Mapping[str, object]) -> None:
+    def __init__(self, module: ModuleType, folder: Path, settings: Mapping[str, object]) -> None:
         self._module = module
         module.set_experiment(PROJECT)
         module.start_run(run_name=folder.name)
@@ -57,7 +59,7 @@ class _MLflow:
 
 
 def open_sink(service: str | None, folder: Path, settings: Mapping[str, object]) -> Sink | None:
-    """The sink of `logging=`; None where `service` is None.
+    """Opens the sink of `logging=`; None if `service` is None.
 
     Args:
         service: wandb, trackio or mlflow.
@@ -70,7 +72,7 @@ def open_sink(service: str | None, folder: Path, settings: Mapping[str, object])
     if service is None:
         return None
     module = importlib.import_module(service)
-    make: Callable[[Any, Path, Mapping[str, Any]], Sink] = _MLflow if service == "mlflow" else _Wandb
+    make: Callable[[ModuleType, Path, ReadJson], Sink] = _MLflow if service == "mlflow" else _Wandb
     try:
         return make(module, folder, settings)
     except Exception as error:
@@ -80,7 +82,7 @@ def open_sink(service: str | None, folder: Path, settings: Mapping[str, object])
 def send_summary(
     service: str | None, folder: Path, settings: Mapping[str, object], summary: Mapping[str, object]
 ) -> None:
-    """Sends the numbers of a summary as a run of its own. Arguments and errors as `open_sink`."""
+    """Sends a summary as a run. Arguments and errors as in `open_sink`."""
     sink = open_sink(service, folder, settings)
     if sink is None:
         return

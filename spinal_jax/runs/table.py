@@ -1,4 +1,4 @@
-"""The table of many runs: one row a run, with the settings in which they differ and what each came to."""
+"""Table of runs: a row for each run with the settings that differ and the results."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from spinal_jax.files import table, writable, write_whole
+from spinal_jax.jsontypes import Json
 from spinal_jax.runs.find import Run
 
 KEYS = ("run", "command", "complete")  # the first columns
-TableRow = dict[str, Any]
+TableRow = Json
 
 
 def swept(runs: Sequence[Run]) -> list[str]:
-    """The settings that have different values in the runs that have them, in the order in which they are set."""
+    """Settings whose values differ between runs, in order of definition."""
     seen: dict[str, set[str]] = {}
     for run in runs:
         for name, value in run.settings.items():
@@ -27,8 +27,8 @@ def swept(runs: Sequence[Run]) -> list[str]:
 
 
 def run_rows(runs: Sequence[Run], names: Mapping[Path, str]) -> list[TableRow]:
-    """One mapping a run, all with the same keys: which run, the swept settings, and what it came to; None and NaN where
-    a run does not have it. A setting and a number of one name are told apart as `setting:NAME`."""
+    """A mapping for each run with equal keys: run, differing settings, results; None or NaN if a run lacks one. A
+    setting with the name of a result is called `setting:NAME`."""
     settings = swept(runs)
     found = list(dict.fromkeys(name for run in runs for name in run.found))
     titles = {name: f"setting:{name}" if name in (*found, *KEYS) else name for name in settings}
@@ -42,12 +42,12 @@ def run_rows(runs: Sequence[Run], names: Mapping[Path, str]) -> list[TableRow]:
     ]
 
 
-def _cell(value: object) -> Any:
+def _cell(value: object) -> object:
     return json.dumps(value) if isinstance(value, list) else value
 
 
 def write_csv(rows: Sequence[TableRow], file: Path) -> None:
-    """The rows as CSV; what is not known is an empty field."""
+    """Writes the rows as CSV; unknown values are empty fields."""
     write_whole(file, table(rows).encode())
 
 
@@ -57,11 +57,11 @@ def has_parquet() -> bool:
 
 
 def write_parquet(rows: Sequence[TableRow], file: Path) -> None:
-    """The rows as Parquet; a column of more than one type is one of texts, and what is not known is null."""
+    """Writes the rows as Parquet; columns of mixed type are strings, unknown values null."""
     import pyarrow
     from pyarrow import parquet
 
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, Sequence[object]] = {}
     for name in rows[0]:
         values = [None if isinstance(row[name], float) and math.isnan(row[name]) else row[name] for row in rows]
         kinds = {type(value) for value in values if value is not None}

@@ -41,17 +41,17 @@ SWEPT = {
 
 
 def hyperparameters(config: Mapping[str, object]) -> dict[str, bool | float | str]:
-    """The settings by which runs of a sweep differ, by the names under which they are given; lists as text."""
+    """Settings for the HParams page, by name; lists as text."""
     found = {name: value for name, value in flat(config).items() if name.partition(".")[0] in SWEPT}
     texts = {name: json.dumps(value) for name, value in found.items() if isinstance(value, list | tuple)}
     return {name: value for name, value in (found | texts).items() if isinstance(value, bool | int | float | str)}
 
 
 class Events:
-    """A TensorBoard event file, and beside it a sink that gets the same scalars."""
+    """A TensorBoard event file, and an optional tracker that receives the same scalars."""
 
     def __init__(self, folder: Path, step: int = 0, sink: Sink | None = None):
-        """Opens a new file in `folder`; what older ones there hold at `step` and later no longer counts."""
+        """Opens a new file in `folder`; events of older files at `step` and later are superseded."""
         self._sink = sink
         count = len(list(folder.glob(f"{EVENTS}*")))
         # TensorBoard reads the files of a folder in order of name.
@@ -72,13 +72,13 @@ class Events:
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def scalar(self, step: int, tag: str, value: float) -> None:
-        """Adds a number, if it is one."""
+        """Adds a number, unless it is NaN."""
         if np.isfinite(value):
             self.add(step, Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
             self._send(step, tag, value)
 
     def _send(self, step: int, tag: str, value: float) -> None:
-        """A tracker that fails costs its own record, not the run."""
+        """Sends a scalar to the tracker; an error of the tracker does not end the run."""
         if self._sink is None:
             return
         try:
@@ -109,7 +109,7 @@ class Events:
         self.add(0, Summary(value=[Summary.Value(tag=f"_hparams_/{name}", metadata=metadata, tensor=nothing)]))
 
     def close(self) -> None:
-        """Writes the rest."""
+        """Writes pending events."""
         if self._in_session:
             self._session("session_end_info", SessionEndInfo(end_time_secs=time.time()))
         self._writer.close()
@@ -127,11 +127,11 @@ def write_events(trace: DepthTrace, folder: Path, config: Mapping[str, object], 
             events.image(0, f"spinal/{name}", png)
 
 
-def write_comparison_events(found: Comparison, folder: Path, config: Mapping[str, object]) -> None:
+def write_comparison_events(comparison: Comparison, folder: Path, config: Mapping[str, object]) -> None:
     """TensorBoard: every column as a curve over boundaries, the summary as scalars, and the settings."""
     with contextlib.closing(Events(folder)) as events:
         events.hparams(hyperparameters(config))
-        _write_numbers(events, found.columns, found.summary)
+        _write_numbers(events, comparison.columns, comparison.summary)
 
 
 def _write_numbers(events: Events, columns: Mapping[str, np.ndarray], summary: Mapping[str, object]) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.audit.trace import DepthTrace, load_trace
-from spinal_jax.comparison.onset import detect, recall
+from spinal_jax.comparison.onset import detect
 from spinal_jax.comparison.record import Comparison, load_comparison
+from spinal_jax.comparison.step_records import recall
 from spinal_jax.errors import UserError
 from spinal_jax.files import load_json_file, load_json_lines, malformed
 

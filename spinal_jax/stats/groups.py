@@ -1,8 +1,8 @@
-"""Groups of prompts for the jackknife: prompts that are not independent of each other share one.
+"""Groups of prompts for the jackknife. Prompts that depend on each other are in one group.
 
-Near-duplicates hashed into different groups make intervals far too narrow. So prompts first form components: two
-prompts are joined where they share their first turn, or where the Jaccard similarity of their word 3-grams is above
-0.3, and so on along chains. A component then falls into a group as a whole.
+Intervals are far too narrow if near-duplicates are in different groups. Prompts are therefore clustered first: two
+prompts are linked if they share their first turn, or if the Jaccard similarity of their word 3-grams is above 0.3. Each
+connected component is assigned to one group.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Groups:
-    """How much each group of prompts holds, in one plan."""
+    """Rows and positions of each group of prompts."""
 
     rows: np.ndarray  # [all G] contraction rows
     positions: np.ndarray  # [all G] transport positions
 
     @property
     def used(self) -> np.ndarray:
-        """The groups that say something of contraction and of transport."""
+        """Groups with at least one row and one position."""
         return np.flatnonzero((self.positions > 0) & (self.rows > 0))
 
     @property
     def drops(self) -> np.ndarray:
-        """The groups to leave out, one after the other; without the only group there is nothing."""
+        """Groups to delete in turn; none if there is only one group."""
         return self.used if len(self.used) > 1 else self.used[:0]
 
     @property
     def halves(self) -> tuple[np.ndarray, ...]:
-        """Two halves of the groups, with as equal numbers of rows as giving each group in turn, largest first, to the
-        smaller half makes them; none where there is but one group with rows."""
+        """Two halves of the groups with about equal rows: each group, largest first, goes to the smaller half. Empty if
+        only one group has rows."""
         halves: tuple[list[int], list[int]] = [], []
         held = np.zeros(2)
         for group in np.argsort(-self.rows, kind="stable"):
@@ -51,26 +51,26 @@ class Groups:
 
     @property
     def largest_share(self) -> float:
-        """Share of the rows that the largest group holds; 0 where there are none."""
+        """Share of rows in the largest group; 0 without rows."""
         return float(self.rows.max() / self.rows.sum()) if self.rows.any() else 0.0
 
 
 def group_of(text: str, groups: int) -> int:
     """The group of a text, 0 to `groups` - 1: the 8-byte BLAKE2b hash of its UTF-8 form, big-endian, modulo `groups`.
 
-    The same in every process and on every machine. Lone surrogates count as U+FFFD.
+    The result is the same in every process and on every machine. Lone surrogates are replaced by U+FFFD.
     """
     hashed = hashlib.blake2b(_SURROGATE.sub("\ufffd", text).encode(), digest_size=8).digest()
     return int.from_bytes(hashed, "big") % groups
 
 
 def assign_groups(texts: Sequence[str], dialogues: Sequence[Dialogue], groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each prompt's group and each prompt's component.
+    """The group and the component of each prompt.
 
     Args:
-        texts: the prompts' texts. A component falls into the group of the smallest of its texts, so that the order of
-            the prompts changes nothing and a component of one prompt is hashed by its own text.
-        dialogues: the same prompts as turns, which decide what is alike.
+        texts: texts of the prompts. A component is hashed by the smallest of its texts, so the result does not depend
+            on the order of the prompts.
+        dialogues: the same prompts as turns, for the similarity.
         groups: G.
 
     Returns:

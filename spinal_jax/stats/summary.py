@@ -1,4 +1,4 @@
-"""Coherence of a depth curve with its error, and where a curve does not move enough to have one."""
+"""Coherence of a depth curve with its standard error; undefined for a curve that is flat within noise."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Float
 from spinal_jax.metrics import depth
 from spinal_jax.stats.jackknife import Estimate, Numbers, Replicates
 
-FLAT_SE = 3.0  # standard errors that the path must be longer than noise alone makes it
-NOISE_STEP = math.sqrt(2 / math.pi)  # mean of |z| of a standard normal z: a step of pure noise in its standard errors
-MIN_BOUNDARIES = 4  # boundaries of the terminal block that coherence needs
+FLAT_SE = 3.0  # standard errors by which the path must exceed its expectation under noise
+NOISE_STEP = math.sqrt(2 / math.pi)  # E|z| of a standard normal z
+MIN_BOUNDARIES = 4  # size of the terminal block below which coherence is undefined
 
 
 class Coherence(NamedTuple):
-    """S_coh with its error; the value is NaN where `reason` says why."""
+    """S_coh with its error. If the value is NaN, `reason` says why."""
 
     estimate: Estimate
     reason: str
@@ -28,10 +28,9 @@ def coherence_estimate(columns: Mapping[str, Replicates], terminal: tuple[int, i
     """S_coh: the mean over columns of `1 - sum|second differences| / (2 sum|first differences|)` over the terminal
     block.
 
-    A curve is flat within noise where its path `sum|first differences|` is not longer than noise alone makes it,
-    `sqrt(2 / pi) sum SE(first differences)`, by more than FLAT of the path's standard errors. Coherence would measure
-    nothing but that noise. (Without the first term a fifth of flat curves of 10 boundaries would have a number.)
-    Errors of the columns add as `Estimate` adds them.
+    A curve is flat within noise if its path `sum|first differences|` does not exceed the expectation under noise,
+    `sqrt(2 / pi) sum SE(first differences)`, by more than FLAT_SE standard errors of the path. Its coherence is then
+    undefined. (Without the expectation term, a fifth of flat curves of 10 boundaries would pass.)
 
     Args:
         columns: by name, contraction and transport.
@@ -39,7 +38,7 @@ def coherence_estimate(columns: Mapping[str, Replicates], terminal: tuple[int, i
     """
     first, last = terminal
     span = slice(first, last + 1)
-    found, reasons = [], []
+    parts, reasons = [], []
     for name, column in columns.items():
 
         def path(x: Float[np.ndarray, "*n boundaries"]) -> Float[Numbers, "*n"]:
@@ -48,7 +47,7 @@ def coherence_estimate(columns: Mapping[str, Replicates], terminal: tuple[int, i
         def smooth(x: Float[np.ndarray, "*n boundaries"]) -> Float[Numbers, "*n"]:
             return np.apply_along_axis(depth.curve_coherence, -1, x[..., span])
 
-        found.append(Estimate.of(smooth(column.full), smooth(column.without), column.sizes))
+        parts.append(Estimate.of(smooth(column.full), smooth(column.without), column.sizes))
         steps = Estimate.of(np.diff(column.full[span]), np.diff(column.without[:, span], axis=-1), column.sizes)
         moved = Estimate.of(path(column.full), path(column.without), column.sizes)
         if last - first + 1 < MIN_BOUNDARIES:
@@ -57,10 +56,10 @@ def coherence_estimate(columns: Mapping[str, Replicates], terminal: tuple[int, i
             reasons.append(f"{name} is undefined in the terminal block")
         elif float(moved.value) <= NOISE_STEP * float(steps.error.sum()) + FLAT_SE * float(moved.error):
             reasons.append(f"{name} is flat within noise in the terminal block")
-    mean = found[0]
-    for other in found[1:]:
+    mean = parts[0]
+    for other in parts[1:]:
         mean = mean + other
-    mean = mean.scaled(1 / len(found))
+    mean = mean.scaled(1 / len(parts))
     if reasons:
         mean = Estimate(np.array(math.nan), np.full_like(mean.influence, np.nan), mean.share)
     return Coherence(mean, "; ".join(dict.fromkeys(reasons)))

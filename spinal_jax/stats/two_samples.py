@@ -1,4 +1,4 @@
-"""Two samples of runs: the difference of their means, whether it could be chance, and rank correlation."""
+"""Two samples of runs: Welch's test of their means, a permutation test, and rank correlation."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from jaxtyping import Bool, Float, Num
 from scipy.special import stdtrit
 from scipy.stats import rankdata
 
-EXACT_SPLITS = 20_000  # up to here all ways to split the runs are counted; beyond, DRAWS of them are drawn
+EXACT_SPLITS = 20_000  # largest number of splits that are all counted; above it, DRAWS random splits
 DRAWS = 20_000
 ROUNDING = 1e-12  # relative: statistics that differ by less are equal
 
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """Mean of one sample less mean of another, with Welch's 95 % interval. NaN where a sample has fewer than two."""
+    """Difference of two sample means with Welch's 95 % interval; NaN if a sample has fewer than two values."""
 
     value: float
     error: float  # standard error, from the variances within both samples
-    freedom: float  # Welch and Satterthwaite's
+    freedom: float  # degrees of freedom by Welch and Satterthwaite
 
     @property
     def half(self) -> float:
-        """Half of the 95 % interval."""
+        """Half-width of the 95 % interval."""
         return float(stdtrit(self.freedom, 0.975)) * self.error if self.freedom >= 1 else math.nan
 
     @property
@@ -40,7 +40,7 @@ class MeanDifference:
 
 
 def welch(one: Num[np.ndarray, " S"], other: Num[np.ndarray, " R"]) -> MeanDifference:
-    """Mean of `one` [S] less mean of `other` [R], with Welch's t interval."""
+    """Mean of `one` [S] minus mean of `other` [R], with Welch's t interval."""
     if len(one) < 2 or len(other) < 2 or not (np.isfinite(one).all() and np.isfinite(other).all()):
         value = float(np.mean(one) - np.mean(other)) if len(one) and len(other) else math.nan
         return MeanDifference(value, math.nan, math.nan)
@@ -53,27 +53,27 @@ def welch(one: Num[np.ndarray, " S"], other: Num[np.ndarray, " R"]) -> MeanDiffe
 
 
 def permutation_p(one: Num[np.ndarray, " S"], other: Num[np.ndarray, " R"]) -> float:
-    """Two-sided p-value of equal distributions: the share of all ways to split the values whose Welch t is at least as
-    far from 0.
+    """Two-sided permutation p-value for equal distributions: the share of splits whose Welch t is at least as far from
+    0 as observed.
 
-    The studentised statistic keeps the test valid in large samples where the two variances differ (Janssen 1997). All
-    splits are counted up to EXACT_SPLITS; beyond, it is `(1 + count) / (1 + DRAWS)` over random ones of a fixed seed.
-    NaN with fewer than two values in a sample, or one that is NaN.
+    The studentised statistic keeps the test asymptotically valid for unequal variances (Janssen 1997). All splits are
+    counted up to EXACT_SPLITS; above, the result is `(1 + count) / (1 + DRAWS)` over random splits with a fixed seed.
+    NaN if a sample has fewer than two values or contains NaN.
     """
     if len(one) < 2 or len(other) < 2 or not (np.isfinite(one).all() and np.isfinite(other).all()):
         return math.nan
     values = np.concatenate([one, other])
     values = values - values.mean()
     inside, drawn = _splits(len(values), len(one))
-    found = _t(values, inside)
+    statistics = _t(values, inside)
     seen = _t(values, (np.arange(len(values)) < len(one))[None])[0]
-    count = int(np.sum(found >= seen * (1 - ROUNDING)))
+    count = int(np.sum(statistics >= seen * (1 - ROUNDING)))
     return (drawn + count) / (drawn + len(inside))
 
 
 @functools.lru_cache(maxsize=4)
 def _splits(total: int, size: int) -> tuple[Bool[np.ndarray, "n {total}"], int]:
-    """bool [n, total] which values a split takes, and 1 where splits are drawn and not all."""
+    """bool [n, total] members of the first sample in each split; and 1 if the splits are random, 0 if they are all."""
     drawn = int(math.comb(total, size) > EXACT_SPLITS)
     if drawn:
         chosen = np.argsort(np.random.default_rng(0).random((DRAWS, total)), axis=1)[:, :size]
@@ -85,7 +85,7 @@ def _splits(total: int, size: int) -> tuple[Bool[np.ndarray, "n {total}"], int]:
 
 
 def _t(values: Num[np.ndarray, " N"], inside: Bool[np.ndarray, "n N"]) -> Float[np.ndarray, " n"]:
-    """[n] |Welch t| of the values [N] inside [n, N] against those outside; infinite where nothing varies."""
+    """[n] |Welch t| of the values [N] inside [n, N] against those outside; infinite without variance."""
     means, errors = [], []
     sums = inside @ np.stack([values, values**2], axis=1)  # [n, 2]
     whole, count = np.array([values.sum(), np.sum(values**2)]), int(inside[0].sum())
@@ -101,7 +101,7 @@ def _t(values: Num[np.ndarray, " N"], inside: Bool[np.ndarray, "n N"]) -> Float[
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's correlation with its 95 % interval; NaN where a series does not vary or has fewer than 5 values."""
+    """Spearman's correlation with its 95 % interval; NaN for a constant series or fewer than 5 values."""
 
     value: float
     low: float
@@ -110,7 +110,7 @@ class RankCorrelation:
 
 
 def rank_correlation(x: Num[np.ndarray, " n"], y: Num[np.ndarray, " n"]) -> RankCorrelation:
-    """Spearman's rank correlation of the pairs whose numbers are both defined.
+    """Spearman's rank correlation of the pairs (x, y) without NaN.
 
     The interval is Fisher's, with the standard error `sqrt((1 + r^2 / 2) / (n - 3))` of Bonett and Wright (2000).
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Orbax, written while training goes on."""
+"""Checkpoints of a training run, written by Orbax in the background."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from spinal_jax.errors import UserError
 from spinal_jax.objectives.step import TrainState
 from spinal_jax.parallel.agreement import of_leader
 
-# Orbax logs every step of a save, and shows the traceback of an error that it also raises.
+# Orbax logs every save, and the traceback of errors that it also raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class _Preserve:
-    """Orbax's policy: the latest few, and the one that is protected."""
+    """Orbax policy that keeps the latest checkpoints and a protected one."""
 
     def __init__(self, latest: int | None):
         self.latest, self.protected = latest, -1
@@ -30,7 +30,7 @@ class _Preserve:
 
 
 class Checkpoints:
-    """The states of a run by step. A save returns once the arrays are copied; a killed one leaves nothing.
+    """Training states by step. A save returns when the arrays are copied; an interrupted save leaves nothing.
 
     Processes that share a run all save and load, each its part; the folder is theirs together.
 
@@ -49,39 +49,39 @@ class Checkpoints:
         self.latest: int | None = of_leader(max((at.step for at in self._orbax.checkpoints), default=None))
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves in the background. Waits for the save before it, which Orbax would otherwise drop this one for."""
+        """Saves in the background, after the previous save, because Orbax drops overlapping saves."""
         self.wait()
         if step != self.latest:
             self.latest = step
             self._pending = self._orbax.save_checkpointables_async(step, {"state": state._asdict()}, force=True)
 
     def protect(self, step: int) -> None:
-        """Keeps one step whatever comes later, and no longer the one that was kept before."""
+        """Protects one step, instead of the one protected before."""
         self._policy.protected = step
 
     def wait(self) -> None:
-        """Returns once everything is on disk."""
+        """Waits until everything is on disk."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def load(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step, placed as `like` is. UserError where it is of another model."""
+        """The state of a step, placed as `like`. Raises UserError for another model."""
 
         def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
         wanted = jax.tree.map(abstract, like._asdict())
         try:
-            found = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
+            saved = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"the checkpoint of step {step} in {self._orbax.directory} is of another model or optimiser: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-        return TrainState(**found)
+        return TrainState(**saved)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for pending saves."""
         self.wait()
         self._orbax.close()

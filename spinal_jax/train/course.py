@@ -1,4 +1,4 @@
-"""The course of a training run: its steps, and what comes between them."""
+"""The loop of a training run: optimiser steps, checkpoints, evaluations and traces."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from spinal_jax.train.folder import TrainingFolder
 from spinal_jax.train.history import History
 from spinal_jax.train.loop import Task, evaluate, optimise
 
-# By how much the loss of the first step may differ from ln 2, the reference having been computed in another order.
+# Tolerance for the first loss against ln 2; the reference is computed in another order.
 FIRST_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
-SAVES = 4  # parts of a run after each of which there is a checkpoint, where nothing is said
+SAVES = 4  # default number of checkpoints in a run
 
 
 def due(every: int | tuple[int, ...], stop: int) -> frozenset[int]:
-    """At which of the steps 0 to `stop` something is due that is asked for `every` so often: always at 0 and `stop`. Of
-    a list of steps, at these and at 0."""
+    """The steps from 0 to `stop` at which something is due: 0, `stop` and multiples of `every`; or 0 and a list of
+    steps."""
     if isinstance(every, tuple):
         return frozenset({0, *(step for step in every if step <= stop)})
     return frozenset({*range(0, stop, every), stop})
@@ -42,7 +42,7 @@ def run_course(
     bar: Bar,
     say: Say,
 ) -> tuple[TrainState, dict[str, float]]:
-    """All steps that are left, and between them a checkpoint, an evaluation and a trace where they are due."""
+    """Runs the remaining steps, with checkpoints, evaluations and traces when they are due."""
     config, start = task.config, int(state.step)
     saves = due(config.save_every or -(-stop // SAVES), stop) - {0}
     if config.keep == "best_before_onset":
@@ -57,39 +57,39 @@ def run_course(
     requests = StopRequests()
 
     def pause(step: int, state: TrainState) -> tuple[dict[str, float], str]:
-        """What is due before step `step`: what was evaluated, and why the run is to end, or ""."""
+        """Does what is due before a step. Returns the evaluation and the reason to end the run, or ""."""
         if step in saves:
             saved.save(step, state)
-        found = evaluate(task, state.parameters) if step in evaluations else {}
+        evaluated = evaluate(task, state.parameters) if step in evaluations else {}
         reached = False
-        if config.until_eval_loss is not None and found:
-            reached = of_leader(found["eval_loss"] <= config.until_eval_loss)
+        if config.until_eval_loss is not None and evaluated:
+            reached = of_leader(evaluated["eval_loss"] <= config.until_eval_loss)
         if step not in traces and not reached:
-            return found, ""
-        beside = {name: value for name, value in {**last, **found}.items() if "rewards/" in name}
+            return evaluated, ""
+        beside = {name: value for name, value in {**last, **evaluated}.items() if "rewards/" in name}
         model = parts.assemble({**task.fixed, **state.parameters})
         health = history.add(step, model, beside, _heeding(bar, requests))
         saved.protect(health.step)
         if reached:
-            return found, f"the held-out loss is {found['eval_loss']:.4g}"
-        return found, health.destabilised if config.stop_on_destabilisation else ""
+            return evaluated, f"the held-out loss is {evaluated['eval_loss']:.4g}"
+        return evaluated, health.destabilised if config.stop_on_destabilisation else ""
 
     with requests, bar("train", stop, "step") as advance:
         advance(start)
         try:
-            found, ends = pause(start, state)
+            evaluated, ends = pause(start, state)
             if not ends:
                 for done in optimise(task, state, start, stop):
                     state = done.state
                     if done.number == 0:
                         _check_first(config, done.metrics)
                     last = done.metrics
-                    logs = found or done.number % config.log_every == 0 or done.number + 1 in logged
+                    logs = evaluated or done.number % config.log_every == 0 or done.number + 1 in logged
                     if out is not None and logs:
                         blocks = [float(norm) for norm in done.norms.blocks]
-                        out.metrics(done.number, {**last, **found, "block_grad_norms": blocks})
+                        out.metrics(done.number, {**last, **evaluated, "block_grad_norms": blocks})
                     advance(1)
-                    found, ends = pause(done.number + 1, state)
+                    evaluated, ends = pause(done.number + 1, state)
                     if ends:
                         break
                     requests.check()
@@ -98,25 +98,25 @@ def run_course(
             saved.wait()
             raise
         step = int(state.step)
-        if out is not None and found:
-            out.metrics(step, found)
+        if out is not None and evaluated:
+            out.metrics(step, evaluated)
         if ends:
             say(f"stopped after step {step} of {stop}: {ends}")
         elif config.until_eval_loss is not None:
             say(f"the held-out loss has not come down to {config.until_eval_loss:g} in {stop} steps")
         saved.save(step, state)
         saved.wait()
-    return state, {**last, **found}
+    return state, {**last, **evaluated}
 
 
 def _heeding(bar: Bar, requests: StopRequests) -> Bar:
-    """Progress of a trace that ends between batches where a process was asked to stop."""
+    """A progress bar that ends a trace between batches if a process was asked to stop."""
 
     @contextlib.contextmanager
     def opened(what: str, total: int, unit: str) -> Iterator[Advance]:
         def advanced(amount: int) -> None:
             advance(amount)
-            if what == "audit":  # whose batches all processes count alike
+            if what == "audit":  # whose batches are equal in all processes
                 requests.check()
 
         with bar(what, total, unit) as advance:
@@ -126,7 +126,7 @@ def _heeding(bar: Bar, requests: StopRequests) -> Bar:
 
 
 def _check_first(config: TrainConfig, metrics: dict[str, float]) -> None:
-    """At step 0 policy and reference are one: the sigmoid loss is ln 2. AssertionError where it is not."""
+    """Asserts that the sigmoid loss of step 0, where policy and reference are equal, is ln 2."""
     objective = config.objective
     if objective.kind != "dpo" or objective.loss not in ("sigmoid", "cdpo", "robust"):
         return

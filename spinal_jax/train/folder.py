@@ -1,4 +1,4 @@
-"""The folder of a training run, which grows while the run goes on and from which a killed run goes on."""
+"""The folder of a training run, written during the run, from which an interrupted run is resumed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.errors import UserError
 from spinal_jax.files import flat, load_json_file, load_json_lines, malformed, write_whole
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.report.training_figures import trace_figure
 from spinal_jax.runs import folder as run_folder
 from spinal_jax.runs.folder import MANIFEST, check_incomplete, without_free
@@ -18,7 +19,7 @@ from spinal_jax.runs.sinks import open_sink
 from spinal_jax.runs.tensorboard import Events, hyperparameters
 
 SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET = (
-    "settings.json",  # what the run was started with
+    "settings.json",  # settings and inputs at the start
     "metrics.jsonl",
     "traces",
     "checkpoints",
@@ -30,10 +31,10 @@ PARTS = (SETTINGS, METRICS, TRACES, CHECKPOINTS, MODEL, ONSET, MANIFEST, "figure
 
 
 class TrainingFolder:
-    """Writes a run's parts. Every file but metrics.jsonl appears whole; metrics.jsonl grows by whole lines."""
+    """Writes the files of a run. Files appear atomically; metrics.jsonl grows by whole lines."""
 
-    def __init__(self, folder: Path, started_with: Mapping[str, Any], overwrite: bool):
-        """Opens the folder anew, or where a run with the same settings was cut off.
+    def __init__(self, folder: Path, started_with: ReadJson, overwrite: bool):
+        """Opens the folder of a new run, or of an interrupted run with the same settings.
 
         Args:
             folder: of the run.
@@ -66,9 +67,9 @@ class TrainingFolder:
         (folder / TRACES).mkdir(exist_ok=True)
         self._events: Events | None = None
         self._log: Any = None
-        self.before: dict[str, Any] = {}
+        self.before: Json = {}
 
-    def _differs(self, before: Mapping[str, Any]) -> str:
+    def _differs(self, before: ReadJson) -> str:
         """The first setting in which a run that was started with `before` differs from this one, in words; or ""."""
         with malformed(self.folder / SETTINGS):
             one, other = flat(without_free(before)), flat(self.started_with)
@@ -86,8 +87,8 @@ class TrainingFolder:
                 path.unlink(missing_ok=True)
 
     def go_on(self, step: int) -> None:
-        """Forgets what was written at `step` and later, which will come again, and opens the logs. What was logged of
-        the step before is then in `before`."""
+        """Deletes what was written at `step` and later, which is repeated, and opens the logs. The metrics of the step
+        before are then in `before`."""
         log = self.folder / METRICS
         with malformed(log):
             kept = [line for line in load_json_lines(log) if line["step"] < step] if log.exists() else []
@@ -103,12 +104,12 @@ class TrainingFolder:
 
     @property
     def events(self) -> Events:
-        """TensorBoard's file of this run."""
+        """The TensorBoard file of this run."""
         assert self._events is not None, "go_on opens it"
         return self._events
 
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl, and scalars to TensorBoard under the tags that TRL's trainers use."""
+    def metrics(self, step: int, values: ReadJson) -> None:
+        """Adds a line to metrics.jsonl, and scalars to TensorBoard with the tags of TRL."""
         self._log.write(json.dumps({"step": step, **values}) + "\n")
         self._log.flush()
         for name, value in values.items():
@@ -117,8 +118,8 @@ class TrainingFolder:
                 self.events.scalar(step, f"{'eval' if held_out else 'train'}/{name.removeprefix('eval_')}", value)
 
     def trace(self, step: int, trace: DepthTrace, first: DepthTrace, beside: Mapping[str, float]) -> None:
-        """Adds a trace to the folder, and to TensorBoard its summary, the numbers `beside` it and its picture on that
-        of the `first`."""
+        """Adds a trace to the folder, and to TensorBoard its summary, the numbers of `beside`, and a figure with the
+        `first` trace."""
         save_trace(trace, self.folder / TRACES / trace_name(step), step)
         for name, value in (*trace.summary.items(), *beside.items()):
             if isinstance(value, float):

@@ -1,22 +1,25 @@
-"""The footprint of a run over its steps: traces of one fixed pool of prompts, each compared with that of step 0."""
+"""Traces of a training run on fixed prompts, each compared with that of step 0."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import Devices
-from spinal_jax.audit.measure import Measurement, Reference, keep_reference, measure
+from spinal_jax.audit.measure import Reference, keep_reference, measure
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.compare import BothModels, compare_traces
-from spinal_jax.comparison.onset import Rules, StepRecord, detect, recall, record_of, save_onset
+from spinal_jax.comparison.onset import detect, save_onset
 from spinal_jax.comparison.record import Comparison, save_comparison
+from spinal_jax.comparison.step_records import Rules, StepRecord, recall, record_of
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import NotLeader
 from spinal_jax.files import load_json_file, malformed
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.parallel.agreement import of_leader
 from spinal_jax.progress import Bar
@@ -33,7 +36,7 @@ class Health(NamedTuple):
 class History:
     """Traces so far. The model of step 0 is the reference of all that follow.
 
-    Processes that share a run all measure; the one that leads keeps and writes what is found.
+    All processes that share a run measure; the leading one keeps and writes the results.
 
     Attributes:
         health: what the traces so far say of the run.
@@ -42,9 +45,9 @@ class History:
     def __init__(
         self,
         model: Decoder,
-        pool: Plan,
+        prompts: Plan,
         settings: MetricsConfig,
-        records: tuple[dict[str, Any], dict[str, Any]],
+        records: tuple[Json, Json],
         out: TrainingFolder | None,
         bar: Bar,
         rules: Rules,
@@ -54,19 +57,19 @@ class History:
 
         Args:
             model: the policy before any step.
-            pool: the prompts, planned.
+            prompts: the batches of the prompts.
             settings: what is measured.
-            records: what traces say of the model and of the prompts.
+            records: the sections "model" and "prompts" of the traces.
             out: the run's folder; None in processes that do not lead.
             bar: opens progress bars.
             rules: by which onset and destabilisation are detected.
             devices: what the traces are measured on: those that train.
         """
-        self.pool, self.settings, self.out = pool, settings, out
+        self.prompts, self.settings, self.out = prompts, settings, out
         self.rules = rules
         self.model_record, self.prompts_record = records
         self.config = model.config
-        self.reference: Reference = keep_reference(model, pool, settings, bar, alone=True, devices=devices)
+        self.reference: Reference = keep_reference(model, prompts, settings, bar, alone=True, devices=devices)
         self.first = self.last = self._trace(self.reference.measurement, 0) if self.reference.measurement else None
         self.records: list[StepRecord] = []
         self.beside: list[dict[str, float]] = []
@@ -88,7 +91,7 @@ class History:
         self.health = Health(*of_leader(_health(self.detected)))
 
     def add(self, step: int, model: Decoder, beside: dict[str, float], bar: Bar) -> Health:
-        """Traces the policy after `step` updates, writes what is found, and returns what it says of the run.
+        """Measures the policy after `step` updates, writes the trace, and returns the health of the run.
 
         Args:
             step: how many updates were done.
@@ -97,19 +100,19 @@ class History:
             bar: opens progress bars.
         """
         try:
-            found = measure(model, self.pool, self.settings, bar, self.reference)
+            measurement = measure(model, self.prompts, self.settings, bar, self.reference)
         except NotLeader:
             pass
         else:
-            self._add(step, found, beside)
+            self._add(step, measurement, beside)
         self.health = Health(*of_leader(_health(self.detected)))
         return self.health
 
-    def _add(self, step: int, found: Measurement, beside: dict[str, float]) -> None:
+    def _add(self, step: int, measurement: Measurement, beside: dict[str, float]) -> None:
         assert self.out is not None
         assert self.first is not None
-        trace = self.first if step == 0 else self._trace(found, step)
-        policy = found.policy
+        trace = self.first if step == 0 else self._trace(measurement, step)
+        policy = measurement.policy
         assert policy is not None
         both = BothModels(
             policy_distance=policy.distance,
@@ -126,16 +129,16 @@ class History:
         self.detected = detect(self.records, self.beside, self.rules)
         save_onset(self.detected, self.out.folder / ONSET)
 
-    def _trace(self, found: Measurement, step: int) -> DepthTrace:
+    def _trace(self, measurement: Measurement, step: int) -> DepthTrace:
         assert self.out is not None
         model = {**self.model_record, "name": f"{self.model_record['name']}, step {step}"}
         if step:  # weights of later steps are told apart by what they follow from
             origin = json.dumps([self.out.started_with, step], sort_keys=True)
             model["sha256"] = hashlib.sha256(origin.encode()).hexdigest()
-        return pipeline.depth_trace(model, self.prompts_record, self.config, self.settings, self.pool, found)
+        return pipeline.depth_trace(model, self.prompts_record, self.config, self.settings, self.prompts, measurement)
 
 
-def _health(detected: dict[str, Any]) -> Health:
+def _health(detected: Json) -> Health:
     broke = detected["destabilisation"]
     return Health(int(detected["healthy"]), broke["evidence"] if broke else "")
 

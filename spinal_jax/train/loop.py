@@ -1,4 +1,4 @@
-"""Training as an iterator of optimiser steps; whoever iterates decides what to log, trace and save."""
+"""Training as an iterator over optimiser steps; the caller decides when to log, trace and save."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spinal_jax.objectives.step import Arrays, Steps, Sums, TrainState, metrics
 from spinal_jax.parallel.agreement import to_host
 from spinal_jax.parallel.mesh import shard_rows
 
-# Log-probabilities [examples, sequences of each] of the examples with these numbers, under the reference.
+# Reference log-probabilities [examples, sequences of each] of the examples with these numbers.
 Lookup = Callable[[Sequence[int]], np.ndarray]
 
 
@@ -33,7 +33,7 @@ class Diverged(Exception):
 
 
 class Stepped(NamedTuple):
-    """One optimiser step: `state` after `number + 1` updates, the rest measured before the last of them."""
+    """One optimiser step: `state` after `number + 1` updates; the metrics are from before the last update."""
 
     number: int
     state: TrainState
@@ -43,7 +43,7 @@ class Stepped(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What does not change during a run."""
+    """Constants of a run."""
 
     config: TrainConfig
     steps: Steps
@@ -52,9 +52,9 @@ class Task:
     shape: Shape
     mesh: Mesh
     rate: Callable[[int], jax.typing.ArrayLike]  # learning rate of a step
-    train_reference: Lookup | None  # of training examples by number; None where no reference is needed or it is live
+    train_reference: Lookup | None  # of training examples; None without a reference or with a live one
     held_out_reference: Lookup | None
-    live_reference: Arrays | None  # parameters of a reference that is computed beside each step
+    live_reference: Arrays | None  # parameters of a reference that is evaluated in each step
 
     def batches(self, examples: Sequence[Example], reference: np.ndarray | None) -> Iterator[ResponseBatch]:
         """The micro-batches of some examples, on the mesh."""
@@ -66,14 +66,14 @@ class Task:
             yield batch
 
     def normaliser(self, examples: Sequence[Example]) -> float:
-        """What the summed loss is divided by: pairs, or response tokens."""
+        """The normaliser of the summed loss: number of pairs or of response tokens."""
         if self.config.objective.kind == "dpo":
             return float(len(examples))
         return float(sum(len(sequence.ids) - sequence.start for example in examples for sequence in example))
 
 
 def optimise(task: Task, state: TrainState, start: int, stop: int) -> Iterator[Stepped]:
-    """Optimiser steps `start` to `stop`, 0-based. The state that was passed in, and each that was yielded, is consumed
+    """Optimiser steps `start` to `stop`, 0-based. The initial state and each yielded state are donated
     by the next step.
 
     Raises:
@@ -94,6 +94,8 @@ def optimise(task: Task, state: TrainState, start: int, stop: int) -> Iterator[S
                 gradients, sums = task.steps.first(state.parameters, fixed, batch, normaliser)
             else:
                 gradients, sums = task.steps.more(state.parameters, fixed, batch, normaliser, gradients, sums)
+        assert gradients is not None
+        assert sums is not None
         updated = task.steps.update(state, gradients, sums)
         del gradients, fixed
         state = updated.state
@@ -101,18 +103,18 @@ def optimise(task: Task, state: TrainState, start: int, stop: int) -> Iterator[S
         if not fine:
             raise Diverged(number, [examples.train_ids[i] for i in chosen], state)
         tokens += int(lengths[chosen].sum())
-        found = metrics(host_sums, config.objective.kind)
-        found |= {
+        logged = metrics(host_sums, config.objective.kind)
+        logged |= {
             "grad_norm": float(norm),
             "learning_rate": float(jnp.asarray(task.rate(number))),
             "epoch": (number + 1) * config.batch_size / len(examples.train),
             "num_tokens": tokens,
         }
-        yield Stepped(number, state, found, norms)
+        yield Stepped(number, state, logged, norms)
 
 
 def evaluate(task: Task, parameters: Arrays) -> dict[str, float]:
-    """What `metrics` says of the held-out examples."""
+    """The `metrics` of the held-out examples."""
     config, held_out = task.config, task.examples.held_out
     total: Sums | None = None
     for start in range(0, len(held_out), config.batch_size):

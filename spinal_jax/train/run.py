@@ -1,4 +1,4 @@
-"""Training from what a user names to a trained, traced checkpoint in a run folder."""
+"""One training run from its settings to a trained checkpoint and its depth traces in a run folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +20,16 @@ from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import devices_of
 from spinal_jax.audit.gram_store import gram_home
 from spinal_jax.audit.trace import DepthTrace
-from spinal_jax.comparison.onset import MAX_DISTANCE, Rules, Series, control_wobble, load_control, no_onset_sentence
+from spinal_jax.comparison.onset import no_onset_sentence
+from spinal_jax.comparison.step_records import MAX_DISTANCE, Rules, Series, control_wobble, load_control
 from spinal_jax.config import to_mapping
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import NotLeader, UserError
+from spinal_jax.jsontypes import Json
 from spinal_jax.models import lora
 from spinal_jax.models.config import DecoderConfig
+from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.parts import Parts, cast, take_apart
 from spinal_jax.objectives.examples import Examples, read_examples
 from spinal_jax.objectives.responses import (
@@ -40,6 +42,7 @@ from spinal_jax.objectives.responses import (
     shareable,
 )
 from spinal_jax.objectives.step import Arrays, Steps, TrainState, make_steps, zeroed_adapters
+from spinal_jax.parallel import device_defaults
 from spinal_jax.parallel.agreement import check_shared, leads, of_leader, to_host
 from spinal_jax.parallel.distributed import check_same
 from spinal_jax.parallel.mesh import (
@@ -65,23 +68,22 @@ from spinal_jax.train.loop import Diverged, Lookup, Task
 from spinal_jax.train.optimizer import optimizer, schedule
 from spinal_jax.train.result import chosen, export_result
 
-CPU_MICRO_TOKENS, ACCELERATOR_MICRO_TOKENS = 1024, 16384
-FULL_COPIES = 4  # of all weights where they are all trained: parameters, two moments, the reference
-# Where nothing is said, traces come so often that they take about a twentieth of the time. In passes over a token: an
-# audit is one forward, the lens and the spectra, a step a forward, another in the backward pass, and that.
+FULL_COPIES = 4  # copies of the weights in full training: parameters, two moments, reference
+# By default traces take about a twentieth of the time. Costs are in forward passes: an audit is a forward pass, the
+# lens and the spectra; a step is a forward pass, its recomputation, and a backward pass.
 TRACE_SHARE, TRACE_PASSES, STEP_PASSES = 0.05, 2.0, 4.0
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to."""
+    """Result of a training run."""
 
-    step: int  # how many updates the exported model has had
+    step: int  # number of updates of the exported model
     metrics: dict[str, float]  # of the last step
-    trace: DepthTrace  # the last one
-    onset: dict[str, Any]  # what onset.json holds
-    folder: Path  # of the run; its weights are in the part `model`
-    seconds: dict[str, float]  # that each stage took
+    trace: DepthTrace  # of the last step
+    onset: Json  # content of onset.json
+    folder: Path  # run folder, with the weights in `model`
+    seconds: dict[str, float]  # time of each stage
 
     def __str__(self) -> str:
         shown = ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "eval_rewards/accuracies")
@@ -94,22 +96,22 @@ class Trained:
 
 
 def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Say | None = None) -> Trained:
-    """Trains what `config` says into `folder`, going on where a run with the same settings was cut off.
+    """Runs a training run, or resumes an interrupted one with the same settings.
 
-    Processes that share the run each read the weights that their devices hold, make their own rows of every batch and
-    save their part of every checkpoint; the first one writes all else. SIGTERM at one of them ends all behind a step
+    If several processes share the run, each loads the weights of its devices, builds its rows of every batch, and saves
+    its part of every checkpoint; process 0 writes all other files. SIGTERM at one process ends all of them after a step
     whose state is saved.
 
     Args:
         config: the settings.
-        folder: the run's, which gets the parts that `spinal_jax.train.folder` names, a page and a manifest.
+        folder: run folder, with the files of `spinal_jax.train.folder`, a page and a manifest.
         bar: opens progress bars.
-        say: gets the start-up line and notable events.
+        say: called with the start-up line and with events.
 
     Raises:
-        UserError: for anything the caller can mend.
+        UserError: for a mistake in the settings or the inputs.
         Diverged: the loss or a gradient is not finite. The state before that step is saved.
-        NotLeader: several processes share the run, and this one is not the first: the result is with that one.
+        NotLeader: in all but process 0, when the run is complete.
         StoppedElsewhere: another process was asked to stop.
     """
     seconds: dict[str, float] = {}
@@ -127,7 +129,7 @@ def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Sa
         )
         devices = devices_of(choice)
         slots = gram_home(decoder, config.metrics, state_bytes(config, decoder), devices).slots
-        pool = pipeline.plan_prompts(
+        traced_prompts = pipeline.plan_prompts(
             prompts, tokenizer, decoder, config.prompts, config.metrics, devices=devices, slots=slots
         )
         name, weights = config.model.name or pipeline.model_name(config.model.source), checkpoint.sha256()
@@ -135,7 +137,7 @@ def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Sa
             pipeline.model_record(name, config.model.source, checkpoint.revision, config.model.dtype, weights),
             pipeline.prompts_record(prompts, config.prompts),
         )
-        traces = due(config.trace_every or trace_interval(pool, examples, config.batch_size), stop)
+        traces = due(config.trace_every or trace_interval(traced_prompts, examples, config.batch_size), stop)
         rules = onset_rules(config, traces)
         say(_start_line(name, config, decoder, examples, shape, stop, mesh))
         started_with = {
@@ -145,7 +147,7 @@ def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Sa
             "prompts": prompts.sha256,
             "control": rules.control,
         }
-        pipeline.check_processes_agree(checkpoint, pool, choice)
+        pipeline.check_processes_agree(checkpoint, traced_prompts, choice)
         check_same({"examples": started_with["examples"], "onset.control": repr(rules.control)})
         pipeline.check_weights(checkpoint, weights)
         out = None
@@ -167,7 +169,7 @@ def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Sa
         task = Task(config, steps, fixed, examples, shape, mesh, rate, train, held_out, live)
         first = parts.assemble({**fixed, **parameters})
         history = stack.enter_context(
-            contextlib.closing(History(first, pool, config.metrics, records, out, bar, rules, devices))
+            contextlib.closing(History(first, traced_prompts, config.metrics, records, out, bar, rules, devices))
         )
         del first, parameters
         saved = stack.enter_context(contextlib.closing(Checkpoints(folder / CHECKPOINTS, config.max_to_keep)))
@@ -195,7 +197,7 @@ def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Sa
 
 
 def _timed(bar: Bar, seconds: dict[str, float]) -> Bar:
-    """Progress bars that add how long each stage took to `seconds`."""
+    """Progress bars that add the time of each stage to `seconds`."""
 
     @contextlib.contextmanager
     def opened(what: str, total: int, unit: str) -> Iterator[Advance]:
@@ -215,8 +217,8 @@ def begin(parameters: Arrays, method: optax.GradientTransformation, mesh: Mesh) 
     return TrainState(parameters, moments, placed(np.int32(0), on_all(mesh)))
 
 
-def split_parameters(model: Any, config: TrainConfig, mesh: Mesh) -> tuple[Parts, Arrays, Arrays]:
-    """(structure, parameters that are trained, float32, and those that are not), each placed on the mesh."""
+def split_parameters(model: Decoder, config: TrainConfig, mesh: Mesh) -> tuple[Parts, Arrays, Arrays]:
+    """(structure, trained parameters in float32, frozen parameters), placed on the mesh."""
     parts, arrays = take_apart(model)
     trained = parts.paths(nnx.LoRAParam if config.lora.rank else nnx.Param)
     parameters = cast({name: arrays[name] for name in sorted(trained)}, jnp.float32)
@@ -225,33 +227,33 @@ def split_parameters(model: Any, config: TrainConfig, mesh: Mesh) -> tuple[Parts
 
 
 def state_bytes(config: TrainConfig, decoder: DecoderConfig) -> int:
-    """Of what stays on the devices while a trace is made, all devices together."""
+    """Bytes of the training state during a trace, over all devices."""
     return pipeline.weight_bytes(decoder, config.model.dtype) * (1 if config.lora.rank else FULL_COPIES)
 
 
 def micro_shape(config: TrainConfig, decoder: DecoderConfig, examples: Examples, stop: int, mesh: Mesh) -> Shape:
-    """The shape of micro-batches that suits the first steps."""
-    micro = config.micro_tokens or (CPU_MICRO_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_MICRO_TOKENS)
+    """The micro-batch shape with the least cost over the first steps."""
+    micro = config.micro_tokens or device_defaults.training_tokens(jax.default_backend())
     steps = [examples.step(n, config.batch_size, config.seed)[1] for n in range(min(stop, TRIED_STEPS))]
     shares_up_to = shareable(decoder) if config.objective.kind == "dpo" else 0
     longest = longest_unit((*examples.train, *examples.held_out), shares_up_to)
     return choose_shape(steps, longest, micro, row_multiple(mesh), shares_up_to)
 
 
-def trace_interval(pool: Plan, examples: Examples, batch_size: int) -> int:
-    """Steps between traces that cost about TRACE_SHARE of the training. The same on any number of devices, so that a
-    run that goes on elsewhere has its traces at the same steps."""
+def trace_interval(traced_prompts: Plan, examples: Examples, batch_size: int) -> int:
+    """Steps between traces, so that these take about TRACE_SHARE of the time. Independent of the devices, so that a
+    resumed run has its traces at the same steps."""
     tokens = sum(len(sequence.ids) for example in examples.train for sequence in example)
     step = STEP_PASSES * batch_size * tokens / len(examples.train)
-    return math.ceil(TRACE_PASSES * pool.tokens / (TRACE_SHARE * step))
+    return math.ceil(TRACE_PASSES * traced_prompts.tokens / (TRACE_SHARE * step))
 
 
 def onset_rules(config: TrainConfig, traces: frozenset[int]) -> Rules:
-    """How onset and destabilisation are detected. Distance from step 0 counts only where step 0 is worth staying near:
-    not for language modelling, and not from random weights.
+    """The rules of onset detection. The rule on the distance from step 0 is off for language modelling and for random
+    initial weights.
 
     Raises:
-        UserError: the control run has too few traces, or other distances between them than this run.
+        UserError: the control run has too few traces, or another interval between them.
     """
     near = config.objective.kind != "lm" and not config.model.source.startswith("random:")
     control: dict[Series, float] | None = None
@@ -295,22 +297,22 @@ def _reference(
     weights: str,
     bar: Bar,
 ) -> tuple[Lookup | None, Lookup | None, Arrays | None]:
-    """Where log-probabilities under the reference come from: of training and of held-out examples, or the parameters of
-    a reference that is computed beside each step."""
+    """Lookups of reference log-probabilities for training and held-out examples, or the parameters of a reference
+    that is evaluated in each step."""
     if config.objective.kind != "dpo":
         return None, None, None
     if config.objective.reference == "live":
         base = zeroed_adapters(parameters) if config.lora.rank else parameters
-        return None, None, jax.tree.map(jnp.copy, base)  # the parameters themselves are consumed by the first step
+        return None, None, jax.tree.map(jnp.copy, base)  # a copy, because the first step donates the parameters
 
     def score(batch: ResponseBatch) -> np.ndarray:
-        return to_host(steps.score(parameters, fixed, shard_rows(batch, mesh)))
+        return np.asarray(to_host(steps.score(parameters, fixed, shard_rows(batch, mesh))))
 
     def cached(some: Sequence[Example], wanted: Sequence[int]) -> Lookup:
         name = references.fingerprint(weights, config.compute_dtype, some)
         file = references.cache_folder(config.objective.cache) / f"{name}.safetensors"
         unknown_yet = np.full((len(some), len(some[0])), np.nan, np.float32)
-        # Hosts may have cached other things, but all must compute the same.
+        # Hosts may have different caches, but must run the same computations.
         logp = of_leader(references.cached(file, *unknown_yet.shape) if leads() else unknown_yet)
         if unknown := [i for i in wanted if np.isnan(logp[i]).any()]:
             with bar("reference", len(unknown), "example") as advance:
@@ -320,10 +322,7 @@ def _reference(
                 references.save_cached(file, logp)
         return lambda numbers: logp[list(numbers)]
 
-    # In the order in which the run meets them, so that examples are packed as they will be.
+    # In the order of training, so that examples are packed as in training.
     seen = list(dict.fromkeys(i for n in range(stop) for i in examples.step(n, config.batch_size, config.seed)[0]))
     held_out = examples.held_out
     return cached(examples.train, seen), cached(held_out, range(len(held_out))) if held_out else None, None
-
-
-split = split_parameters  # benchmarks/train.py uses it

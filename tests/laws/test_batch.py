@@ -42,7 +42,7 @@ def check(work: Plan, selector: str, skip: int) -> None:
     """All that must hold of a plan, read from the batches that it gives."""
     owner = {int(token): n for n, s in enumerate(work.sequences) for token in s.ids}
     seen: Counter[int] = Counter()
-    visits: dict[int, list[int]] = {}  # visit -> batches with rows of it
+    seen_runs: dict[int, list[int]] = {}  # run -> batches with rows of it
     shapes = set()
     batches = list(work)
     assert len(batches) == len(work.batches)
@@ -51,16 +51,16 @@ def check(work: Plan, selector: str, skip: int) -> None:
         assert batch.tokens.shape == (packed.height, packed.length)
         shapes.add((batch.tokens.shape, batch.measured.shape))
         counted, expected = np.zeros(batch.tokens.shape), Counter()
-        used: dict[int, int] = {}  # slot -> visit
+        used: dict[int, int] = {}  # slot -> run
         for b, row in enumerate(batch.segments):
             size = np.flatnonzero(row)[-1] + 1 if row.any() else 0
             assert (np.diff(row[:size]) >= 0).all()
             assert list(dict.fromkeys(row[:size])) == list(range(1, (row.max() if size else 0) + 1))
             if size:
-                visit = packed.visits[b]
-                visits.setdefault(visit, []).append(number)
-                assert batch.slots[b] == work.visits[visit].slot
-                assert used.setdefault(int(batch.slots[b]), visit) == visit  # two groups never share an accumulator
+                run = packed.runs[b]
+                seen_runs.setdefault(run, []).append(number)
+                assert batch.slots[b] == work.runs[run].slot
+                assert used.setdefault(int(batch.slots[b]), run) == run  # two groups never share an accumulator
             for segment in range(1, row.max() + 1):
                 at = np.flatnonzero(row == segment)
                 which = owner[int(batch.tokens[b, at[0]])]
@@ -69,7 +69,7 @@ def check(work: Plan, selector: str, skip: int) -> None:
                 assert batch.tokens[b, at].tolist() == sequence.ids.tolist()
                 assert batch.positions[b, at].tolist() == list(range(len(at)))
                 assert (batch.lengths[b, at] == len(at)).all()
-                assert sequence.group == work.visits[visit].group
+                assert sequence.group == work.runs[run].group
                 counted[b, at[skip:]] = 1
                 assert sequence.response_start is not None
                 for t in expected_positions(selector, len(at), sequence.response_start):
@@ -80,9 +80,9 @@ def check(work: Plan, selector: str, skip: int) -> None:
         found = zip(batch.measured[real].tolist(), batch.measured_group[real].tolist(), strict=True)
         assert Counter(found) == expected
         assert ((batch.measured >= 0) & (batch.measured < batch.tokens.size)).all()
-        assert len(set(packed.visits)) <= SLOTS
+        assert len(set(packed.runs)) <= SLOTS
     assert seen == Counter(range(len(work.sequences)))
-    check_visits(work, visits)
+    check_runs(work, seen_runs)
     assert work.tokens == sum(int((b.segments > 0).sum()) for b in batches)
     assert work.padded_tokens == sum(b.tokens.size for b in batches)
     assert work.rows == sum(int(b.counted.sum()) for b in batches)
@@ -90,17 +90,17 @@ def check(work: Plan, selector: str, skip: int) -> None:
     assert work.waste == pytest.approx(1 - work.tokens / work.padded_tokens)
 
 
-def check_visits(work: Plan, seen: dict[int, list[int]]) -> None:
+def check_runs(work: Plan, seen: dict[int, list[int]]) -> None:
     """Visits end where they say, hold a group's rows of one length class, and do not meet in their accumulator."""
-    assert set(seen) == set(range(len(work.visits)))
-    for visit, batches in seen.items():
-        assert work.visits[visit].last_batch == max(batches)
-        assert 0 <= work.visits[visit].slot < SLOTS
+    assert set(seen) == set(range(len(work.runs)))
+    for run, batches in seen.items():
+        assert work.runs[run].last_batch == max(batches)
+        assert 0 <= work.runs[run].slot < SLOTS
     for one in seen:
         for other in seen:
-            if one < other and work.visits[one].slot == work.visits[other].slot:
-                assert min(seen[other]) > work.visits[one].last_batch  # it has been read, so it starts from nothing
-    classes = [(work.batches[batches[0]].length, work.visits[v].group) for v, batches in seen.items()]
+            if one < other and work.runs[one].slot == work.runs[other].slot:
+                assert min(seen[other]) > work.runs[one].last_batch  # it has been read, so it starts from nothing
+    classes = [(work.batches[batches[0]].length, work.runs[v].group) for v, batches in seen.items()]
     assert len(set(classes)) == len(classes)
 
 
@@ -159,7 +159,7 @@ def test_equal_pools_give_equal_plans() -> None:
     sequences = pool(rng.integers(1, 80, size=40).tolist(), rng.integers(0, 4, size=40).tolist())
     first, second = (plan_batches(sequences, Positions.parse("last:4"), 1, 512) for _ in range(2))
     assert first.batches == second.batches
-    assert first.visits == second.visits
+    assert first.runs == second.runs
 
 
 def test_a_batch_is_a_tree_of_arrays() -> None:
@@ -221,5 +221,5 @@ def test_every_group_has_a_slot_of_its_own_where_nothing_leaves() -> None:
     groups = [n % 7 for n in range(40)]
     work = plan_batches(pool([20] * 40, groups), Positions.parse("last:4"), 1, 400, groups=9)
     assert (work.slots, work.leaves) == (9, False)
-    assert all(visit.slot == visit.group for visit in work.visits)
+    assert all(run.slot == run.group for run in work.runs)
     assert work.groups_at_once == max(len(set(batch.slots.tolist())) for batch in work) > 2

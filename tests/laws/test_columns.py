@@ -35,7 +35,8 @@ def test_sections_and_units_of_a_trace_are_those_of_its_columns() -> None:
         column("alpha")
 
 
-# A new column is an entry of TRACE and its value in `audit.measure.depth_curve`; the test's traces have made-up values.
+# A new column is an entry of TRACE and its value in `audit.measurement.depth_curve`.
+# The test uses traces with made-up values.
 PROGRAM = """
 from spinal_jax.metrics import columns
 

@@ -17,11 +17,12 @@ ROOT = Path(spinal_jax.__file__).parent
 
 # A part is a package or module, named by its dotted name within spinal_jax; a longer name has what it names for itself.
 # It may import the parts named, each of which stands above it. Imports inside functions count.
-_JSON = {"errors", "files", "wording"}  # reading and showing of saved files
+_JSON = {"errors", "files", "jsontypes", "wording"}  # reading and showing of saved files
 _RECORDS = {*_JSON, "audit.trace", "comparison.record", "runs"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "files": {"errors"},
+    "jsontypes": set(),
+    "files": {"errors", "jsontypes"},
     "wording": set(),
     "progress": set(),
     "stats.near_duplicates": set(),
@@ -31,16 +32,17 @@ ALLOWED: dict[str, set[str]] = {
     "data.packing": {"errors", "stats.groups", "data.positions", "data.vocabulary"},
     "metrics.columns": set(),
     "metrics.depth": {"errors"},
-    "data": {"errors", "stats.groups"},
+    "data": {"jsontypes", "errors", "stats.groups"},
     "parallel.data_sheets": {"errors"},
     "parallel.device_defaults": set(),
-    "config": {"errors", "data.positions", "parallel.data_sheets"},
+    "config": {"jsontypes", "errors", "data.positions", "parallel.data_sheets"},
     "metrics": {"errors", "parallel.device_defaults"},
     "stats": {"errors", "metrics", "metrics.depth"},
-    "parallel": {"errors", "files", "config", "parallel.data_sheets", "parallel.device_defaults"},
-    "models": {"progress", "errors", "files", "metrics"},
+    "parallel": {"jsontypes", "errors", "files", "config", "parallel.data_sheets", "parallel.device_defaults"},
+    "models": {"jsontypes", "progress", "errors", "files", "metrics"},
     "audit.trace": {*_JSON, "metrics.columns"},
     "audit": {
+        "jsontypes",
         "progress",
         "errors",
         "files",
@@ -62,21 +64,32 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": {*_JSON, "metrics", "metrics.columns", "metrics.depth", "stats", "audit.trace", "comparison.record"},
     "runs": {*_JSON, "audit.trace", "comparison.record", "comparison"},
     "report": {*_RECORDS, "comparison", "metrics.columns", "stats"},
-    "objectives": {"errors", "data", "config", "metrics", "models"},
-    "comparison.preference_gradient": {"progress", "config", "metrics", "models", "objectives", "parallel"},
-    "comparison.prompt_steps": {"data.packing", "comparison.record"},
+    "objectives": {"jsontypes", "errors", "data", "config", "metrics", "models"},
+    "comparison.preference_gradient": {
+        "jsontypes",
+        "progress",
+        "config",
+        "metrics",
+        "models",
+        "objectives",
+        "parallel",
+    },
+    "comparison.prompt_steps": {"jsontypes", "data.packing", "comparison.record"},
     "comparison.checkpoints": {
+        "jsontypes",
         "progress",
         *("stats.groups", "data.vocabulary", "metrics.depth", "comparison.prompt_steps"),
         *("errors", "data.packing", "data", "config", "models", "audit.trace", "audit", "comparison", "objectives"),
         *("parallel", "parallel.device_defaults", "comparison.record", "comparison.preference_gradient"),
     },
     "recording": {
+        "jsontypes",
         "progress",
         *("errors", "files", "data.packing", "data", "config", "metrics", "parallel", "models", "audit.trace", "audit"),
         *("comparison.record", "comparison", "runs", "report"),
     },
     "plan": {
+        "jsontypes",
         "errors",
         "data.packing",
         "config",
@@ -88,21 +101,25 @@ ALLOWED: dict[str, set[str]] = {
         "parallel.device_defaults",
     },
     "comparison.flow": {
+        "jsontypes",
         "progress",
         *("errors", "config", "audit.trace", "audit", "comparison.record", "comparison", "comparison.checkpoints"),
     },
     "train": {
+        "parallel.device_defaults",
+        "jsontypes",
         "progress",
         *("errors", "files", "data.packing", "data", "config", "metrics", "parallel", "models", "audit.trace", "audit"),
         *("comparison.record", "comparison", "runs", "report", "objectives"),
     },
-    "verify": {"progress", "errors", "data", "config", "metrics", "models", "audit"},
-    "api": {"progress", "errors", "runs", "config", "models", "audit.trace", "audit", "train"},
+    "verify": {"jsontypes", "progress", "errors", "data", "config", "metrics", "models", "audit"},
+    "api": {"jsontypes", "progress", "errors", "runs", "config", "models", "audit.trace", "audit", "train"},
     "__init__": {
         *("errors", "models", "audit", "audit.trace", "comparison.record", "comparison", "comparison.flow", "api"),
         *("recording", "train"),
     },
     "cli": {
+        "jsontypes",
         "progress",
         *("errors", "files", "config", "parallel", "models", "audit.trace", "audit", "comparison.record", "comparison"),
         *("runs", "report", "comparison.flow", "plan", "train", "recording", "verify"),

@@ -10,23 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinal_jax.comparison.onset import (
-    MAX_DISTANCE,
     MIN_RECORDS,
     NOISE_SE,
-    SCHEMA,
-    SERIES,
     STRONG_SE,
     Course,
-    Rules,
-    StepRecord,
-    control_wobble,
     destabilisation,
     detect,
     last_healthy,
     no_onset_sentence,
     onset,
-    recall,
 )
+from spinal_jax.comparison.step_records import MAX_DISTANCE, SCHEMA, SERIES, Rules, StepRecord, control_wobble, recall
 from spinal_jax.errors import UserError
 
 TRIALS = 500

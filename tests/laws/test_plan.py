@@ -26,7 +26,8 @@ from spinal_jax.config.plan import PlanConfig
 from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
-from spinal_jax.metrics.transport import Lens, Pair, lens_stats
+from spinal_jax.metrics.lens import Lens
+from spinal_jax.metrics.transport import Pair, lens_stats
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import parameter_shapes
 from spinal_jax.parallel import mesh, placement
@@ -40,7 +41,7 @@ from spinal_jax.plan.compiled import compiled as compiled_as
 from spinal_jax.plan.layout import USABLE, DeviceLayout, layout_of, planned_gram_home, would_fit
 from spinal_jax.plan.shapes import decoder_of
 from spinal_jax.plan.slices import SLICES
-from spinal_jax.plan.work import pool
+from spinal_jax.plan.work import sample_prompts
 
 # What the publishers say, in millions: the 671B of DeepSeek-V3 leave out its block that guesses ahead.
 PUBLISHED = {
@@ -192,10 +193,10 @@ def test_sums_without_room_on_the_devices_are_kept_by_the_host() -> None:
     decoder = decoder_of(config.model)
     layout = layout_of(config, decoder)
     assert planned_gram_home(config, decoder, layout).where == "host"
-    assert pool(config, decoder, layout).slots == 2
+    assert sample_prompts(config, decoder, layout).slots == 2
     roomy = dataclasses.replace(config, device="h200")
     assert planned_gram_home(roomy, decoder, layout).where == "devices"
-    assert pool(roomy, decoder, layout).slots == 16
+    assert sample_prompts(roomy, decoder, layout).slots == 16
 
 
 def test_times_of_eigenvalues_are_those_measured_and_between_them_a_power_law() -> None:
@@ -211,7 +212,7 @@ def test_times_of_eigenvalues_are_those_measured_and_between_them_a_power_law() 
     config = planned(model={"source": "llama-3-8b", "dtype": "bfloat16"}, device="h200", prompt_count=512)
     decoder = decoder_of(config.model)
     layout = layout_of(config, decoder)
-    found = estimate.spectra(decoder, pool(config, decoder, layout), config.metrics, cores=1)
+    found = estimate.spectra(decoder, sample_prompts(config, decoder, layout), config.metrics, cores=1)
     assert found.matrices == 33 * (1 + 16 + 2 + 1)  # whole, without each group, halves, centred
     assert found.seconds(h200, DEVICES["cpu"], layout) == pytest.approx(found.matrices * 0.109)
 
@@ -235,7 +236,7 @@ def test_work_is_shared_evenly_and_grows_with_the_prompts() -> None:
     shapes = parameter_shapes(decoder)
 
     def total(count: int, layout: DeviceLayout) -> dict[str, float]:
-        work = pool(planned(prompt_count=count, device="v5e", batch_tokens=4096), decoder, layout)
+        work = sample_prompts(planned(prompt_count=count, device="v5e", batch_tokens=4096), decoder, layout)
         found = estimate.audit_stages(decoder, shapes, work, settings, "float32", layout, "tpu")
         return {stage.name: stage.flops * layout.devices for stage in found}
 

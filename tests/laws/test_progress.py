@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from spinal_jax.audit.devices import Devices, OneDevice, OnMesh, OnReplicas
-from spinal_jax.audit.measure import Measurement, measure
+from spinal_jax.audit.measure import measure
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.resume import Leg, Saved
 from spinal_jax.config import MetricsConfig, ParallelConfig, VariantsConfig
 from spinal_jax.data.packing import Plan, Positions, plan_batches

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spinal_jax.audit.measure import Measurement, PolicyDistance, keep_reference, measure
+from spinal_jax.audit.measure import keep_reference, measure
+from spinal_jax.audit.measurement import Measurement, PolicyDistance
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
 from spinal_jax.models.decoder import Decoder

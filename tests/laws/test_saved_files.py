@@ -14,8 +14,8 @@ import pytest
 from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.attribution import load_attribution
 from spinal_jax.comparison.attribution_runs import read_attributed_run
-from spinal_jax.comparison.onset import Rules, load_control
 from spinal_jax.comparison.record import load_comparison
+from spinal_jax.comparison.step_records import Rules, load_control
 from spinal_jax.errors import UserError
 from spinal_jax.recording.checkpoints import checkpoints, has_ended, is_complete, trainer_metrics
 from spinal_jax.recording.series import TraceSeries

@@ -20,7 +20,8 @@ from spinal_jax.audit.abstract import abstract_arguments, lower_steps
 from spinal_jax.audit.devices import Devices, OneDevice, OnMesh, OnReplicas
 from spinal_jax.audit.forward_step import _add, gram_shardings
 from spinal_jax.audit.gram_store import OnDevices, gram_bytes, gram_home
-from spinal_jax.audit.measure import Measurement, keep_reference, measure
+from spinal_jax.audit.measure import keep_reference, measure
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.spectra import dealt_out
 from spinal_jax.config import (
     AuditConfig,
@@ -240,7 +241,7 @@ def test_sums_that_leave_the_devices_give_the_same_numbers(
     monkeypatch.setattr(measuring, "fits_host", lambda *_: where == "host")
     for devices in (OneDevice(), on(2, 2, 2)):
         work = plan_batches(pool(), Positions.parse("last:4"), 1, 96 * devices.rows, devices.rows, slots=1)
-        assert max(len(set(batch.visits)) for batch in work.batches) == 1
+        assert max(len(set(batch.runs)) for batch in work.batches) == 1
         same(measure(models[1], work, SETTINGS, devices=devices), alone[1])
 
 

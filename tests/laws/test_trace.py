@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from spinal_jax.audit import measure as trace
-from spinal_jax.audit.measure import Measurement, measure
+from spinal_jax.audit.measure import measure
+from spinal_jax.audit.measurement import Measurement
 from spinal_jax.config import ContractionConfig, MetricsConfig, TransportConfig
 from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
 from spinal_jax.errors import UserError

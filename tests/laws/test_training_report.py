@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.comparison.compare import compare_traces
-from spinal_jax.comparison.onset import Rules, detect, record_of
+from spinal_jax.comparison.onset import detect
 from spinal_jax.comparison.record import save_comparison
+from spinal_jax.comparison.step_records import Rules, record_of
 from spinal_jax.errors import UserError
 from spinal_jax.report import draw_report, load_training_run, render_training_report, write_training_report
 from spinal_jax.report.figures import png_bytes, svg_text

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinal_jax.metrics.transport import Lens, LensStats, Pair, lens_stats, turning_angle
+from spinal_jax.metrics.lens import Lens
+from spinal_jax.metrics.transport import LensStats, Pair, lens_stats, turning_angle
 
 RADIANS = 1e-4  # docs/method.md: the largest absolute error of L, anywhere in [0, pi]
 ENTROPY = 1e-6  # nats for each unit of the largest logit: the difference of two sums that are rounded at that size

@@ -12,7 +12,8 @@ import pytest
 
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
-from spinal_jax.metrics.transport import Lens, Pair, lens_stats
+from spinal_jax.metrics.lens import Lens
+from spinal_jax.metrics.transport import Pair, lens_stats
 
 PAIRS = (Pair(0, 3, 1), Pair(0, 2, 2))
 

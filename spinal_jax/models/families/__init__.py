@@ -1,13 +1,14 @@
-"""The families that can be audited; a new one is a file beside this and a line below."""
+"""The supported model families. A new family is a file in this package and a line below."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import ReadJson
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families.apertus import APERTUS
 from spinal_jax.models.families.arcee import ARCEE
@@ -95,7 +96,7 @@ REFUSED = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unif
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a config.json's `model_type`; UserError lists the supported ones."""
+    """The family of a `model_type`. Raises UserError, with the supported ones, if it is unknown."""
     if model_type in REFUSED:
         raise UserError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
@@ -105,8 +106,8 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def read_model(config: Mapping[str, Any], ignore: Iterable[str] = ()) -> tuple[Family, DecoderConfig]:
-    """Family and decoder of a config.json, every key of it accounted for but those to `ignore`. Errors: UserError."""
+def read_model(config: ReadJson, ignore: Iterable[str] = ()) -> tuple[Family, DecoderConfig]:
+    """Family and decoder configuration of a config.json. Raises UserError for unknown keys, except `ignore`."""
     hf = HFConfig(config, ignore)
     family = family_of(hf.model_type)
     decoder = family.decoder_config(hf)
@@ -115,9 +116,9 @@ def read_model(config: Mapping[str, Any], ignore: Iterable[str] = ()) -> tuple[F
 
 
 def read_checkpoint(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> tuple[Family, DecoderConfig]:
-    """`read_model` of a checkpoint, whose tensors must be of as many blocks as its config says.
+    """`read_model` of a checkpoint, with a check of the number of blocks against its tensors.
 
-    Errors: UserError, before anything is made in the size that the config states.
+    Raises UserError before anything is allocated in the size of the config.
     """
     family, decoder = read_model(checkpoint.config, ignore)
     numbers = (int(match[1]) for name in checkpoint.names() if (match := _BLOCK.search(name)))
@@ -127,7 +128,7 @@ def read_checkpoint(checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> tuple
             f"{decoder.depth}: num_hidden_layers is wrong or a file is missing"
         )
     if decoder.family == "mistral3" and checkpoint.config.get("tie_word_embeddings") is None:
-        # Published files do not say; Hugging Face's class then ties the two unless there is an lm_head of its own.
+        # Not in published files; Hugging Face ties the two unless there is a separate lm_head.
         decoder = replace(decoder, tied=not any(name.endswith("lm_head.weight") for name in checkpoint.names()))
     return family, decoder
 

@@ -1,9 +1,9 @@
-"""PEFT adapters (LoRA, rsLoRA, DoRA) as whole checkpoints: merged onto their base in float32, a tensor at a time.
+"""PEFT adapters (LoRA, rsLoRA, DoRA) as checkpoints: merged into their base in float32, one tensor at a time.
 
-What PEFT calls merging: `W + scale * B A` for LoRA (Hu et al. 2021, arXiv 2106.09685), with `scale = alpha / rank`, or
+Merging follows PEFT: `W + scale * B A` for LoRA (Hu et al. 2021, arXiv 2106.09685), with `scale = alpha / rank`, or
 `alpha / sqrt(rank)` (rsLoRA, arXiv 2312.03732); `m * (W + scale * B A) / ||W + scale * B A||` for DoRA (arXiv
-2402.09353), the norm taken over the inputs of each output. Which layers have an adapter follows from the tensors that
-are there, so every way of choosing layers (patterns, names, `layers_to_transform`) is covered.
+2402.09353), the norm taken over the inputs of each output. Adapted layers are determined from the
+tensors, so that all ways of selecting layers (patterns, names, `layers_to_transform`) are supported.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import ReadJson
 from spinal_jax.models.families import family_of, read_model
 from spinal_jax.models.formats.base import Checkpoint, TensorInfo, read_json, sha256_of
 from spinal_jax.models.formats.safetensors import read_header, read_stored
@@ -53,17 +54,17 @@ _REFUSED = (
 _SUFFIXES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _LORA = re.compile(rf"(.+)\.({'|'.join(_SUFFIXES)})(?:\.default)?(?:\.(weight|bias))?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
-# Matrices that GPT-2 keeps as [in, out]; PEFT transposes what it adds to them.
+# GPT-2 stores these as [in, out]; PEFT transposes their change.
 _CONV1D = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and not a whole model."""
+    """Whether a folder contains an adapter."""
     return (folder / CONFIG).exists() and not (folder / "config.json").exists()
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """What the folder calls its base model, and the revision of it. Errors: UserError."""
+    """The base model of an adapter folder and its revision. Raises UserError without one."""
     config = read_json(folder / CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base.strip():
@@ -74,7 +75,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 class AdapterFolder:
-    """An adapter on its base, as a `Checkpoint` of the merged model. Tensors that it changes are float32."""
+    """An adapter with its base as a `Checkpoint` of the merged model. Changed tensors are float32."""
 
     kind: str = "adapter"
 
@@ -91,8 +92,8 @@ class AdapterFolder:
         self._own_tokenizer = folder if has_tokenizer(folder) else None
         self._family = family_of(str(base.config.get("model_type", "")))
         self._names = {self._known(name): name for name in base.names()}
-        self._full: dict[str, str] = {}  # tensor of the base -> the adapter's, which takes its place
-        self._terms: dict[str, dict[str, dict[str, str]]] = {}  # tensor of the base -> module -> what is added to it
+        self._full: dict[str, str] = {}  # tensor of the base -> tensor of the adapter that replaces it
+        self._terms: dict[str, dict[str, dict[str, str]]] = {}  # tensor of the base -> module -> low-rank terms
         self._kept: set[str] = set()  # of `_full`: what a low-rank term was trained on, saved beside it
         self._rows: dict[str, str] = {}  # tensor of the base -> rows of it that were trained
         for key in self._stored:
@@ -126,7 +127,7 @@ class AdapterFolder:
         self.base.close()
 
     def _known(self, name: str) -> str:
-        """A tensor's name as the family's rules have it, whatever release named it."""
+        """The name of a tensor in the rules of the family."""
         for pattern, replacement in self._family.renamed:
             name = re.sub(pattern, replacement, name)
         return name
@@ -179,7 +180,7 @@ class AdapterFolder:
                 self._settings.check_rank(module, self._stored[first].info, self._stored[second].info)
 
     def _tie(self) -> None:
-        """Where only one of two tied matrices was trained, the merged model has two."""
+        """Unties matrices of which only one was trained."""
         _, decoder = read_model(self.base.config, self._settings.ignore)
         self._untied: str | None = None  # what lm_head.weight is read from, where the base has none
         embedding = self._embedding()
@@ -191,7 +192,7 @@ class AdapterFolder:
             self._set("tie_word_embeddings", False)
             self._untied = embedding
 
-    def _set(self, key: str, value: Any) -> None:
+    def _set(self, key: str, value: object) -> None:
         if "text_config" in self.config:
             self.config["text_config"] = dict(self.config["text_config"]) | {key: value}
         if "text_config" not in self.config or key == "tie_word_embeddings":
@@ -249,7 +250,7 @@ class AdapterFolder:
 
 
 class _Settings:
-    """adapter_config.json, every key of it accounted for."""
+    """adapter_config.json, with all keys checked."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / CONFIG
@@ -285,7 +286,7 @@ class _Settings:
         return {pattern: inner.positive(pattern) for pattern in values}
 
     def _of(self, key: str, module: str, default: float) -> float:
-        """The value of the first pattern that matches the end of a module's name, as PEFT chooses it."""
+        """The value of the first pattern that matches the end of a module name, as in PEFT."""
         for pattern, value in self.patterns[key].items():
             try:
                 if regex.match(rf"(.*\.)?({pattern})$", module, timeout=SECONDS):
@@ -298,7 +299,7 @@ class _Settings:
         return default
 
     def check_rank(self, module: str, first: TensorInfo, second: TensorInfo) -> None:
-        """UserError where the matrices of a module are not of the rank that the file states."""
+        """Raises UserError if the matrices of a module have another rank than the config."""
         rank = int(self._of("rank_pattern", module, self.rank))
         if len(first.shape) != 2 or len(second.shape) != 2 or not first.shape[0] == second.shape[1] == rank:
             raise UserError(
@@ -306,17 +307,17 @@ class _Settings:
             )
 
     def scale(self, module: str, rank: int | None) -> float:
-        """What the low-rank term of a module is multiplied by."""
+        """The scale of the low-rank term of a module."""
         count = int(self._of("rank_pattern", module, self.rank)) if rank is None else rank
         alpha = self._of("alpha_pattern", module, self.alpha)
         return alpha / math.sqrt(count) if self.rslora else alpha / count
 
-    def conv1d(self, config: Mapping[str, Any]) -> bool:
-        """Whether matrices of GPT-2's own kind of layer are meant."""
+    def conv1d(self, config: ReadJson) -> bool:
+        """Whether the matrices are of GPT-2's Conv1D layers."""
         return self.turned or config.get("model_type") == "gpt2"
 
     def token_rows(self, name: str, count: int) -> list[int]:
-        """The rows of an embedding that were trained alone."""
+        """The trained rows of an embedding."""
         rows = self._tokens
         if isinstance(rows, dict):
             rows = next((value for module, value in rows.items() if f".{module}." in f".{name}"), None)

@@ -1,4 +1,4 @@
-"""What every checkpoint looks like: an HF-style config, and tensors under HF names, read one by one."""
+"""The interface of checkpoints: a config and tensors in the format of Hugging Face, read one at a time."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor without reading it."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 class Checkpoint(Protocol):
-    """A model on disk: a config as config.json holds it, and tensors under HF names in HF layout, read one by one."""
+    """A model on disk: the content of config.json, and tensors with HF names and layout, read one at a time."""
 
     source: str  # what the user named
     kind: str  # "huggingface", "gguf" or "orbax"
-    config: dict[str, Any]  # the content of config.json, or the same rebuilt from the file's own metadata
-    revision: str | None  # the commit that a hub download resolved to
+    config: Json  # content of config.json, or its equivalent from metadata
+    revision: str | None  # commit of a hub download
 
     def names(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by HF name, sorted, with its shape and the dtype that `tensor` returns; reads no weights."""
+        """HF name -> shape and dtype of all tensors, sorted, without reading weights."""
         ...
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor, read now into an array of its own. bfloat16 is `ml_dtypes.bfloat16`. KeyError if unknown."""
+        """Reads a tensor into a new array. bfloat16 is `ml_dtypes.bfloat16`. Raises KeyError for an unknown name."""
         ...
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's fast tokenizer, with its chat template; UserError if it has none that can be trusted."""
+        """The fast tokenizer with its chat template. Raises UserError without a supported one."""
         ...
 
     def sha256(self) -> str:
@@ -50,7 +51,7 @@ class Checkpoint(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what is held open. Arrays already read stay valid."""
+        """Closes files. Arrays stay valid."""
         ...
 
 
@@ -59,10 +60,10 @@ Bounds = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
 @runtime_checkable
 class ReadsParts(Protocol):
-    """A checkpoint that can read some rows of a tensor without the others."""
+    """A checkpoint that can read parts of a tensor."""
 
     def part(self, name: str, bounds: Bounds) -> np.ndarray:
-        """A block of a tensor, read now into an array of its own."""
+        """Reads a block of a tensor into a new array."""
         ...
 
 
@@ -91,11 +92,11 @@ def sha256_of(paths: Iterable[Path]) -> str:
 
 
 MOST_CONFIG_BYTES = 1 << 24
-MOST_JSON_BYTES = 1 << 28  # the index of the largest published checkpoint takes some 10 MB
+MOST_JSON_BYTES = 1 << 28  # the largest published index has about 10 MB
 
 
 def require_regular(path: Path) -> None:
-    """Refuses what is no regular file, such as a FIFO or a device, whose reading may have no end. Errors: UserError."""
+    """Raises UserError unless it is a regular file; reading a FIFO or a device may not end."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -104,17 +105,17 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path} is not a regular file")
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. ValueError where a key stands in it twice, for readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def once(pairs: list[tuple[str, object]]) -> Json:
+    """A JSON object. Raises ValueError for a duplicate key, on which readers disagree."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"it has the key {name[:100]!r} twice")
-    return found
+    return values
 
 
-def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes. Errors: UserError."""
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Json:
+    """The JSON object in a file of at most `most` bytes. Raises UserError if it cannot be read."""
     require_regular(path)
     try:
         if path.stat().st_size > most:
@@ -131,8 +132,8 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Errors: UserError."""
+def read_config(folder: Path) -> Json:
+    """The config.json of a folder. Raises UserError if it cannot be read."""
     path = folder / "config.json"
     if path.exists():
         return read_json(path, MOST_CONFIG_BYTES)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.formats.tokenizer import without_advice
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _byte_symbols() -> list[str]:
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
 
 
-def _llama(width: int, depth: int, heads: int, mlp_width: int) -> dict[str, Any]:
+def _llama(width: int, depth: int, heads: int, mlp_width: int) -> Json:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -64,7 +65,7 @@ def _llama(width: int, depth: int, heads: int, mlp_width: int) -> dict[str, Any]
     }
 
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, Json] = {
     "0.3m": _llama(width=64, depth=6, heads=2, mlp_width=176),
     "0.6m": _llama(width=96, depth=6, heads=3, mlp_width=208),
     "1m": _llama(width=96, depth=9, heads=3, mlp_width=256),

@@ -1,16 +1,18 @@
-"""Mixtures whose experts lie in one tensor, read as if each had its own: Qwen3.5 is published so, and transformers 5
-may save any mixture so. `NAME.experts.gate_up_proj` is [experts, gate and up behind each other, d],
-`NAME.experts.down_proj` [experts, d, inner]."""
+"""Reads mixtures that store all experts of a block in one tensor, like Qwen3.5 and files of transformers 5.
+
+`NAME.experts.gate_up_proj` is [experts, gate and up concatenated, d], `NAME.experts.down_proj` [experts, d, inner].
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.config import MOST_EXPERTS
 from spinal_jax.models.families import FAMILIES
 from spinal_jax.models.formats.base import Bounds, TensorInfo
@@ -26,7 +28,7 @@ _TOGETHER = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 
 
 class _Where(NamedTuple):
-    """The rows of a stored tensor that are an expert's matrix."""
+    """The rows of a stored tensor that form the matrix of an expert."""
 
     stored: str
     expert: int
@@ -34,7 +36,7 @@ class _Where(NamedTuple):
 
 
 def apart(folder: Folder) -> Folder | ExpertsApart:
-    """The folder, its experts as tensors of their own where its family has them so. Errors: UserError."""
+    """The folder with a tensor for each expert, if its family has such tensors. Raises UserError if that fails."""
     family = FAMILIES.get(str(folder.config.get("model_type", "")))
     together = [name for name in folder.names() if _TOGETHER.fullmatch(name)]
     if family is None or not family.experts_apart or not together:
@@ -43,13 +45,13 @@ def apart(folder: Folder) -> Folder | ExpertsApart:
 
 
 class ExpertsApart:
-    """A folder whose tensors `together` hold all experts of a block, as a `Checkpoint` that has one for each expert."""
+    """A `Checkpoint` with a tensor for each expert, from a folder whose tensors `together` contain all experts."""
 
     kind: str = "huggingface"
 
     def __init__(self, inner: Folder, together: list[str]) -> None:
         self.folder, self.source, self.revision = inner.folder, inner.source, inner.revision
-        self.config: dict[str, Any] = inner.config
+        self.config: Json = inner.config
         self.inner = inner
         self._infos = {name: info for name, info in inner.names().items() if name not in together}
         self._where: dict[str, _Where] = {}

@@ -1,15 +1,16 @@
-"""Writes a checkpoint of ours as a Hugging Face folder: config.json, safetensors in shards, tokenizer."""
+"""Exports a checkpoint as a Hugging Face folder: config.json, sharded safetensors, tokenizer."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats import folders
 from spinal_jax.models.formats.base import Checkpoint, TensorInfo, sha256_of
@@ -23,7 +24,7 @@ _COPY_BYTES = 1 << 26
 
 
 class _Planned(NamedTuple):
-    """A tensor to be written: where its values come from, and how it will look."""
+    """A tensor to be written."""
 
     place: TensorTarget
     stored: str  # its name in the checkpoint
@@ -46,22 +47,21 @@ def export(
 ) -> Path:
     """Writes the checkpoint to `out` as `AutoModelForCausalLM.from_pretrained` reads it, and returns its path.
 
-    Every tensor is split into our parameters and joined again by the family's rules, one at a time, so what is written
-    is what the audit computes with; in the same dtype it is the same bits. What our decoder has no part for, such as
-    saved rotary tables and the vision tower of a composite model, is left out. Until it is whole the folder is called
-    `out` + ".partial".
+    Every tensor is split into parameters and joined again by the rules of the family, so the export contains what an
+    audit computes with, bit for bit in the same dtype. Tensors without parameters, such as rotary tables and vision
+    towers, are left out. Until it is complete, the folder is called `out` + ".partial".
 
     Args:
         checkpoint: what to export.
         out: the folder to write.
-        dtype: "float32" or "bfloat16"; None keeps that of the source, for each tensor.
-        ignore_keys: keys of config.json that change nothing.
-        shard_bytes: most bytes of tensors in a file, unless one tensor alone has more.
-        overwrite: replace a checkpoint that was written before.
-        bar: opens a progress bar for (what, how much, unit) and gives the function that advances it.
+        dtype: "float32" or "bfloat16"; None keeps the dtype of each tensor.
+        ignore_keys: keys of config.json without effect.
+        shard_bytes: maximum size of a file, unless a single tensor is larger.
+        overwrite: replace an existing checkpoint.
+        bar: opens progress bars.
 
     Raises:
-        UserError: for a checkpoint that is not what its config.json says, or an `out` that is taken.
+        UserError: the checkpoint does not match its config.json, or `out` exists.
     """
     bar = bar or no_bar
     folder = folders.check_out(out, checkpoint.source, overwrite)
@@ -108,8 +108,8 @@ def export(
     return folder
 
 
-def exported_config(config: Mapping[str, Any], dtype: np.dtype, tied: bool) -> dict[str, Any]:
-    """config.json for the weights that are written: of a composite model its text part, and with their dtype."""
+def exported_config(config: ReadJson, dtype: np.dtype, tied: bool) -> Json:
+    """config.json of the exported weights: the text part of a composite model, with the new dtype."""
     exported = dict(config)
     if "text_config" in config:
         text = config["text_config"]
@@ -144,7 +144,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _shards(planned: Sequence[_Planned], limit: int) -> dict[str, list[_Planned]]:
-    """File name -> the tensors that it will hold, in order of name."""
+    """File name -> its tensors, in order of name."""
     groups: list[list[_Planned]] = [[]]
     held = 0
     for tensor in planned:
@@ -161,7 +161,7 @@ def _shards(planned: Sequence[_Planned], limit: int) -> dict[str, list[_Planned]
 
 def _header(members: Sequence[_Planned]) -> bytes:
     """What a safetensors file begins with: the length of a JSON text, and the text. https://huggingface.co/docs/safetensors"""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: Json = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in members:
         dtype, shape = tensor.info.dtype, list(tensor.info.shape)
@@ -173,8 +173,8 @@ def _header(members: Sequence[_Planned]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(file: Any, tensor: np.ndarray, info: TensorInfo) -> None:
-    """The tensor's values, row by row, some at a time."""
+def _write(file: BinaryIO, tensor: np.ndarray, info: TensorInfo) -> None:
+    """Writes the values of a tensor in blocks of rows."""
     assert tensor.shape == info.shape
     tensor = np.atleast_1d(tensor)
     step = max(1, _COPY_BYTES // max(1, math.prod(info.shape[1:]) * info.dtype.itemsize))

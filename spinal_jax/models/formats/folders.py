@@ -1,4 +1,4 @@
-"""Output folders of checkpoints: built as DIR.partial, whole only once they are renamed to DIR."""
+"""Output folders of checkpoints, written as DIR.partial and renamed to DIR when complete."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 
 from spinal_jax.errors import UserError
 from spinal_jax.files import locked
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.progress import Bar
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from spinal_jax.models.translate import TensorTarget
 
 
-RECORD = "spinal.json"  # in every folder written here: what it was made from; "sha256" is null until it is whole
+RECORD = "spinal.json"  # record of the inputs in every output folder; "sha256" is null until it is complete
 
-# What stands beside the weights and config.json of a Hugging Face model.
+# Files of a Hugging Face model besides weights and config.json.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -37,8 +38,8 @@ COMPANIONS = (
 )
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What the folder says that it was made from, or None where it is not one of ours."""
+def read_record(folder: Path) -> Json | None:
+    """The record of an output folder, or None for other folders."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -48,7 +49,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_out(out: str, source: str, overwrite: bool) -> Path:
-    """The absolute path of an output folder that may be written; UserError where something would be lost."""
+    """The absolute path of an output folder. Raises UserError if writing it would delete other data."""
     folder, origin = Path(out).expanduser().absolute(), Path(source).expanduser()
     replaced = _replaced(folder)
     if replaced.exists() and read_record(replaced) is None and (not replaced.is_dir() or any(replaced.iterdir())):
@@ -64,7 +65,7 @@ def check_out(out: str, source: str, overwrite: bool) -> Path:
 
 
 def _check_free(folder: Path, out: object, overwrite: bool) -> None:
-    """UserError, which calls the folder `out`, where it holds what may not be replaced."""
+    """Raises UserError if the folder has contents that may not be replaced; `out` is its name in the message."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     record = read_record(folder)
@@ -75,18 +76,17 @@ def _check_free(folder: Path, out: object, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def partial_folder(folder: Path, record: Mapping[str, Any], overwrite: bool, resume: bool) -> Iterator[Path]:
-    """The folder beside `folder` to write into, locked until the block ends. With `resume` it holds what an earlier run
-    of the same work left.
+def partial_folder(folder: Path, record: ReadJson, overwrite: bool, resume: bool) -> Iterator[Path]:
+    """A locked partial folder next to `folder` to write into. With `resume` it keeps the files of an interrupted run.
 
     Args:
-        folder: where the result will stand.
-        record: what it is made from; that of an earlier run must be equal. Digests of what was written do not count.
-        overwrite: discard what a run of other work left.
-        resume: whether what the same work left is kept.
+        folder: the final folder.
+        record: the inputs; must equal the record of an interrupted run, except for digests of written files.
+        overwrite: discard the files of an interrupted run with other inputs.
+        resume: keep the files of an interrupted run with the same inputs.
 
     Raises:
-        UserError: another process writes there, or has finished `folder` meanwhile; what lies there is of others.
+        UserError: another process writes the folder or has completed it, or it has contents of other programs.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     with contextlib.ExitStack() as stack:
@@ -97,7 +97,7 @@ def partial_folder(folder: Path, record: Mapping[str, Any], overwrite: bool, res
                 left = sorted(path.name for path in partial.iterdir())
                 if not left:
                     undo.callback(partial.rmdir)
-                _check_free(folder, folder, overwrite)  # another process may have written it meanwhile
+                _check_free(folder, folder, overwrite)  # another process may have completed it
                 if left and left != [f"{RECORD}.new"]:
                     _take_over(partial, record, overwrite, resume)
                 undo.pop_all()
@@ -107,8 +107,8 @@ def partial_folder(folder: Path, record: Mapping[str, Any], overwrite: bool, res
         yield partial
 
 
-def _take_over(partial: Path, record: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
-    """Empties what an earlier run left unless that can be resumed; UserError where it may not be touched."""
+def _take_over(partial: Path, record: ReadJson, overwrite: bool, resume: bool) -> None:
+    """Empties the partial folder unless it can be resumed. Raises UserError if it may not be changed."""
     before = read_record(partial)
     if before is None:
         raise UserError(f"{partial} is in the way and was not written by spinal; move it elsewhere")
@@ -122,12 +122,12 @@ def _take_over(partial: Path, record: Mapping[str, Any], overwrite: bool, resume
         _empty(partial)
 
 
-def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
+def _origin(record: ReadJson) -> Json:
     return {key: value for key, value in record.items() if key not in ("sha256", "files")}
 
 
-def finish(partial: Path, folder: Path, record: Mapping[str, Any]) -> None:
-    """Makes `partial` whole, `record` now having the "sha256", and moves it to `folder`, in place of what is there."""
+def finish(partial: Path, folder: Path, record: ReadJson) -> None:
+    """Completes `partial` with the final `record` and moves it to `folder`, replacing an existing one."""
     _write_record(partial, record)
     replaced = _replaced(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -135,23 +135,23 @@ def finish(partial: Path, folder: Path, record: Mapping[str, Any]) -> None:
             _discard(replaced)
         os.rename(folder, replaced)
     os.rename(partial, folder)
-    if replaced.exists():  # perhaps of a run that was killed right here
+    if replaced.exists():  # of a run that was killed here
         _discard(replaced)
 
 
 def _replaced(folder: Path) -> Path:
-    """Where the folder that is replaced stands until the new one has its name."""
+    """Temporary name of a folder that is being replaced."""
     return folder.with_name(f"{folder.name}.replaced")
 
 
 def _discard(folder: Path) -> None:
-    """Deletes a folder of ours."""
+    """Deletes an output folder."""
     _empty(folder)
     folder.rmdir()
 
 
 def _empty(folder: Path) -> None:
-    """Deletes what is in a folder of ours, its record last, so that what a kill leaves can still be told to be ours."""
+    """Deletes the contents of an output folder, the record last, so that it is still recognised after a kill."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -162,13 +162,13 @@ def _empty(folder: Path) -> None:
 
 def source_record(
     checkpoint: Checkpoint, schema: str, dtype: str | None, ignore_keys: tuple[str, ...], bar: Bar
-) -> dict[str, Any]:
-    """What a folder is made from, as spinal.json says it; the source's weights are hashed for it."""
+) -> Json:
+    """The record of the inputs, with the hash of the source weights."""
     with bar("hash source", 1, "source") as advance:
         digest = checkpoint.sha256()
         advance(1)
     origin = Path(checkpoint.source).expanduser()
-    name = origin.resolve().name if origin.exists() else checkpoint.source  # "." has no name of its own
+    name = origin.resolve().name if origin.exists() else checkpoint.source  # for "."
     return {
         "schema": schema,
         "source": {"name": name, "kind": checkpoint.kind, "revision": checkpoint.revision, "sha256": digest},
@@ -179,9 +179,9 @@ def source_record(
 
 
 def written_dtype(checkpoint: Checkpoint, name: str, place: TensorTarget, dtype: str | None) -> np.dtype:
-    """The dtype in which the tensor of a place is written: its own, or `dtype` unless it is one that stays float32.
+    """The dtype of a written tensor: its own, or `dtype` unless it stays float32.
 
-    `name` is what the checkpoint calls it. UserError where it holds no plain numbers.
+    `name`: of the tensor in the checkpoint. Raises UserError for other than plain numbers.
     """
     own = checkpoint.names()[name].dtype
     if not jnp.issubdtype(own, jnp.floating) or own.itemsize < 2:
@@ -192,7 +192,7 @@ def written_dtype(checkpoint: Checkpoint, name: str, place: TensorTarget, dtype:
 
 
 def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copies the tokenizer's files and generation_config.json, or saves the tokenizer of a single file anew."""
+    """Copies tokenizer files and generation_config.json, or saves the tokenizer of a single-file checkpoint."""
     source: Path | None = getattr(checkpoint, "folder", None)
     if source is None:
         checkpoint.tokenizer().save_pretrained(folder)
@@ -201,11 +201,11 @@ def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+def _write_record(folder: Path, record: ReadJson) -> None:
     new = folder / f"{RECORD}.new"
     new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(new, folder / RECORD)
 
 
-def _kind(record: Mapping[str, Any]) -> str:
+def _kind(record: ReadJson) -> str:
     return str(record["schema"]).removeprefix("spinal-").partition("/")[0]

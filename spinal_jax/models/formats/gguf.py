@@ -1,4 +1,4 @@
-"""Reads GGUF files as if they were Hugging Face checkpoints, their values as they were before export."""
+"""Reads GGUF files as Hugging Face checkpoints, undoing the changes of the exporter."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import ReadJson
 from spinal_jax.models.config import MOST_EXPERTS
 from spinal_jax.models.formats.base import Bounds, TensorInfo, sha256_of
 from spinal_jax.models.formats.gguf_architectures import (
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _Origin(NamedTuple):
-    """How a tensor with an HF name comes from a stored one."""
+    """The origin of an HF tensor in a stored tensor."""
 
     stored: GGUFTensor
     part: slice | int  # of the outermost dimension, which an index leaves out
@@ -41,16 +42,16 @@ class _Origin(NamedTuple):
 
 
 class _Experts(NamedTuple):
-    """An HF tensor that joins stored ones, named here."""
+    """An HF tensor that concatenates stored tensors."""
 
     stored: list[str]
     info: TensorInfo
 
 
 class GgufFile:
-    """A .gguf file, or the several parts of one, as a `Checkpoint`.
+    """A .gguf file, or its several parts, as a `Checkpoint`.
 
-    Quantised tensors read as float32; F32, F16 and BF16 keep their dtype.
+    Quantised tensors are returned as float32; F32, F16 and BF16 keep their dtype.
     """
 
     kind: str = "gguf"
@@ -123,9 +124,8 @@ class GgufFile:
     def _read(
         self, stored: GGUFTensor, numbers: np.ndarray | None = None, columns: tuple[int, int] | None = None
     ) -> np.ndarray:
-        """The values of a tensor, or of some of its rows [len(numbers), columns]: of these only the blocks that hold
-        the columns are read. They are dequantised some rows at a time, so that little more than the result is in
-        memory."""
+        """The values of a tensor, or of some rows and columns, [len(numbers), columns], for which only the necessary
+        blocks are read. Rows are dequantised in batches to limit memory."""
         dtype, kind = PLAIN.get(stored.type), self._gguf.GGMLQuantizationType(stored.type)
         rows, width = math.prod(stored.shape[:-1]), stored.shape[-1]
         wanted = np.arange(rows) if numbers is None else numbers
@@ -140,7 +140,7 @@ class GgufFile:
             for start in range(0, len(wanted), step):
                 some = wanted[start : start + step]
                 raw = np.empty((len(some), (last - first) * block_bytes), np.uint8)
-                whole = raw.shape[1] == stored.row_bytes  # then rows that follow each other are read together
+                whole = raw.shape[1] == stored.row_bytes  # consecutive rows are read together
                 breaks = np.flatnonzero(np.diff(some) != 1) + 1 if whole else np.arange(1, len(some))
                 for into, run in zip(np.split(raw, breaks), np.split(some, breaks), strict=True):
                     file.seek(stored.offset + int(run[0]) * stored.row_bytes + first * block_bytes)
@@ -151,8 +151,8 @@ class GgufFile:
         return values.reshape(stored.shape) if numbers is None else values
 
 
-def _architecture(path: Path, metadata: Mapping[str, Any]) -> Architecture:
-    """The translation for this file, if it holds a whole model of a supported architecture."""
+def _architecture(path: Path, metadata: ReadJson) -> Architecture:
+    """The architecture of the file. Raises UserError if it is not supported or not a whole model."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise UserError(f"{path}: general.architecture is {value_text(name)}, which is not a name")
@@ -168,10 +168,10 @@ def _architecture(path: Path, metadata: Mapping[str, Any]) -> Architecture:
 def _origins(
     path: Path, stored: Mapping[str, GGUFTensor], architecture: Architecture, config: Config
 ) -> dict[str, _Origin]:
-    """Every HF name and where it comes from, sorted; a stored tensor without an HF name is refused."""
+    """HF name -> origin, sorted. Raises UserError for a stored tensor without an HF name."""
     origins = {}
     for name, tensor in stored.items():
-        if name in ROPE_FACTORS:  # they went into the config
+        if name in ROPE_FACTORS:  # part of the config
             continue
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         block, stem, suffix = match.groups() if match else (None, "", "")
@@ -203,7 +203,7 @@ def _origins(
 def _experts(
     path: Path, stored: Mapping[str, GGUFTensor], architecture: Architecture, config: Config
 ) -> dict[str, _Experts]:
-    """The HF tensors that join stored ones, which must have one shape."""
+    """HF tensors that concatenate stored tensors of equal shape."""
     found = {}
     for block in range(config["num_hidden_layers"] if architecture.experts else 0):
         for target, stems in architecture.experts.items():
@@ -223,10 +223,8 @@ def _experts(
     return found
 
 
-def _constants(
-    path: Path, metadata: Mapping[str, Any], architecture: Architecture, config: Config
-) -> dict[str, np.ndarray]:
-    """HF tensors whose values stand in the metadata, a number for each block."""
+def _constants(path: Path, metadata: ReadJson, architecture: Architecture, config: Config) -> dict[str, np.ndarray]:
+    """HF tensors with values from the metadata, a number for each block."""
     depth, found = config.get("num_hidden_layers", 0), {}
     for target, (key, shape) in architecture.constants.items():
         values = np.asarray(metadata.get(key, []))

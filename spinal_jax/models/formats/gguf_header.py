@@ -1,4 +1,4 @@
-"""The header of GGUF files: metadata, and where each tensor lies, in one file or several parts."""
+"""Reads headers of GGUF files: metadata and tensor table, of one file or several parts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ import ml_dtypes
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.formats.base import require_regular
 from spinal_jax.models.hf_config import value_text
 
-# GGML's numbers of the types that hold values and not blocks.
+# GGML type numbers of unquantised types.
 PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(ml_dtypes.bfloat16)}
 
 _Value = TypeVar("_Value")
 
 
 class GGUFTensor(NamedTuple):
-    """A tensor as it lies in its file."""
+    """Location, type and shape of a stored tensor."""
 
     path: Path
     type: int  # GGML's number
     shape: tuple[int, ...]  # outermost dimension first, as in NumPy
-    offset: int  # of its first byte in the file
-    row_bytes: int  # taken by one run of the innermost dimension
+    offset: int  # of the first byte in the file
+    row_bytes: int  # bytes of one row of the innermost dimension
 
 
 def import_gguf() -> ModuleType:
@@ -43,8 +44,8 @@ def import_gguf() -> ModuleType:
     return gguf
 
 
-def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """Metadata and tensor table. Parsed here: the gguf package takes 10 s for a vocabulary of 262,144 tokens."""
+def _read_header(path: Path, gguf: ModuleType) -> tuple[Json, dict[str, GGUFTensor]]:
+    """Metadata and tensor table. The gguf package would need 10 s for a vocabulary of 262,144 tokens."""
     require_regular(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -61,7 +62,7 @@ def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str
                 raise ValueError(f"its alignment is {value_text(alignment)}, which is not a power of two")
             start = -(-cursor.at // alignment) * alignment
             stored: dict[str, GGUFTensor] = {}
-            expected = 0  # tensors lie one behind the other in the order of the table, each padded to the alignment
+            expected = 0  # tensors are stored in the order of the table, padded to the alignment
             for name, (shape, kind, offset) in table.items():
                 if offset != expected:
                     raise ValueError(
@@ -77,7 +78,7 @@ def _read_header(path: Path, gguf: ModuleType) -> tuple[dict[str, Any], dict[str
         raise UserError(f"{path} is a truncated or damaged GGUF file: {error}") from error
 
 
-def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], dict[str, Any], dict[str, GGUFTensor]]:
+def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], Json, dict[str, GGUFTensor]]:
     """The files of a model, in order, the metadata of the first, and the tensors of all.
 
     llama.cpp names the parts NAME-00001-of-00003.gguf and so on, and numbers them from 0 in their metadata.
@@ -125,7 +126,7 @@ def _unique(pairs: Iterable[tuple[str, _Value]]) -> dict[str, _Value]:
 def _locate(
     path: Path, gguf: ModuleType, name: str, shape: tuple[int, ...], kind: int, offset: int, end: int
 ) -> GGUFTensor:
-    """A tensor whose type can be read and whose bytes are all there."""
+    """Checks the type and the extent of a tensor."""
     if kind not in set(gguf.GGMLQuantizationType):
         raise UserError(f"{path}: {name} has the quantisation {kind}, which the gguf package does not know")
     quantisation = gguf.GGMLQuantizationType(kind)
@@ -145,7 +146,7 @@ def _locate(
 
 
 class _Cursor:
-    """Reads a GGUF header value by value; running off its end is a struct.error."""
+    """Reads values of a GGUF header; raises struct.error at its end."""
 
     def __init__(self, data: mmap.mmap, at: int) -> None:
         self.data = data
@@ -154,7 +155,7 @@ class _Cursor:
     def number(self, code: str) -> Any:
         (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
         self.at += struct.calcsize(f"<{code}")
-        # A float32 in the shortest decimals that mean it, as it was in config.json: 1e-05, not 9.999999747378752e-06.
+        # The shortest decimal of a float32, as in config.json: 1e-05 instead of 9.999999747378752e-06.
         return float(str(np.float32(value))) if code == "f" else value
 
     def string(self) -> str:

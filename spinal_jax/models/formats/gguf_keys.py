@@ -11,22 +11,23 @@ from typing import Any
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.models.hf_config import LARGEST, LARGEST_REAL, MOST_BLOCKS, value_text
 
-Config = dict[str, Any]
+Config = Json
 
-# Tensors that hold no parameter but the divisors of rotary frequencies: they become part of the config.
+# Tensors with divisors of rotary frequencies, which become part of the config.
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 class Keys:
-    """One file's metadata, read key by key without the architecture's prefix; `done` refuses what nobody read."""
+    """Metadata of a file, read by key without the architecture prefix; `done` raises UserError for unread keys."""
 
     def __init__(
         self,
         path: Path,
         architecture: str,
-        metadata: Mapping[str, Any],
+        metadata: ReadJson,
         shapes: Mapping[str, tuple[int, ...]],
         read_tensor: Callable[[str], np.ndarray],
     ) -> None:
@@ -38,7 +39,7 @@ class Keys:
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or the default. A list with one value for each block must hold the same for all of them."""
+        """The value or the default. A list by block must have equal values."""
         self._read.add(key)
         value = self.metadata.get(self._prefix + key, default)
         if isinstance(value, np.ndarray | list):
@@ -51,7 +52,7 @@ class Keys:
         return value
 
     def blocks(self, key: str, depth: int) -> list[Any] | None:
-        """The values of a key that holds one for each block, or None where it holds a single one or is absent."""
+        """The values of a key by block, or None for a single value or an absent key."""
         value = self.metadata.get(self._prefix + key)
         if not isinstance(value, np.ndarray | list):
             return None
@@ -61,7 +62,7 @@ class Keys:
         return np.asarray(value).tolist()
 
     def need(self, key: str) -> Any:
-        """The value of a key that must be there; a size is at least 1."""
+        """The value of a required key; sizes are at least 1."""
         if (value := self.get(key)) is None:
             raise UserError(f"{self.path} lacks {self._prefix}{key}")
         if type(value) is int and value < 1:
@@ -69,11 +70,11 @@ class Keys:
         return value
 
     def ignore(self, *keys: str) -> None:
-        """Takes keys as read that change nothing in the forward pass."""
+        """Marks keys without effect on the forward pass as read."""
         self._read.update(keys)
 
     def factors(self, tensor: str) -> np.ndarray | None:
-        """One of ROPE_FACTORS, or None where the file has it not."""
+        """One of ROPE_FACTORS, or None."""
         if tensor not in self.shapes:
             return None
         self._read.add(tensor)
@@ -86,7 +87,7 @@ class Keys:
         )
 
     def done(self) -> None:
-        """Refuses every key of the architecture and every table of rotary factors that was not read."""
+        """Raises UserError for unread keys of the architecture and unread tables of rotary factors."""
         for name in sorted(self.metadata):
             if name.startswith(self._prefix) and (key := name.removeprefix(self._prefix)) not in self._read:
                 raise self.refusal(key, "a setting that is not known for this architecture")
@@ -100,8 +101,8 @@ _REAL = re.compile(r"epsilon|freq_base|factor|softcapping|scale|beta|multiplier|
 _TEXT, _FLAGS = ("rope.scaling.type",), ("rope.scaling.finetuned", "attention.causal")
 
 
-def _not_a_setting(key: str, value: Any) -> str:
-    """What the value of a key would have to be, or nothing where it is that."""
+def _not_a_setting(key: str, value: object) -> str:
+    """The required type of the value of a key, or "" if it is correct."""
     if key in _TEXT:
         return "" if isinstance(value, str) else "a name"
     if key in _FLAGS:
@@ -114,7 +115,7 @@ def _not_a_setting(key: str, value: Any) -> str:
 
 
 def decoder(keys: Keys, experts: bool = False) -> tuple[Config, int]:
-    """The keys that the Llama-like configs share, and the size of a head; `experts`: whether there may be some."""
+    """Keys that Llama-like configs share, and the head size; `experts`: whether experts are allowed."""
     width, heads = keys.need("embedding_length"), keys.need("attention.head_count")
     head_dim = keys.get("attention.key_length", width // heads)
     if (value_length := keys.get("attention.value_length", head_dim)) != head_dim:
@@ -138,7 +139,7 @@ def decoder(keys: Keys, experts: bool = False) -> tuple[Config, int]:
 
 
 def rms_decoder(keys: Keys, experts: bool = False) -> tuple[Config, int]:
-    """As `decoder`, for RMS norms."""
+    """`decoder` with RMS norms."""
     config, head_dim = decoder(keys, experts)
     return config | {"rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon")}, head_dim
 
@@ -159,13 +160,13 @@ def tokens(keys: Keys) -> Config:
 
 
 def require_derived_head(keys: Keys, config: Config, head_dim: int) -> None:
-    """Refuses a head size that the family's config.json has no key for."""
+    """Raises UserError for a head size that config.json of the family cannot express."""
     if head_dim * config["num_attention_heads"] != config["hidden_size"]:
         raise keys.refusal("attention.key_length", "but heads of this architecture share the width equally")
 
 
 def rope_settings(keys: Keys, head_dim: int) -> Config:
-    """`rope_theta` and `rope_scaling` of a head that is rotated whole."""
+    """`rope_theta` and `rope_scaling` of fully rotated heads."""
     if keys.get("rope.dimension_count", head_dim) != head_dim:
         raise keys.refusal("rope.dimension_count", f"but a head has {head_dim} features, all of them rotated")
     theta = keys.get("rope.freq_base", 10000.0)
@@ -179,7 +180,7 @@ def rope_settings(keys: Keys, head_dim: int) -> Config:
 
 
 def rope_scaling(keys: Keys) -> Config | None:
-    """The scaling that metadata states; as in llama.cpp, a factor without a type is linear."""
+    """The scaling of the metadata; as in llama.cpp, a factor without a type is linear."""
     keys.ignore("rope.scaling.finetuned")
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0))
     original = keys.get("rope.scaling.original_context_length")
@@ -229,13 +230,13 @@ def partial_rotary(keys: Keys, head_dim: int) -> float:
 
 
 def rope_parameters(keys: Keys, head_dim: int) -> Config:
-    """`rope_settings`, as transformers 5 spells it."""
+    """`rope_settings` in the format of transformers 5."""
     both = rope_settings(keys, head_dim)
     return {"rope_theta": both["rope_theta"], **(both["rope_scaling"] or {"rope_type": "default"})}
 
 
 def layer_types(keys: Keys, depth: int, period: int) -> list[str]:
-    """Which blocks slide: by a flag for each, or all but the last of each stored period; else of `period`."""
+    """Layer types: sliding by a flag for each block, or all but the last of each stored period, else of `period`."""
     key = "attention.sliding_window_pattern"
     flags = keys.blocks(key, depth)
     if flags is None:

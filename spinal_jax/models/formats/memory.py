@@ -1,17 +1,18 @@
-"""Checkpoints that lie in memory: a trained model about to be exported, and models of random weights."""
+"""Checkpoints in memory: trained models before export, and models with random weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from flax import nnx
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.base import Checkpoint, TensorInfo
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class MemoryCheckpoint:
-    """Parameters of ours under HF names, as a `Checkpoint`."""
+    """Parameters in memory as a `Checkpoint` with HF names."""
 
     kind: str = "memory"
     revision: str | None = None
@@ -32,14 +33,14 @@ class MemoryCheckpoint:
     def __init__(
         self,
         source: str,
-        config: dict[str, Any],
+        config: Json,
         arrays: Mapping[str, jax.Array | np.ndarray],
         tokenizer: PreTrainedTokenizerBase,
         ignore_keys: Iterable[str] = (),
     ) -> None:
-        """From `config` as config.json holds it and `arrays` by our paths, stacked over depth."""
+        """From the content of config.json and arrays by parameter path, stacked over depth."""
         self.source, self.config = source, config
-        self.folder: Path | None = None  # of a Hugging Face model whose tokenizer's files are to be copied
+        self.folder: Path | None = None  # Hugging Face folder with the tokenizer files
         self._arrays, self._tokenizer = arrays, tokenizer
         family, self._decoder = read_model(config, ignore_keys)
         shapes = parameter_shapes(self._decoder)
@@ -64,13 +65,13 @@ class MemoryCheckpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """No-op."""
 
 
-def random_checkpoint(source: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> Checkpoint:
-    """A model of random weights, as `Decoder` draws them, float32; equal seeds give equal weights.
+def random_checkpoint(source: str, config: Json, tokenizer: PreTrainedTokenizerBase, seed: int) -> Checkpoint:
+    """A model with random float32 weights of `Decoder`; equal seeds give equal weights.
 
-    Errors: UserError for a seed of more than 32 bits, of which JAX would use the last 32 only.
+    Raises UserError for a seed of more than 32 bits, which JAX would truncate.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"{shorten_middle(source, 80)} asks for a seed beyond {2**32 - 1}")

@@ -1,4 +1,4 @@
-"""Opens the checkpoint a user names, whatever its format."""
+"""Opens a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from spinal_jax.models.formats.safetensors import SafetensorsFolder
 
 
 def open_checkpoint(source: str, revision: str | None = None, base: str | None = None) -> Checkpoint:
-    """Open what `source` names: a folder with config.json and safetensors, a PEFT adapter folder, a .gguf file, a
+    """Opens a checkpoint: a folder with config.json and safetensors, a PEFT adapter folder, a .gguf file, a
     folder that `spinal convert` wrote, or a hub id `owner/name` of a model or an adapter.
 
-    Files are checked here as far as that needs no reading of weights: formats, shards and lengths, so that a damaged
-    download is refused before any work.
+    Formats, shards and lengths are checked without reading weights, so that damaged downloads are reported early.
 
     Args:
         source: as above.
@@ -67,7 +66,7 @@ def _open(source: str, revision: str | None, base: str | None, is_base: bool = F
 
 
 def adapter_base(source: str, revision: str | None = None, base: str | None = None) -> tuple[str, str | None]:
-    """The base model of the adapter that `source` names, and its revision. Errors: UserError where it is no adapter."""
+    """The base model of an adapter and its revision. Raises UserError if `source` is not an adapter."""
     checkpoint = open_checkpoint(source, revision, base)
     with contextlib.closing(checkpoint):
         if not isinstance(checkpoint, AdapterFolder):
@@ -100,14 +99,14 @@ _STEPS = re.compile(r"(?:^|[^a-z0-9])(?:global_?)?(?:step|checkpoint)[-_]?(\d{1,
 
 
 def _of_step(names: Iterable[str], revision: str) -> list[str]:
-    """The names that speak of the training step that a revision such as `step-1000` names."""
+    """The names that match the training step of a revision such as `step-1000`."""
     if not (match := _STEP.fullmatch(revision)):
         return []
     return sorted(name for name in names if int(match[1]) in map(int, _STEPS.findall(name.lower())))
 
 
 def _step_folder(path: Path, revision: str) -> Path | None:
-    """The folder within `path` that a revision names, itself or by its training step."""
+    """The folder within `path` for a revision or its training step."""
     if Path(revision).name == revision and (path / revision).is_dir():
         return path / revision
     found = _of_step((each.name for each in path.iterdir() if each.is_dir()), revision)
@@ -152,7 +151,7 @@ def _step_revision(repo: str, revision: str | None, error: Exception) -> str:
 
         try:
             refs = huggingface_hub.list_repo_refs(repo)
-        except Exception as trouble:  # its transport differs between releases of the client
+        except Exception as trouble:  # the transport differs between releases of the client
             reason = str(trouble).strip().splitlines()
             why = reason[0] if reason else type(trouble).__name__
             raise UserError(f"the revisions of {repo} cannot be listed to find {revision!r}: {why}") from trouble

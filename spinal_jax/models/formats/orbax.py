@@ -1,9 +1,9 @@
-"""Checkpoints as Orbax folders: our own parameters, stacked over depth, in chunks that can be written and read alone.
+"""Checkpoints as Orbax folders: parameters stacked over depth, in chunks that are written and read separately.
 
-The layout is the one that Orbax writes without OCDBT: an uncompressed zarr array for each parameter under `state/`, and
-three small files that describe the tree, so `orbax.checkpoint.v1.load(folder)` reads it, into any sharding. It is
-written through TensorStore and not through Orbax, because Orbax saves whole arrays, gives its files random names and
-stamps them with the time: a conversion could neither stream nor end in the same bytes twice.
+The layout is that of Orbax without OCDBT: an uncompressed zarr array for each parameter under `state/`, and three small
+files that describe the tree. `orbax.checkpoint.v1.load(folder)` reads it into any sharding. It is written with
+TensorStore instead of Orbax, which saves whole arrays and adds random names and timestamps: a conversion could neither
+stream nor be reproducible.
 https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_format.html
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 import tensorstore as ts
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json
 from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.base import Bounds, TensorInfo, read_config, read_json, sha256_of
 from spinal_jax.models.formats.folders import RECORD, read_record
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCHEMA = "spinal-checkpoint/2"
-STATE = "state"  # what Orbax calls the tree
-CHUNK_BYTES = 1 << 24  # at most, of one chunk: a file of its own, and what a device must read to get a part of it
-WRITE_BYTES = CHUNK_BYTES  # about how much is handed to TensorStore at a time, which copies it
+STATE = "state"  # name of the tree in Orbax
+CHUNK_BYTES = 1 << 24  # maximum size of a chunk, which is a file and the unit of reading
+WRITE_BYTES = CHUNK_BYTES  # approximate size of a write, which TensorStore copies
 
 
 class ParameterFile:
-    """One stacked parameter on disk. `lead`: how many of its first axes count rows, each of which is written alone."""
+    """A stacked parameter on disk. `lead`: number of leading axes of rows, which are written separately."""
 
     def __init__(self, state: Path, path: str, shape: tuple[int, ...], dtype: np.dtype, lead: int):
         self.folder, self.shape, self.dtype, self.lead = state / path, shape, dtype, lead
@@ -50,7 +51,7 @@ class ParameterFile:
 
     @property
     def _store(self) -> ts.TensorStore:
-        """The zarr array, made on first use where it is not there."""
+        """The zarr array, created on first use."""
         if self._array is None:
             metadata = {
                 "shape": self.shape,
@@ -59,47 +60,47 @@ class ParameterFile:
                 "compressor": None,
                 "dimension_separator": ".",
             }
-            # Chunks of zeros are written too, so that a chunk that is not there is one that is still to be written.
+            # Chunks of zeros are written too, so that a missing chunk is always an unwritten one.
             spec = _spec(self.folder) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
             self._array = ts.open(spec, open=True, create=True).result()
         return self._array
 
     @property
     def row_bytes(self) -> int:
-        """Size of a row."""
+        """Bytes of a row."""
         return math.prod(self.shape[self.lead :]) * self.dtype.itemsize
 
     def has(self, row: tuple[int, ...]) -> bool:
-        """Whether a row is written. A file is renamed to its name when it is whole, so being there is enough."""
+        """Whether a row is written. Files are renamed when complete, so existence is sufficient."""
         return all(file.exists() for file in chunk_files(self.folder, self.shape, self.chunks, row))
 
     def files(self) -> Iterator[Path]:
-        """All files that the parameter has when it is whole."""
+        """All files of the complete parameter."""
         yield self.folder / ".zarray"
         yield from chunk_files(self.folder, self.shape, self.chunks)
 
     def write(self, row: tuple[int, ...], values: np.ndarray, progress: Advance) -> None:
-        """Writes a row, little more than WRITE_BYTES of it being copied at a time. UserError where the disk is full."""
+        """Writes a row in pieces of about WRITE_BYTES. Raises UserError if the disk is full."""
         wide = math.prod(values.shape[1:]) * max(values.dtype.itemsize, self.dtype.itemsize)
         step = max(1, WRITE_BYTES // (wide * self.rows)) * self.rows  # whole chunks
         for start in range(0, len(values), step):
             part = values[start : start + step].astype(self.dtype, copy=False)
             try:
                 self._store[row][start : start + len(part)].write(part).result()
-            except ValueError as error:  # TensorStore's word for whatever goes wrong with a file
+            except ValueError as error:  # TensorStore's status for file errors
                 raise UserError(f"{self.folder} cannot be written: {str(error).partition(' [')[0]}") from error
             progress(part.nbytes)
 
 
 def chunk_files(folder: Path, shape: Sequence[int], chunks: Sequence[int], row: tuple[int, ...] = ()) -> Iterator[Path]:
-    """The files of a zarr array, or of a `row` of it alone: its first indices, along which a chunk has one entry."""
+    """The files of a zarr array, or of one `row`, given by its leading indices."""
     counts = [math.ceil(size / chunk) for size, chunk in zip(shape, chunks, strict=True)]
     for index in itertools.product(*map(range, counts[len(row) :])):
         yield folder / ".".join(map(str, (*row, *index)))
 
 
 def write_orbax_metadata(folder: Path, paths: Iterable[str]) -> None:
-    """What makes Orbax see `folder` as a checkpoint of its own, of a tree of nested mappings."""
+    """Writes the files by which Orbax recognises a checkpoint of nested mappings."""
     tree = {
         str(tuple(path.split("."))): {
             "key_metadata": [{"key": key, "key_type": 2} for key in path.split(".")],  # 2: of a mapping
@@ -116,7 +117,7 @@ def write_orbax_metadata(folder: Path, paths: Iterable[str]) -> None:
     }
     (folder / STATE / "_METADATA").write_text(json.dumps(described), encoding="utf-8")
     (folder / "orbax.checkpoint").write_bytes(b"")
-    (folder / "_CHECKPOINT_METADATA").write_text("{}", encoding="utf-8")  # it would say when: not the same bytes twice
+    (folder / "_CHECKPOINT_METADATA").write_text("{}", encoding="utf-8")  # a timestamp would make the files differ
 
 
 def state_files(folder: Path) -> list[Path]:
@@ -125,7 +126,7 @@ def state_files(folder: Path) -> list[Path]:
 
 
 class Chunks:
-    """One stacked parameter of a finished folder: its chunks are compared with their digests as they are read."""
+    """A stacked parameter of a complete folder; chunks are checked against digests when they are read."""
 
     def __init__(self, folder: Path, path: str, digests: Mapping[str, str]):
         self.root, self.folder, self._digests = folder, folder / STATE / path, digests
@@ -134,7 +135,7 @@ class Chunks:
         self.dtype = np.dtype(ml_dtypes.bfloat16 if metadata["dtype"] == "bfloat16" else metadata["dtype"])
 
     def read(self, row: tuple[int, ...], start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Entries `start` to `stop` of the first axis behind `row`, the indices of a row that is chunked alone."""
+        """Entries `start` to `stop` of the axis after the leading indices `row`."""
         inner, rows = self.shape[len(row) :], self.chunks[len(row)]
         stop = int(inner[0]) if stop is None else stop
         values = np.empty((stop - start, *inner[1:]), self.dtype)
@@ -153,7 +154,7 @@ class Chunks:
 
 
 def check_digest(folder: Path, file: Path, raw: bytes, digests: Mapping[str, str]) -> None:
-    """UserError where the content of a file of a finished folder is not what was written."""
+    """Raises UserError if a file of a complete folder has changed."""
     if hashlib.sha256(raw).hexdigest() != digests.get(file.relative_to(folder).as_posix()):
         raise UserError(
             f"{folder} is damaged: {file.relative_to(folder)} is not what spinal convert wrote; convert the model again"
@@ -161,9 +162,9 @@ def check_digest(folder: Path, file: Path, raw: bytes, digests: Mapping[str, str
 
 
 class OrbaxFolder:
-    """A folder that `spinal convert` wrote, as a `Checkpoint`: its parameters under HF names again.
+    """A folder of `spinal convert` as a `Checkpoint` with HF names.
 
-    Small files are compared with their digests at once, chunks of weights when they are read.
+    Small files are checked against their digests at once, chunks of weights when they are read.
     """
 
     kind: str = "orbax"
@@ -191,7 +192,7 @@ class OrbaxFolder:
         self._infos = self._describe()
 
     def _check_files(self) -> dict[str, str]:
-        """The digests of the folder's files, all of which are there; all but the chunks of weights are as written."""
+        """The digests of all files; checks that they exist and that all but the weights are unchanged."""
         digests, source = self.record.get("files"), self.record.get("source")
         known = isinstance(source, dict) and "revision" in source and isinstance(self.record.get("ignore_keys"), list)
         if not known or not isinstance(digests, dict) or not all(isinstance(text, str) for text in digests.values()):
@@ -217,9 +218,9 @@ class OrbaxFolder:
         return parameter
 
     def _describe(self) -> dict[str, TensorInfo]:
-        """Every HF tensor without reading any: rules join stand-ins of one byte for an element."""
+        """All HF tensors, without reading: the rules are applied to placeholders of one byte for each element."""
         infos: dict[str, TensorInfo] = {}
-        joined: dict[tuple[Any, ...], tuple[int, ...]] = {}  # the tensors of a rule have one shape
+        joined: dict[tuple[Any, ...], tuple[int, ...]] = {}  # all tensors of a rule have one shape
         for name, place in sorted(self._places.items()):
             arrays = [self._parameters[path] for path in place.paths]
             shapes = tuple(array.shape[len(place.row) :] for array in arrays)
@@ -256,5 +257,5 @@ class OrbaxFolder:
         """Nothing is held open between reads."""
 
 
-def _spec(folder: Path) -> dict[str, Any]:
+def _spec(folder: Path) -> Json:
     return {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder.absolute())}}

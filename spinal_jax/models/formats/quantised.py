@@ -1,22 +1,23 @@
-"""Checkpoints with block-scaled weights, read as if they held plain ones: FP8 (DeepSeek-V3) and MXFP4 (gpt-oss).
+"""Dequantises checkpoints with block-scaled weights: FP8 (DeepSeek-V3) and MXFP4 (gpt-oss).
 
 FP8: a tensor `NAME` of float8 beside `NAME_scale_inv`, one factor for each block of `weight_block_size` (or one for the
 whole tensor); the weight is their product, in float32. Kimi K2 and the FP8 editions of Qwen3 are stored so too.
 MXFP4 (OCP Microscaling Formats 1.0): `NAME_blocks` [..., rows, groups, 16], two 4-bit floats a byte, low half first,
 beside `NAME_scales` [..., rows, groups], exponents of two with a bias of 127. Every such product is exact in bfloat16,
-which is what they read as; Hugging Face keeps them with the last two axes exchanged, and so does this.
+the dtype of the result. As in Hugging Face, the last two axes are exchanged.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.models.formats.base import Bounds, TensorInfo
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.hf_config import value_text
@@ -34,7 +35,8 @@ _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
 def dequantised(folder: SafetensorsFolder) -> SafetensorsFolder | Dequantised:
-    """The folder, its block-scaled weights as plain ones where config.json says that it has such. Errors: UserError."""
+    """The folder with dequantised weights, if config.json declares a quantisation. Raises UserError for unknown
+    ones."""
     settings = folder.config.get(_KEY)
     if settings is None:
         return folder
@@ -53,7 +55,7 @@ def dequantised(folder: SafetensorsFolder) -> SafetensorsFolder | Dequantised:
 
 
 class Dequantised:
-    """A folder whose tensors in `packed` are read by `decode`, as a `Checkpoint`; `infos` describes all that it has."""
+    """A `Checkpoint` of a folder whose tensors in `packed` are decoded by `decode`; `infos` describes all tensors."""
 
     kind: str = "huggingface"
 
@@ -61,7 +63,7 @@ class Dequantised:
         self, inner: SafetensorsFolder, infos: Mapping[str, TensorInfo], packed: Collection[str], decode: Decode
     ) -> None:
         self.folder, self.source, self.revision = inner.folder, inner.source, inner.revision
-        self.config: dict[str, Any] = {key: value for key, value in inner.config.items() if key != _KEY}
+        self.config: Json = {key: value for key, value in inner.config.items() if key != _KEY}
         self._inner, self._infos, self._packed, self._decode = inner, infos, packed, decode
 
     def names(self) -> Mapping[str, TensorInfo]:
@@ -85,7 +87,7 @@ class Dequantised:
         self._inner.close()
 
 
-def _fp8(inner: SafetensorsFolder, settings: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], set[str], Decode]:
+def _fp8(inner: SafetensorsFolder, settings: ReadJson) -> tuple[dict[str, TensorInfo], set[str], Decode]:
     block = settings.get("weight_block_size") or [1 << 31, 1 << 31]
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise UserError(
@@ -116,7 +118,7 @@ def _fp8(inner: SafetensorsFolder, settings: Mapping[str, Any]) -> tuple[dict[st
         if scale.size == 1:
             return values * scale.reshape(())
         rows, columns = (np.arange(*each) // size for each, size in zip(bounds, block, strict=True))
-        for number in np.unique(rows):  # a row of blocks at a time: spread out, the factors are as large as the weight
+        for number in np.unique(rows):  # by rows of blocks, to limit memory
             values[rows == number] *= scale[number][columns]
         return values
 
@@ -124,7 +126,7 @@ def _fp8(inner: SafetensorsFolder, settings: Mapping[str, Any]) -> tuple[dict[st
 
 
 def _of_activations(name: str, scales: Collection[str]) -> bool:
-    """Whether a tensor is the factor that FP8 arithmetic applies to what a scaled weight is multiplied with."""
+    """Whether a tensor is the activation scale of an FP8 weight."""
     layer, _, last = name.rpartition(".")
     return last == "activation_scale" and f"{layer}.weight" in scales
 

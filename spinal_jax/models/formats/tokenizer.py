@@ -1,4 +1,4 @@
-"""Builds a checkpoint's fast tokenizer, from a Hugging Face folder or from a GGUF file's own metadata."""
+"""Builds the fast tokenizer of a Hugging Face folder or of a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from spinal_jax.errors import UserError
+from spinal_jax.jsontypes import ReadJson
 from spinal_jax.models.formats.base import require_regular
 from spinal_jax.models.formats.splitters import Splitter, splitter_of
 from spinal_jax.models.hf_config import value_text
@@ -29,12 +30,12 @@ _READ = re.compile(r"tokenizer|special_tokens_map|added_tokens|vocab|merges|chat
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a Hugging Face folder holds a tokenizer of any kind."""
+    """Whether a Hugging Face folder has a tokenizer."""
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder; code that comes with it is never run. Errors: UserError."""
+    """The tokenizer of a Hugging Face folder, without running remote code. Raises UserError if there is none."""
     if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer: expected tokenizer.json, tokenizer.model or vocab.json")
     for path in sorted(folder.iterdir()):
@@ -54,10 +55,10 @@ def folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a GGUF file's metadata describes, with its chat template.
+def gguf_tokenizer(metadata: ReadJson, path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the metadata of a GGUF file, with its chat template.
 
-    Errors: UserError where the file has none, or one whose way of splitting text is not known here.
+    Raises UserError if the file has none, or one with an unknown pre-tokenizer.
     """
     given = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
     if "model" not in given or "tokens" not in given:
@@ -84,10 +85,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeniz
     return _wrapped(tokenizer, given, metadata, adds_bos=splitter is None or splitter.adds_bos)
 
 
-def _wrapped(
-    tokenizer: Tokenizer, given: Mapping[str, Any], metadata: Mapping[str, Any], adds_bos: bool
-) -> PreTrainedTokenizerBase:
-    """The tokenizer as transformers presents it: special tokens, what is added to a text, chat template."""
+def _wrapped(tokenizer: Tokenizer, given: ReadJson, metadata: ReadJson, adds_bos: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer as a transformers object with special tokens and chat template."""
     with without_advice():
         from transformers import PreTrainedTokenizerFast
     tokens = given["tokens"]
@@ -104,7 +103,7 @@ def _wrapped(
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Imports of transformers within say nothing about PyTorch, which is not needed here."""
+    """Suppresses the warning of transformers about missing PyTorch, which is not needed."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -126,8 +125,8 @@ _SPECIAL = {
 }
 
 
-def _byte_level(given: Mapping[str, Any], splitter: Splitter) -> Tokenizer:
-    """Byte-level BPE, as GPT-2 began it."""
+def _byte_level(given: ReadJson, splitter: Splitter) -> Tokenizer:
+    """Byte-level BPE as in GPT-2."""
     vocabulary = {token: number for number, token in enumerate(given["tokens"])}
     tokenizer = Tokenizer(BPE(vocabulary, _pairs(given["merges"]), ignore_merges=splitter.whole_words))
     if splitter.compose:
@@ -137,11 +136,11 @@ def _byte_level(given: Mapping[str, Any], splitter: Splitter) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(given: Mapping[str, Any], architecture: str) -> Tokenizer:
-    """SentencePiece BPE with bytes for what the vocabulary lacks, as transformers rebuilds it for each architecture."""
+def _sentencepiece(given: ReadJson, architecture: str) -> Tokenizer:
+    """SentencePiece BPE with byte fallback, as transformers rebuilds it for each architecture."""
     tokens, is_gemma = given["tokens"], architecture.startswith("gemma")
     if is_gemma:
-        # Runs of spaces are written as such in the file, and merges go by the order of tokens, not by their scores.
+        # Runs of spaces are stored literally, and merges are ordered by token instead of by score.
         tokens = ["▁" * len(token) if token.strip(" ") == "" else token for token in tokens]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if "merges" in given:
@@ -168,13 +167,13 @@ def _sentencepiece(given: Mapping[str, Any], architecture: str) -> Tokenizer:
 
 
 def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
-    """The two halves of each merge; a half may begin with a space."""
+    """The two halves of each merge; a half may start with a space."""
     cuts = [merge.index(" ", 1) for merge in merges]
     return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
 
 
 def _implied_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way in which two tokens make a third, best and then longest first, for SentencePiece keeps none."""
+    """All merges of two tokens into a third, by rank and length; SentencePiece stores no merges."""
     merges = [
         (score, token[:cut], token[cut:])
         for token, score in zip(vocabulary, scores, strict=True)
@@ -187,7 +186,7 @@ def _implied_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> l
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
 
-# What a control token looks like, and those that llama.cpp takes for one by their text alone.
+# Pattern of control tokens, and those that llama.cpp recognises by their text.
 _CONTROL_LOOK = re.compile(
     "<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\\s]+\uff5c>|<[a-z]+(?:_[a-z]+)+>|</?s>|\\[/?[A-Z_]+\\]|<[/_]?[A-Z]+>"
 )
@@ -198,12 +197,12 @@ _KNOWN = """
 _KNOWN_CONTROL = frozenset(_KNOWN.split())
 
 
-def _add_whole_tokens(tokenizer: Tokenizer, given: Mapping[str, Any], template: str) -> None:
-    """Tokens that are never cut: control tokens, which are special, and user-defined ones.
+def _add_whole_tokens(tokenizer: Tokenizer, given: ReadJson, template: str) -> None:
+    """Adds tokens that are never split: control tokens, which are special, and user-defined ones.
 
-    Files of some converters type control tokens as normal, so that a chat template's marks would be cut into letters.
-    A normal token counts as one of control where a `*_token_id` names it, where it is one of those that llama.cpp
-    takes so by their text, or where it looks like one and stands in the chat template.
+    Some converters mark control tokens as normal, so that markers of a chat template would be split. A normal token is
+    a control token if a `*_token_id` refers to it, if llama.cpp recognises its text, or if it matches the pattern and
+    occurs in the chat template.
     """
     tokens, vocabulary = given["tokens"], tokenizer.get_vocab()
     kinds = dict(zip(tokens, map(int, given.get("token_type", ())), strict=False))
@@ -218,10 +217,10 @@ def _add_whole_tokens(tokenizer: Tokenizer, given: Mapping[str, Any], template: 
         add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in chosen])
 
 
-def _check_types(given: Mapping[str, Any], metadata: Mapping[str, Any], path: Path) -> None:
-    """Refuses a tokenizer's metadata of another type than GGUF gives it, and lists of unequal length."""
+def _check_types(given: ReadJson, metadata: ReadJson, path: Path) -> None:
+    """Raises UserError for metadata of a wrong type and for lists of unequal length."""
 
-    def require(name: str, value: Any, is_right: bool, what: str) -> None:
+    def require(name: str, value: object, is_right: bool, what: str) -> None:
         if not is_right:
             raise UserError(f"{path}: {name} is {value_text(value)}, which is not {what}")
 

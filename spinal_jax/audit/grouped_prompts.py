@@ -1,4 +1,4 @@
-"""From the prompts that a user names to the batches of an audit: tokens, groups, and how they are packed."""
+"""Tokenises, groups and packs the prompts of an audit."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from spinal_jax.stats.groups import assign_groups
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HASHED = 4096  # sequences whose tokens are hashed at a time
+HASHED = 4096  # sequences hashed at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PromptPool:
-    """Tokenised prompts, each with its group, before they are packed for any devices.
+class GroupedPrompts:
+    """Tokenised prompts with their groups, before they are packed into batches.
 
     Attributes:
         sequences: the prompts.
         settings: what is measured.
-        vocabulary: that distributions are taken over.
-        counts, notes: as of `Plan`.
+        vocabulary: of the token distributions.
+        counts, notes: as in `Plan`.
     """
 
     sequences: tuple[TokenSequence, ...]
@@ -48,13 +48,13 @@ class PromptPool:
     notes: Sequence[str]
 
     def pack(self, batch_tokens: int, rows: int, slots: int | None, among: Sequence[int] | None = None) -> Plan:
-        """Batches of about so many tokens, for devices of which `rows` share the rows of a batch.
+        """Packs the prompts into batches.
 
         Args:
-            batch_tokens: of all devices together.
-            rows: how many devices share the rows.
-            slots: groups in a batch at most, where their sums leave the devices; None: they stay.
-            among: which of the prompts go into batches; None: all.
+            batch_tokens: tokens of a batch, over all devices.
+            rows: number of devices that split the rows of a batch.
+            slots: maximum number of groups in a batch if sums leave the devices; None if they stay.
+            among: numbers of the prompts to pack; None is all.
         """
         return plan_batches(
             self.sequences,
@@ -71,20 +71,20 @@ class PromptPool:
         )
 
 
-def prompt_pool(
+def group_prompts(
     prompts: data.PromptSet,
     tokenizer: PreTrainedTokenizerBase,
     decoder: DecoderConfig,
     asked: PromptsConfig,
     settings: MetricsConfig,
-) -> PromptPool:
-    """Tokenises the prompts and groups them. Processes that share a run each tokenise a part and tell the others.
+) -> GroupedPrompts:
+    """Tokenises and groups the prompts. If several processes share a run, each tokenises a part.
 
     Raises:
-        UserError: too few tokens are left for a fit at any layer, or processes have different prompts or tokenizers.
+        UserError: there are too few tokens for a fit, or processes have different prompts or tokenizers.
     """
     limit = asked.max_length
-    terminal_block(decoder.depth, settings.terminal)  # refuses what this depth does not have
+    terminal_block(decoder.depth, settings.terminal)  # raises UserError for blocks that the model does not have
     if decoder.learned_positions and limit > decoder.max_positions:
         raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
     if jax.process_count() > 1:  # before any tokens are exchanged: parts of different texts would make one pool
@@ -95,14 +95,14 @@ def prompt_pool(
         raise UserError(
             f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
         )
-    kept = tokens.prompts
-    group, component = assign_groups([p.text for p in kept], [p.turns for p in kept], settings.groups)
-    pool = PromptPool(
+    prompts_left = tokens.prompts
+    group, component = assign_groups([p.text for p in prompts_left], [p.turns for p in prompts_left], settings.groups)
+    grouped = GroupedPrompts(
         sequences=tuple(TokenSequence(ids, each) for ids, each in zip(tokens.ids, group.tolist(), strict=True)),
         settings=settings,
         vocabulary=Vocabulary.of(tokenizer, decoder.vocab_size),
         counts={
-            "count": len(kept),
+            "count": len(prompts_left),
             "components": int(component.max()) + 1,
             "largest_component": int(np.bincount(component).max()),
             "shortened": tokens.shortened,
@@ -111,14 +111,14 @@ def prompt_pool(
         },
         notes=notes_on(prompts, tokens),
     )
-    _check(pool, decoder)
-    return pool
+    _check(grouped, decoder)
+    return grouped
 
 
-def _check(pool: PromptPool, decoder: DecoderConfig) -> None:
-    """UserError where too few tokens are left."""
-    settings = pool.settings
-    rows = sum(max(0, len(sequence.ids) - settings.contraction.skip) for sequence in pool.sequences)
+def _check(grouped: GroupedPrompts, decoder: DecoderConfig) -> None:
+    """Raises UserError if there are too few tokens."""
+    settings = grouped.settings
+    rows = sum(max(0, len(sequence.ids) - settings.contraction.skip) for sequence in grouped.sequences)
     low, high = fitted_ranks(rows, decoder.width, settings.contraction.window)
     if high - low + 1 < MIN_RANKS:
         raise UserError(
@@ -127,7 +127,7 @@ def _check(pool: PromptPool, decoder: DecoderConfig) -> None:
             "metrics.contraction.window"
         )
     selector = Positions.parse(settings.transport.positions)
-    if not any(len(selector.of(sequence)) for sequence in pool.sequences):
+    if not any(len(selector.of(sequence)) for sequence in grouped.sequences):
         raise UserError(
             f"metrics.transport.positions is {settings.transport.positions!r}, but no prompt is long enough to have one"
         )
@@ -143,20 +143,19 @@ def plan_prompts(
     devices: Devices | None = None,
     slots: int | None = None,
 ) -> Plan:
-    """Tokenises and packs, for `devices` and as many `slots` as suit them unless told. UserError where too few tokens
-    are left for a fit at any layer."""
+    """Tokenises, groups and packs the prompts for `devices`. Raises UserError if there are too few tokens for a fit."""
     devices = devices or OneDevice()
-    pool = prompt_pool(prompts, tokenizer, decoder, asked, settings)
-    return pool.pack(batch_tokens or default_batch_tokens(devices), devices.rows, slots)
+    grouped = group_prompts(prompts, tokenizer, decoder, asked, settings)
+    return grouped.pack(batch_tokens or default_batch_tokens(devices), devices.rows, slots)
 
 
 def default_batch_tokens(devices: Devices) -> int:
-    """Tokens of a batch where nothing is said, of all devices together."""
+    """Default tokens of a batch, over all devices."""
     return device_defaults.batch_tokens(jax.default_backend()) * devices.rows
 
 
 def notes_on(prompts: data.PromptSet, tokens: data.TokenisedPrompts) -> list[str]:
-    """Sentences on how the prompts became tokens that a reader of the numbers must know."""
+    """Warnings about the tokenised prompts, one sentence each."""
     notes = []
     if tokens.refused:
         notes.append(
@@ -169,7 +168,7 @@ def notes_on(prompts: data.PromptSet, tokens: data.TokenisedPrompts) -> list[str
 
 
 def tokens_sha256(sequences: Sequence[TokenSequence]) -> str:
-    """Hex digest over the token ids of every prompt in order, each with its length."""
+    """Hex digest of the token ids and lengths of all prompts in order."""
     digest = hashlib.sha256()
     for begin in range(0, len(sequences), HASHED):
         some = sequences[begin : begin + HASHED]
@@ -179,8 +178,8 @@ def tokens_sha256(sequences: Sequence[TokenSequence]) -> str:
 
 
 def batches_sha256(work: Plan) -> str:
-    """Hex digest over how the prompts are packed."""
-    return hashlib.sha256(repr((work.batches, work.visits)).encode()).hexdigest()
+    """Hex digest of the packing of the prompts."""
+    return hashlib.sha256(repr((work.batches, work.runs)).encode()).hexdigest()
 
 
 def _sha256(lines: Iterable[str]) -> str:
@@ -191,6 +190,6 @@ def _sha256(lines: Iterable[str]) -> str:
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All of a tokenizer that says how a prompt becomes tokens: merges and rules too, where it has them as one text."""
+    """A text of everything in a tokenizer that affects tokenisation, with merges and rules for fast tokenizers."""
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))  # type: ignore[attr-defined]
     return repr((rules, tokenizer.chat_template))
