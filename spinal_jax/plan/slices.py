@@ -31,6 +31,7 @@ def slice_devices(device: str, count: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not query Google Cloud metadata
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # libtpu's lock is for processes that use the chips
     sides = SLICES[device][count]
     alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sides) == 1 else {}
     name = f"{device}:{'x'.join(map(str, sides))}"

@@ -103,7 +103,7 @@ def test_a_step_compiles(step: str, kind: str, chips: int, sparse: bool, make_de
         assert 0 < found.argument_size_in_bytes + found.temp_size_in_bytes < memory
     if not step.startswith("DPO"):
         return
-    assert "tpu_custom_call" in compiled[0].as_text()  # the splash kernel
+    assert "tpu_custom_call" in (compiled[0].as_text() or "")  # the splash kernel
 
 
 def audit(model: Decoder, mesh: Mesh, pair: bool = False) -> list[Any]:
