@@ -16,6 +16,7 @@ _COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BOUND = re.compile(r" = [su]\d+\[\]\S* constant\((\d+)\)")
 
 
 def received_bytes(hlo: str) -> float:
@@ -37,15 +38,22 @@ def received_bytes(hlo: str) -> float:
     def of(name: str) -> float:
         return sum(map(one, bodies.get(name, ())))
 
+    def trips(line: str) -> int:
+        if known := _TRIPS.search(line):
+            return int(known[1])
+        # Programs for TPUs do not say it. Their loops count from 0 to a bound in the condition.
+        condition = re.search(r"condition=%?([\w.-]+)", line)
+        lines = bodies.get(condition[1], ()) if condition else ()
+        return max((int(bound) for line in lines for bound in _BOUND.findall(line)), default=0) or 1
+
     def one(line: str) -> float:
         if found := _COLLECTIVE.search(line):
             return _received(found[2], found[1], line, bool(found[3]))
         if " async-update(" in line or " async-done(" in line:  # of what its start has called
             return 0.0
         if " while(" in line:
-            trips = _TRIPS.search(line)
             body = re.search(r"body=%?([\w.-]+)", line)
-            return (int(trips[1]) if trips else 1) * (of(body[1]) if body else 0.0)
+            return trips(line) * (of(body[1]) if body else 0.0)
         called = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line)
         return sum(of(name) for name in called)
 

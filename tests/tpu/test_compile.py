@@ -209,3 +209,12 @@ def test_what_devices_receive_is_read_from_programs_for_tpus() -> None:
     assert received(lambda x: 2 * x, every, whole) == 7 / 8 * size
     summed = jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=every, out_specs=whole)
     assert received(summed, every, whole) == 2 * 7 / 8 * size / 8
+
+    def around(x: Any) -> Any:
+        onward = [(device, (device + 1) % 8) for device in range(8)]
+        return jax.lax.fori_loop(0, 5, lambda _, x: 2 * jax.lax.ppermute(x, "all", onward), x)
+
+    moved = jax.shard_map(around, mesh=mesh, in_specs=every, out_specs=every)
+    assert received(moved, every, every) == 5 * size / 8
+    with jax.enable_x64(True):  # loops then count in pairs of 32 bits
+        assert received(moved, every, every) == 5 * size / 8
