@@ -95,7 +95,9 @@ def read_prompts(
 
 
 def prompts_of(texts: Sequence[str]) -> PromptSet:
-    """A prompt set of texts in memory; blank ones are left out. UserError where none is left."""
+    """A prompt set of texts in memory; blank ones are left out. UserError where none is left, or one is no text."""
+    if (wrong := next((text for text in texts if not isinstance(text, str)), None)) is not None:
+        raise UserError(f"prompts holds {wrong!r}; it takes a list of texts, or a file")
     kept = tuple(
         Prompt(text, (("user", text),), f"prompt {number}")
         for number, text in enumerate(map(valid, texts))

@@ -81,7 +81,7 @@ def runs_figure(found: Attribution) -> Figure:
     """Delta_align of every run, a row an arm, with each arm's mean and its 95 % interval, and the margin shaded; below,
     the effect with its interval."""
     arms = [arm for arm in ARMS if len(found.arm(arm[0], "delta_align"))]
-    figure = Figure(figsize=(WIDTH, 0.35 * HEIGHT + 0.45 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.28 * HEIGHT + 0.36 * len(arms)), layout="constrained")
     axes = figure.subplots()
     main = found.effects["delta_align"]
     if math.isfinite(main["margin"]):
@@ -174,7 +174,7 @@ def _over_depth(found: Attribution) -> list[Element]:
         "<b>The effect over depth.</b> Aligned minus control at each boundary, with 95 % intervals over runs. The "
         "shaded part is the terminal block."
     )
-    data = charts.stacked("boundary (0: embeddings)", panels, height=132)
+    data = charts.stacked("boundary (0: embeddings)", panels, height=120)
     return [Chart("depth", data, inline(depth_figure(found), "depth", []), words)]
 
 
@@ -187,7 +187,7 @@ def _terminal(found: Attribution) -> tuple[float, float] | None:
 @styled
 def depth_figure(found: Attribution) -> Figure:
     """The effect on contraction and on transport at each boundary, with its 95 % interval."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.7 * HEIGHT), layout="constrained")
     axes: Any = figure.subplots(len(DEPTH), 1, sharex=True)
     for ax, name in zip(axes, DEPTH, strict=True):
         effect, low, high = (found.boundaries[name][key] for key in ("effect", "low", "high"))

@@ -371,6 +371,8 @@ def test_what_audit_and_compare_refuse_as_a_model(model: Path) -> None:
     import spinal_jax
 
     decoder, _ = spinal_jax.load_model(model)
+    with pytest.raises(UserError, match="prompts holds 2; it takes a list of texts"):
+        spinal_jax.audit(model, ["one", 2])  # type: ignore[list-item]
     with pytest.raises(UserError, match="model is a dict; it takes a hub id"):
         spinal_jax.audit({})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="aligned is a Decoder; it takes a DepthTrace"):
