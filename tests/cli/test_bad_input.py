@@ -76,10 +76,11 @@ def test_a_mistake_in_the_settings(refused: Refused, changes: str, words: list[s
 def test_what_must_be_given(spinal: Spinal, tmp_path: Path) -> None:
     spinal("audit").refusal("model.source is missing", "model.source=...")
     assert not any(tmp_path.glob("runs/audit/*"))
-    spinal("audt").refusal("'audt'", ", ".join(COMMANDS))
+    spinal("audt").refusal("there is no command 'audt'; did you mean audit?")
+    spinal("frobnicate").refusal("'frobnicate'", ", ".join(COMMANDS))
     spinal("report").refusal("spinal report DIR")
     spinal("report", "a", "b").refusal("spinal report DIR")
-    spinal("report", "nowhere").refusal("nowhere", "trace.json")
+    spinal("report", "nowhere").refusal("no run at nowhere", "the folder of an audit")
     outcome = spinal()
     assert outcome.code == 2
     assert "usage: spinal COMMAND" in outcome.err
