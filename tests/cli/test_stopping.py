@@ -70,7 +70,7 @@ def test_ctrl_c_leaves_terminal_and_folder_clean(long_audit: Start, tmp_path: Pa
     termios.tcsetwinsize(theirs, (24, 100))
     process = long_audit(stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
-    shown = read_until(ours, "tok/s")
+    shown = read_until(ours, "token/s")
     assert "audit   0% |" in shown
     process.send_signal(signal.SIGINT)
     shown += "^C" + read_until(ours, None)  # the terminal echoes the keys where the bar ends
