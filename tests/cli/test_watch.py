@@ -45,9 +45,9 @@ def tiny(folder: Path) -> Path:
 
 def train_with_trl(base: Path, out: Path, lora: bool) -> None:
     """Six DPO steps, a checkpoint after each second one."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    peft = pytest.importorskip("peft")
+    import datasets
+    import peft
+    import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = [{"prompt": f"Q{n}: ", "chosen": f"yes {n}", "rejected": f"no, not {n}"} for n in range(12)]
