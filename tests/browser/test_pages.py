@@ -149,7 +149,11 @@ def test_contents_open_their_sections_and_the_first_screen_answers(
     kind: str, browser: Chromium, pages: Mapping[str, Path]
 ) -> None:
     browser.open(pages[kind], 1400)
-    assert browser.value("document.querySelector('nav').getBoundingClientRect().top") < 900
+    top = "document.querySelector('nav').getBoundingClientRect().top"
+    loaded = browser.value(top)
+    assert loaded < 900
+    seen = f"new Promise((resolve) => setTimeout(() => requestAnimationFrame(() => resolve({top})), 100))"
+    assert browser.value(seen, wait=True) == loaded  # charts of the first screen move nothing when they are drawn
     links = browser.value("document.querySelectorAll('nav a').length")
     assert links == browser.value("document.querySelectorAll('details.section').length") > 0
     browser.value("[...document.querySelectorAll('nav a')].at(-1).click()")

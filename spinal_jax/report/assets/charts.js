@@ -208,12 +208,20 @@
 
   for (const holder of document.querySelectorAll(".live")) {
     const data = JSON.parse(document.getElementById(holder.dataset.chart).textContent);
-    // A chart in a folded section is drawn when it is first seen: before that it has no width.
+    const draw = () => {
+      holder.parentElement.classList.add("drawn");
+      ({ lines: linesOf, rotated: turnedOf })[data.kind](holder, data);
+    };
+    // A chart in a folded section has no width: it is drawn when it is first seen. One in sight is drawn before the page is first shown,
+    // so that nothing below it moves.
+    if (holder.clientWidth > 0) {
+      draw();
+      continue;
+    }
     new IntersectionObserver((entries, watch) => {
       if (!entries.some((entry) => entry.isIntersecting)) return;
       watch.disconnect();
-      holder.parentElement.classList.add("drawn");
-      ({ lines: linesOf, rotated: turnedOf })[data.kind](holder, data);
+      draw();
     }).observe(holder.parentElement);
   }
 })();
