@@ -12,7 +12,7 @@ The audit's figures include its jackknife. Stages are medians of repeated calls 
 With --shape both run on random weights in the shape of a model, over bytes; with --device gpu both run on a GPU, where
 the plain one keeps every hidden state too: a lower --limit makes room for it. Tokens/s are those of the batches, of the
 audit without what it takes to compile them. The share of a device's peak (MFU) is by FLOPs of
-`spinal_jax.plan.estimate` and the data sheets of `spinal_jax.parallel.data_sheets`.
+`spinal_jax.plan.estimate` and the data sheets of `spinal_jax.config.data_sheets`.
 """
 
 from __future__ import annotations
@@ -314,7 +314,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
 
 def peak_of(name: str | None, kind: str) -> Any:
     """The data sheet of the device of this name, or of this kind; None where neither is in the list."""
-    from spinal_jax.parallel.data_sheets import DEVICES, device_of
+    from spinal_jax.config.data_sheets import DEVICES, device_of
 
     own = next((known for known in DEVICES if known != "cpu" and known in kind.lower()), None)
     return device_of(name or own) if name or own else None

@@ -25,7 +25,8 @@ from flax import nnx
 
 from spinal_jax.audit.measure import measure
 from spinal_jax.config import MetricsConfig
-from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan_batches
+from spinal_jax.config.positions import Positions
+from spinal_jax.data.packing import Plan, TokenSequence, plan_batches
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_model
 from spinal_jax.models.formats.byte_level import SIZES

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spinal_jax.parallel.data_sheets import DEVICES
+from spinal_jax.config.data_sheets import DEVICES
 from spinal_jax.plan.layout import USABLE
 
 GIB = 2**30

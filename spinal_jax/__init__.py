@@ -14,11 +14,14 @@ import sys
 
 import spinal_jax.audit  # so that it is a package before it becomes a function too
 import spinal_jax.train  # noqa: F401
+from spinal_jax import plotting
 from spinal_jax.errors import UserError
 
 TYPE_CHECKING = False  # as typing's, which would take the command line longer to import than all else here
 if TYPE_CHECKING:
     from typing import Any
+
+    from matplotlib.figure import Figure
 
     from spinal_jax.api import audit, load_model, train
     from spinal_jax.audit.trace import DepthTrace, load_trace, save_trace
@@ -85,6 +88,15 @@ class _CallablePackage(type(sys)):
 
 for _package in ("spinal_jax.audit", "spinal_jax.train"):
     sys.modules[_package].__class__ = _CallablePackage
+
+
+def _draw(record: DepthTrace | Comparison, kind: str | None) -> Figure:
+    from spinal_jax.report.notebook import plot
+
+    return plot(record, kind)
+
+
+plotting.draw = _draw
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from spinal_jax import plotting
 from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json, ReadJson
 
@@ -82,8 +83,7 @@ class Document:
         Args:
           kind: name of the figure; None is the first. Raises UserError, with the known names, for another name.
         """
-        # The report package imports this module, so it is imported by name here.
-        return import_module("spinal_jax.report.notebook").plot(self, kind)
+        return plotting.draw(self, kind)
 
 
 def write_whole(path: Path, data: bytes) -> None:

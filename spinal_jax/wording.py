@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (typographic dashes and minus signs are meant)
 """Numbers for people: as text, and as a small curve."""
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def prompt_ids(vocabulary: int, count: int, longest: int = LONGEST) -> list[np.n
 
 def planned(decoder: Any, count: int, batch_tokens: int) -> Any:
     """The plan of an audit of random prompts."""
-    from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
+    from spinal_jax.config.positions import Positions
+    from spinal_jax.data.packing import TokenSequence, plan_batches
 
     ids = prompt_ids(decoder.vocab_size, count)
     sequences = [TokenSequence(each, number % GROUPS) for number, each in enumerate(ids)]

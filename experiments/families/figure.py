@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """The figure of the families, in the hand of the project's own."""
 
 from __future__ import annotations

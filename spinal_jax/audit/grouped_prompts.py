@@ -13,7 +13,8 @@ import numpy as np
 from spinal_jax import data
 from spinal_jax.audit.devices import Devices, OneDevice
 from spinal_jax.config import MetricsConfig, PromptsConfig
-from spinal_jax.data.packing import Plan, Positions, TokenSequence, plan_batches
+from spinal_jax.config.positions import Positions
+from spinal_jax.data.packing import Plan, TokenSequence, plan_batches
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import terminal_block
@@ -127,7 +128,7 @@ def _check(grouped: GroupedPrompts, decoder: DecoderConfig) -> None:
             "metrics.contraction.window"
         )
     selector = Positions.parse(settings.transport.positions)
-    if not any(len(selector.of(sequence)) for sequence in grouped.sequences):
+    if not any(len(sequence.measured(selector)) for sequence in grouped.sequences):
         raise UserError(
             f"metrics.transport.positions is {settings.transport.positions!r}, but no prompt is long enough to have one"
         )

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (typographic dashes and minus signs are meant)
 """The depth trace of one checkpoint as a frozen record, and its files: JSON, CSV and safetensors."""
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class PromptSteps:
         aligned, reference = (each[first - 1 : last].astype(np.float64) for each in steps)  # column l - 1 ends at l
         begin = 0
         for sequence in (n for row in self.plan.batches[number].rows for n in row):
-            at = self.plan.selector.of(self.plan.sequences[sequence])
+            at = self.plan.sequences[sequence].measured(self.plan.selector)
             mine = slice(begin, begin + len(at))
             begin += len(at)
             ours, theirs = aligned[:, mine], reference[:, mine]
@@ -98,7 +98,7 @@ class PromptSteps:
 
     def _prompt(self, number: int, tokenizer: PreTrainedTokenizerBase, total: float) -> Json:
         sequence = self.plan.sequences[number]
-        positions = len(self.plan.selector.of(sequence))
+        positions = len(sequence.measured(self.plan.selector))
         return {
             "number": number,
             "text": _spelled(tokenizer, sequence.ids[:BEGINNING]) + " …" * (len(sequence.ids) > BEGINNING),

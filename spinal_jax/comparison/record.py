@@ -221,13 +221,13 @@ class Comparison(Document):
                 continue  # not measured
             inside = values[first : last + 1]
             inside = inside[np.isfinite(inside)]
-            mean = f"{number(inside.mean())} {unit}".rstrip() if len(inside) else "–"  # noqa: RUF001
+            mean = f"{number(inside.mean())} {unit}".rstrip() if len(inside) else "–"
             p = self.columns.get(f"{name}_p_holm")
             sure = "" if p is None else f"{int(np.sum(p < 0.05))} of {int(np.isfinite(p).sum())}"
             label = name.replace("_", " ")
             body.append(f"<tr><th>{label}</th><td>{sparkline(values, first)}</td><td>{mean}</td><td>{sure}</td></tr>")
         notes = "".join(f"<div>⚠ {html.escape(warning)}</div>" for warning in self.warnings)
-        names = html.escape(f"{self.aligned['name']} − {self.reference['name']}")  # noqa: RUF001
+        names = html.escape(f"{self.aligned['name']} − {self.reference['name']}")
         return (
             f"<div><b>{names}: {html.escape(self.verdict)}</b><div>{html.escape(self.summary['sentence'])}</div>"
             f"<table><thead><tr><th></th><th>boundary 0 to {self.depth}</th><th>mean of {first}..{last}</th>"

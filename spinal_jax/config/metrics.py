@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from spinal_jax.config.positions import Positions
 from spinal_jax.config.record import about, require
-from spinal_jax.data.positions import Positions
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spinal_jax.config.audit import BATCH_TOKENS, OVERWRITE
+from spinal_jax.config.data_sheets import DEVICES
 from spinal_jax.config.metrics import MetricsConfig
 from spinal_jax.config.model import ModelConfig
 from spinal_jax.config.parallel import ParallelConfig
 from spinal_jax.config.record import about, require, require_above
-from spinal_jax.parallel.data_sheets import DEVICES
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float32, Int32
 
-from spinal_jax.data.positions import Positions as Positions
-from spinal_jax.data.positions import TokenSequence as TokenSequence
+from spinal_jax.config.positions import Positions
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.stats.groups import Groups
@@ -41,6 +40,19 @@ if TYPE_CHECKING:
     OnEither = Array
 else:
     OnEither = Array | np.ndarray  # on devices or on the host
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A tokenised prompt, followed by its response if the data has one."""
+
+    ids: np.ndarray  # int32 [L]
+    group: int
+    response_start: int | None = None  # index of the first response token
+
+    def measured(self, selector: Positions) -> np.ndarray:
+        """int [m] indices of its positions at which transport is measured, ascending."""
+        return selector.of(len(self.ids), self.response_start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +154,7 @@ class Plan:
         """Rows and positions of each group."""
         positions = np.zeros(self.group_count)
         for sequence in self.sequences:
-            positions[sequence.group] += len(self.selector.of(sequence))
+            positions[sequence.group] += len(sequence.measured(self.selector))
         return Groups(rows=self.rows_by_group(self.skip), positions=positions)
 
     def rows_by_group(self, skip: int) -> np.ndarray:
@@ -180,7 +192,7 @@ class Plan:
     @property
     def positions(self) -> int:
         """The number of transport positions."""
-        return sum(len(self.selector.of(s)) for s in self.sequences)
+        return sum(len(s.measured(self.selector)) for s in self.sequences)
 
     @property
     def waste(self) -> float:
@@ -241,7 +253,7 @@ class Plan:
                 batch.segments[b, span] = segment
                 batch.lengths[b, span] = size
                 batch.counted[b, start + self.skip : start + size] = 1
-                chosen = self.selector.of(sequence)
+                chosen = sequence.measured(self.selector)
                 into = slice(filled, filled + len(chosen))
                 batch.measured[into] = b % share * packed.length + start + chosen
                 batch.measured_group[into], batch.measured_weight[into] = sequence.group, 1
@@ -307,7 +319,7 @@ def plan_batches(
         rows = [(row, first + k) for k, group in enumerate(packed.values()) for row in group]
         share = height // shards
         parts = [(start, min(start + share, b)) for a, b in cuts for start in range(a, b, share)]
-        most = max(sum(len(selector.of(sequences[n])) for row, _ in rows[a:b] for n in row) for a, b in parts)
+        most = max(sum(len(sequences[n].measured(selector)) for row, _ in rows[a:b] for n in row) for a, b in parts)
         width = max(MEASURED_MULTIPLE, -(-most // MEASURED_MULTIPLE) * MEASURED_MULTIPLE)
         offset = len(batches)
         for a, b in cuts:

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters are meant)
 """Definition of every column of a result: unit, weighting, display, equation and source.
 
 The sections of JSON and CSV files, the units and titles of tables and figures, the jackknife weights and the list of

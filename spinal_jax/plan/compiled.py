@@ -22,10 +22,10 @@ from importlib.metadata import version
 from typing import Any
 
 from spinal_jax.config import build, to_mapping
+from spinal_jax.config.data_sheets import DEVICES
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json
-from spinal_jax.parallel.data_sheets import DEVICES
 from spinal_jax.plan.collectives import received_bytes
 from spinal_jax.plan.layout import DeviceLayout
 from spinal_jax.plan.slices import slice_devices, why_not_compiled

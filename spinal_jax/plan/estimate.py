@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from spinal_jax.audit.spectra import replicate_counts
 from spinal_jax.config import MetricsConfig
+from spinal_jax.config.data_sheets import Device
 from spinal_jax.data.packing import Plan
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.delta_net import CHUNK_LENGTH
 from spinal_jax.models.translate import KEEP_FLOAT32
-from spinal_jax.parallel.data_sheets import Device
 from spinal_jax.plan.layout import DeviceLayout
 
 # How often memory sees a logit of the lens, float32: written by the product, read for the maximum and for the

@@ -11,12 +11,12 @@ from jax.sharding import AbstractMesh
 from spinal_jax.audit.gram_store import GramHome, gram_bytes, home_for
 from spinal_jax.audit.pipeline import weight_bytes
 from spinal_jax.config import ParallelConfig
+from spinal_jax.config.data_sheets import DEVICES
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.data.packing import SLOTS
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.contraction import stripe_count
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.parallel.data_sheets import DEVICES
 from spinal_jax.parallel.device_defaults import MODEL_SHARE
 from spinal_jax.parallel.mesh import AXES
 from spinal_jax.parallel.placement import Shards, host_memory, suited

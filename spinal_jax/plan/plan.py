@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from spinal_jax.audit.pipeline import model_name
+from spinal_jax.config.data_sheets import DEVICES
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.translate import parameter_shapes
-from spinal_jax.parallel.data_sheets import DEVICES
 from spinal_jax.plan import estimate
 from spinal_jax.plan.compiled import Compiled, compiled, why_not_tpu
 from spinal_jax.plan.layout import USABLE, USUAL, DeviceLayout, layout_of, planned_gram_home, would_fit

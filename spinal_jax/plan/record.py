@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from spinal_jax.config import ModelConfig
+from spinal_jax.config.data_sheets import DEVICES, Device
 from spinal_jax.jsontypes import Json
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.parallel.data_sheets import DEVICES, Device
 from spinal_jax.plan import estimate
 from spinal_jax.plan.compiled import Compiled
 from spinal_jax.plan.layout import USABLE, DeviceLayout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from spinal_jax.audit.gram_store import GIB
-from spinal_jax.parallel.data_sheets import DEVICES, Device
+from spinal_jax.config.data_sheets import DEVICES, Device
 from spinal_jax.plan import estimate
 from spinal_jax.plan.record import AuditPlan, memory_of
 

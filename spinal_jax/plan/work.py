@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spinal_jax.config.plan import PlanConfig
+from spinal_jax.config.positions import Positions
 from spinal_jax.data import packing
 from spinal_jax.errors import UserError
 from spinal_jax.models.config import DecoderConfig
@@ -21,7 +22,7 @@ def sample_prompts(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLay
     start = length // 2  # start of a response, for the selector response:K
     sequences = [packing.TokenSequence(ids, number % groups, start) for number in range(config.prompt_count)]
     most = batch_tokens("cpu" if config.device == "cpu" else "gpu") * layout.rows
-    selector = packing.Positions.parse(config.metrics.transport.positions)
+    selector = Positions.parse(config.metrics.transport.positions)
     skip, tokens = config.metrics.contraction.skip, config.batch_tokens or most
     slots = planned_gram_home(config, decoder, layout).slots
     return packing.plan_batches(sequences, selector, skip, tokens, layout.rows, slots, groups)

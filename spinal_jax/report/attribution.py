@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """The page of an attribution: verdict, figure of all runs, effects, boundaries and correlations, from saved files."""
 
 from __future__ import annotations

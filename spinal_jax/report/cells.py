@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """Formats numbers and names for pages."""
 
 from __future__ import annotations

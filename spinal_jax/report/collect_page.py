@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """The page of several runs: results, a sortable table, and depth traces."""
 
 from __future__ import annotations

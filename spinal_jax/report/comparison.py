@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """The report of a comparison: what changed between two checkpoints, where and how sure that is, from saved files."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """Figures of comparisons, in the style of `figures`. Every colour is paired with a dash, a filling or a place."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """The tables of a comparison."""
 
 from __future__ import annotations

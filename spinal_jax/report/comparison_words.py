@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """Texts of a comparison: caveats, missing quantities, hover texts, and the summary for a model card."""
 
 from __future__ import annotations

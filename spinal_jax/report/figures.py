@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """Matplotlib figures of a depth trace, independent of the settings of the caller.
 
 Every figure is 4.6 inches wide with text of 9 to 10 pt, legible in one column of a paper and on a phone. Colours are

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """Definitions of the quantities for the pages, in a sentence each."""
 
 from __future__ import annotations

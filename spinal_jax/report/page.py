@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """The page of a depth trace, a self-contained HTML file."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """The report of a training run: when its footprint began and whether it destabilised, from saved files alone."""
 
 from __future__ import annotations

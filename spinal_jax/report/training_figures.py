@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Greek letters and typographic dashes are meant)
 """Figures of a training run, in the style of `figures`: depth traces, losses and gradients over steps."""
 
 from __future__ import annotations

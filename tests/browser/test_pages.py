@@ -164,7 +164,7 @@ def test_a_wide_table_says_that_columns_wait(browser: Chromium, pages: Mapping[s
     browser.open(pages["index"], 400)
     frame = "document.querySelector('.frame')"
     assert browser.value(f"{frame}.classList.contains('after')")
-    assert browser.value(f"getComputedStyle({frame}, '::after').content") == '"›"'  # noqa: RUF001
+    assert browser.value(f"getComputedStyle({frame}, '::after').content") == '"›"'
     browser.value("document.querySelector('.scroll').scrollTo(100, 0)")
     head, frame = (
         f"document.querySelector('{name}').getBoundingClientRect().left" for name in (".frame tbody th", ".scroll")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spinal_jax.parallel.data_sheets import DEVICES
+from spinal_jax.config.data_sheets import DEVICES
 
 from .conftest import Spinal
 

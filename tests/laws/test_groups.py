@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spinal_jax.config.positions import Positions
 from spinal_jax.data import read_prompts
-from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
+from spinal_jax.data.packing import TokenSequence, plan_batches
 from spinal_jax.stats import near_duplicates
 from spinal_jax.stats.groups import Groups, assign_groups, group_of
 from spinal_jax.stats.near_duplicates import Dialogue, components

@@ -22,8 +22,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from spinal_jax.audit import measure as measuring
 from spinal_jax.audit.pipeline import choose_devices
 from spinal_jax.config import AuditParallelConfig, MetricsConfig, ModelConfig, ParallelConfig, build
+from spinal_jax.config.data_sheets import DEVICES, EIGENVALUES_H200
 from spinal_jax.config.plan import PlanConfig
-from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
+from spinal_jax.config.positions import Positions
+from spinal_jax.data.packing import TokenSequence, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.metrics.lens import Lens
@@ -31,7 +33,6 @@ from spinal_jax.metrics.transport import Pair, lens_stats
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.translate import parameter_shapes
 from spinal_jax.parallel import mesh, placement
-from spinal_jax.parallel.data_sheets import DEVICES, EIGENVALUES_H200
 from spinal_jax.parallel.mesh import AXES
 from spinal_jax.parallel.placement import Shards
 from spinal_jax.plan import estimate

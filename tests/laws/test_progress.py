@@ -18,7 +18,8 @@ from spinal_jax.audit.measure import measure
 from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.resume import Leg, Saved
 from spinal_jax.config import MetricsConfig, ParallelConfig, VariantsConfig
-from spinal_jax.data.packing import Plan, Positions, plan_batches
+from spinal_jax.config.positions import Positions
+from spinal_jax.data.packing import Plan, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.parallel.mesh import make_mesh

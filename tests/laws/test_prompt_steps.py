@@ -17,7 +17,8 @@ from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.prompt_steps import GROUPS, PLACES, PromptSteps
 from spinal_jax.comparison.record import MOVED, Comparison, load_comparison, save_comparison
 from spinal_jax.config import ParallelConfig
-from spinal_jax.data.packing import Plan, Positions, plan_batches
+from spinal_jax.config.positions import Positions
+from spinal_jax.data.packing import Plan, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.models.decoder import Decoder
@@ -118,7 +119,7 @@ def test_the_groups_farthest_from_the_mean_come_first(
             assert sizes == sorted(sizes, reverse=True)
             for place in places:
                 assert TERMINAL[0] <= place["boundary"] <= TERMINAL[1]
-                assert place["position"] in work.selector.of(sequence)
+                assert place["position"] in sequence.measured(work.selector)
                 assert place["token"] == Spelling().decode([int(sequence.ids[place["position"]])], False)
 
 

@@ -16,7 +16,8 @@ import pytest
 from spinal_jax.audit.measure import keep_reference, measure
 from spinal_jax.audit.measurement import Measurement, PolicyDistance
 from spinal_jax.config import MetricsConfig
-from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
+from spinal_jax.config.positions import Positions
+from spinal_jax.data.packing import TokenSequence, plan_batches
 from spinal_jax.models.decoder import Decoder
 
 from .test_trace import FULL, config, fisher_rao, logp_of, pool, residuals
@@ -50,7 +51,7 @@ def exact(
         logp_of(
             each,
             np.concatenate(
-                [h[:, chosen.of(s)] for h, s in zip(residuals(each, sequences), sequences, strict=True)], axis=1
+                [h[:, s.measured(chosen)] for h, s in zip(residuals(each, sequences), sequences, strict=True)], axis=1
             ),
             settings.transport.temperature,
         )

@@ -122,7 +122,7 @@ def test_figures_show_the_columns_they_name(make_trace: Maker) -> None:
         assert band[:, 1].min() == pytest.approx(np.nanmin(low))
         assert band[:, 1].max() == pytest.approx(np.nanmax(high))
     first, last = trace.terminal
-    assert f"terminal block {first}–{last}" in svg_text(depth_figure(trace), "depth")  # noqa: RUF001
+    assert f"terminal block {first}–{last}" in svg_text(depth_figure(trace), "depth")
     upper, lower = entropy_figure(trace).axes
     np.testing.assert_array_equal(upper.lines[0].get_ydata(), trace.columns["entropy"])
     np.testing.assert_array_equal(lower.lines[0].get_ydata(), trace.columns["curvature"])
@@ -150,7 +150,7 @@ def test_spectra_of_chosen_boundaries(make_trace: Maker) -> None:
     assert spread(make_trace(depth=1)) == [1]
     text = svg_text(spectra_figure(trace, [0, 5]), "spectra")
     for at in (0, 5):
-        assert f"{at}:  α {trace.columns['contraction'][at]:.3f}" in text  # noqa: RUF001
+        assert f"{at}:  α {trace.columns['contraction'][at]:.3f}" in text
     assert "30:" not in text
     with pytest.raises(UserError, match="no boundary 31; this trace has 0 to 30"):
         spectra_figure(trace, [31])
@@ -316,7 +316,7 @@ def test_the_page_says_what_was_measured_and_what_to_beware_of(make_trace: Maker
         "10 to 50 % of the ranks",
         "the last 4 tokens of each prompt",
         "Warning from the measurement: few rows: N = 200, 4d = 128",
-        "its exponent is 2α",  # noqa: RUF001
+        "its exponent is 2α",
         "The straight line fits worst at boundary",
         "spinal report DIR",
     ):
@@ -336,7 +336,7 @@ def test_caveats_follow_the_trace(make_trace: Maker) -> None:
         "Few rows for this width: N = 100 is 3.1 per dimension, and 4 (N = 128) are required" in trace_caveats(few)[0]
     )
     lost = undefined(trace, "contraction")
-    assert "Contraction is not defined at boundaries 0–6" in trace_caveats(lost)[1]  # noqa: RUF001
+    assert "Contraction is not defined at boundaries 0–6" in trace_caveats(lost)[1]
     assert "contraction is not defined" in trace_headline(lost)
     assert trace_caveats(trace)[-1] == f"Warning from the measurement: {trace.warnings[0]}"
 
@@ -346,7 +346,7 @@ def test_words_for_positions_and_boundaries() -> None:
     assert describe_positions("all") == "every token of each prompt"
     assert describe_positions("stride:8") == "every 8th token of each prompt"
     assert name_boundaries([3]) == "boundary 3"
-    assert name_boundaries([12, 3, 13, 14]) == "boundaries 3, 12–14"  # noqa: RUF001
+    assert name_boundaries([12, 3, 13, 14]) == "boundaries 3, 12–14"
 
 
 def test_the_weights_of_a_training_run_go_by_the_run(tmp_path: Path) -> None:

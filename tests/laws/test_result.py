@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (typographic dashes and minus signs are meant)
 """The depth trace as a record: exact round trips, stable bytes, refusals in one sentence, Student's intervals."""
 
 from __future__ import annotations

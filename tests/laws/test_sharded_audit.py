@@ -33,7 +33,8 @@ from spinal_jax.config import (
     VariantsConfig,
     build,
 )
-from spinal_jax.data.packing import Plan, Positions, plan_batches
+from spinal_jax.config.positions import Positions
+from spinal_jax.data.packing import Plan, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import ClampedSwiGLU, Experts, LatentAttention

@@ -19,7 +19,8 @@ from spinal_jax.audit import measure as trace
 from spinal_jax.audit.measure import measure
 from spinal_jax.audit.measurement import Measurement
 from spinal_jax.config import ContractionConfig, MetricsConfig, TransportConfig
-from spinal_jax.data.packing import Positions, TokenSequence, plan_batches
+from spinal_jax.config.positions import Positions
+from spinal_jax.data.packing import TokenSequence, plan_batches
 from spinal_jax.errors import UserError
 from spinal_jax.metrics import contraction
 from spinal_jax.models.decoder import Decoder, collect
@@ -123,7 +124,7 @@ def reference(
     for name in fits[0]:
         columns[name] = np.array([f[name] for f in fits])
     chosen = Positions.parse(settings.transport.positions)
-    kept = [h[:, chosen.of(s)] for h, s in zip(streams, sequences, strict=True)]
+    kept = [h[:, s.measured(chosen)] for h, s in zip(streams, sequences, strict=True)]
     logp = logp_of(model, np.concatenate(kept, axis=1), settings.transport.temperature)  # [D + 1, M, V]
     step = np.array([fisher_rao(logp[i - 1], logp[i]) for i in range(1, depth + 1)])
     columns["transport"] = np.array([math.nan, *step.mean(axis=1)])

@@ -22,13 +22,13 @@ from spinal_jax.audit.device_base import jit_lens_step
 from spinal_jax.audit.lens_step import zero_lens_sums
 from spinal_jax.comparison import preference_gradient
 from spinal_jax.config import MetricsConfig, ParallelConfig
+from spinal_jax.config.data_sheets import DEVICES
 from spinal_jax.config.training import LoRAConfig, ObjectiveConfig, OptimizerConfig
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import Experts
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.fused_attention import attend_splash, kernel_of
 from spinal_jax.objectives.responses import Shape
-from spinal_jax.parallel.data_sheets import DEVICES
 from spinal_jax.parallel.mesh import ROWS, make_mesh
 from spinal_jax.parallel.placement import Shards
 from spinal_jax.plan.collectives import received_bytes

@@ -1,4 +1,4 @@
-"""Tokenised prompts and selectors of the positions at which transport is measured."""
+"""The selector of the positions at which transport is measured."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from spinal_jax.errors import UserError
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """A tokenised prompt, followed by its response if the data has one."""
-
-    ids: np.ndarray  # int32 [L]
-    group: int
-    response_start: int | None = None  # index of the first response token
 
 
 @dataclass(frozen=True)
@@ -44,18 +35,22 @@ class Positions:
             "above 0) or all"
         )
 
-    def of(self, sequence: TokenSequence) -> np.ndarray:
-        """int [m] selected indices of the sequence, ascending."""
-        length = len(sequence.ids)
+    def of(self, length: int, response_start: int | None) -> np.ndarray:
+        """int [m] selected indices of a sequence, ascending.
+
+        Args:
+          length: tokens of the sequence.
+          response_start: index of its first response token; None: it has no response.
+        """
         if self.kind == "all":
             return np.arange(length)
         if self.kind == "last":
             return np.arange(max(0, length - self.count), length)
         if self.kind == "stride":
             return np.arange(self.count - 1, length, self.count)
-        if sequence.response_start is None:
+        if response_start is None:
             raise UserError(
                 f"metrics.transport.positions is 'response:{self.count}', but the prompts have no responses; use last:K"
             )
-        first = max(sequence.response_start - 1, 0)  # predicts the first response token
+        first = max(response_start - 1, 0)  # predicts the first response token
         return np.arange(first, min(first + self.count, length - 1))
