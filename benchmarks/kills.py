@@ -9,7 +9,8 @@
 
 With `--processes` the command is shared by so many over loopback, of which one at random is killed; the others must end
 by themselves, not with 0. With `--others` it is started again each time by that many or, at random, by one of these
-numbers; files of a run that others had a part in are compared by their numbers, to 1e-5.
+numbers; files of a run that others had a part in are compared by their numbers, to 1e-5. After each kill every JSON and
+safetensors file of the folder must open.
 
 A run that gets to its end before its moment comes is compared, and the next one begins in a new folder, until as many
 kills as asked for are done and the last run is whole.
@@ -30,6 +31,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 LARGE = 1 << 24  # bytes from which a file is kept as its hash
 
@@ -81,6 +84,8 @@ def main() -> None:
                         done += 1
                         after = f", all ended {time.perf_counter() - struck:.1f} s later" if count > 1 else ""
                         print(f"kill {done} of {count} after {moment:.1f} s, exit codes {ended}{after}", flush=True)
+                        if half := half_written(folder):
+                            sys.exit(f"a kill left half-written files: {', '.join(half)}")
                         if 0 in ended:
                             sys.exit(f"a process of a run that was killed ended with exit code 0: {ended}")
                 if whole and not set(ended) <= {0, 1, -number, 128 + number, -signal.SIGABRT}:
@@ -107,6 +112,25 @@ def close(one: bytes, other: bytes) -> bool:
         np.allclose(np.array(ours[name], float), np.array(theirs[name], float), 1e-5, 1e-5, equal_nan=True)
         for name in ours
     )
+
+
+def half_written(folder: Path) -> list[str]:
+    """Files that do not open. Hidden ones and Orbax checkpoints, which appear by a rename when whole, are left out."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if not path.is_file() or {"checkpoints", "progress"} & {*parts} or any(part[0] == "." for part in parts):
+            continue
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".jsonl":
+                list(map(json.loads, path.read_bytes().splitlines()))
+            elif path.suffix == ".safetensors":
+                load_file(path)
+        except (ValueError, SafetensorError):
+            found.append(str(path.relative_to(folder)))
+    return found
 
 
 def codes_of(processes: list[subprocess.Popen[bytes]]) -> list[int]:

@@ -21,9 +21,9 @@ from spinal_jax.metrics.depth import terminal_block
 from spinal_jax.metrics.tail import MIN_RANKS, fitted_ranks
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.parallel import device_defaults
-from spinal_jax.parallel.agreement import gathered, own_part
+from spinal_jax.parallel.agreement import gathered, leads, of_leader, own_part
 from spinal_jax.parallel.distributed import check_same
-from spinal_jax.stats.groups import assign_groups
+from spinal_jax.stats.groups import Dialogue, assign_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ def group_prompts(
             f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
         )
     prompts_left = tokens.prompts
-    group, component = assign_groups([p.text for p in prompts_left], [p.turns for p in prompts_left], settings.groups)
+    group, component = common_groups([p.text for p in prompts_left], [p.turns for p in prompts_left], settings.groups)
     grouped = GroupedPrompts(
         sequences=tuple(TokenSequence(ids, each) for ids, each in zip(tokens.ids, group.tolist(), strict=True)),
         settings=settings,
@@ -114,6 +114,16 @@ def group_prompts(
     )
     _check(grouped, decoder)
     return grouped
+
+
+def common_groups(texts: Sequence[str], dialogues: Sequence[Dialogue], groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """`assign_groups` of prompts that are equal in all processes. Process 0 groups them and broadcasts the result, so
+    only its host needs the memory."""
+    found = np.empty((2, len(texts)), np.int32)
+    if leads():
+        found[:] = assign_groups(texts, dialogues, groups)
+    group, component = of_leader(found)
+    return group, component
 
 
 def _check(grouped: GroupedPrompts, decoder: DecoderConfig) -> None:

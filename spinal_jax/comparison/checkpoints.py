@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from spinal_jax import data
 from spinal_jax.audit import pipeline
 from spinal_jax.audit.devices import Devices, devices_of
+from spinal_jax.audit.grouped_prompts import common_groups
 from spinal_jax.audit.measure import keep_reference, measure
 from spinal_jax.audit.measurement import Measurement
 from spinal_jax.audit.trace import DepthTrace
@@ -45,7 +46,6 @@ from spinal_jax.parallel.device_defaults import pair_tokens
 from spinal_jax.parallel.distributed import check_same
 from spinal_jax.parallel.mesh import row_multiple
 from spinal_jax.progress import Bar, no_bar
-from spinal_jax.stats.groups import assign_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -315,10 +315,10 @@ def _read_pairs(
                 f"a preference pair has {longest} tokens, but {side.name} has {side.decoder.max_positions} positions; "
                 "choose a smaller preferences.max_length"
             )
-    groups, _ = assign_groups([p.prompt for p in prompts], [p.turns for p in prompts], config.metrics.groups)
     digest = hashlib.sha256()
     for sequence in (sequence for example in examples for sequence in example):
         digest.update(np.array([sequence.start, len(sequence.ids), *sequence.ids], "<i8").tobytes())
     check_same({"preference pairs": digest.hexdigest()})
+    groups, _ = common_groups([p.prompt for p in prompts], [p.turns for p in prompts], config.metrics.groups)
     most = config.batch_tokens or pair_tokens(jax.default_backend()) * (1 if mesh is None else row_multiple(mesh))
     return _Pairs(examples, tuple(groups.tolist()), shape_for(examples, most, mesh))

@@ -112,13 +112,14 @@ def same(one: Path, other: Path) -> None:
         np.testing.assert_allclose(got, right, rtol=CLOSE, atol=CLOSE, err_msg=name)
 
 
-# Says at the end how many spectra and how many prompts a process has taken.
+# Says at the end how many spectra a process has taken, and how many prompts it has tokenised and grouped.
 COUNTING = """
 import atexit, sys
 from spinal_jax.data import tokens
 from spinal_jax.metrics import contraction
+from spinal_jax.stats import groups
 
-counts = {"spectra": [], "prompts": []}
+counts = {"spectra": [], "prompts": [], "grouped": []}
 def counted(module, name, what, size):
     whole = getattr(module, name)
     def count(*given):
@@ -128,6 +129,7 @@ def counted(module, name, what, size):
 
 counted(contraction, "singular_values", "spectra", lambda *given: 1)
 counted(tokens, "_encode", "prompts", lambda texts, *rest: len(texts))
+counted(groups, "components", "grouped", len)
 atexit.register(lambda: print("counted", *map(sum, counts.values()), file=sys.stderr))
 """
 
@@ -155,11 +157,12 @@ def test_two_processes_compare_as_one_does(several: Several, spinal: Spinal, tmp
     assert "gradient_norm" in compared
     assert not (tmp_path / "1" / "run").exists()
     trace = json.loads((tmp_path / "alone" / "aligned" / "trace.json").read_text())
-    spectra, prompts = zip(*map(counted, found), strict=True)
+    spectra, prompts, grouped = zip(*map(counted, found), strict=True)
     assert sum(spectra) % (2 * (trace["model"]["layers"] + 1)) == 0  # of two models, as many at each boundary
     assert max(spectra) <= 0.55 * sum(spectra)
     # Each takes half of the 16 prompts: with both tokenizers, to compare them, and for both models.
     assert prompts == (4 * 8, 4 * 8)
+    assert grouped == (2 * 16 + 12, 0)  # the first groups the prompts of both models, and the pairs
 
 
 def test_an_audit_goes_on_in_as_many_processes_and_in_others(several: Several, tmp_path: Path) -> None:
