@@ -312,3 +312,56 @@ def test_what_devices_receive_is_read_from_the_compiled_program() -> None:
     assert received(lambda x: 2 * x, one, PartitionSpec("all"), whole) == 7 / 8 * size
     assert received(lambda x: 2 * x, two, PartitionSpec("a", "b"), PartitionSpec("a")) == 3 / 4 * size / 2
     assert received(lambda x: 2 * x, one, PartitionSpec("all")) == 0
+
+    @partial(jax.shard_map, mesh=one, in_specs=PartitionSpec("all"), out_specs=whole, check_vma=False)
+    def summed_if(x: Any) -> Any:
+        return jax.lax.cond(jnp.sum(x) > 0, lambda: jax.lax.psum(x, "all"), lambda: jnp.zeros((4, 16)))
+
+    assert received(summed_if, one, PartitionSpec("all")) == 2 * 7 / 8 * size / 8
+
+
+TPU_PROGRAM = """
+%begins (p: bf16[4,16]) -> (bf16[4,16], bf16[64,16]) {
+  %p = bf16[4,16]{1,0} parameter(0)
+  %all-gather.1 = bf16[64,16]{1,0} all-gather(%p), replica_groups=[1,16]<=[16], frontend_attributes={chain_id="0"}
+  ROOT %custom-call.1 = (bf16[4,16], bf16[64,16]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%ends (q: (bf16[4,16], bf16[64,16])) -> bf16[64,16] {
+  %q = (bf16[4,16]{1,0}, bf16[64,16]{1,0}) parameter(0)
+  %all-gather.2 = bf16[64,16]{1,0} all-gather(%q), replica_groups=[1,16]<=[16], frontend_attributes={chain_id="0"}
+  ROOT %custom-call.2 = bf16[64,16]{1,0} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (r: (bf16[4,16], u32[])) -> (bf16[4,16], u32[]) {
+  %r = (bf16[4,16]{1,0}, u32[]) parameter(0)
+  %constant.1 = u32[]{:T(128)} constant(2)
+  %get-tuple-element.1 = bf16[4,16]{1,0} get-tuple-element(%r), index=0
+  %get-tuple-element.2 = u32[]{:T(128)} get-tuple-element(%r), index=1
+  %add.1 = u32[]{:T(128)} add(%get-tuple-element.2, %constant.1)
+  %add.2 = u32[]{:T(128)} add(%get-tuple-element.2, %constant.3)
+  %collective-permute.1 = bf16[4,16]{1,0} collective-permute(%get-tuple-element.1), channel_id=2
+  %collective-permute.2 = bf16[4,16]{1,0} collective-permute(%collective-permute.1), channel_id=3
+  ROOT %tuple.1 = (bf16[4,16]{1,0}, u32[]{:T(128)}) tuple(%collective-permute.2, /*index=1*/%add.1)
+}
+
+%condition (s: (bf16[4,16], u32[])) -> pred[] {
+  %s = (bf16[4,16]{1,0}, u32[]) parameter(0)
+  %constant.2 = u32[]{:T(128)} constant(7)
+  %get-tuple-element.3 = u32[]{:T(128)} get-tuple-element(%s), index=1
+  ROOT %compare.1 = pred[]{:T(512)} compare(%get-tuple-element.3, %constant.2), direction=LT
+}
+
+ENTRY %main (t: bf16[4,16]) -> bf16[64,16] {
+  %t = bf16[4,16]{1,0} parameter(0)
+  %tuple.2 = (bf16[4,16]{1,0}, u32[]{:T(128)}) tuple(%t, %constant.4)
+  %while.1 = (bf16[4,16]{1,0}, u32[]{:T(128)}) while(%tuple.2), condition=%condition, body=%body
+  %fusion.1 = (bf16[4,16]{1,0}, bf16[64,16]{1,0}) fusion(%t), kind=kCustom, calls=%begins
+  ROOT %fusion.2 = bf16[64,16]{1,0} fusion(%fusion.1), kind=kCustom, calls=%ends
+}
+"""
+
+
+def test_what_programs_for_tpus_exchange_in_steps_is_counted_once() -> None:
+    """A gather that starts in one fusion and ends in another, and four turns of a loop whose counter grows by 2."""
+    assert received_bytes(TPU_PROGRAM) == 15 / 16 * 64 * 16 * 2 + 4 * 2 * (4 * 16 * 2)

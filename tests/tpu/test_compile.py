@@ -218,3 +218,14 @@ def test_what_devices_receive_is_read_from_programs_for_tpus() -> None:
     assert received(moved, every, every) == 5 * size / 8
     with jax.enable_x64(True):  # loops then count in pairs of 32 bits
         assert received(moved, every, every) == 5 * size / 8
+
+    # The compiler exchanges a matrix in 16 pieces beside the product, two in a turn of its loop.
+    wide = Mesh(np.array(slice_devices("v5e", 16)), ("all",), axis_types=(AxisType.Auto,))
+
+    def some(shape: tuple[int, ...], *by: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(wide, PartitionSpec(*by)))
+
+    layers, weights = 5, (some((5, 4096, 14336), None, "all"), some((5, 14336, 4096), None, None, "all"))
+    forward = lambda x, up, down: jax.lax.scan(lambda x, w: (x @ w[0] @ w[1], None), x, (up, down))[0]  # noqa: E731
+    text = jax.jit(forward).lower(some((16, 512, 4096), "all"), *weights).compile().as_text() or ""
+    assert 15 / 16 <= received_bytes(text) / (layers * 2 * 4096 * 14336 * 2) <= 18 / 16
