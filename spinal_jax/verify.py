@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +23,16 @@ from spinal_jax.metrics.transport import lens_stats
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder, collect
 from spinal_jax.models.families import read_checkpoint
-from spinal_jax.models.formats.base import Checkpoint
+from spinal_jax.models.formats.adapter import AdapterFolder
+from spinal_jax.models.formats.base import Checkpoint, sha256_of
 from spinal_jax.models.formats.expert_tensors import ExpertsApart
-from spinal_jax.models.formats.export import export
 from spinal_jax.models.formats.folders import read_record
-from spinal_jax.models.formats.gguf import GgufFile
 from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.quantised import Dequantised
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
 from spinal_jax.models.translate import load_decoder, parameter_shapes
 from spinal_jax.progress import Bar, no_bar
+from spinal_jax.torch_reference import Stream, Unreadable, torch_streams
 
 # Random tiny models differ by 1e-6; mixtures with large router weights by more.
 TOLERANCE, TOLERANCE_WITH_EXPERTS = 1e-4, 2e-4
@@ -45,13 +44,6 @@ class Check(NamedTuple):
     what: str
     passed: bool | None
     found: str
-
-
-class Stream(NamedTuple):
-    """Results of the forward pass of one prompt, float32."""
-
-    residual: np.ndarray  # [D + 1, T, d], before the final norm
-    logits: np.ndarray  # [T, V]
 
 
 class ForwardDifference(NamedTuple):
@@ -92,9 +84,9 @@ class Verification:
 def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
     """Checks names, shapes and hash of a checkpoint, runs it, and compares it with Hugging Face's model.
 
-    Both run in float32 on the same prompts. The comparison needs PyTorch; without it, it is reported as not done. GGUF
-    files are read by transformers with its own dequantisation if it supports the architecture; other GGUF files and
-    converted folders are exported to a scratch folder first.
+    Both run in float32 on the same prompts. The comparison needs PyTorch; without it, it is reported as not done.
+    Hugging Face reads the source itself where it can: it dequantises FP8, MXFP4 and GGUF, and PEFT merges adapters.
+    What it cannot read, and converted folders, are exported to a scratch folder first, and the report says so.
 
     Raises:
         UserError: the source or the prompts cannot be read.
@@ -125,8 +117,8 @@ def verify(config: VerifyConfig, bar: Bar | None = None) -> Verification:
         notes: list[str] = []
         try:
             with bar("PyTorch", len(tokens), "prompt") as advance:
-                theirs = list(_torch_streams(checkpoint, config, tokens, advance, notes))
-        except _Unreadable as error:
+                theirs = list(torch_streams(checkpoint, config.model.ignore_keys, tokens, advance, notes))
+        except Unreadable as error:
             return Verification(title, (*checks, Check("Hugging Face's model", None, str(error))))
     finally:
         checkpoint.close()
@@ -226,116 +218,32 @@ def _hash(checkpoint: Checkpoint, bar: Bar) -> Check:
     if folder is not None and checkpoint.kind != "adapter" and (record := read_record(folder)) is not None:
         same = digest == record["sha256"]
         return Check("hash", same, f"sha256 {digest} is {'' if same else 'not '}what spinal.json recorded")
-    whole = _plain_folder(checkpoint)
-    if whole is not None and (wrong := _wrong_blobs(whole)) is not None:
-        if wrong:
-            return Check("hash", False, f"{wrong[0]} is not the file that the hub sent")
+    folders = _weight_folders(checkpoint)
+    wrong = [_wrong_blobs(each) for each in folders]
+    if folders and not any(names is None for names in wrong):
+        if bad := [name for names in wrong for name in names or ()]:
+            return Check("hash", False, f"{bad[0]} is not the file that the hub sent")
         return Check("hash", True, f"sha256 {digest}; each file is the one that the hub sent")
     return Check("hash", None, f"sha256 {digest}, and nothing here says what it should be")
 
 
-def _plain_folder(checkpoint: Checkpoint) -> Path | None:
-    """The Hugging Face folder of an unconverted checkpoint."""
-    inner = checkpoint.inner if isinstance(checkpoint, ExpertsApart) else checkpoint
-    return inner.folder if isinstance(inner, SafetensorsFolder) else None
+def _weight_folders(checkpoint: Checkpoint) -> list[Path]:
+    """The folders whose safetensors are read as they were downloaded."""
+    match checkpoint:
+        case ExpertsApart():
+            return _weight_folders(checkpoint.inner)
+        case AdapterFolder():
+            base = _weight_folders(checkpoint.base)
+            return [checkpoint.path, *base] if base else []
+        case SafetensorsFolder() | Dequantised():
+            return [checkpoint.folder]
+        case _:
+            return []
 
 
 def _wrong_blobs(folder: Path) -> list[str] | None:
     """Names of weight files that differ from their hash in the hub cache; None outside the cache."""
-    from spinal_jax.models.formats.base import sha256_of
-
     blobs = {path.name: path.resolve() for path in sorted(folder.glob("*.safetensors")) if path.is_symlink()}
     if not blobs or not all(re.fullmatch(r"[0-9a-f]{64}", blob.name) for blob in blobs.values()):
         return None
     return [name for name, blob in blobs.items() if sha256_of([blob]) != blob.name]
-
-
-class _Unreadable(Exception):
-    """Hugging Face cannot read the checkpoint."""
-
-
-def _torch_streams(
-    checkpoint: Checkpoint, config: VerifyConfig, tokens: Sequence[np.ndarray], advance: Any, notes: list[str]
-) -> Iterator[Stream]:
-    """Runs Hugging Face's model on the prompts, one at a time and the shortest first, because some rotary embeddings
-    depend on padding and on the longest prompt so far."""
-    import torch
-
-    with _reference(checkpoint, config, notes) as model, torch.no_grad():
-        base: Any = model.base_model
-        base = getattr(base, "language_model", base)
-        blocks = base.layers if hasattr(base, "layers") else base.h
-        seen: list[Any] = []
-        hooks = [
-            blocks[0].register_forward_pre_hook(
-                lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-        ]
-        for block in blocks:
-            hooks.append(
-                block.register_forward_hook(
-                    lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-                )
-            )
-        try:
-            for ids in tokens:
-                seen.clear()
-                logits = model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits
-                yield Stream(torch.cat(seen).float().numpy(), logits[0].float().numpy())
-                advance(1)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-@contextlib.contextmanager
-def _reference(checkpoint: Checkpoint, config: VerifyConfig, notes: list[str]) -> Iterator[Any]:
-    """Loads Hugging Face's model in float32, and checks that no weight is missing or unused.
-
-    If transformers cannot read a GGUF file, its export is loaded, with a line in `notes`.
-    """
-    if (plain := _plain_folder(checkpoint)) is not None:
-        yield _hugging_face(plain)
-        return
-    if isinstance(checkpoint, GgufFile):
-        try:
-            model = _hugging_face(checkpoint.path.parent, gguf_file=checkpoint.path.name)
-        except _Unreadable as error:
-            notes.append(f"{error}; compared with its export instead, so its names and values are taken as read here")
-        else:
-            yield model
-            return
-    with tempfile.TemporaryDirectory(prefix="spinal-verify-") as scratch:
-        yield _hugging_face(export(checkpoint, str(Path(scratch) / "model"), ignore_keys=config.model.ignore_keys))
-
-
-def _hugging_face(folder: Path, **options: Any) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, logging
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-        kind: Any = AutoModelForCausalLM
-        if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # such as Mistral 3 with images
-            kind = AutoModelForImageTextToText
-        loaded = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
-    except (ValueError, OSError, ImportError, KeyError, TypeError, NotImplementedError) as error:
-        raise _Unreadable(f"transformers cannot open it: {' '.join(str(error).split())}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise _Unreadable(f"transformers does not find {missing[0]} in it and would make up random values")
-    return model.eval()

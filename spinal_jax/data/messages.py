@@ -35,7 +35,7 @@ def turns_of(messages: object, field: str, where: str) -> list[Turn]:
     images and other parts are refused by name. Calls of tools beside the content follow it on a line of their own.
     """
     if isinstance(messages, dict) and all(isinstance(column, list) for column in messages.values()):
-        messages = _transposed(messages, field, where)
+        messages = transposed(messages, field, where)
     if not isinstance(messages, list):
         raise UserError(f"{where}: {field!r} must be a list of messages, not {json_start(messages)}")
     turns: list[Turn] = []
@@ -85,8 +85,8 @@ def ending_before_reply(turns: list[Turn], field: str, where: str) -> tuple[Turn
     return tuple(turns[:end])
 
 
-def _transposed(columns: dict[str, list[Any]], field: str, where: str) -> list[Json]:
-    """Messages from a list for each field, the format of older data sets."""
+def transposed(columns: dict[str, list[Any]], field: str, where: str) -> list[Json]:
+    """Rows from a list for each field, the format of older data sets."""
     if len({len(column) for column in columns.values()}) > 1:
         raise UserError(f"{where}: the lists of {field!r} differ in length")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spinal_jax.data.messages import Turn, ending_before_reply, turns_of
+from spinal_jax.data.messages import Turn, ending_before_reply, transposed, turns_of
 from spinal_jax.data.sources import field_of, json_start, string_of
 from spinal_jax.data.transcripts import ASSISTANT, MARKER, transcript, turns
 from spinal_jax.errors import UserError
@@ -55,7 +56,20 @@ def from_value(value: object, field: str, where: str) -> Asked:
     """A prompt from a field that holds a text or messages, cut before the assistant's at the end."""
     if isinstance(value, list | dict):
         return from_turns(ending_before_reply(turns_of(value, field, where), field, where))
-    return from_text(string_of(value, field, where))
+    return from_text(_plain(value, field, where))
+
+
+def _plain(value: object, field: str, where: str) -> str:
+    """A text. Raises UserError if it is messages in JSON, which would be taken for what was said."""
+    text = string_of(value, field, where)
+    if text.lstrip()[:1] == "[" and '"content"' in text[:10_000]:
+        try:
+            messages = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        if messages and all(isinstance(each, dict) and {"role", "content"} <= each.keys() for each in messages):
+            raise UserError(f"{where}: {field!r} holds messages as a JSON text; give them as a list")
+    return text
 
 
 def mapped(record: Record, fields: Mapping[str, str], where: str) -> Record:
@@ -96,14 +110,14 @@ def trl_pair(record: Record, where: str) -> Sides | str:
     for field, value in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(value, list | dict):
             raise UserError(f"{where}: {field!r} holds messages but the other response does not; give two of a kind")
-    chosen, rejected = string_of(chosen, "chosen", where), string_of(rejected, "rejected", where)
+    chosen, rejected = _plain(chosen, "chosen", where), _plain(rejected, "rejected", where)
     if isinstance(prompt, list | dict) or (system is not None and prompt is not None):
         given = turns_of(prompt, "prompt", where) if isinstance(prompt, list | dict) else None
-        asked = [("user", string_of(prompt, "prompt", where))] if given is None else given
+        asked = [("user", _plain(prompt, "prompt", where))] if given is None else given
         return _replies(_ending_with_user([*_system(system, where), *asked], where), chosen, rejected)
     if prompt is None:
         return _from_texts(chosen, rejected)
-    said = from_text(string_of(prompt, "prompt", where))
+    said = from_text(_plain(prompt, "prompt", where))
     return Sides(prompt=said.text, chosen=chosen, rejected=rejected, turns=said.turns)
 
 
@@ -131,6 +145,8 @@ def nectar_pair(record: Record, where: str) -> Sides | str:
     """`prompt`, and of `answers` the one of the best (lowest) rank against the one of the worst."""
     asked = nectar_prompt(record, where)
     answers = field_of(record, "answers", where)
+    if isinstance(answers, dict) and all(isinstance(column, list) for column in answers.values()):
+        answers = transposed(answers, "answers", where)
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
         raise UserError(f"{where}: 'answers' must be a list of {{answer, rank}}, not {json_start(answers)}")
     ranked = [
@@ -147,8 +163,12 @@ def nectar_pair(record: Record, where: str) -> Sides | str:
 
 
 def orca_pair(record: Record, where: str) -> Sides | str:
-    """`system` and `question`, with `chosen` and `rejected` as texts."""
+    """`system` and `question` or `input`, with `chosen` and `rejected` as texts; or messages, as `jsonl` has them."""
+    if isinstance(record.get("chosen"), list | dict):
+        return trl_pair(record, where)
     asked = orca_prompt(record, where).turns
+    if record.get("status") == "tie":
+        return "tie"
     chosen, rejected = (string_of(field_of(record, name, where), name, where) for name in ("chosen", "rejected"))
     return _replies(asked, chosen, rejected)
 
@@ -188,10 +208,12 @@ def hh_prompt(record: Record, where: str) -> Asked | None:
 
 
 def dialogue_prompt(record: Record, where: str) -> Asked:
-    """What comes before the last reply in `messages` or `chosen`, or `prompt` where there are none."""
+    """What comes before the last reply in `messages` or `chosen`, or `prompt` where these have none."""
     for field in ("messages", "chosen"):
-        if isinstance(record.get(field), list | dict):
-            return from_value(record[field], field, where)
+        if isinstance(value := record.get(field), list | dict):
+            alone = all(role == "assistant" for role, _ in turns_of(value, field, where))
+            if not (alone and record.get("prompt")):
+                return from_value(value, field, where)
     return from_value(field_of(record, "prompt", where), "prompt", where)
 
 
@@ -212,7 +234,10 @@ def nectar_prompt(record: Record, where: str) -> Asked:
 
 
 def orca_prompt(record: Record, where: str) -> Asked:
-    question = string_of(field_of(record, "question", where), "question", where)
+    if isinstance(record.get("chosen"), list | dict):
+        return dialogue_prompt(record, where)
+    name = "input" if "input" in record and "question" not in record else "question"
+    question = string_of(field_of(record, name, where), name, where)
     return from_turns((*_system(record.get("system"), where), ("user", question)))
 
 

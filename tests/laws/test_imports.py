@@ -110,7 +110,8 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "files", "data.packing", "data", "config", "metrics", "parallel", "models", "audit.trace", "audit"),
         *("comparison.record", "comparison", "runs", "report", "objectives"),
     },
-    "verify": {"jsontypes", "progress", "errors", "data", "config", "metrics", "models", "audit"},
+    "torch_reference": {"progress", "models"},
+    "verify": {"jsontypes", "progress", "errors", "data", "config", "metrics", "models", "audit", "torch_reference"},
     "api": {"jsontypes", "progress", "errors", "runs", "config", "models", "audit.trace", "audit", "train"},
     "__init__": {
         *("errors", "plotting", "models", "audit", "audit.trace", "comparison.record", "comparison", "comparison.flow"),
@@ -124,7 +125,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 # Libraries that only these parts may import, and only inside a function.
-RESERVED = {"hydra": {"cli"}, "omegaconf": {"cli"}, "torch": {"verify"}}
+RESERVED = {"hydra": {"cli"}, "omegaconf": {"cli"}, "torch": {"torch_reference"}, "peft": {"torch_reference"}}
 # Saved traces are read, compared and drawn where no JAX is.
 WITHOUT_JAX = (
     *(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,59 @@ def test_the_preferred_one_may_be_the_second(tmp_path: Path) -> None:
     assert (pair.chosen, pair.rejected) == (" No idea.", " To be heard.")
 
 
+SIBLINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "answers in columns": (
+        "nectar",
+        {**NECTAR, "answers": {key: [each[key] for each in NECTAR["answers"]] for key in ("answer", "model", "rank")}},
+    ),
+    "input": ("orca", {**{k: v for k, v in ORCA.items() if k != "question"}, "input": "A bird?", "status": "swapped"}),
+    "messages": (
+        "orca",
+        {
+            "prompt": "A bird?",
+            "chosen": [said(SYSTEM, "Be brief."), said(USER, "A bird?"), said(REPLY, "Wren.")],
+            "rejected": [said(SYSTEM, "Be brief."), said(USER, "A bird?"), said(REPLY, "Brick.")],
+        },
+    ),
+    "replies alone": (
+        "dolci",
+        {"prompt": DOLCI["chosen"][:2], "chosen": DOLCI["chosen"][2:], "rejected": DOLCI["rejected"][2:]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings_of_a_preset(tmp_path: Path, name: str) -> None:
+    """Rows that say the same in other columns, as other editions of a data set do."""
+    format, row = SIBLINGS[name]
+    _, text, turns, replies = ASKED[format]
+    (pair,) = pairs(tmp_path, format, [row])
+    assert (pair.prompt, pair.turns, (pair.chosen, pair.rejected)) == (text, turns, replies)
+    assert prompts(tmp_path, format, [row])[0].turns == turns
+
+
+def test_messages_in_a_json_text_are_refused(tmp_path: Path) -> None:
+    for field in ("prompt", "chosen", "rejected"):
+        row = {"prompt": "A bird?", "chosen": "Wren.", "rejected": "Brick."}
+        path, _ = written(tmp_path, [row | {field: json.dumps([said(USER, "A bird?")])}])
+        assert f"{field!r} holds messages as a JSON text" in message(partial(read_pairs, path, "jsonl"))
+    path, _ = written(tmp_path, [{"prompt": json.dumps([said(USER, "A bird?")])}])
+    assert "line 1: 'prompt' holds messages as a JSON text" in message(lambda: read_prompts(path))
+    said_so = {
+        "prompt": 'Repeat [{"role": "x", "content": 1}]',
+        "chosen": '["content"]',
+        "rejected": '[{"content": 2}]',
+    }
+    (pair,) = pairs(tmp_path, "jsonl", [said_so])
+    assert pair.chosen == '["content"]'
+
+
 def test_ties_are_dropped_and_counted(tmp_path: Path) -> None:
     tied = {**NECTAR, "answers": [{**answer, "rank": 1.0} for answer in NECTAR["answers"]]}
     for format, row, tie in (
         ("helpsteer3", HELPSTEER3, {**HELPSTEER3, "overall_preference": 0}),
         ("nectar", NECTAR, tied),
+        ("orca", ORCA, {**ORCA, "status": "tie"}),
     ):
         path, _ = written(tmp_path, [row, tie])
         read = read_pairs(path, format)

@@ -25,9 +25,11 @@ Every family is compared with Hugging Face PyTorch in float32, on random tiny mo
 from its initial value: the residual stream at every boundary and the logits, relative to the largest value of each.
 Prompts have {", ".join(map(str, LENGTHS[:-1]))} and {LENGTHS[-1]} tokens (longer than any window), padded on the right
 and packed into rows; {", ".join(map(str, LONG[:-1]))} and {LONG[-1]} where blocks have a recurrent state, longer than
-the chunks in which that is computed. The error must be below 1e-5. Every tensor of a checkpoint is read once and
-comes back bit for bit. A key of config.json that a family does not know is an error that names it. `spinal verify`
-makes the same comparison for a checkpoint of yours.
+the chunks in which that is computed. The error must be below 1e-5; blocks with a recurrent state are compared with
+Hugging Face in float64 and may have twice the error of its float32, since a head that reads next to nothing is normed
+to full size, and its rounding with it. Every tensor of a checkpoint is read once and comes back bit for bit.
+A key of config.json that a family does not know is an error that names it. `spinal verify` makes the same comparison
+for a checkpoint of yours.
 
 | model_type | what it is | GGUF | configurations tried |
 | --- | --- | --- | --- |
@@ -57,6 +59,14 @@ Refused by name: {refusals}.
 | source | what is read | what was compared |
 | --- | --- | --- |
 {sources}
+
+`spinal verify` covers each of them. Hugging Face reads folders itself, quantised ones too, and GGUF files of one part
+whose architecture it knows; PEFT merges adapters. Other GGUF files and converted folders are exported to a scratch
+folder first, and where names and values are so taken as they are read here, the report says it.
+
+A GGUF file does not hold everything: which blocks of SmolLM3 have a rope, the scale of Gemma's 27B models, the
+activation of GPT-NeoX-20B, the groups of experts of DeepSeek-V2 and V3 in older files. There the published model's are
+taken; other models of that architecture may differ.
 
 A step of a repository is named by `model.revision=step-1000`, which stands for the one branch, tag or local folder of
 that step. `router_aux_loss_coef` of a mixture of experts is read and not used: training here adds no balancing loss.

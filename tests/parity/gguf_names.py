@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
-    "llama": ("llama", "mistral"),
+    "llama": ("llama", "mistral", "mixtral"),
     "qwen2": ("qwen2",),
     "qwen3": ("qwen3",),
     "gemma": ("gemma",),
@@ -26,4 +26,12 @@ MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "arcee": ("arcee",),
     "hunyuan-dense": ("hunyuan_v1_dense",),
     "gpt-oss": ("gpt_oss",),
+    "gptneox": ("gpt_neox",),
+    "stablelm": ("stablelm",),
+    "qwen2moe": ("qwen2_moe",),
+    "qwen3moe": ("qwen3_moe",),
+    "qwen3next": ("qwen3_next",),
+    "qwen35": ("qwen3_5_text",),
+    "qwen35moe": ("qwen3_5_moe_text",),
+    "deepseek2": ("deepseek_v2", "deepseek_v3"),
 }

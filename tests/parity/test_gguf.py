@@ -160,7 +160,7 @@ def refusal(path: Path, *holds: str) -> None:
     ("key", "value", "words"),
     [
         (".logit_scale", 2.0, ["llama.logit_scale", "2.0"]),
-        (".expert_count", 8, ["llama.expert_count", "8"]),
+        (".expert_count", 8, ["llama.expert_used_count", "8"]),
         (".rope.scaling.type", "dynamic", ["llama.rope.scaling.type", "dynamic"]),
         (".rope.scaling.attn_factor", 1.5, ["llama.rope.scaling.attn_factor"]),
         (".rope.dimension_count", 8, ["llama.rope.dimension_count", "16"]),

@@ -26,6 +26,7 @@ from spinal_jax.models.translate import load_decoder
 from .gguf_files import write
 from .gguf_names import MODEL_TYPES
 from .reference import checkpoint_of, our_stream, pack, random_model, reference_stream, relative_errors, translate
+from .test_gguf_mixers import CASES as MIXERS
 from .test_gguf_models import CASES as FIRST
 from .test_gguf_models import SMALL, llama3_factors, permuted
 
@@ -273,7 +274,8 @@ def test_a_file_is_the_checkpoint_that_it_comes_from(tmp_path: Path, name: str) 
 
 
 def test_every_architecture_has_a_case() -> None:
-    tried = {(gguf.MODEL_ARCH_NAMES[case.architecture], case.model_type) for case in (*FIRST.values(), *CASES.values())}
+    cases = (*FIRST.values(), *CASES.values(), *MIXERS.values())
+    tried = {(gguf.MODEL_ARCH_NAMES[case.architecture], case.model_type) for case in cases}
     assert tried == {(name, model_type) for name, types in MODEL_TYPES.items() for model_type in types}
     assert MODEL_TYPES.keys() == ARCHITECTURES.keys()
     assert {model_type for types in MODEL_TYPES.values() for model_type in types} <= FAMILIES.keys()

@@ -40,10 +40,14 @@ PYTORCH = "Hugging Face's model"
 def write_model(folder: Path, hf_config: PretrainedConfig) -> Path:
     """A random model with a tokenizer of a word each for fifty tokens."""
     random_model(hf_config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +225,7 @@ def test_without_torch_it_says_what_it_could_not_check(
     folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
-    monkeypatch.setattr(verify_module, "_torch_streams", None)  # nothing may call it
+    monkeypatch.setattr(verify_module, "torch_streams", None)  # nothing may call it
     result = verify(settings(folder, prompts))
     assert result.passed
     assert check(result, PYTORCH) is None

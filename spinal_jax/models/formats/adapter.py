@@ -80,7 +80,7 @@ class AdapterFolder:
     kind: str = "adapter"
 
     def __init__(self, folder: Path, source: str, base: Checkpoint) -> None:
-        self.source, self.base, self.revision = source, base, base.revision
+        self.path, self.source, self.base, self.revision = folder, source, base, base.revision
         self.config = dict(base.config)
         self._path = folder / WEIGHTS
         settings = _Settings(folder)
@@ -136,7 +136,7 @@ class AdapterFolder:
         """Finds the tensor of the base that a tensor of the adapter belongs to."""
         if not key.startswith("base_model.model."):
             raise UserError(f"{self._path} holds {key}, which is not a name that PEFT gives")
-        path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        path = re.sub(r"(\.token_adapter)?\.base_layer\.", ".", key.removeprefix("base_model.model."))
         if match := _LORA.fullmatch(path):
             module, part, kind = match.groups()
             suffix = "bias" if (part, kind) == ("lora_B", "bias") else "weight"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,17 +14,10 @@ from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import ReadJson
 from spinal_jax.models.config import MOST_EXPERTS
 from spinal_jax.models.formats.base import Bounds, TensorInfo, sha256_of
-from spinal_jax.models.formats.gguf_architectures import (
-    ARCHITECTURES,
-    Architecture,
-    Undo,
-    alternating,
-    halves,
-    minus_one,
-    out_in,
-)
+from spinal_jax.models.formats.gguf_architectures import ARCHITECTURES, Architecture
 from spinal_jax.models.formats.gguf_header import PLAIN, GGUFTensor, import_gguf, read_parts
 from spinal_jax.models.formats.gguf_keys import ROPE_FACTORS, Config, Keys
+from spinal_jax.models.formats.gguf_layouts import Joined, Undo, moves_rows, out_in, returns_float32, shape_after
 from spinal_jax.models.hf_config import shorten_middle, value_text
 
 if TYPE_CHECKING:
@@ -36,15 +28,16 @@ class _Origin(NamedTuple):
     """The origin of an HF tensor in a stored tensor."""
 
     stored: GGUFTensor
-    part: slice | int  # of the outermost dimension, which an index leaves out
+    part: tuple[slice | int, ...]  # of the outermost dimensions, which indices leave out
     undo: Undo | None
     info: TensorInfo
 
 
-class _Experts(NamedTuple):
-    """An HF tensor that concatenates stored tensors."""
+class _Made(NamedTuple):
+    """An HF tensor made of several stored ones."""
 
     stored: list[str]
+    rule: Joined
     info: TensorInfo
 
 
@@ -69,30 +62,33 @@ class GgufFile:
         self.config: Config = architecture.config(keys)
         keys.done()
         self._constants = _constants(path, self.metadata, architecture, self.config)
-        self._experts = _experts(path, stored, architecture, self.config)
-        taken = {tensor for joined in self._experts.values() for tensor in joined.stored}
+        self._made = _made(path, stored, architecture, self.config)
+        taken = {tensor for made in self._made.values() for tensor in made.stored}
         rest = {tensor: found for tensor, found in stored.items() if tensor not in taken}
-        self._origins = _origins(path, rest, architecture, self.config)
+        self._origins = _origins(path, rest, architecture, self.config, keys.predicting)
+        if twice := sorted(self._made.keys() & self._origins.keys()):
+            first, other = self._made[twice[0]].stored[0], self._origins[twice[0]].stored
+            raise UserError(f"{path} has the tensor {first}, which another one of shape {other.shape} stands for too")
         self._stored = stored
 
     def names(self) -> Mapping[str, TensorInfo]:
         infos = {name: origin.info for name, origin in self._origins.items()}
         infos |= {name: TensorInfo(values.shape, values.dtype) for name, values in self._constants.items()}
-        infos |= {name: joined.info for name, joined in self._experts.items()}
+        infos |= {name: made.info for name, made in self._made.items()}
         return dict(sorted(infos.items()))
 
     def tensor(self, name: str) -> np.ndarray:
         if name in self._constants:
             return self._constants[name]
-        if name in self._experts:
-            joined = self._experts[name]
-            parts = [self._read(self._stored[tensor]).astype(joined.info.dtype) for tensor in joined.stored]
-            return alternating(parts)
+        if name in self._made:
+            made = self._made[name]
+            parts = [self._read(self._stored[tensor]).astype(made.info.dtype) for tensor in made.stored]
+            return made.rule.join(parts, self.config)
         stored, part, undo, info = self._origins[name]
-        if isinstance(part, int):
-            rows = math.prod(stored.shape[1:-1])
-            return self._read(stored, np.arange(part * rows, (part + 1) * rows)).reshape(info.shape)
-        values = self._read(stored)[part]
+        if isinstance(part[0], int):  # one of many, whose rows alone are read
+            values = self._read(stored, _row_numbers(stored.shape, part).reshape(-1)).reshape(info.shape)
+        else:
+            values = self._read(stored)[part]
         return values if undo is None else undo(values)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -110,10 +106,10 @@ class GgufFile:
         if name not in self._origins:
             return self.tensor(name)[tuple(slice(*each) for each in bounds)]
         stored, outer, undo, info = self._origins[name]
-        order = undo if isinstance(undo, partial) and undo.func is halves else None  # which moves rows alone
+        order = undo if moves_rows(undo) else None
         if len(info.shape) < 2 or not (undo is None or undo is out_in or order is not None):
             return self.tensor(name)[tuple(slice(*each) for each in bounds)]
-        rows = np.arange(math.prod(stored.shape[:-1])).reshape(stored.shape[:-1])[outer]
+        rows = _row_numbers(stored.shape, outer)
         if order is not None:
             rows = order(rows)
         within = bounds[::-1] if undo is out_in else bounds
@@ -151,6 +147,15 @@ class GgufFile:
         return values.reshape(stored.shape) if numbers is None else values
 
 
+def _row_numbers(shape: tuple[int, ...], part: tuple[slice | int, ...]) -> np.ndarray:
+    """The numbers of the rows in a part of a tensor of two or more axes, in the shape of the part."""
+    first, *others = part
+    if not isinstance(first, int):
+        return np.arange(math.prod(shape[:-1])).reshape(shape[:-1])[part]
+    count = math.prod(shape[1:-1])
+    return np.arange(first * count, (first + 1) * count).reshape(shape[1:-1])[tuple(others)]
+
+
 def _architecture(path: Path, metadata: ReadJson) -> Architecture:
     """The architecture of the file. Raises UserError if it is not supported or not a whole model."""
     name = metadata.get("general.architecture")
@@ -166,60 +171,68 @@ def _architecture(path: Path, metadata: ReadJson) -> Architecture:
 
 
 def _origins(
-    path: Path, stored: Mapping[str, GGUFTensor], architecture: Architecture, config: Config
+    path: Path, stored: Mapping[str, GGUFTensor], architecture: Architecture, config: Config, predicting: int
 ) -> dict[str, _Origin]:
-    """HF name -> origin, sorted. Raises UserError for a stored tensor without an HF name."""
-    origins = {}
+    """HF name -> origin, sorted. Raises UserError for a stored tensor without an HF name.
+
+    `predicting`: the number of blocks behind the last that predict tokens further ahead, which are left out.
+    """
+    origins: dict[str, _Origin] = {}
+    left_out = range(config.get("num_hidden_layers", 0), config.get("num_hidden_layers", 0) + predicting)
     for name, tensor in stored.items():
         if name in ROPE_FACTORS:  # part of the config
             continue
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        match = re.fullmatch(r"(?:blk\.(\d{1,9})\.)?(\w+)(?:\.(weight|bias))?", name)
+        if (other := re.match(r"blk\.(\d{1,9})\.", name)) and int(other[1]) in left_out:
+            continue
         block, stem, suffix = match.groups() if match else (None, "", "")
         hf = architecture.names.get(stem, ())
         targets = (hf,) if isinstance(hf, str) else hf
-        if not targets or ("{}" in targets[0]) != (block is not None):
+        whole = stem in architecture.whole
+        if not targets or ("{}" in targets[0]) != (block is not None) or not (suffix or whole):
             raise UserError(f"{path} has the tensor {name}, which is not known for its architecture")
         undo = architecture.undo(stem, config)
-        dtype = np.dtype(np.float32) if undo is minus_one else PLAIN.get(tensor.type, np.dtype(np.float32))
-        if "{e}" in targets[0]:
-            if len(tensor.shape) != 3 or tensor.shape[0] > MOST_EXPERTS:
-                raise UserError(f"{path}: {name} has the shape {tensor.shape}, which is not that of some experts")
-            for expert in range(tensor.shape[0]):
-                own = f"{targets[0].format(block, e=expert)}.{suffix}"
-                origins[own] = _Origin(tensor, expert, undo, TensorInfo(tensor.shape[1:], dtype))
-            continue
-        size = tensor.shape[0] // len(targets)
+        dtype = np.dtype(np.float32) if returns_float32(undo) else PLAIN.get(tensor.type, np.dtype(np.float32))
+        many = "{e}" in targets[0]  # experts or heads
+        if many and (len(tensor.shape) < 2 or tensor.shape[0] > MOST_EXPERTS):
+            raise UserError(f"{path}: {name} has the shape {tensor.shape}, which is not that of some experts")
+        rest = tensor.shape[1:] if many else tensor.shape
+        if rest[0] % len(targets):
+            raise UserError(f"{path}: {name} has {rest[0]} rows, which is not {len(targets)} equal parts")
+        size = rest[0] // len(targets)
+        try:
+            info = TensorInfo(shape_after(undo, (size, *rest[1:])), dtype)
+        except ValueError as error:
+            raise UserError(f"{path}: {name} has the shape {tensor.shape}: {error}") from error
         for number, target in enumerate(targets):
-            shape = (size, *tensor.shape[1:])
-            info = TensorInfo(shape[::-1] if undo is out_in else shape, dtype)
-            part = slice(number * size, (number + 1) * size)
-            full = target.format(block) if stem in architecture.whole else f"{target.format(block)}.{suffix}"
-            if full in origins:
-                raise UserError(f"{path} has the tensor {name}, which another one stands for too")
-            origins[full] = _Origin(tensor, part, undo, info)
+            rows = slice(number * size, (number + 1) * size)
+            for expert in range(tensor.shape[0]) if many else [None]:
+                part = (rows,) if expert is None else (expert,) if len(targets) == 1 else (expert, rows)
+                full = target.format(block, e=expert) + ("" if whole else f".{suffix}")
+                if full in origins:
+                    raise UserError(f"{path} has the tensor {name}, which another one stands for too")
+                origins[full] = _Origin(tensor, part, undo, info)
     return dict(sorted(origins.items()))
 
 
-def _experts(
-    path: Path, stored: Mapping[str, GGUFTensor], architecture: Architecture, config: Config
-) -> dict[str, _Experts]:
-    """HF tensors that concatenate stored tensors of equal shape."""
+def _made(path: Path, stored: Mapping[str, GGUFTensor], architecture: Architecture, config: Config) -> dict[str, _Made]:
+    """HF tensors made of several stored tensors."""
     found = {}
-    for block in range(config["num_hidden_layers"] if architecture.experts else 0):
-        for target, stems in architecture.experts.items():
-            names = [f"blk.{block}.{stem}" for stem in stems]
+    for block in range(config["num_hidden_layers"] if architecture.joined else 0):
+        for target, rule in architecture.joined.items():
+            names = [f"blk.{block}.{name}" for name in rule.stored]
             tensors = [stored[name] for name in names if name in stored]
             if not tensors:
                 continue
             if len(tensors) < len(names):
                 raise UserError(f"{path} lacks the tensor {next(name for name in names if name not in stored)}")
-            shape = tensors[0].shape
-            if any(tensor.shape != shape for tensor in tensors) or len(shape) != (2 if "bias" in stems[0] else 3):
-                raise UserError(f"{path}: {names[0]} has the shape {shape}, which does not fit")
+            try:
+                shape = rule.shape([tensor.shape for tensor in tensors], config)
+            except ValueError as error:
+                raise UserError(f"{path}: {names[0]} has the shape {tensors[0].shape}, {error}") from error
             types = {tensor.type for tensor in tensors}
             dtype = PLAIN.get(types.pop(), np.dtype(np.float32)) if len(types) == 1 else np.dtype(np.float32)
-            count, out, *into = shape
-            found[target.format(block)] = _Experts(names, TensorInfo((count, *into, out * len(names)), dtype))
+            found[target.format(block)] = _Made(names, rule, TensorInfo(shape, dtype))
     return found
 
 

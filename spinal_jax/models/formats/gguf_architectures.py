@@ -1,21 +1,20 @@
-"""Tables of GGUF architectures: tensor names and value transformations of the exporter.
+"""Tables of GGUF architectures: tensor names, and which transformations of the exporter are undone.
 
-The transformations invert those of llama.cpp's `convert_hf_to_gguf.py`. A new architecture is a function in
-`gguf_configs.py`, a table of names and a line in ARCHITECTURES.
+A new architecture is a function in `gguf_configs.py` or `gguf_mixer_configs.py`, a table of names and a line in
+ARCHITECTURES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from spinal_jax.models.formats import gguf_configs as configs
+from spinal_jax.models.formats import gguf_layouts as layouts
+from spinal_jax.models.formats import gguf_mixer_configs as mixers
 from spinal_jax.models.formats.gguf_keys import Config, Keys
-
-Undo = Callable[[np.ndarray], np.ndarray]
+from spinal_jax.models.formats.gguf_layouts import Joined, Undo
 
 _LAYER = "model.layers.{}."
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -80,14 +79,16 @@ _POST_NORMS = {
 _NO_NORMS = {name: hf for name, hf in _LLAMA_NAMES.items() if "norm" not in name}
 _WITHOUT_GATE = {name: hf for name, hf in _LLAMA_NAMES.items() if name != "ffn_gate"}
 _OLMO2_NAMES = {**_NO_NORMS, "output_norm": "model.norm", **_POST_NORMS, **_NORMED_HEADS}
-_OLMOE_NAMES = {
-    **{name: hf for name, hf in _LLAMA_NAMES.items() if name not in ("ffn_gate", "ffn_up", "ffn_down")},
-    **_NORMED_HEADS,
+_MLP = ("ffn_gate", "ffn_up", "ffn_down")
+_EXPERT = _LAYER + "mlp.experts.{e}."
+_EXPERT_NAMES = {
     "ffn_gate_inp": _LAYER + "mlp.gate",
-    "ffn_gate_exps": _LAYER + "mlp.experts.{e}.gate_proj",
-    "ffn_up_exps": _LAYER + "mlp.experts.{e}.up_proj",
-    "ffn_down_exps": _LAYER + "mlp.experts.{e}.down_proj",
+    "ffn_gate_exps": _EXPERT + "gate_proj",
+    "ffn_up_exps": _EXPERT + "up_proj",
+    "ffn_gate_up_exps": (_EXPERT + "gate_proj", _EXPERT + "up_proj"),
+    "ffn_down_exps": _EXPERT + "down_proj",
 }
+_SPARSE_NAMES = {**{name: hf for name, hf in _LLAMA_NAMES.items() if name not in _MLP}, **_EXPERT_NAMES}
 _GLM4_NAMES = {
     **_WITHOUT_GATE,
     "post_attention_norm": _LAYER + "post_self_attn_layernorm",
@@ -125,72 +126,155 @@ _GPT_OSS_NAMES = {
     "ffn_gate_inp": _LAYER + "mlp.router",
 }
 _GPT_OSS_EXPERTS = {
-    _LAYER + "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
-    _LAYER + "mlp.experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
-    _LAYER + "mlp.experts.down_proj": ("ffn_down_exps.weight",),
-    _LAYER + "mlp.experts.down_proj_bias": ("ffn_down_exps.bias",),
+    _LAYER + f"mlp.experts.{name}": Joined(stored, layouts.alternating, layouts.alternating_shape)
+    for name, stored in {
+        "gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+        "gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+        "down_proj": ("ffn_down_exps.weight",),
+        "down_proj_bias": ("ffn_down_exps.bias",),
+    }.items()
 }
-
-
-def minus_one(weight: np.ndarray) -> np.ndarray:
-    """Gemma's norms multiply by 1 + weight; the file holds that sum. Returns float32."""
-    return weight.astype(np.float32) - np.float32(1)
-
-
-def out_in(weight: np.ndarray) -> np.ndarray:
-    """GPT-2 stores matrices as [in, out]; the file stores [out, in]."""
-    return np.ascontiguousarray(weight.T)
-
-
-def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Query and key rows of Llama: the file interleaves rotated pairs, HF stores two halves of a head."""
-    paired = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-    return paired.swapaxes(1, 2).reshape(weight.shape)
-
-
-def alternating(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Joins expert weights [E, out, in] or biases [E, out] into [E, in, n out] or [E, n out] with alternating
-    outputs."""
-    joined = np.stack(parts, axis=2).reshape(len(parts[0]), -1, *parts[0].shape[2:])
-    return joined.swapaxes(1, 2) if joined.ndim == 3 else joined
-
-
-def _undo_nothing(stem: str, config: Config) -> Undo | None:
-    return None
+_MIXTRAL_NAMES = {
+    "ffn_gate_inp": _LAYER + "block_sparse_moe.gate",
+    "ffn_gate_exps": _LAYER + "block_sparse_moe.experts.{e}.w1",
+    "ffn_up_exps": _LAYER + "block_sparse_moe.experts.{e}.w3",
+    "ffn_down_exps": _LAYER + "block_sparse_moe.experts.{e}.w2",
+}
+_SHARED_NAMES = {
+    "ffn_gate_inp_shexp": _LAYER + "mlp.shared_expert_gate",
+    "ffn_gate_shexp": _LAYER + "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": _LAYER + "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": _LAYER + "mlp.shared_expert.down_proj",
+}
+_DELTA = _LAYER + "linear_attn."
+_DELTA_NAMES = {
+    **{name: hf for name, hf in _LLAMA_NAMES.items() if name != "ffn_norm"},
+    **_NORMED_HEADS,
+    "post_attention_norm": _LAYER + "post_attention_layernorm",
+    "ssm_a": _DELTA + "A_log",
+    "ssm_dt": _DELTA + "dt_bias",
+    "ssm_conv1d": _DELTA + "conv1d",
+    "ssm_norm": _DELTA + "norm",
+    "ssm_out": _DELTA + "out_proj",
+}
+_DELTA_WHOLE = ("ssm_a", "ssm_dt")
+_QWEN3_NEXT_NAMES = {
+    **_DELTA_NAMES,
+    **_EXPERT_NAMES,
+    **_SHARED_NAMES,
+    "ssm_in": _DELTA + "in_proj_qkvz",  # of the first converters; later ones store attn_qkv and attn_gate
+    "ssm_ba": _DELTA + "in_proj_ba",
+}
+_QWEN3_NEXT_INPUTS = {
+    _DELTA + "in_proj_qkvz.weight": Joined(
+        ("attn_qkv.weight", "attn_gate.weight"), layouts.delta_inputs, layouts.delta_inputs_shape
+    )
+}
+_QWEN35_NAMES = {
+    **_DELTA_NAMES,
+    "attn_qkv": _DELTA + "in_proj_qkv",
+    "attn_gate": _DELTA + "in_proj_z",
+    "ssm_alpha": _DELTA + "in_proj_a",
+    "ssm_beta": _DELTA + "in_proj_b",
+}
+_GPT_NEOX_LAYER = "gpt_neox.layers.{}."
+_GPT_NEOX_NAMES = {
+    "token_embd": "gpt_neox.embed_in",
+    "output_norm": "gpt_neox.final_layer_norm",
+    "output": "lm_head",
+    "attn_norm": _GPT_NEOX_LAYER + "input_layernorm",
+    "attn_qkv": _GPT_NEOX_LAYER + "attention.query_key_value",
+    "attn_output": _GPT_NEOX_LAYER + "attention.dense",
+    "ffn_norm": _GPT_NEOX_LAYER + "post_attention_layernorm",
+    "ffn_up": _GPT_NEOX_LAYER + "mlp.dense_h_to_4h",
+    "ffn_down": _GPT_NEOX_LAYER + "mlp.dense_4h_to_h",
+}
+_STABLELM_NAMES = {
+    **_LLAMA_NAMES,
+    "attn_q_norm": _LAYER + "self_attn.q_layernorm.norms.{e}",
+    "attn_k_norm": _LAYER + "self_attn.k_layernorm.norms.{e}",
+}
+_DEEPSEEK_NAMES = {
+    **_LLAMA_NAMES,
+    **_EXPERT_NAMES,
+    "attn_q_a": _LAYER + "self_attn.q_a_proj",
+    "attn_q_a_norm": _LAYER + "self_attn.q_a_layernorm",
+    "attn_q_b": _LAYER + "self_attn.q_b_proj",
+    "attn_kv_a_mqa": _LAYER + "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": _LAYER + "self_attn.kv_a_layernorm",
+    "attn_kv_b": _LAYER + "self_attn.kv_b_proj",  # of older converters; later ones store attn_k_b and attn_v_b
+    "exp_probs_b": _LAYER + "mlp.gate.e_score_correction_bias",
+    "ffn_gate_shexp": _LAYER + "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": _LAYER + "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": _LAYER + "mlp.shared_experts.down_proj",
+}
+_DEEPSEEK_LATENT = {
+    _LAYER + "self_attn.kv_b_proj.weight": Joined(
+        ("attn_k_b.weight", "attn_v_b.weight"), layouts.latent_up, layouts.latent_up_shape
+    )
+}
 
 
 def _undo_llama(stem: str, config: Config) -> Undo | None:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    return partial(halves, heads=heads[stem]) if stem in heads else None
+    return partial(layouts.halves, heads=heads[stem]) if stem in heads else None
 
 
 def _undo_gemma(stem: str, config: Config) -> Undo | None:
-    return minus_one if stem.endswith("norm") else None
+    return layouts.minus_one if stem.endswith("norm") else None
 
 
 def _undo_gpt2(stem: str, config: Config) -> Undo | None:
-    return out_in if stem in {"attn_qkv", "attn_output", "ffn_up", "ffn_down"} else None
+    return layouts.out_in if stem in {"attn_qkv", "attn_output", "ffn_up", "ffn_down"} else None
+
+
+def _undo_gpt_neox(stem: str, config: Config) -> Undo | None:
+    return partial(layouts.fused_by_head, heads=config["num_attention_heads"]) if stem == "attn_qkv" else None
+
+
+def _undo_shared_gate(stem: str, config: Config) -> Undo | None:
+    return layouts.one_row if stem == "ffn_gate_inp_shexp" else None
+
+
+def _undo_qwen3_next(stem: str, config: Config) -> Undo | None:
+    if stem.endswith("norm") and stem != "ssm_norm":
+        return layouts.minus_one
+    found: dict[str, Undo] = {"ssm_a": layouts.log_of_negative, "ssm_conv1d": layouts.filters}
+    return found.get(stem) or _undo_shared_gate(stem, config)
+
+
+def _undo_qwen35(stem: str, config: Config) -> Undo | None:
+    heads = {"key_heads": config["linear_num_key_heads"], "value_heads": config["linear_num_value_heads"]}
+    first = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    found: dict[str, Undo] = {
+        "ssm_a": partial(layouts.decays_by_key_head, **heads),
+        "ssm_conv1d": partial(layouts.filters_by_key_head, **heads, first=first),
+        "ssm_out": partial(layouts.columns_by_key_head, **heads),
+        "attn_qkv": partial(layouts.by_key_head, **heads, first=first),
+        **dict.fromkeys(("attn_gate", "ssm_alpha", "ssm_beta", "ssm_dt"), partial(layouts.by_key_head, **heads)),
+    }
+    return found.get(stem) or _undo_qwen3_next(stem, config)
 
 
 class Architecture(NamedTuple):
     """Tables for one `general.architecture`.
 
     A name in `names` is that of a tensor without block and suffix, and stands for one HF tensor, a tuple of equal parts
-    of one, or with `{e}` one for each expert. `whole` are those of HF's that have no suffix.
-    `experts`: HF tensors [experts, in, out] by the stored ones, [experts, out, in], whose outputs alternate in them.
+    of one, or with `{e}` one for each expert or head. `whole` are those of HF's that have no suffix.
+    `joined`: HF tensors of a block that are made of several stored ones.
     `constants`: HF tensors of a block, the metadata key that holds a number for each block, and their shape.
     """
 
     config: Callable[[Keys], Config]
     names: Mapping[str, str | tuple[str, ...]]
-    undo: Callable[[str, Config], Undo | None] = _undo_nothing
+    undo: Callable[[str, Config], Undo | None] = layouts.undo_nothing
     whole: tuple[str, ...] = ()
-    experts: Mapping[str, tuple[str, ...]] = {}
+    joined: Mapping[str, Joined] = {}
     constants: Mapping[str, tuple[str, tuple[int, ...]]] = {}
 
 
 ARCHITECTURES = {
-    "llama": Architecture(configs.llama, _LLAMA_NAMES, _undo_llama),
+    "llama": Architecture(configs.llama, {**_LLAMA_NAMES, **_MIXTRAL_NAMES}, _undo_llama),
     "qwen2": Architecture(configs.qwen2, _LLAMA_NAMES),
     "qwen3": Architecture(configs.qwen3, {**_LLAMA_NAMES, **_NORMED_HEADS}),
     "gemma": Architecture(configs.gemma, _LLAMA_NAMES, _undo_gemma),
@@ -201,7 +285,7 @@ ARCHITECTURES = {
     "gpt2": Architecture(configs.gpt2, _GPT2_NAMES, _undo_gpt2),
     "olmo": Architecture(configs.olmo, _NO_NORMS, _undo_llama),
     "olmo2": Architecture(configs.olmo2, _OLMO2_NAMES),
-    "olmoe": Architecture(configs.olmoe, _OLMOE_NAMES),
+    "olmoe": Architecture(configs.olmoe, {**_SPARSE_NAMES, **_NORMED_HEADS}),
     "smollm3": Architecture(configs.smollm3, _LLAMA_NAMES, _undo_llama),
     "granite": Architecture(configs.granite, _LLAMA_NAMES, _undo_llama),
     "glm4": Architecture(configs.glm4, _GLM4_NAMES),
@@ -212,5 +296,15 @@ ARCHITECTURES = {
     "mistral3": Architecture(configs.mistral3, _LLAMA_NAMES, _undo_llama),
     "arcee": Architecture(configs.arcee, _WITHOUT_GATE, _undo_llama),
     "hunyuan-dense": Architecture(configs.hunyuan, _HUNYUAN_NAMES),
-    "gpt-oss": Architecture(configs.gpt_oss, _GPT_OSS_NAMES, whole=("attn_sinks",), experts=_GPT_OSS_EXPERTS),
+    "gpt-oss": Architecture(configs.gpt_oss, _GPT_OSS_NAMES, whole=("attn_sinks",), joined=_GPT_OSS_EXPERTS),
+    "gptneox": Architecture(configs.gpt_neox, _GPT_NEOX_NAMES, _undo_gpt_neox),
+    "stablelm": Architecture(configs.stablelm, _STABLELM_NAMES),
+    "qwen2moe": Architecture(mixers.qwen2_moe, {**_SPARSE_NAMES, **_SHARED_NAMES}, _undo_shared_gate),
+    "qwen3moe": Architecture(mixers.qwen3_moe, {**_SPARSE_NAMES, **_NORMED_HEADS}),
+    "qwen3next": Architecture(mixers.qwen3_next, _QWEN3_NEXT_NAMES, _undo_qwen3_next, _DELTA_WHOLE, _QWEN3_NEXT_INPUTS),
+    "qwen35": Architecture(mixers.qwen35, _QWEN35_NAMES, _undo_qwen35, _DELTA_WHOLE),
+    "qwen35moe": Architecture(
+        mixers.qwen35_moe, {**_QWEN35_NAMES, **_EXPERT_NAMES, **_SHARED_NAMES}, _undo_qwen35, _DELTA_WHOLE
+    ),
+    "deepseek2": Architecture(mixers.deepseek2, _DEEPSEEK_NAMES, whole=("exp_probs_b",), joined=_DEEPSEEK_LATENT),
 }

@@ -10,11 +10,11 @@ from spinal_jax.models.formats.gguf_keys import (
     Keys,
     decoder,
     layer_types,
+    partial_rope_parameters,
     partial_rotary,
     require_derived_head,
     rms_decoder,
     rope_parameters,
-    rope_scaling,
     rope_settings,
     tokens,
     vocabulary,
@@ -22,9 +22,18 @@ from spinal_jax.models.formats.gguf_keys import (
 
 
 def llama(keys: Keys) -> Config:
-    config, head_dim = rms_decoder(keys)
+    """Llama; Mistral where there is a window, Mixtral where there are experts."""
+    config, head_dim = rms_decoder(keys, experts=True)
     config |= {"head_dim": head_dim, "hidden_act": "silu", **rope_settings(keys, head_dim)}
-    if window := keys.get("attention.sliding_window", 0):
+    window, count, per_token = (
+        keys.get(key, 0) for key in ("attention.sliding_window", "expert_count", "expert_used_count")
+    )
+    if count or per_token:
+        if not 1 <= per_token <= count:
+            raise keys.refusal("expert_used_count", f"but expert_count is {count}")
+        named = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "sliding_window": window or None}
+        return named | {"num_local_experts": count, "num_experts_per_tok": per_token, **config}
+    if window:
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window, **config}
     return {
         "model_type": "llama",
@@ -236,7 +245,6 @@ def exaone4(keys: Keys) -> Config:
 
 def glm4(keys: Keys) -> Config:
     config, head_dim = rms_decoder(keys)
-    turned = {"rope_theta": keys.get("rope.freq_base", 10000.0), **(rope_scaling(keys) or {"rope_type": "default"})}
     return {
         "model_type": "glm4",
         "architectures": ["Glm4ForCausalLM"],
@@ -244,7 +252,40 @@ def glm4(keys: Keys) -> Config:
         "hidden_act": "silu",
         **config,
         "attention_bias": _has(keys, "attn_q.bias"),
-        "rope_parameters": turned | {"partial_rotary_factor": partial_rotary(keys, head_dim)},
+        "rope_parameters": partial_rope_parameters(keys, head_dim),
+    }
+
+
+def gpt_neox(keys: Keys) -> Config:
+    config, head_dim = decoder(keys)
+    require_derived_head(keys, config, head_dim)
+    is_20b = (config["num_hidden_layers"], config["hidden_size"]) == (44, 6144)
+    return {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        **config,
+        # Not stored: GPT-NeoX-20B was trained with an approximation, Pythia without.
+        "hidden_act": "gelu_fast" if is_20b else "gelu",
+        "layer_norm_eps": keys.need("attention.layer_norm_epsilon"),
+        "attention_bias": _has(keys, "attn_qkv.bias"),
+        "use_parallel_residual": keys.get("use_parallel_residual", True),
+        "rope_parameters": partial_rope_parameters(keys, head_dim),
+    }
+
+
+def stablelm(keys: Keys) -> Config:
+    config, head_dim = decoder(keys)
+    require_derived_head(keys, config, head_dim)
+    return {
+        "model_type": "stablelm",
+        "architectures": ["StableLmForCausalLM"],
+        "hidden_act": "silu",
+        **config,
+        "layer_norm_eps": keys.need("attention.layer_norm_epsilon"),
+        "qk_layernorm": _has(keys, "attn_q_norm.weight"),
+        "use_qkv_bias": _has(keys, "attn_q.bias"),
+        "use_parallel_residual": keys.get("use_parallel_residual", False),
+        "rope_parameters": partial_rope_parameters(keys, head_dim),
     }
 
 

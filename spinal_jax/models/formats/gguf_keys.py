@@ -34,6 +34,7 @@ class Keys:
         self.path = path
         self.metadata = metadata
         self.shapes = shapes
+        self.predicting = 0  # blocks behind the last that predict tokens further ahead; set by the architecture
         self._prefix = f"{architecture}."
         self._read_tensor = read_tensor
         self._read: set[str] = set()
@@ -98,7 +99,8 @@ class Keys:
 
 # Which settings are no whole numbers: real numbers by a part of their name, and the few that are no numbers at all.
 _REAL = re.compile(r"epsilon|freq_base|factor|softcapping|scale|beta|multiplier|clamp")
-_TEXT, _FLAGS = ("rope.scaling.type",), ("rope.scaling.finetuned", "attention.causal")
+_TEXT = ("rope.scaling.type",)
+_FLAGS = ("rope.scaling.finetuned", "attention.causal", "use_parallel_residual", "expert_weights_norm")
 
 
 def _not_a_setting(key: str, value: object) -> str:
@@ -116,26 +118,34 @@ def _not_a_setting(key: str, value: object) -> str:
 
 def decoder(keys: Keys, experts: bool = False) -> tuple[Config, int]:
     """Keys that Llama-like configs share, and the head size; `experts`: whether experts are allowed."""
-    width, heads = keys.need("embedding_length"), keys.need("attention.head_count")
-    head_dim = keys.get("attention.key_length", width // heads)
+    config = sizes(keys, experts)
+    head_dim = keys.get("attention.key_length", config["hidden_size"] // config["num_attention_heads"])
     if (value_length := keys.get("attention.value_length", head_dim)) != head_dim:
         raise keys.refusal(
             "attention.value_length", f"but keys have {head_dim}; they must be equal, not {value_length}"
         )
+    return config, head_dim
+
+
+def sizes(keys: Keys, experts: bool = False) -> Config:
+    """The part of `decoder` without the sizes of a head."""
+    heads = keys.need("attention.head_count")
     if not experts and (keys.get("expert_count", 0) or keys.get("expert_used_count", 0)):
         raise keys.refusal("expert_count", "but experts are not supported in files of this architecture")
     keys.ignore("vocab_size", "tensor_data_layout")
-    config = {
+    width = keys.get("feed_forward_length")
+    if width is None and experts:  # no block is dense
+        width = keys.get("expert_feed_forward_length")
+    return {
         "vocab_size": vocabulary(keys),
-        "hidden_size": width,
-        "intermediate_size": keys.need("feed_forward_length"),
+        "hidden_size": keys.need("embedding_length"),
+        "intermediate_size": keys.need("feed_forward_length") if width is None else width,
         "num_hidden_layers": keys.need("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
         "max_position_embeddings": keys.need("context_length"),
         **tokens(keys),
     }
-    return config, head_dim
 
 
 def rms_decoder(keys: Keys, experts: bool = False) -> tuple[Config, int]:
@@ -233,6 +243,13 @@ def rope_parameters(keys: Keys, head_dim: int) -> Config:
     """`rope_settings` in the format of transformers 5."""
     both = rope_settings(keys, head_dim)
     return {"rope_theta": both["rope_theta"], **(both["rope_scaling"] or {"rope_type": "default"})}
+
+
+def partial_rope_parameters(keys: Keys, head_dim: int) -> Config:
+    """`rope_parameters` of heads that are rotated in part."""
+    scaling = rope_scaling(keys) or {"rope_type": "default"}
+    theta = keys.get("rope.freq_base", 10000.0)
+    return {"rope_theta": theta, **scaling, "partial_rotary_factor": partial_rotary(keys, head_dim)}
 
 
 def layer_types(keys: Keys, depth: int, period: int) -> list[str]:
