@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from spinal_jax.comparison.attribution import NUMBERS, Attribution, load_attribution
 from spinal_jax.files import write_whole
@@ -100,6 +101,7 @@ def runs_figure(found: Attribution) -> Figure:
     axes.plot([main["effect"]], [0], color=INK, marker="D", markersize=7)
     axes.set_yticks(range(len(arms) + 1), ["effect", *(TITLES.get(arm, arm) for arm, *_ in reversed(arms))])
     axes.set_ylim(-0.6, len(arms) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # more labels would touch
     axes.set_xlabel("Δ align;  ◆ mean, 95 % interval;  shaded: the margin", color=MUTED, fontsize=9)
     return figure
 

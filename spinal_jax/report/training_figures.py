@@ -131,7 +131,7 @@ def gradients_figure(run: TrainingRun) -> Figure | None:
     norm = LogNorm(low, high) if high > low else LogNorm(low / 2, high * 2)
     upper.set_facecolor(SHADE)
     mesh = upper.pcolormesh(
-        edges, np.arange(depth + 1) + 0.5, np.ma.masked_less_equal(means, 0).T, cmap=_depths(), norm=norm
+        edges, np.arange(depth + 1) + 0.5, np.ma.masked_less_equal(means, 0).T, cmap=_viridis(0.1, 0.92), norm=norm
     )
     mesh.set(edgecolor="face", linewidth=0.3)  # as in `_plain_bar`
     upper.set(ylabel="block")
@@ -335,10 +335,7 @@ def _mark(run: TrainingRun, marks: Axes, panels: list[Axes]) -> None:
     """Onset and destabilisation: a line through all panels, named above the first."""
     marks.set_axis_off()
     low, high = marks.get_xlim()
-    for name, word, dash, y in (
-        ("onset", "onset", (0, (4, 2)), 0.55),
-        ("destabilisation", "destabilisation", (0, (1, 1.2)), 0.0),
-    ):
+    for name, dash, y in (("onset", (0, (4, 2)), 0.55), ("destabilisation", (0, (1, 1.2)), 0.0)):
         found = run.onset[name]
         if found is None:
             continue
@@ -347,7 +344,7 @@ def _mark(run: TrainingRun, marks: Axes, panels: list[Axes]) -> None:
             ax.axvline(step, color=INK, ls=dash, lw=1.3, path_effects=halo(), zorder=4)
         right = (step - low) / (high - low) > 0.55
         text = {"ha": "right" if right else "left", "va": "bottom", "fontsize": 9, "weight": "bold"}
-        arrow = f"{word}, step {step} ▾" if right else f"▾ {word}, step {step}"
+        arrow = f"{name}, step {step} ▾" if right else f"▾ {name}, step {step}"
         marks.text(step, y, arrow, transform=marks.get_xaxis_transform(), **text)
 
 
@@ -360,16 +357,13 @@ def _binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return edges, np.stack([values[part].mean(axis=0) for part in parts])
 
 
-def _depths() -> Colormap:
-    """The middle of viridis, dark to light, which shows on white and on black."""
-    return LinearSegmentedColormap.from_list("middle", mpl.colormaps["viridis"](np.linspace(0.1, 0.92, SHADES)), SHADES)
+def _viridis(low: float, high: float) -> Colormap:
+    """A part of viridis, dark to light, which shows on white and on black."""
+    return LinearSegmentedColormap.from_list("part", mpl.colormaps["viridis"](np.linspace(low, high, SHADES)), SHADES)
 
 
 def _step_colours(run: TrainingRun) -> tuple[Colormap, Normalize]:
-    colours = LinearSegmentedColormap.from_list(
-        "steps", mpl.colormaps["viridis"](np.linspace(0.28, 0.85, SHADES)), SHADES
-    )
-    return colours, Normalize(0, max(1, int(run.steps[-1])))
+    return _viridis(0.28, 0.85), Normalize(0, max(1, int(run.steps[-1])))
 
 
 def _signed(value: float) -> str:
