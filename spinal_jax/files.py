@@ -182,21 +182,21 @@ def read_text(file: Path) -> str:
 def load_json_lines(file: Path) -> list[Json]:
     """The JSON objects of a log, one a line; a last line without an end is half-written and left out. UserError where
     the log cannot be read, or another line is no object."""
-    found = []
+    records = []
     for number, line in enumerate(read_text(file).splitlines(keepends=True), 1):
         if line.endswith("\n"):
-            found.append(load_json(line, f"{file}, line {number}"))
-            if not isinstance(found[-1], dict):
+            records.append(load_json(line, f"{file}, line {number}"))
+            if not isinstance(records[-1], dict):
                 raise UserError(f"{file}, line {number} is not a JSON object")
-    return found
+    return records
 
 
 def load_json_file(file: Path) -> Json:
     """The JSON object of a file. UserError where it cannot be read or is none."""
-    found = load_json(read_text(file), file)
-    if not isinstance(found, dict):
+    content = load_json(read_text(file), file)
+    if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object")
-    return found
+    return content
 
 
 def load_record(path: Path, name: str, arrays: str, parse: Callable[[str, Mapping[str, np.ndarray]], T]) -> T:
@@ -334,7 +334,7 @@ def _two_levels(value: object) -> str:
 
 def flat(values: ReadJson, prefix: str = "") -> Json:
     """Flattens nested mappings to dotted names."""
-    found: Json = {}
+    entries: Json = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        entries |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return entries

@@ -48,7 +48,7 @@ def arm_of(run: Run) -> str:
 
 def row_of(run: Run, bases: Mapping[tuple[str, int], Run]) -> Row:
     """One run of an arm, with the base that it began with."""
-    size, seed, found = run.settings["model.name"], run.settings["seed"], run.found
+    size, seed, found = run.settings["model.name"], run.settings["seed"], run.results
     base = bases[size, seed]
     assert run.trace is not None
     first, last = run.trace.terminal
@@ -62,9 +62,9 @@ def row_of(run: Run, bases: Mapping[tuple[str, int], Run]) -> Row:
         "seed": seed,
         "beta": run.settings["objective.beta"],
         "learning_rate": run.settings["optimizer.learning_rate"],
-        "base_steps": base.found["steps"],
-        "base_loss": base.found["eval_loss"],
-        "matched": float(base.found["eval_loss"]) <= base.settings["until_eval_loss"],
+        "base_steps": base.results["steps"],
+        "base_loss": base.results["eval_loss"],
+        "matched": float(base.results["eval_loss"]) <= base.settings["until_eval_loss"],
         **{name: found[name] for name in ("delta_align", "delta_align_low", "delta_align_high", "p_value")},
         "abs_delta_align": abs(float(found["delta_align"])),
         "kl": found["kl"],

@@ -63,13 +63,13 @@ class AttributedRun:
 
 def folders_of(patterns: Sequence[str]) -> list[str]:
     """The folders that paths and patterns such as runs/dpo-* name, each once. UserError where one names nothing."""
-    found: dict[str, None] = {}
+    folders: dict[str, None] = {}
     for pattern in patterns:
         places = sorted(glob.glob(pattern), key=_natural) if glob.has_magic(pattern) else [pattern]
         if not places or not all(os.path.exists(place) for place in places):
             raise UserError(f"{pattern} names no folder; give folders of runs, or a pattern such as runs/dpo-*")
-        found |= dict.fromkeys(places)
-    return list(found)
+        folders |= dict.fromkeys(places)
+    return list(folders)
 
 
 def _natural(path: str) -> tuple[int, str]:
@@ -96,26 +96,26 @@ def read_attributed_run(folder: str, arm: str, base: str | None, step: int | Non
             raise UserError(f"{folder} is a training run that has not ended; run its command again, or give step=N")
         if (at := max(steps) if step is None else step) not in steps:
             raise UserError(f"{folder} has no trace of step {at}; there are {', '.join(map(str, steps))}")
-        found = load_comparison(steps[at])
+        comparison = load_comparison(steps[at])
         trained = _settings(place) | {"steps": at}
-        numbers = _numbers(found) | _logged(place, at, found.terminal)
+        numbers = _numbers(comparison) | _logged(place, at, comparison.terminal)
     elif (place / "comparison.json").is_file():
-        found = load_comparison(place)
-        numbers = _numbers(found)
+        comparison = load_comparison(place)
+        numbers = _numbers(comparison)
     else:
         if base is None:
             raise UserError(f"{folder} holds a trace and no comparison; give base=DIR, the trace of the base")
-        found = compare_traces(load_trace(place), saved_trace(base))
-        numbers = _numbers(found)
+        comparison = compare_traces(load_trace(place), saved_trace(base))
+        numbers = _numbers(comparison)
     if base is not None:
-        _check_base(folder, found, base)
+        _check_base(folder, comparison, base)
     return AttributedRun(
         folder=folder,
         arm=arm,
         numbers=numbers,
-        columns={name: found.columns[name] for name in BY_BOUNDARY},
-        reference=str(found.reference["sha256"]),
-        measured=_measured(found),
+        columns={name: comparison.columns[name] for name in BY_BOUNDARY},
+        reference=str(comparison.reference["sha256"]),
+        measured=_measured(comparison),
         trained=trained,
     )
 

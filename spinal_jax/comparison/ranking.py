@@ -31,15 +31,15 @@ class Ranking:
         """One dict per comparison: place, names, verdict, Delta_align with interval and p-value, its parts, and where
         the change lies by relative depth."""
         rows = []
-        for place, found in enumerate(self.comparisons, 1):
-            summary, where = found.summary, found.summary["localisation"]
+        for place, comparison in enumerate(self.comparisons, 1):
+            summary, where = comparison.summary, comparison.summary["localisation"]
             rows.append(
                 {
                     "place": place,
-                    "aligned": found.aligned["name"],
-                    "reference": found.reference["name"],
-                    "blocks": found.depth,
-                    "verdict": found.verdict,
+                    "aligned": comparison.aligned["name"],
+                    "reference": comparison.reference["name"],
+                    "blocks": comparison.depth,
+                    "verdict": comparison.verdict,
                     **{f"delta_align{end}": summary[f"delta_align{end}"] for end in ("", "_low", "_high")},
                     "p_value": summary["p_value"],
                     "delta_contraction": summary["delta_contraction"],
@@ -48,8 +48,8 @@ class Ranking:
                     "spinal_score": summary["spinal_score"],
                     "contraction_centroid": where["delta_contraction"]["centroid"],
                     "transport_centroid": where["delta_transport"]["centroid"],
-                    "holds": found.robustness["holds"],
-                    "settings": found.robustness["of"],
+                    "holds": comparison.robustness["holds"],
+                    "settings": comparison.robustness["of"],
                 }
             )
         return rows
@@ -81,15 +81,15 @@ def rank(comparisons: Iterable[Comparison | str | os.PathLike[str]]) -> Ranking:
     """
     if isinstance(comparisons, (str, os.PathLike, Comparison)):
         raise UserError("one comparison is given; rank takes a list of them")
-    found = [_comparison(each) for each in comparisons]
-    if not found:
+    loaded = [_comparison(each) for each in comparisons]
+    if not loaded:
         raise UserError("no comparison is given; rank takes a list of comparisons or of their run folders")
 
-    def key(found: Comparison) -> float:
-        value = float(found.summary["delta_align"])
+    def key(comparison: Comparison) -> float:
+        value = float(comparison.summary["delta_align"])
         return math.inf if math.isnan(value) else -value
 
-    return Ranking(tuple(sorted(found, key=key)))
+    return Ranking(tuple(sorted(loaded, key=key)))
 
 
 def _comparison(each: object) -> Comparison:

@@ -94,23 +94,23 @@ def data_files(folder: Path, split: str | None, source: str, key: str) -> list[P
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{key}.path: {source!r} has a {_STATE} that names files outside of its folder")
         return [folder / name for name in names]
-    found = sorted(path for path in folder.rglob("*") if _DATA.search(path.name) and path.is_file())
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    found = [p for p in found if p.name not in ("dataset_info.json", "dataset_infos.json")]
-    if split is not None and found:
+    files = sorted(path for path in folder.rglob("*") if _DATA.search(path.name) and path.is_file())
+    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    files = [p for p in files if p.name not in ("dataset_info.json", "dataset_infos.json")]
+    if split is not None and files:
         begins = re.compile(rf"{re.escape(split)}([-_.]|$)")
-        chosen = [p for p in found if any(begins.match(part) for part in p.relative_to(folder).parts)]
+        chosen = [p for p in files if any(begins.match(part) for part in p.relative_to(folder).parts)]
         if not chosen:
-            names = ", ".join(str(p.relative_to(folder)) for p in found[:5])
+            names = ", ".join(str(p.relative_to(folder)) for p in files[:5])
             raise UserError(f"{key}.split is {split!r}, but no file of {source!r} is named for it; it has {names}")
         return chosen
-    if not found:
+    if not files:
         raise UserError(f"{key}.path: {source!r} is a folder without parquet, Arrow or JSON files; give one file")
-    begins = {re.split(r"[-_.]", p.relative_to(folder).parts[-1])[0] for p in found}
+    begins = {re.split(r"[-_.]", p.relative_to(folder).parts[-1])[0] for p in files}
     splits = sorted(begins & {"train", "test", "validation", "valid", "dev"})
     if len(splits) > 1:
         raise UserError(f"{key}.path: {source!r} has the splits {', '.join(splits)}; choose one with {key}.split")
-    return found
+    return files
 
 
 def _listed(file: Path, name: str, kind: type, source: str, key: str) -> list[Any]:
@@ -134,11 +134,11 @@ def hub_rows(asked: HubDataset, key: str) -> Iterator[Json]:
     import datasets
 
     try:
-        found: Any = datasets.load_dataset(
+        dataset: Any = datasets.load_dataset(
             asked.dataset, asked.name, split=asked.split, revision=asked.revision, streaming=True
         )
         # Arrow tables are not decoded, so rows are as in the files.
-        for table in found.with_format("arrow").iter(ROWS_AT_ONCE):
+        for table in dataset.with_format("arrow").iter(ROWS_AT_ONCE):
             yield from table.to_pylist()
     except UserError:
         raise

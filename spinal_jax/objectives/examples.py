@@ -51,19 +51,19 @@ def read_examples(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, decod
         UserError: a file that is not as it should be, nothing left, more tokens than the model has positions, or token
             ids that it does not have.
     """
-    found = _documents(config.corpus, tokenizer) if config.objective.kind == "lm" else _pairs(config, tokenizer)
-    found = replace(found, held_out=found.held_out[: config.eval_examples])
-    if decoder.learned_positions and found.longest > decoder.max_positions:
+    examples = _documents(config.corpus, tokenizer) if config.objective.kind == "lm" else _pairs(config, tokenizer)
+    examples = replace(examples, held_out=examples.held_out[: config.eval_examples])
+    if decoder.learned_positions and examples.longest > decoder.max_positions:
         raise UserError(
-            f"an example has {found.longest} tokens, but the model has {decoder.max_positions} positions; choose a "
+            f"an example has {examples.longest} tokens, but the model has {decoder.max_positions} positions; choose a "
             "smaller max_length"
         )
-    top = max(int(sequence.ids.max()) for example in (*found.train, *found.held_out) for sequence in example)
+    top = max(int(sequence.ids.max()) for example in (*examples.train, *examples.held_out) for sequence in example)
     if top >= decoder.vocab_size:
         raise UserError(
             f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
         )
-    return found
+    return examples
 
 
 def _pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:

@@ -86,11 +86,11 @@ def compiled(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     )
     if done.returncode:
         raise RuntimeError(f"the step did not compile (exit code {done.returncode}):\n{done.stderr[-4000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if "mistake" in found:
-        raise UserError(found["mistake"])
-    programs = {name: Program(**found[name]) for name in ("forward", "lens")}
-    return Compiled(**{**found, **programs})
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "mistake" in answer:
+        raise UserError(answer["mistake"])
+    programs = {name: Program(**answer[name]) for name in ("forward", "lens")}
+    return Compiled(**{**answer, **programs})
 
 
 def why_not_tpu(config: PlanConfig) -> str | None:
@@ -103,10 +103,10 @@ def why_not_tpu(config: PlanConfig) -> str | None:
 def _main() -> None:
     config, layout = json.load(sys.stdin)
     try:
-        found: Json = asdict(_compile(build(PlanConfig, config), DeviceLayout(**layout)))
+        answer: Json = asdict(_compile(build(PlanConfig, config), DeviceLayout(**layout)))
     except UserError as error:
-        found = {"mistake": str(error)}
-    print(json.dumps(found))
+        answer = {"mistake": str(error)}
+    print(json.dumps(answer))
 
 
 def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
@@ -178,12 +178,12 @@ def held(tree: Any) -> int:
 
 
 def _program(step: Any) -> Program:
-    found = step.memory_analysis()
+    memory = step.memory_analysis()
     return Program(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.alias_size_in_bytes,
-        found.temp_size_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
         received_bytes(step.as_text()),
     )
 

@@ -65,30 +65,30 @@ def write_attribution_report(folder: str | os.PathLike[str]) -> Path:
     """Draws figures/, summary.md and report.html of an attribution's run folder from its saved files, and returns the
     page's path. UserError where the folder holds none."""
     folder = Path(folder)
-    found = load_attribution(folder)
+    attribution = load_attribution(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, figure in (("runs", runs_figure(found)), ("depth", depth_figure(found))):
+    for name, figure in (("runs", runs_figure(attribution)), ("depth", depth_figure(attribution))):
         write_whole(folder / "figures" / f"{name}.png", png_bytes(figure))
         write_whole(folder / "figures" / f"{name}.svg", svg_text(figure, name).encode())
-    write_whole(folder / "summary.md", attribution_markdown(found).encode("utf-8", errors="xmlcharrefreplace"))
+    write_whole(folder / "summary.md", attribution_markdown(attribution).encode("utf-8", errors="xmlcharrefreplace"))
     page = folder / "report.html"
-    write_whole(page, render_attribution(found).encode("utf-8", errors="xmlcharrefreplace"))
+    write_whole(page, render_attribution(attribution).encode("utf-8", errors="xmlcharrefreplace"))
     return page
 
 
 @styled
-def runs_figure(found: Attribution) -> Figure:
+def runs_figure(attribution: Attribution) -> Figure:
     """Delta_align of every run, a row an arm, with each arm's mean and its 95 % interval, and the margin shaded; below,
     the effect with its interval."""
-    arms = [arm for arm in ARMS if len(found.arm(arm[0], "delta_align"))]
+    arms = [arm for arm in ARMS if len(attribution.arm(arm[0], "delta_align"))]
     figure = Figure(figsize=(WIDTH, 0.28 * HEIGHT + 0.36 * len(arms)), layout="constrained")
     axes = figure.subplots()
-    main = found.effects["delta_align"]
+    main = attribution.effects["delta_align"]
     if math.isfinite(main["margin"]):
         axes.axvspan(-main["margin"], main["margin"], color=SHADE, lw=0, zorder=0)
     axes.axvline(0, color=INK, lw=0.8)
     for row, (arm, colour, marker) in enumerate(arms):
-        values = found.arm(arm, "delta_align")
+        values = attribution.arm(arm, "delta_align")
         at = len(arms) - row
         spread = 0.12 * np.cos(np.pi * np.arange(len(values)))
         axes.plot(values, at + spread, color=colour, marker=marker, ls="", markersize=5, alpha=0.75)
@@ -106,12 +106,12 @@ def runs_figure(found: Attribution) -> Figure:
     return figure
 
 
-def render_attribution(found: Attribution) -> str:
+def render_attribution(attribution: Attribution) -> str:
     """The page as text: equal attributions give equal text."""
-    figure = runs_figure(found)
-    main = found.effects["delta_align"]
-    counts = {arm: sum(run["arm"] == arm for run in found.runs) for arm, *_ in ARMS}
-    margin = "given" if found.settings["margin"] is not None else "95 % quantile of |Δ align| over controls"
+    figure = runs_figure(attribution)
+    main = attribution.effects["delta_align"]
+    counts = {arm: sum(run["arm"] == arm for run in attribution.runs) for arm, *_ in ARMS}
+    margin = "given" if attribution.settings["margin"] is not None else "95 % quantile of |Δ align| over controls"
     first = Tiles(
         [
             Tile(
@@ -136,21 +136,22 @@ def render_attribution(found: Attribution) -> str:
     if counts["beside"]:
         caption += " The third arm is shown beside them and not tested."
     sections = [
-        Section("All effects", [_effects(found)], unfolded=True),
+        Section("All effects", [_effects(attribution)], unfolded=True),
         Section(
-            "Geometry and behaviour", [Points([c["sentence"] for c in found.correlations.values() if c["runs"] > 4])]
+            "Geometry and behaviour",
+            [Points([c["sentence"] for c in attribution.correlations.values() if c["runs"] > 4])],
         ),
-        Section("All boundaries", _boundaries(found)),
-        Section("All runs", [_runs(found)]),
-        Section("Caveats", [Points([*found.warnings, *LIMITS])]),
+        Section("All boundaries", _boundaries(attribution)),
+        Section("All runs", [_runs(attribution)]),
+        Section("Caveats", [Points([*attribution.warnings, *LIMITS])]),
     ]
     return render(
         Page(
-            title=f"Attribution: {found.verdict}",
+            title=f"Attribution: {attribution.verdict}",
             kicker="Attribution · several runs against controls",
-            heading=found.verdict[0].upper() + found.verdict[1:],
-            answer=[Text(found.sentence.replace("Delta_align", "Δ align"), "lead"), first],
-            glance=[Pictures([Picture("runs", inline(figure, "runs", []), caption)]), *_over_depth(found)],
+            heading=attribution.verdict[0].upper() + attribution.verdict[1:],
+            answer=[Text(attribution.sentence.replace("Delta_align", "Δ align"), "lead"), first],
+            glance=[Pictures([Picture("runs", inline(figure, "runs", []), caption)]), *_over_depth(attribution)],
             sections=sections,
             footer=Markup(
                 "The same numbers are in <code>attribution.json</code>, <code>attribution.csv</code> and "
@@ -161,13 +162,13 @@ def render_attribution(found: Attribution) -> str:
     )
 
 
-def _over_depth(found: Attribution) -> list[Element]:
+def _over_depth(attribution: Attribution) -> list[Element]:
     """The effect on contraction and transport at each boundary, with 95 % intervals."""
-    if not any(np.isfinite(found.boundaries[name]["effect"]).any() for name in DEPTH):
+    if not any(np.isfinite(attribution.boundaries[name]["effect"]).any() for name in DEPTH):
         return []
-    panels, shaded = [], _terminal(found)
+    panels, shaded = [], _terminal(attribution)
     for name in DEPTH:
-        effect, low, high = (found.boundaries[name][key] for key in ("effect", "low", "high"))
+        effect, low, high = (attribution.boundaries[name][key] for key in ("effect", "low", "high"))
         metric = name.removeprefix("delta_")
         line = charts.Line("effect", effect, columns.column(metric).colour, 0, low, high)
         panels.append(charts.panel(f"Δ {axis_label(metric)}", np.arange(len(effect)), [line], shaded, zero=True))
@@ -176,24 +177,24 @@ def _over_depth(found: Attribution) -> list[Element]:
         "shaded part is the terminal block."
     )
     data = charts.stacked("boundary (0: embeddings)", panels, height=120)
-    return [Chart("depth", data, inline(depth_figure(found), "depth", []), words)]
+    return [Chart("depth", data, inline(depth_figure(attribution), "depth", []), words)]
 
 
-def _terminal(found: Attribution) -> tuple[float, float] | None:
+def _terminal(attribution: Attribution) -> tuple[float, float] | None:
     """The ends of the terminal block as a chart shades them; None where the runs do not say."""
-    first_and_last = found.settings["measured"].get("terminal")
+    first_and_last = attribution.settings["measured"].get("terminal")
     return (first_and_last[0] - 0.5, first_and_last[1] + 0.5) if first_and_last else None
 
 
 @styled
-def depth_figure(found: Attribution) -> Figure:
+def depth_figure(attribution: Attribution) -> Figure:
     """The effect on contraction and on transport at each boundary, with its 95 % interval."""
     figure = Figure(figsize=(WIDTH, 0.7 * HEIGHT), layout="constrained")
     axes: Any = figure.subplots(len(DEPTH), 1, sharex=True)
     for ax, name in zip(axes, DEPTH, strict=True):
-        effect, low, high = (found.boundaries[name][key] for key in ("effect", "low", "high"))
+        effect, low, high = (attribution.boundaries[name][key] for key in ("effect", "low", "high"))
         metric, at = name.removeprefix("delta_"), np.arange(len(effect))
-        if shaded := _terminal(found):
+        if shaded := _terminal(attribution):
             ax.axvspan(*shaded, color=SHADE, lw=0, zorder=0)
         ax.axhline(0, color=INK, lw=0.8)
         colour = ROLES[columns.column(metric).colour]
@@ -205,8 +206,8 @@ def depth_figure(found: Attribution) -> Figure:
     return figure
 
 
-def _correlations(found: Attribution) -> list[str]:
-    return [str(each["sentence"]) for each in found.correlations.values() if math.isfinite(each["value"])]
+def _correlations(attribution: Attribution) -> list[str]:
+    return [str(each["sentence"]) for each in attribution.correlations.values() if math.isfinite(each["value"])]
 
 
 def _halved(value: float, half: float) -> tuple[str, str]:
@@ -218,10 +219,10 @@ def _cell(value: float) -> Cell:
     return Cell(number(value), number_key(value))
 
 
-def _effects(found: Attribution) -> Table:
+def _effects(attribution: Attribution) -> Table:
     rows, keys = [], []
     for name, (title, unit) in NUMBERS.items():
-        effect = found.effects[name]
+        effect = attribution.effects[name]
         if not math.isfinite(effect["effect"]):
             continue
         keys.append(f"{title} ({unit})" if unit else title)
@@ -241,12 +242,12 @@ def _effects(found: Attribution) -> Table:
     return Table("Effects on every number", "number", head, keys, rows, in_order=False)
 
 
-def _boundaries(found: Attribution) -> list[Element]:
+def _boundaries(attribution: Attribution) -> list[Element]:
     blocks: list[Element] = [
         Text("p by permutation of runs; p (Holm) after Holm’s correction over boundaries.", "note")
     ]
     head = [("effect", ""), ("95 % interval", ""), ("p", ""), ("p (Holm)", "")]
-    for name, column in found.boundaries.items():
+    for name, column in attribution.boundaries.items():
         rows = [
             [
                 _cell(column["effect"][at]),
@@ -262,22 +263,22 @@ def _boundaries(found: Attribution) -> list[Element]:
     return blocks
 
 
-def _runs(found: Attribution) -> Table:
-    shown = [name for name in NUMBERS if any(math.isfinite(run[name]) for run in found.runs)]
+def _runs(attribution: Attribution) -> Table:
+    shown = [name for name in NUMBERS if any(math.isfinite(run[name]) for run in attribution.runs)]
     head = [("arm", ""), *((NUMBERS[name][0], NUMBERS[name][1]) for name in shown)]
-    rows = [[Cell(run["arm"], run["arm"]), *(_cell(run[name]) for name in shown)] for run in found.runs]
-    return Table("All runs", "run", head, [Path(run["folder"]).name for run in found.runs], rows, in_order=False)
+    rows = [[Cell(run["arm"], run["arm"]), *(_cell(run[name]) for name in shown)] for run in attribution.runs]
+    return Table("All runs", "run", head, [Path(run["folder"]).name for run in attribution.runs], rows, in_order=False)
 
 
-def attribution_markdown(found: Attribution) -> str:
+def attribution_markdown(attribution: Attribution) -> str:
     """A Markdown section for a model card: verdict, effects with intervals, correlations, caveats."""
-    lines = [f"## Attribution of the alignment footprint (SPINAL): {found.verdict}", "", found.sentence, ""]
+    lines = [f"## Attribution of the alignment footprint (SPINAL): {attribution.verdict}", "", attribution.sentence, ""]
     lines += [
         "| number | aligned | control | effect | 95 % interval | p |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, (title, unit) in NUMBERS.items():
-        effect = found.effects[name]
+        effect = attribution.effects[name]
         if math.isfinite(effect["effect"]):
             title = f"{title} ({unit})" if unit else title
             title = title.replace("|", "\\|")
@@ -286,6 +287,6 @@ def attribution_markdown(found: Attribution) -> str:
                 f"| {title} | {numbers} | {ends(effect['low'], effect['high'])} | {number(effect['p_value'], 2)} |"
             )
     lines.append("")
-    lines += [f"- {line}" for line in _correlations(found)]
-    lines += [f"- {line}" for line in (*found.warnings, *LIMITS)]
+    lines += [f"- {line}" for line in _correlations(attribution)]
+    lines += [f"- {line}" for line in (*attribution.warnings, *LIMITS)]
     return "\n".join(lines) + "\n"

@@ -75,15 +75,16 @@ def render_index(runs: Sequence[Run], names: Mapping[Path, str], out: Path) -> s
 def findings(runs: Sequence[Run], names: Mapping[Path, str]) -> list[str]:
     """Results of the complete runs in a few sentences."""
     said = []
-    verdicts = Counter(str(run.found["verdict"]) for run in runs if run.found.get("verdict"))
+    verdicts = Counter(str(run.results["verdict"]) for run in runs if run.results.get("verdict"))
     if verdicts:
         said.append("Verdicts: " + "; ".join(f"{verdict} ({count})" for verdict, count in verdicts.most_common()) + ".")
-    measured = [run for run in runs if _is_number(run.found.get("delta_align"))]
+    measured = [run for run in runs if _is_number(run.results.get("delta_align"))]
     if measured:
         low, high = (
-            np.array([float(run.found.get(f"delta_align_{e}", math.nan)) for run in measured]) for e in ("low", "high")
+            np.array([float(run.results.get(f"delta_align_{e}", math.nan)) for run in measured])
+            for e in ("low", "high")
         )
-        values = np.array([float(run.found["delta_align"]) for run in measured])
+        values = np.array([float(run.results["delta_align"]) for run in measured])
         said.append(
             f"Δ align, {len(measured)} runs: its interval lies above 0 in {int((low > 0).sum())}, below 0 in "
             f"{int((high < 0).sum())}; it runs from {number(values.min())} ({names[measured[values.argmin()].folder]}) "
@@ -94,7 +95,7 @@ def findings(runs: Sequence[Run], names: Mapping[Path, str]) -> list[str]:
     if trained:
         parts = []
         for name, title in (("onset", "an onset"), ("destabilisation", "a destabilisation")):
-            steps = [float(run.found[name]) for run in trained if _is_number(run.found.get(name))]
+            steps = [float(run.results[name]) for run in trained if _is_number(run.results.get(name))]
             where = (
                 ""
                 if not steps
@@ -105,7 +106,7 @@ def findings(runs: Sequence[Run], names: Mapping[Path, str]) -> list[str]:
             parts.append(f"{title} in {len(steps)}{where}")
         said.append(f"{len(trained)} training run{'s' if len(trained) != 1 else ''}: {' and '.join(parts)}.")
     for name, title, unit in COLUMNS[1:3]:
-        values = np.array([float(run.found[name]) for run in runs if _is_number(run.found.get(name))])
+        values = np.array([float(run.results[name]) for run in runs if _is_number(run.results.get(name))])
         if len(values) > 1:
             said.append(
                 f"Terminal {title}: {ends(float(values.min()), float(values.max()))} {unit}".rstrip()
@@ -170,18 +171,18 @@ def _overlay(runs: Sequence[Run], names: Mapping[Path, str]) -> Chart:
 def _table(runs: Sequence[Run], names: Mapping[Path, str], out: Path, lost: Sequence[str]) -> Table:
     """The settings that differ, command and state, what was found."""
     settings = swept(runs)
-    found = [entry for entry in COLUMNS if any(_is_number(run.found.get(entry[0])) for run in runs)]
+    shown = [entry for entry in COLUMNS if any(_is_number(run.results.get(entry[0])) for run in runs)]
     columns = [[word(run.settings.get(name)) for run in runs] for name in settings]
-    columns += [[_number(run, name) for run in runs] for name, *_ in found[:1]]
-    columns += [[word(run.found.get("verdict")) for run in runs]]
-    columns += [[_number(run, name) for run in runs] for name, *_ in found[1:]]
+    columns += [[_number(run, name) for run in runs] for name, *_ in shown[:1]]
+    columns += [[word(run.results.get("verdict")) for run in runs]]
+    columns += [[_number(run, name) for run in runs] for name, *_ in shown[1:]]
     columns += [
         [word(run.command) for run in runs],
         [word("complete" if run.complete else "incomplete") for run in runs],
     ]
     head = [(name, "") for name in settings]
-    head += [*((title, unit) for _, title, unit in found[:1]), ("verdict", "")]
-    head += [*((title, unit) for _, title, unit in found[1:]), ("command", ""), ("state", "")]
+    head += [*((title, unit) for _, title, unit in shown[:1]), ("verdict", "")]
+    head += [*((title, unit) for _, title, unit in shown[1:]), ("command", ""), ("state", "")]
     keys = [names[run.folder] for run in runs]
     return Table(
         "All runs", "run", head, keys, by_row(columns), lost, [_address(run, out) for run in runs], filtered=True
@@ -198,7 +199,7 @@ def _address(run: Run, out: Path) -> str:
 
 
 def _number(run: Run, name: str) -> Cell:
-    value, low, high = (float(run.found.get(f"{name}{end}", math.nan)) for end in ("", "_low", "_high"))
+    value, low, high = (float(run.results.get(f"{name}{end}", math.nan)) for end in ("", "_low", "_high"))
     if name in ("onset", "destabilisation"):
         return cell(f"{value:.0f}" if math.isfinite(value) else "–", value)
     return measured(value, (high - low) / 2)

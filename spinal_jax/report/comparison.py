@@ -79,7 +79,7 @@ def write_comparison_report(folder: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: no comparison there, or a file of it that cannot be read.
     """
-    found = load_comparison(folder)
+    comparison = load_comparison(folder)
     folder = Path(folder)
     folder = folder if folder.is_dir() else folder.parent
     folders = sorted(
@@ -88,36 +88,36 @@ def write_comparison_report(folder: str | os.PathLike[str]) -> Path:
     others = [load_comparison(place) for place in folders]
     target = folder / "figures"
     target.mkdir(parents=True, exist_ok=True)
-    for name, figure in comparison_figures(found, _ranked(found, others)).items():
+    for name, figure in comparison_figures(comparison, _ranked(comparison, others)).items():
         write_whole(target / f"{name}.png", png_bytes(figure))
         write_whole(target / f"{name}.svg", svg_text(figure, name).encode())
     page = folder / "report.html"
-    write_whole(folder / "summary.md", summary_markdown(found, others).encode("utf-8", errors="xmlcharrefreplace"))
-    write_whole(page, render_comparison_report(found, others).encode("utf-8", errors="xmlcharrefreplace"))
+    write_whole(folder / "summary.md", summary_markdown(comparison, others).encode("utf-8", errors="xmlcharrefreplace"))
+    write_whole(page, render_comparison_report(comparison, others).encode("utf-8", errors="xmlcharrefreplace"))
     return page
 
 
-def render_comparison_report(found: Comparison, others: Sequence[Comparison] = ()) -> str:
+def render_comparison_report(comparison: Comparison, others: Sequence[Comparison] = ()) -> str:
     """The page as text: equal comparisons give equal text."""
-    ranked = _ranked(found, others)
-    figures = comparison_figures(found, ranked)
-    drawn = {name: inline(figure, name, targets(figure, name, found)) for name, figure in figures.items()}
-    names = f"{found.aligned['name']} against {found.reference['name']}"
-    first, last = found.terminal
+    ranked = _ranked(comparison, others)
+    figures = comparison_figures(comparison, ranked)
+    drawn = {name: inline(figure, name, targets(figure, name, comparison)) for name, figure in figures.items()}
+    names = f"{comparison.aligned['name']} against {comparison.reference['name']}"
+    first, last = comparison.terminal
     block = name_boundaries(range(first, last + 1))
     sections = [
-        Section("What changed", _changes(found, drawn)),
-        Section("Where it changed", _where(found, drawn)),
-        Section("Does it hold under other settings", _robustness(found, drawn)),
-        Section("Which prompts moved it", _groups(found)),
-        Section("The score and its parts", [parts(found), Text(score_words(found), "note")]),
+        Section("What changed", _changes(comparison, drawn)),
+        Section("Where it changed", _where(comparison, drawn)),
+        Section("Does it hold under other settings", _robustness(comparison, drawn)),
+        Section("Which prompts moved it", _groups(comparison)),
+        Section("The score and its parts", [parts(comparison), Text(score_words(comparison), "note")]),
     ]
     if ranked:
-        sections.append(Section("More than two checkpoints", _ranking(found, ranked, drawn)))
+        sections.append(Section("More than two checkpoints", _ranking(comparison, ranked, drawn)))
     sections += [
-        Section("All boundaries", [Text(_TABLE_NOTE, "note"), boundaries(found)]),
-        Section("Caveats", [Points(comparison_caveats(found))]),
-        Section("What was compared, on what", [models(found), Facts([*facts(found), *_hashes(found)])]),
+        Section("All boundaries", [Text(_TABLE_NOTE, "note"), boundaries(comparison)]),
+        Section("Caveats", [Points(comparison_caveats(comparison))]),
+        Section("What was compared, on what", [models(comparison), Facts([*facts(comparison), *_hashes(comparison)])]),
         method_section(
             (
                 "contraction",
@@ -135,26 +135,26 @@ def render_comparison_report(found: Comparison, others: Sequence[Comparison] = (
     ]
     return render(
         Page(
-            title=f"{names}: {found.verdict}",
+            title=f"{names}: {comparison.verdict}",
             kicker=f"Comparison · {names}",
-            heading=found.verdict[0].upper() + found.verdict[1:],
+            heading=comparison.verdict[0].upper() + comparison.verdict[1:],
             answer=[
-                Text(lead(found, block), "lead"),
-                Points(_limits(found), "limits"),
-                _tiles(found),
-                Text(_how_sure(found, block), "note"),
+                Text(lead(comparison, block), "lead"),
+                Points(_limits(comparison), "limits"),
+                _tiles(comparison),
+                Text(_how_sure(comparison, block), "note"),
             ],
-            glance=[_traces(found, drawn["traces"], 140 if ranked else 190), *_beside(ranked, drawn)],
+            glance=[_traces(comparison, drawn["traces"], 140 if ranked else 190), *_beside(ranked, drawn)],
             sections=sections,
             footer=_footer(bool(ranked)),
         )
     )
 
 
-def lead(found: Comparison, block: str) -> str:
+def lead(comparison: Comparison, block: str) -> str:
     """Delta_align with its interval, in one sentence."""
     value, low, high, p = (
-        float(found.summary[name]) for name in ("delta_align", "delta_align_low", "delta_align_high", "p_value")
+        float(comparison.summary[name]) for name in ("delta_align", "delta_align_low", "delta_align_high", "p_value")
     )
     if math.isnan(value):
         return f"Δ align is not defined over {block}."
@@ -163,50 +163,52 @@ def lead(found: Comparison, block: str) -> str:
     return f"Over {block}, Δ align is {number(value)} ({interval}{test})."
 
 
-def _limits(found: Comparison) -> list[str]:
+def _limits(comparison: Comparison) -> list[str]:
     """What the sentence cannot say, for the first screen."""
-    summary = found.summary
-    said = (summary["because"], summary["driver_sentence"], found.robustness["sentence"], summary["limits"])
+    summary = comparison.summary
+    said = (summary["because"], summary["driver_sentence"], comparison.robustness["sentence"], summary["limits"])
     return [str(line).replace("Delta_align", "Δ align") for line in said if line]
 
 
-def _tiles(found: Comparison) -> Tiles:
-    summary, robustness = found.summary, found.robustness
+def _tiles(comparison: Comparison) -> Tiles:
+    summary, robustness = comparison.summary, comparison.robustness
     p = float(summary["p_value"])
     items = [
         tile(
             "Δ align",
             summary["delta_align"],
-            half(found, "delta_align"),
+            half(comparison, "delta_align"),
             "",
             "no p-value" if math.isnan(p) else f"p = {number(p, 2)}",
         ),
         Tile("Sign holds", f"{robustness['holds']} of {robustness['of']}", note="settings of the measurement"),
         *(
-            tile(label, summary[name], half(found, name), unit, note)
+            tile(label, summary[name], half(comparison, name), unit, note)
             for name, label, unit, note in (
                 ("output_distance", "Policy distance", "rad", "between the outputs, 0 to π"),
                 ("kl", "KL of the outputs", "nats", "aligned from reference"),
             )
             if math.isfinite(summary[name])
         ),
-        tile("Δ contraction α", summary["delta_contraction"], half(found, "delta_contraction"), "", "terminal block"),
-        tile("Δ transport L", summary["delta_transport"], half(found, "delta_transport"), "rad", "terminal block"),
+        tile(
+            "Δ contraction α", summary["delta_contraction"], half(comparison, "delta_contraction"), "", "terminal block"
+        ),
+        tile("Δ transport L", summary["delta_transport"], half(comparison, "delta_transport"), "rad", "terminal block"),
     ]
     return Tiles(items)
 
 
-def _how_sure(found: Comparison, block: str) -> str:
+def _how_sure(comparison: Comparison, block: str) -> str:
     said = (
         "Δ is aligned minus reference. Δ align (Delta_align in the files) is Δ contraction minus Δ transport, means "
         f"over {block}: positive means toward contraction, negative toward expansion. "
     )
-    freedom = found.summary["degrees_of_freedom"]
+    freedom = comparison.summary["degrees_of_freedom"]
     if freedom < 1:
         return said + "No intervals: they need two groups of prompts or more."
     return said + (
-        f"± is half of a 95 % interval: jackknife over {found.prompts['groups']} groups of prompts, Student’s t with "
-        f"{freedom} degrees of freedom."
+        f"± is half of a 95 % interval: jackknife over {comparison.prompts['groups']} groups of prompts, Student’s t "
+        f"with {freedom} degrees of freedom."
     )
 
 
@@ -221,17 +223,17 @@ def _beside(ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[E
     return [Pictures([Picture("ranking", drawn["ranking"], words)])]
 
 
-def _traces(found: Comparison, still: Markup, height: int) -> Chart:
+def _traces(comparison: Comparison, still: Markup, height: int) -> Chart:
     """Both depth traces over each other."""
-    x, (first, last) = np.arange(found.boundaries), found.terminal
+    x, (first, last) = np.arange(comparison.boundaries), comparison.terminal
     panels = []
     for name in ("contraction", "transport"):
         lines = []
         for side, colour, look in (("aligned", columns.column(name).colour, 0), ("reference", "ink", 1)):
-            values, low, high = (found.columns[f"{side}_{name}{end}"] for end in ("", "_low", "_high"))
+            values, low, high = (comparison.columns[f"{side}_{name}{end}"] for end in ("", "_low", "_high"))
             lines.append(charts.Line(side, values, colour, look, low, high))
         panels.append(charts.panel(axis_label(name), x, lines, shaded=(first - 0.5, last + 0.5)))
-    data = charts.stacked(f"boundary (0: embeddings, {found.depth}: after the last block)", panels, height)
+    data = charts.stacked(f"boundary (0: embeddings, {comparison.depth}: after the last block)", panels, height)
     words = (
         "<b>The two depth traces.</b> Contraction and transport of the aligned model (solid) and the reference "
         "(dashed) on the same tokens. The shaded part is the terminal block."
@@ -239,11 +241,11 @@ def _traces(found: Comparison, still: Markup, height: int) -> Chart:
     return Chart("traces", data, still, Markup(words))
 
 
-def _changes(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
-    x, (first, last) = np.arange(found.boundaries), found.terminal
+def _changes(comparison: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
+    x, (first, last) = np.arange(comparison.boundaries), comparison.terminal
     panels = []
     for name in METRICS:
-        values, low, high = (found.columns[f"delta_{name}{end}"] for end in ("", "_low", "_high"))
+        values, low, high = (comparison.columns[f"delta_{name}{end}"] for end in ("", "_low", "_high"))
         line = charts.Line(f"Δ {name.replace('_', ' ')}", values, columns.column(name).colour, 0, low, high)
         panels.append(charts.panel(f"Δ {axis_label(name)}", x, [line], (first - 0.5, last + 0.5), zero=True))
     words = Markup(
@@ -260,18 +262,18 @@ def _changes(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
         )
         pictures.append(Picture("policy", drawn["policy"], words, "Point at a boundary to read its value."))
     if "gradient" in drawn:
-        apart = found.summary["gradient_apart"]
+        apart = comparison.summary["gradient_apart"]
         said = ", ".join(f"{name.replace('_', ' ')} {number(apart[name])}" for name in sorted(apart))
         words = Markup(
             "<b>Preference gradient.</b> The norm of the preference loss’s gradient over each block’s parameters.{}"
         )
         words = words.format(f" Apart from the blocks: {said}." if said else "")
         pictures.append(Picture("gradient", drawn["gradient"], words, "Point at a block to read its value."))
-    lost = [Text(Markup("{} <code>{}</code>").format(said, command), "note") for said, command in missing(found)]
+    lost = [Text(Markup("{} <code>{}</code>").format(said, command), "note") for said, command in missing(comparison)]
     return [chart, *([Pictures(pictures)] if pictures else []), *lost]
 
 
-def _where(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
+def _where(comparison: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
     words = Markup(
         "<b>Where it changed.</b> Each block’s share of the whole change, for each measure. The thick bar above is the "
         "shortest run of blocks that holds 80 %."
@@ -282,30 +284,30 @@ def _where(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
         "hold 80 % of the change; beside it how many of the groups agree when each is left out.",
         "note",
     )
-    return [Pictures([picture]), localisation_table(found), note]
+    return [Pictures([picture]), localisation_table(comparison), note]
 
 
-def _robustness(found: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
-    tall = len({way(setting) for setting in found.robustness["settings"]}) > 3
+def _robustness(comparison: Comparison, drawn: Mapping[str, Markup]) -> list[Element]:
+    tall = len({way(setting) for setting in comparison.robustness["settings"]}) > 3
     words = Markup(
         "<b>Does it hold?</b> Δ align under other settings of the measurement. {} Names are those of the settings; "
         "“center” is the other choice of centring."
-    ).format(found.robustness["sentence"])
+    ).format(comparison.robustness["sentence"])
     picture = Picture("robustness", drawn["robustness"], words, "Point at a setting to read its values.", tall)
-    return [Pictures([picture]), robustness_table(found)]
+    return [Pictures([picture]), robustness_table(comparison)]
 
 
-def _groups(found: Comparison) -> list[Element]:
+def _groups(comparison: Comparison) -> list[Element]:
     """The pseudo-value of each group of prompts, largest deviation first."""
-    values = found.arrays.get("groups/delta_align")
+    values = comparison.arrays.get("groups/delta_align")
     if values is None or len(values) < 2 or not np.isfinite(values).any():
         return [Text("The comparison has no pseudo-values of groups, so contributions are not known.", "note")]
     mean = float(np.nanmean(values))
-    first, last = found.terminal
+    first, last = comparison.terminal
     parts = {
-        name: np.nanmean(found.arrays[f"groups/delta_{name}"][:, first : last + 1], axis=1)
+        name: np.nanmean(comparison.arrays[f"groups/delta_{name}"][:, first : last + 1], axis=1)
         for name in ("contraction", "transport")
-        if f"groups/delta_{name}" in found.arrays
+        if f"groups/delta_{name}" in comparison.arrays
     }
     order = np.argsort(-np.abs(values - mean), kind="stable")
     total = float(np.nansum((values - mean) ** 2)) or math.nan
@@ -331,8 +333,8 @@ def _groups(found: Comparison) -> list[Element]:
     bars = charts.Line("Δ align of the group", values, "purple", look=3)
     data = charts.stacked("group", [charts.panel("Δ align", np.arange(len(values)), [bars], zero=True)], height=170)
     blocks: list[Element] = [Text(words), Chart("groups", data, Markup(""), "Each point is a group of prompts."), table]
-    if found.moved:
-        return [*blocks, Text(_PROMPTS_NOTE), moved_prompts(found), Text(_TOKENS_NOTE), moved_tokens(found)]
+    if comparison.moved:
+        return [*blocks, Text(_PROMPTS_NOTE), moved_prompts(comparison), Text(_TOKENS_NOTE), moved_tokens(comparison)]
     return [*blocks, Text(_NO_PROMPTS, "note")]
 
 
@@ -348,11 +350,11 @@ _NO_PROMPTS = (
 )
 
 
-def _ranking(found: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[Element]:
+def _ranking(comparison: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str, Markup]) -> list[Element]:
     words = Markup(
         "<b>Where each changed.</b> Changes of contraction and transport over relative depth, numbered as ranked."
     )
-    shaded = [place for place, each in enumerate(ranked, 1) if each is found]
+    shaded = [place for place, each in enumerate(ranked, 1) if each is comparison]
     return [
         Pictures([Picture("overlay", drawn["overlay"], words)]),
         ranking_table(ranked, shaded),
@@ -360,17 +362,17 @@ def _ranking(found: Comparison, ranked: Sequence[Comparison], drawn: Mapping[str
     ]
 
 
-def _hashes(found: Comparison) -> list[tuple[str, str | Markup]]:
+def _hashes(comparison: Comparison) -> list[tuple[str, str | Markup]]:
     return [
-        ("Weights, aligned", sha256_markup(found.aligned["sha256"])),
-        ("Weights, reference", sha256_markup(found.reference["sha256"])),
-        ("Prompts", sha256_markup(found.prompts["sha256"])),
+        ("Weights, aligned", sha256_markup(comparison.aligned["sha256"])),
+        ("Weights, reference", sha256_markup(comparison.reference["sha256"])),
+        ("Prompts", sha256_markup(comparison.prompts["sha256"])),
     ]
 
 
-def _ranked(found: Comparison, others: Sequence[Comparison]) -> tuple[Comparison, ...]:
+def _ranked(comparison: Comparison, others: Sequence[Comparison]) -> tuple[Comparison, ...]:
     """Strongest first; empty where there is nothing to rank against."""
-    return rank([found, *others]).comparisons if others else ()
+    return rank([comparison, *others]).comparisons if others else ()
 
 
 def _footer(ranked: bool) -> Markup:

@@ -49,71 +49,71 @@ Box = tuple[float, float, float, float]
 
 
 @styled
-def traces_figure(found: Comparison) -> Figure:
+def traces_figure(comparison: Comparison) -> Figure:
     """Contraction and transport of both models over depth, with 95 % intervals."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     panels: Any = figure.subplots(2, 1, sharex=True)
     for axes, name in zip(panels, ("contraction", "transport"), strict=True):
-        _ground(found, axes)
+        _ground(comparison, axes)
         reference = {"color": INK, "ls": DASHED, "lw": 1.2, "marker": "s", "markerfacecolor": SURFACE}
         drawn = [
-            *_curve(found, axes, f"aligned_{name}", color=COLOURS[name], marker="o", label="aligned", zorder=2.5),
-            *_curve(found, axes, f"reference_{name}", **reference, label="reference"),
+            *_curve(comparison, axes, f"aligned_{name}", color=COLOURS[name], marker="o", label="aligned", zorder=2.5),
+            *_curve(comparison, axes, f"reference_{name}", **reference, label="reference"),
         ]
         axes.set_ylabel(axis_label(name))
         _limits(axes, drawn)
     _legend(panels[0], 2)
-    depth_axis(found, figure, *panels)
+    depth_axis(comparison, figure, *panels)
     return figure
 
 
 @styled
-def deltas_figure(found: Comparison) -> Figure:
+def deltas_figure(comparison: Comparison) -> Figure:
     """What changed at each boundary, a panel a metric, with 95 % intervals; filled where Holm leaves p below 0.05."""
     figure = Figure(figsize=(WIDTH, 1.12 * len(METRICS) + 0.9), layout="constrained")
     panels: Any = figure.subplots(len(METRICS), 1, sharex=True)
-    size = 5.0 if found.depth <= 40 else 3.0
+    size = 5.0 if comparison.depth <= 40 else 3.0
     for axes, name in zip(panels, METRICS, strict=True):
-        values, low, high = (found.columns[f"delta_{name}{end}"] for end in ("", "_low", "_high"))
-        _ground(found, axes)
+        values, low, high = (comparison.columns[f"delta_{name}{end}"] for end in ("", "_low", "_high"))
+        _ground(comparison, axes)
         axes.axhline(0, color=INK, lw=0.9)
         unit = f" ({UNITS[name]})" if name in UNITS else ""
         axes.set_ylabel(f"Δ {name.replace('_', ' ')}{unit}".replace("effective rank", "eff. rank"), fontsize=9)
-        at, colour = np.arange(found.boundaries), COLOURS[name]
+        at, colour = np.arange(comparison.boundaries), COLOURS[name]
         axes.plot(at, values, color=colour, lw=1.0, alpha=0.6)
         axes.vlines(at, low, high, color=colour, lw=1.3)
-        sure = found.columns[f"delta_{name}_p_holm"] < SURE
+        sure = comparison.columns[f"delta_{name}_p_holm"] < SURE
         for chosen, fill in ((~sure, SURFACE), (sure, colour)):
             dots = {"color": colour, "ls": "", "marker": "o", "markersize": size, "markerfacecolor": fill}
             axes.plot(at[chosen], values[chosen], **dots)
         _limits(axes, [values, low, high, np.zeros(1)], bins=4)
     panels[0].set_title("filled: p < 0.05 (Holm)", fontsize=9, color=MUTED, pad=4)
-    depth_axis(found, figure, panels[0], panels[-1], "lines")
+    depth_axis(comparison, figure, panels[0], panels[-1], "lines")
     figure.align_ylabels(panels)
     return figure
 
 
 @styled
-def where_figure(found: Comparison) -> Figure:
+def where_figure(comparison: Comparison) -> Figure:
     """Each block's share of what changed, a panel for each measure that was taken: bars; above them centroid and the
     shortest run of blocks that holds 80 %."""
-    measured = [n for n in LOCALISED if n.startswith("delta_") or np.isfinite(found.columns[n]).any()]
+    measured = [n for n in LOCALISED if n.startswith("delta_") or np.isfinite(comparison.columns[n]).any()]
     figure = Figure(figsize=(WIDTH, 1.15 * len(measured) + 0.9), layout="constrained")
     panels: Any = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, measured, strict=True):
-        _ground(found, axes)
-        place = found.summary["localisation"][name]
-        shares = mass_shares(found, name)
+        _ground(comparison, axes)
+        place = comparison.summary["localisation"][name]
+        shares = mass_shares(comparison, name)
         if shares is None:
             _nothing(axes, place["reason"])
             axes.set_title(MASSES[name], fontsize=9, pad=4)
             continue
         colour, top = COLOURS[name.removeprefix("delta_")], float(shares.max())
-        axes.bar(np.arange(1, found.boundaries), shares, color=colour, width=0.8)
-        axes.axhline(1 / found.depth, color=MUTED, ls=DASHED, lw=1)
+        axes.bar(np.arange(1, comparison.boundaries), shares, color=colour, width=0.8)
+        axes.axhline(1 / comparison.depth, color=MUTED, ls=DASHED, lw=1)
         first, last = place["run"]
         axes.plot([first - 0.4, last + 0.4], [1.17 * top] * 2, color=INK, lw=3, solid_capstyle="butt")
-        centre, low, high = (found.depth * place[f"centroid{end}"] for end in ("", "_low", "_high"))
+        centre, low, high = (comparison.depth * place[f"centroid{end}"] for end in ("", "_low", "_high"))
         axes.plot([low, high], [1.4 * top] * 2, color=INK, lw=1.2)
         axes.plot([centre], [1.4 * top], color=INK, marker="D", markersize=5, ls="")
         axes.set_ylim(0, 1.58 * top)
@@ -130,40 +130,44 @@ def where_figure(found: Comparison) -> Figure:
 
 
 @styled
-def policy_figure(found: Comparison) -> Figure | None:
+def policy_figure(comparison: Comparison) -> Figure | None:
     """How far apart both models' predictions are at each boundary; None where it was not measured."""
-    if np.isnan(found.columns["policy_distance"]).all():
+    if np.isnan(comparison.columns["policy_distance"]).all():
         return None
     figure = Figure(figsize=(WIDTH, 0.66 * HEIGHT), layout="constrained")
     axes = figure.subplots()
-    _ground(found, axes)
+    _ground(comparison, axes)
     colour = COLOURS["policy_distance"]
-    drawn = _curve(found, axes, "policy_distance", color=colour, marker="D", label="policy distance")
+    drawn = _curve(comparison, axes, "policy_distance", color=colour, marker="D", label="policy distance")
     _limits(axes, [*drawn, np.zeros(1)])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("policy distance (rad)")
-    depth_axis(found, figure, axes, axes)
+    depth_axis(comparison, figure, axes, axes)
     return figure
 
 
 @styled
-def gradient_figure(found: Comparison) -> Figure | None:
+def gradient_figure(comparison: Comparison) -> Figure | None:
     """Norm of the preference gradient over each block's parameters; None where it was not measured."""
-    norms = found.columns["gradient_norm"]
+    norms = comparison.columns["gradient_norm"]
     if np.isnan(norms).all():
         return None
     figure = Figure(figsize=(WIDTH, 0.66 * HEIGHT), layout="constrained")
     axes = figure.subplots()
-    _ground(found, axes)
-    at, low, high = np.arange(found.boundaries), found.columns["gradient_norm_low"], found.columns["gradient_norm_high"]
+    _ground(comparison, axes)
+    at, low, high = (
+        np.arange(comparison.boundaries),
+        comparison.columns["gradient_norm_low"],
+        comparison.columns["gradient_norm_high"],
+    )
     axes.bar(at, norms, color=COLOURS["gradient_norm"], width=0.8)
     axes.vlines(at, low, high, color=INK, lw=1.3)
     axes.set_ylim(0, 1.08 * float(np.nanmax(np.concatenate([norms, high]))) or 1.0)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.set_ylabel("norm of the gradient")
-    share = found.summary["gradient_concentration"]
-    even = found.summary["localisation"]["gradient_norm"]["share_even"]
-    axes.set_title(f"{terminal_name(found)}: {100 * share:.0f} % (even: {100 * even:.0f} %)", fontsize=9, pad=4)
+    share = comparison.summary["gradient_concentration"]
+    even = comparison.summary["localisation"]["gradient_norm"]["share_even"]
+    axes.set_title(f"{terminal_name(comparison)}: {100 * share:.0f} % (even: {100 * even:.0f} %)", fontsize=9, pad=4)
     _block_axis(axes)
     if np.isfinite(low).any():
         figure.supxlabel("lines: 95 % intervals over groups of preference pairs", fontsize=9, color=MUTED)
@@ -171,13 +175,13 @@ def gradient_figure(found: Comparison) -> Figure | None:
 
 
 @styled
-def robustness_figure(found: Comparison) -> Figure:
+def robustness_figure(comparison: Comparison) -> Figure:
     """Delta_align with its 95 % interval under every setting: a marker a fit window, a row a way to measure."""
-    ways, windows = _ways(found), _windows(found)
+    ways, windows = _ways(comparison), _windows(comparison)
     step = LINE + ROW * len(windows)
     figure = Figure(figsize=(WIDTH, step * len(ways) + 1.35), layout="constrained")
     axes = figure.subplots()
-    settings = found.robustness["settings"]
+    settings = comparison.robustness["settings"]
     ends = np.array([[s["delta_align"], s["low"], s["high"]] for s in settings], float)
     axes.axvline(0, color=INK, lw=0.9)
     if math.isfinite(settings[0]["delta_align"]):
@@ -195,7 +199,7 @@ def robustness_figure(found: Comparison) -> Figure:
             path_effects=halo(),
         )
     for i, (setting, (value, low, high)) in enumerate(zip(settings, ends, strict=True)):
-        colour, y = VERMILLION if i == 0 else BLUE, _height(found, setting)
+        colour, y = VERMILLION if i == 0 else BLUE, _height(comparison, setting)
         sure = low > 0 or high < 0
         marker = MARKERS[windows.index(tuple(setting["window"])) % len(MARKERS)]
         axes.plot([low, high], [y, y], color=colour, lw=1.2)
@@ -217,7 +221,7 @@ def robustness_figure(found: Comparison) -> Figure:
 
 
 @styled
-def setting_bands(figure: Figure, found: Comparison) -> list[tuple[int, Box]]:
+def setting_bands(figure: Figure, comparison: Comparison) -> list[tuple[int, Box]]:
     """(index of the setting, (x, y, width, height) in SVG units) of the strip over each dot of `robustness_figure`."""
     figure.draw_without_rendering()
     width, height = (72 * inches for inches in figure.get_size_inches())
@@ -225,8 +229,8 @@ def setting_bands(figure: Figure, found: Comparison) -> list[tuple[int, Box]]:
     total = axes.get_ylim()[0]
     unit = (box.y1 - box.y0) * height / total
     bands = []
-    for i, setting in enumerate(found.robustness["settings"]):
-        y = (1 - box.y1) * height + unit * (_height(found, setting) - ROW / 2)
+    for i, setting in enumerate(comparison.robustness["settings"]):
+        y = (1 - box.y1) * height + unit * (_height(comparison, setting) - ROW / 2)
         bands.append((i, (box.x0 * width, y, (box.x1 - box.x0) * width, unit * ROW)))
     return bands
 
@@ -238,9 +242,9 @@ def ranking_figure(ranked: Sequence[Comparison]) -> Figure:
     axes = figure.subplots()
     axes.axvline(0, color=INK, lw=0.9)
     ends = np.array([[f.summary[f"delta_align{end}"] for end in ("", "_low", "_high")] for f in ranked], float)
-    for row, (found, (value, low, high)) in enumerate(zip(ranked, ends, strict=True)):
+    for row, (comparison, (value, low, high)) in enumerate(zip(ranked, ends, strict=True)):
         sure = low > 0 or high < 0
-        name = short_name(found.aligned["name"], 50)
+        name = short_name(comparison.aligned["name"], 50)
         axes.text(
             0.0,
             row - 0.22,
@@ -277,15 +281,15 @@ def changes_figure(ranked: Sequence[Comparison]) -> Figure:
         axes.grid(axis="y")
         axes.set_ylabel(label)
         drawn = [np.zeros(1)]
-        for place, (found, (colour, dash), marker) in enumerate(
+        for place, (comparison, (colour, dash), marker) in enumerate(
             zip(ranked, itertools.cycle(looks), itertools.cycle(MARKERS), strict=False), 1
         ):
-            values = found.columns[f"delta_{name}"]
+            values = comparison.columns[f"delta_{name}"]
             drawn.append(values)
-            depth = np.arange(found.boundaries) / found.depth
+            depth = np.arange(comparison.boundaries) / comparison.depth
             line = {"color": colour, "ls": dash, "lw": 1.4, "marker": marker, "markersize": 4}
-            label = f"{place}  {short_name(found.aligned['name'], 24)}"
-            axes.plot(depth, values, **line, markevery=max(1, found.depth // 10), label=label)
+            label = f"{place}  {short_name(comparison.aligned['name'], 24)}"
+            axes.plot(depth, values, **line, markevery=max(1, comparison.depth // 10), label=label)
         _limits(axes, drawn)
     panels[1].set_xlabel("relative depth (0: embeddings, 1: after the last block)")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -293,24 +297,24 @@ def changes_figure(ranked: Sequence[Comparison]) -> Figure:
     return figure
 
 
-def comparison_figures(found: Comparison, ranked: Sequence[Comparison] = ()) -> dict[str, Figure]:
+def comparison_figures(comparison: Comparison, ranked: Sequence[Comparison] = ()) -> dict[str, Figure]:
     """Every figure that the comparison and, where there are more, their ranking can show, by name."""
     drawn = {
-        "traces": traces_figure(found),
-        "deltas": deltas_figure(found),
-        "where": where_figure(found),
-        "policy": policy_figure(found),
-        "gradient": gradient_figure(found),
-        "robustness": robustness_figure(found),
+        "traces": traces_figure(comparison),
+        "deltas": deltas_figure(comparison),
+        "where": where_figure(comparison),
+        "policy": policy_figure(comparison),
+        "gradient": gradient_figure(comparison),
+        "robustness": robustness_figure(comparison),
     }
     if ranked:
         drawn |= {"ranking": ranking_figure(ranked), "overlay": changes_figure(ranked)}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def mass_shares(found: Comparison, name: str) -> np.ndarray | None:
+def mass_shares(comparison: Comparison, name: str) -> np.ndarray | None:
     """[D] each block's share of a measure's mass, or None where it is not told where it lies."""
-    mass = np.array(found.summary["localisation"][name]["mass"])
+    mass = np.array(comparison.summary["localisation"][name]["mass"])
     return mass / mass.sum() if len(mass) else None
 
 
@@ -328,26 +332,26 @@ def short_name(name: str, length: int) -> str:
     return name
 
 
-def _ways(found: Comparison) -> list[str]:
-    return list(dict.fromkeys(way(setting) for setting in found.robustness["settings"]))
+def _ways(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(way(setting) for setting in comparison.robustness["settings"]))
 
 
-def _windows(found: Comparison) -> list[tuple[float, float]]:
-    return sorted({(s["window"][0], s["window"][1]) for s in found.robustness["settings"]})
+def _windows(comparison: Comparison) -> list[tuple[float, float]]:
+    return sorted({(s["window"][0], s["window"][1]) for s in comparison.robustness["settings"]})
 
 
-def _height(found: Comparison, setting: dict[str, Any]) -> float:
+def _height(comparison: Comparison, setting: dict[str, Any]) -> float:
     """Inches from the top of the robustness figure's panel down to the setting's dot."""
-    windows = _windows(found)
-    row, place = _ways(found).index(way(setting)), windows.index(tuple(setting["window"]))
+    windows = _windows(comparison)
+    row, place = _ways(comparison).index(way(setting)), windows.index(tuple(setting["window"]))
     return row * (LINE + ROW * len(windows)) + LINE + ROW * (place + 0.4)
 
 
-def _ground(found: Comparison, axes: Axes) -> None:
+def _ground(comparison: Comparison, axes: Axes) -> None:
     """The shaded terminal block, and room for every boundary."""
-    first, last = found.terminal
+    first, last = comparison.terminal
     axes.axvspan(first - 0.5, last + 0.5, color=SHADE, lw=0, zorder=0)
-    axes.set_xlim(-0.5, found.depth + 0.5)
+    axes.set_xlim(-0.5, comparison.depth + 0.5)
     axes.grid(axis="y")
 
 
@@ -358,10 +362,10 @@ def _block_axis(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}" if value else ""))
 
 
-def _curve(found: Comparison, axes: Axes, name: str, color: str, **look: Any) -> list[np.ndarray]:
+def _curve(comparison: Comparison, axes: Axes, name: str, color: str, **look: Any) -> list[np.ndarray]:
     """A column with its band; returns what was drawn."""
-    values, low, high = (found.columns[f"{name}{end}"] for end in ("", "_low", "_high"))
-    at, size = np.arange(found.boundaries), 4.0 if found.depth <= 40 else 2.5
+    values, low, high = (comparison.columns[f"{name}{end}"] for end in ("", "_low", "_high"))
+    at, size = np.arange(comparison.boundaries), 4.0 if comparison.depth <= 40 else 2.5
     axes.fill_between(at, low, high, color=color, alpha=0.22, lw=0)
     axes.plot(at, values, color=color, markersize=size, **look)
     return [values, low, high]

@@ -36,7 +36,7 @@ class Run:
         command: audit, compare or train.
         complete: whether it has finished. Results of incomplete runs are not read.
         settings: all settings by dotted name.
-        found: results: numbers, and words such as the verdict.
+        results: numbers, and words such as the verdict.
         trace: the last depth trace, for a comparison that of the aligned model; None without one.
     """
 
@@ -44,7 +44,7 @@ class Run:
     command: str
     complete: bool
     settings: ReadJson
-    found: Mapping[str, Value] = field(default_factory=dict)
+    results: Mapping[str, Value] = field(default_factory=dict)
     trace: DepthTrace | None = None
 
 
@@ -78,8 +78,8 @@ def _run_folders(folder: Path) -> Iterable[Path]:
 
 def _manifest(folder: Path) -> Json:
     """The manifest of a run; empty for files of other programs."""
-    found = load_json_file(folder / MANIFEST)
-    return found if found.get("schema") == SCHEMA else {}
+    manifest = load_json_file(folder / MANIFEST)
+    return manifest if manifest.get("schema") == SCHEMA else {}
 
 
 def read_run(folder: Path) -> Run:
@@ -95,8 +95,8 @@ def read_run(folder: Path) -> Run:
     if command not in READERS:
         raise UserError(f"{folder} is a run of {command!r}; runs of {', '.join(READERS)} can be collected")
     with malformed(folder):
-        found, trace = READERS[command](folder)
-    return Run(folder, command, True, settings, found, None if trace is None else replace(trace, arrays={}))
+        results, trace = READERS[command](folder)
+    return Run(folder, command, True, settings, results, None if trace is None else replace(trace, arrays={}))
 
 
 def _audit(folder: Path) -> tuple[dict[str, Value], DepthTrace]:
@@ -118,7 +118,7 @@ def _train(folder: Path) -> tuple[dict[str, Value], DepthTrace]:
     for line in lines:
         logged |= {name: float(value) for name, value in line.items() if isinstance(value, float)}
     shares = [_share(line["block_grad_norms"], trace.terminal) for line in lines if line.get("block_grad_norms")]
-    found: dict[str, Value] = {
+    results: dict[str, Value] = {
         "steps": float(max(line["step"] for line in lines)),
         **_audit(last)[0],
         **_comparison(last),
@@ -127,16 +127,16 @@ def _train(folder: Path) -> tuple[dict[str, Value], DepthTrace]:
         "gradient_share_mean": float(np.mean(shares)) if shares else math.nan,
     }
     for name in ("onset", "destabilisation"):
-        found[name] = float(onset[name]["step"]) if onset[name] else math.nan
-    return {**found, **logged}, trace
+        results[name] = float(onset[name]["step"]) if onset[name] else math.nan
+    return {**results, **logged}, trace
 
 
 def _comparison(folder: Path) -> dict[str, Value]:
     summary = load_comparison(folder).summary
-    found: dict[str, Value] = {name: summary[name] for name in OF_COMPARISON}
+    results: dict[str, Value] = {name: summary[name] for name in OF_COMPARISON}
     for measure, place in summary["localisation"].items():
-        found |= {f"{measure}_{what}": _number(place[what]) for what in OF_PLACE}
-    return found
+        results |= {f"{measure}_{what}": _number(place[what]) for what in OF_PLACE}
+    return results
 
 
 def _share(norms: Sequence[float], terminal: tuple[int, int]) -> float:

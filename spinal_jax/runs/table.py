@@ -30,13 +30,13 @@ def run_rows(runs: Sequence[Run], names: Mapping[Path, str]) -> list[TableRow]:
     """A mapping for each run with equal keys: run, differing settings, results; None or NaN if a run lacks one. A
     setting with the name of a result is called `setting:NAME`."""
     settings = swept(runs)
-    found = list(dict.fromkeys(name for run in runs for name in run.found))
-    titles = {name: f"setting:{name}" if name in (*found, *KEYS) else name for name in settings}
+    results = list(dict.fromkeys(name for run in runs for name in run.results))
+    titles = {name: f"setting:{name}" if name in (*results, *KEYS) else name for name in settings}
     return [
         {
             **dict(zip(KEYS, (names[run.folder], run.command, run.complete), strict=True)),
             **{titles[name]: _cell(run.settings.get(name)) for name in settings},
-            **{name: run.found.get(name, math.nan) for name in found},
+            **{name: run.results.get(name, math.nan) for name in results},
         }
         for run in runs
     ]

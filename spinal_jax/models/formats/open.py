@@ -109,10 +109,10 @@ def _step_folder(path: Path, revision: str) -> Path | None:
     """The folder within `path` for a revision or its training step."""
     if Path(revision).name == revision and (path / revision).is_dir():
         return path / revision
-    found = _of_step((each.name for each in path.iterdir() if each.is_dir()), revision)
-    if len(found) > 1:
-        raise UserError(f"{path} has several folders for {revision}: {', '.join(found)}; name one of them")
-    return path / found[0] if found else None
+    matches = _of_step((each.name for each in path.iterdir() if each.is_dir()), revision)
+    if len(matches) > 1:
+        raise UserError(f"{path} has several folders for {revision}: {', '.join(matches)}; name one of them")
+    return path / matches[0] if matches else None
 
 
 _HUB_FILES = ["adapter_config.json", "config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
@@ -133,8 +133,8 @@ def _hub_snapshot(repo: str, revision: str | None, base: str | None, is_base: bo
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"{repo} is neither a local folder nor a repository that the hub shows you") from error
     except errors.LocalEntryNotFoundError as error:
-        if revision is not None and len(found := _of_step(_cached_revisions(repo), revision)) == 1:
-            return _hub_snapshot(repo, found[0], base, is_base)
+        if revision is not None and len(matches := _of_step(_cached_revisions(repo), revision)) == 1:
+            return _hub_snapshot(repo, matches[0], base, is_base)
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise UserError(f"{named} is neither a local folder nor in the hub's cache, and {why}") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
@@ -145,7 +145,7 @@ def _hub_snapshot(repo: str, revision: str | None, base: str | None, is_base: bo
 
 def _step_revision(repo: str, revision: str | None, error: Exception) -> str:
     """The one branch or tag of a repository that belongs to a training step. Errors: UserError."""
-    found: list[str] = []
+    matches: list[str] = []
     if _STEP.fullmatch(revision or ""):
         import huggingface_hub
 
@@ -155,12 +155,14 @@ def _step_revision(repo: str, revision: str | None, error: Exception) -> str:
             reason = str(trouble).strip().splitlines()
             why = reason[0] if reason else type(trouble).__name__
             raise UserError(f"the revisions of {repo} cannot be listed to find {revision!r}: {why}") from trouble
-        found = _of_step((ref.name for ref in (*refs.branches, *refs.tags)), revision or "")
-    if len(found) > 1:
-        raise UserError(f"{repo} has several revisions for {revision}: {', '.join(found)}; name one of them") from error
-    if not found or found == [revision]:
+        matches = _of_step((ref.name for ref in (*refs.branches, *refs.tags)), revision or "")
+    if len(matches) > 1:
+        raise UserError(
+            f"{repo} has several revisions for {revision}: {', '.join(matches)}; name one of them"
+        ) from error
+    if not matches or matches == [revision]:
         raise UserError(f"the hub has {repo}, but no revision {revision!r} of it") from error
-    return found[0]
+    return matches[0]
 
 
 def _cached_revisions(repo: str) -> list[str]:
