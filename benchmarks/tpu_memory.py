@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spinal_jax.config.data_sheets import DEVICES
+from spinal_jax.errors import UserError
 from spinal_jax.plan.layout import USABLE
 
 GIB = 2**30
@@ -94,7 +96,10 @@ def audit(model: str, device: str, chips: int) -> Sequence[str]:
     least = weight_bytes(decoder_of(config.model), "bfloat16") / chips
     if least > USABLE * memory(device):
         return too_large(least, device)
-    found = make_plan(config)
+    try:
+        found = make_plan(config)
+    except UserError as error:  # the compiler says what it needs
+        return no_room_for(least, str(error), device)
     assert found.memory is not None
     assert found.compiled is not None
     held, layout = found.memory, found.layout
@@ -131,7 +136,7 @@ def dpo(model: str, device: str, chips: int) -> Sequence[str]:
     from spinal_jax.objectives.responses import Shape
     from spinal_jax.parallel.mesh import make_mesh, row_multiple
     from spinal_jax.plan.collectives import received_bytes
-    from spinal_jax.plan.compiled import held
+    from spinal_jax.plan.compiled import held, no_room
     from spinal_jax.plan.shapes import decoder_of
     from spinal_jax.plan.slices import slice_devices
     from spinal_jax.train.abstract import abstract_training, lower_steps
@@ -165,7 +170,12 @@ def dpo(model: str, device: str, chips: int) -> Sequence[str]:
             received_bytes(program.as_text()),
         )
 
-    more, update = map(compiled, lower_steps(some))
+    try:
+        more, update = map(compiled, lower_steps(some))
+    except RuntimeError as error:
+        if (why := no_room(error)) is None:
+            raise
+        return no_room_for(least, why, device)
     state, gradients = held((some.state, some.fixed, some.batch)), held(some.state.parameters)
     largest = max((more, update), key=lambda step: step.temporaries + step.more)
     return cells(
@@ -192,6 +202,13 @@ def memory(device: str) -> float:
 def too_large(least: float, device: str) -> Sequence[str]:
     """Cells of a slice that has no room for what is there all the time."""
     return ["", f"{least / GIB:.1f}", "", "", "", f"{memory(device) / GIB:.1f}", "no", "", ""]
+
+
+def no_room_for(least: float, why: str, device: str) -> Sequence[str]:
+    """Cells of a slice for which the compiler gives up, with the temporary memory that it asks for."""
+    asked = re.search(r"temporaries \(([\d.]+)G\)", why)
+    temporary = asked[1] if asked else why
+    return ["", f"{least / GIB:.2f}", "", temporary, "", f"{memory(device) / GIB:.1f}", "no", "", ""]
 
 
 def cells(

@@ -106,7 +106,20 @@ def _main() -> None:
         answer: Json = asdict(_compile(build(PlanConfig, config), DeviceLayout(**layout)))
     except UserError as error:
         answer = {"mistake": str(error)}
+    except RuntimeError as error:
+        if (why := no_room(error)) is None:
+            raise
+        answer = {
+            "mistake": f"the audit does not fit: {why}; give more devices, a larger parallel.tensor or a smaller "
+            "batch_tokens"
+        }
     print(json.dumps(answer))
+
+
+def no_room(error: RuntimeError) -> str | None:
+    """What the compiler says of a program that the device has no memory for, or None for another error."""
+    status, _, said = str(error).partition("\n")[0].partition(": ")
+    return said.rstrip(".") if status == "RESOURCE_EXHAUSTED" and " HBM" in said else None
 
 
 def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:

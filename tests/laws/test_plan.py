@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from spinal_jax.audit import measure as measuring
 from spinal_jax.audit.pipeline import choose_devices
-from spinal_jax.config import AuditParallelConfig, MetricsConfig, ModelConfig, ParallelConfig, build
+from spinal_jax.config import AuditParallelConfig, MetricsConfig, ModelConfig, ParallelConfig, build, to_mapping
 from spinal_jax.config.data_sheets import DEVICES, EIGENVALUES_H200
 from spinal_jax.config.plan import PlanConfig
 from spinal_jax.config.positions import Positions
@@ -35,6 +37,7 @@ from spinal_jax.models.translate import parameter_shapes
 from spinal_jax.parallel import mesh, placement
 from spinal_jax.parallel.mesh import AXES
 from spinal_jax.parallel.placement import Shards
+from spinal_jax.plan import compiled as compile_module
 from spinal_jax.plan import estimate
 from spinal_jax.plan.collectives import received_bytes
 from spinal_jax.plan.compiled import Compiled, why_not_tpu
@@ -365,3 +368,27 @@ ENTRY %main (t: bf16[4,16]) -> bf16[64,16] {
 def test_what_programs_for_tpus_exchange_in_steps_is_counted_once() -> None:
     """A gather that starts in one fusion and ends in another, and four turns of a loop whose counter grows by 2."""
     assert received_bytes(TPU_PROGRAM) == 15 / 16 * 64 * 16 * 2 + 4 * 2 * (4 * 16 * 2)
+
+
+def test_a_program_without_room_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler for TPUs raises where others report the memory. Other errors stay errors."""
+    config = json.dumps([to_mapping(planned()), dataclasses.asdict(layout_of(planned(), decoder_of(planned().model)))])
+
+    def said(text: str) -> str:
+        def no_room(*_: object) -> NoReturn:
+            raise jax.errors.JaxRuntimeError(text)
+
+        monkeypatch.setattr(compile_module, "_compile", no_room)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(config))
+        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+        compile_module._main()
+        return json.loads(out.getvalue())["mistake"]
+
+    needs = "the total memory required for HLO temporaries (70.67G) exceeds available HBM (15.75G)"
+    assert said(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {needs}.") == (
+        f"the audit does not fit: Ran out of memory on HBM, {needs}; give more devices, a larger parallel.tensor or a "
+        "smaller batch_tokens"
+    )
+    for other in ("INTERNAL: something else", "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=other):
+            said(other)
