@@ -112,7 +112,7 @@ def _apply(activation: Activation | ClampedSwiGLU, weights: ExpertWeights, rows:
 
         return jax.lax.fori_loop(0, (count + size - 1) // size, block, out), None
 
-    out, _ = jax.lax.scan(expert, padded, (weights, jnp.cumsum(sizes) - sizes, sizes))
+    out, _ = jax.lax.scan(expert, padded, (weights, jnp.cumsum(sizes, dtype=sizes.dtype) - sizes, sizes))
     return out[: rows.shape[0]]
 
 
@@ -148,7 +148,9 @@ def _backward(
         out, sums = jax.lax.fori_loop(0, (count + size - 1) // size, block, (out, zeros))
         return out, jax.tree.map(lambda s, w: s.astype(w.dtype), sums, own)
 
-    out, to_weights = jax.lax.scan(expert, padded_gradient, (weights, jnp.cumsum(sizes) - sizes, sizes))
+    out, to_weights = jax.lax.scan(
+        expert, padded_gradient, (weights, jnp.cumsum(sizes, dtype=sizes.dtype) - sizes, sizes)
+    )
     return to_weights, out[: rows.shape[0]], None
 
 
@@ -198,7 +200,9 @@ class MixtureOfExperts(nnx.Module):
         copies = jnp.repeat(tokens, per_token, axis=0).at[order].get(unique_indices=True)
         biases = (None if b is None else b[...] for b in (self.gate_bias, self.up_bias, self.down_bias))
         weights = ExpertWeights(self.gate[...], self.up[...], self.down[...], *biases)
-        sorted_out = apply_experts(self.activation, weights, copies, jnp.bincount(expert, length=count))
+        sorted_out = apply_experts(
+            self.activation, weights, copies, jnp.bincount(expert, length=count).astype(jnp.int32)
+        )
         out = sorted_out.at[jnp.argsort(order)].get(unique_indices=True).reshape(-1, per_token, x.shape[-1])
         mixed = jnp.sum(weight[..., None] * out.astype(jnp.float32), axis=1).astype(x.dtype).reshape(x.shape)
         if self.shared is None:
