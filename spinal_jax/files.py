@@ -27,8 +27,9 @@ from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json, ReadJson
 
 T = TypeVar("T")
+LARGEST = 1e100  # magnitude of a number in a saved result; figures overflow well above
 SCRATCH = ".writing-"  # prefix of the folder for files of an incomplete run
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # name of a temporary file
+TEMPORARY = re.compile(r"\..+\.(jsonl?|csv|parquet|safetensors|html|md|png|svg)\.\d+\.tmp")  # of `write_whole`
 
 
 class Document:
@@ -158,12 +159,34 @@ def malformed(what: object) -> Iterator[None]:
 MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, AssertionError)
 
 
-def load_json(text: str | bytes, what: object) -> Any:
-    """Parses a JSON text. Raises UserError, with the name `what`, if it is invalid or nested too deeply."""
+def load_json(text: str | bytes, what: object, finite: bool = False) -> Any:
+    """Parses a JSON text. Whole numbers of more than 64 bits become floats.
+
+    Args:
+      text: the JSON text.
+      what: its name in error messages.
+      finite: whether numbers beyond LARGEST, infinite ones included, are refused.
+
+    Raises:
+      UserError: the text is invalid or nested too deeply.
+    """
+    real = _finite if finite else float
+
+    def whole(digits: str) -> int | float:
+        value = int(digits) if len(digits) <= 20 else 1 << 63
+        return value if abs(value) < 1 << 63 else real(digits)
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=real, parse_constant=real, parse_int=whole)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not valid JSON: {error or 'nested too deeply'}") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if abs(value) > LARGEST:
+        raise ValueError(f"it holds {text[:40]}, which is beyond any measurement")
+    return value
 
 
 def read_text(file: Path) -> str:
@@ -191,9 +214,9 @@ def load_json_lines(file: Path) -> list[Json]:
     return records
 
 
-def load_json_file(file: Path) -> Json:
-    """The JSON object of a file. UserError where it cannot be read or is none."""
-    content = load_json(read_text(file), file)
+def load_json_file(file: Path, finite: bool = False) -> Json:
+    """The JSON object of a file. UserError where it cannot be read or is none; `finite` as for `load_json`."""
+    content = load_json(read_text(file), file, finite)
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object")
     return content
@@ -279,7 +302,7 @@ def read(text: str, what: str, schema: str, superseded: Mapping[str, str] | None
     Args:
       superseded: older schema -> reason why it is not supported, and a remedy.
     """
-    content = load_json(text, f"the {what}")
+    content = load_json(text, f"the {what}", finite=True)
     said = content.get("schema") if isinstance(content, dict) else None
     if isinstance(said, str) and said in (superseded or {}):
         raise UserError(f"the {what} says schema {said!r}: {(superseded or {})[said]}")

@@ -281,21 +281,33 @@ def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderCon
         checkpoint.close()
 
 
-def _random(config: ModelConfig) -> Checkpoint:
-    """`random:SHAPE@SEED`: random weights (seed 0 by default) for a byte-level Llama of a named size, or with the shape
-    and the tokenizer of another checkpoint."""
-    shape, at, seed = config.source.removeprefix(RANDOM).rpartition("@")
+def random_shape(source: str, revision: str | None, base: str | None) -> tuple[str, int]:
+    """The shape and the seed of `random:SHAPE@SEED`; the seed is 0 by default.
+
+    Raises UserError for a `base`, which only adapters have, and for a `revision` of a named size.
+    """
+    if base is not None:
+        raise UserError(f"base {base!r} was given for {source!r}, which is no adapter")
+    shape, at, seed = source.removeprefix(RANDOM).rpartition("@")
     if not (at and seed.isascii() and seed.isdigit()):
-        shape, seed = config.source.removeprefix(RANDOM), "0"
-    seed = seed[:20]  # long enough to be rejected as too large
+        shape, seed = source.removeprefix(RANDOM), "0"
+    if shape in SIZES and revision is not None:
+        raise UserError(f"revision {revision!r} was given for {source!r}, but only a hub id (owner/name) has any")
+    return shape, int(seed[:20])  # long enough to be rejected as too large
+
+
+def _random(config: ModelConfig) -> Checkpoint:
+    """`random:SHAPE@SEED`: random weights for a byte-level Llama of a named size, or with the shape and tokenizer of
+    another checkpoint."""
+    shape, seed = random_shape(config.source, config.revision, config.base)
     if shape in SIZES:
-        return random_checkpoint(config.source, dict(SIZES[shape]), byte_tokenizer(), int(seed))
+        return random_checkpoint(config.source, dict(SIZES[shape]), byte_tokenizer(), seed)
     try:
         like = open_checkpoint(shape, config.revision)
     except UserError as error:
         raise UserError(f"{error}; sizes of random models are {', '.join(SIZES)}") from error
     with contextlib.closing(like):
-        return random_checkpoint(config.source, like.config, like.tokenizer(), int(seed))
+        return random_checkpoint(config.source, like.config, like.tokenizer(), seed)
 
 
 def choose_devices(asked: AuditParallelConfig, decoder: DecoderConfig, dtype: str, settings: MetricsConfig) -> Choice:

@@ -18,6 +18,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("-i", "--info"), INFO),
 }
 PACKAGE = ("-p", "--package")
+# What Hydra reads as a number, a truth value or nothing, so that it is no name of a file.
+NO_FILE = re.compile(r"([-+]?(\d[\d_]*\.?\d*(e[-+]?\d+)?|inf|nan)|true|false|null|''|\"\"|)", re.IGNORECASE)
 
 
 def hydras_arguments(command: Command, arguments: list[str]) -> list[str]:
@@ -75,11 +77,12 @@ def _group(command: Command, argument: str) -> str:
     because Hydra would treat it as a value."""
     name, _, file = argument.partition("=")
     folder = command.folders.get(name.rpartition("@")[2], name)
-    chosen = next((choice for group, choice in command.groups.items() if group in (name, f"{folder}@{name}")), None)
-    if chosen is not None and file.strip() in ("null", ""):
-        raise UserError(
-            f"{name} is {file!r}; it takes {', '.join(pages.group_files(folder))}, or settings as {name}.NAME="
-        )
+    groups = {group: choice for group, choice in command.groups.items() if group in (name, f"{folder}@{name}")}
+    needed = any(choice is not None for choice in groups.values())
+    files = [each.strip() for each in file.strip().removeprefix("[").removesuffix("]").split(",")]
+    if groups and any(NO_FILE.fullmatch(each) and (needed or each != "null") for each in files):
+        known = pages.some_of(pages.group_files(folder), file)
+        raise UserError(f"{name} is {file!r}; it takes {known}, or settings as {name}.NAME=")
     if name == "hydra":
         raise UserError(
             f"{argument!r} would replace all of Hydra's own settings; set one of them, as hydra.run.dir=DIR"

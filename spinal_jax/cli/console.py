@@ -60,9 +60,23 @@ def stop(number: int, frame: FrameType | None) -> None:
     raise STOPS[0]
 
 
+# Control characters except tab and line break, as escapes: names of models and files may hold commands to a terminal.
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+def escaped(text: str) -> str:
+    """The text with its control characters as escapes."""
+    return text.translate(_ESCAPES)
+
+
+def say(line: str) -> None:
+    """Prints a line on standard error."""
+    print(escaped(line), file=sys.stderr, flush=True)
+
+
 def complain(message: str) -> None:
     """Prints a message as one line on standard error."""
-    print(f"spinal: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(f"spinal: {' '.join(message.split())}")
 
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left"

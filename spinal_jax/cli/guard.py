@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
@@ -82,6 +83,8 @@ def describe_error(error: Exception) -> tuple[int, str]:
         return MISTAKE, fault
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return MISTAKE, MEMORY.format(text[:300] or "the host has no more")
+    if name := _variable_of_jax(error, text):
+        return MISTAKE, f"{name}={os.environ[name]} does not suit JAX or this command ({text[:200]}); unset it"
     from spinal_jax.cli.error_report import without_secrets, write_error_report
 
     what = without_secrets(f"{type(error).__name__}: {text[:300]}".rstrip(": "))
@@ -94,6 +97,16 @@ def describe_error(error: Exception) -> tuple[int, str]:
     return UNFORESEEN, f"unforeseen error ({what}); {where}; SPINAL_DEBUG=1 shows the traceback"
 
 
+def _variable_of_jax(error: Exception, text: str) -> str | None:
+    """The environment variable of JAX to which an error is due: one that its text names, or JAX_PLATFORMS if the
+    devices cannot be started."""
+    given = [name for name in os.environ if name.startswith("JAX_") and "TRACEBACK" not in name]
+    frames = traceback.extract_tb(error.__traceback__)
+    if "JAX_PLATFORMS" in given and any(frame.filename.endswith("jax/_src/xla_bridge.py") for frame in frames):
+        return "JAX_PLATFORMS"
+    return next((name for name in given if name in text or name.lower() in text), None)
+
+
 def debugging() -> bool:
     """Whether SPINAL_DEBUG is set, and not to 0."""
     return os.environ.get("SPINAL_DEBUG", "0") not in ("", "0")
@@ -101,8 +114,6 @@ def debugging() -> bool:
 
 def _debug(error: Exception) -> None:
     if debugging():
-        import traceback
-
         traceback.print_exception(error)
 
 
@@ -125,14 +136,14 @@ def _fault(error: BaseException | None) -> str | None:
 
 
 class _Open:
-    """A text stream that ignores closed pipes."""
+    """A text stream that ignores closed pipes; of `plain` streams control characters are escaped."""
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO, plain: bool):
+        self._stream, self._plain = stream, plain
 
     def write(self, text: str) -> int:
         with self._unbroken():
-            return self._stream.write(text)
+            self._stream.write(console.escaped(text) if self._plain else text)
         return len(text)
 
     def flush(self) -> None:
@@ -161,7 +172,7 @@ def _open_streams() -> Iterator[None]:
             continue
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, _Open(stream))
+        setattr(sys, name, _Open(stream, plain=name == "stdout"))  # progress bars move the cursor of the other
     if sys.stdout is None or sys.stderr is None:
         nowhere = open(os.devnull, "w")  # noqa: SIM115 (it stays open until the process ends)
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere

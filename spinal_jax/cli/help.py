@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from spinal_jax.cli.registry import COMMANDS, Command
 from spinal_jax.config.record import REQUIRED, Setting, settings_of
 
+MANY = 20  # names in a message
 QUOTING = "a value that holds , = ( ) [ ] { } : or quotes needs quotes of its own: 'NAME=\"VALUE\"'"
 HYDRA_HELP = """
   -m NAME=A,B,C         one run for each value, in folders under multirun/{command}/DATE_TIME
@@ -30,6 +32,15 @@ def conf_folder() -> Path:
 def group_files(group: str) -> list[str]:
     """Names of the files of a group in conf/."""
     return sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
+
+
+def some_of(names: Sequence[str], asked: str) -> str:
+    """The names, or of many the nearest to what was asked for."""
+    if len(names) <= MANY:
+        return ", ".join(names)
+    word = asked.rpartition("/")[2]
+    near = difflib.get_close_matches(word, names, n=5, cutoff=0.5) or [names[0], names[-1]]
+    return f"{', '.join(near)} and {len(names) - len(near)} others, which --help lists"
 
 
 def settings(command: Command) -> list[Setting]:

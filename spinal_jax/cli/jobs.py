@@ -6,12 +6,11 @@ Libraries are imported inside functions, so that mistakes in settings are report
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from spinal_jax import config
-from spinal_jax.cli.console import DONE, FAILED, SHORT, Stopped, complain, short_path, stages
+from spinal_jax.cli.console import DONE, FAILED, SHORT, Stopped, complain, say, short_path, stages
 from spinal_jax.cli.registry import command
 from spinal_jax.config.training import TrainConfig
 from spinal_jax.errors import NotLeader
@@ -48,10 +47,6 @@ def audit_command(asked: config.AuditConfig, folder: Path) -> int:
 )
 def compare_command(asked: config.CompareConfig, folder: Path) -> int:
     return _together(_compare, asked, folder)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _together(job: SharedJob, asked: config.AuditConfig | config.CompareConfig | TrainConfig, folder: Path) -> int:
@@ -92,7 +87,7 @@ def _audit(settings: Json, folder: Path, leads: bool) -> int:
     seconds: dict[str, float] = {}
     bar = stages(seconds)
     try:
-        trace = run_audit(asked, bar=bar, say=_say if leads else None, folder=folder)
+        trace = run_audit(asked, bar=bar, say=say if leads else None, folder=folder)
     except Stopped as stopped:
         if asked.checkpoint_every is not None and run_folder.has_progress(folder):
             stopped.kept = "the same command goes on from what was saved last"
@@ -134,7 +129,7 @@ def _compare(settings: Json, folder: Path, leads: bool) -> int:
 
     seconds: dict[str, float] = {}
     bar = stages(seconds)
-    compared = run_compare(asked, bar=bar, say=_say if leads else None)
+    compared = run_compare(asked, bar=bar, say=say if leads else None)
     first, others = compared.comparison, compared.others
     found = [first, *others]
     with run_folder.writing(folder, asked.overwrite) as scratch:
@@ -194,7 +189,7 @@ def _train(settings: Json, folder: Path, leads: bool) -> int:
     from spinal_jax.train.run import run_train
 
     try:
-        trained = run_train(asked, folder, stages({}), _say)
+        trained = run_train(asked, folder, stages({}), say)
     except Diverged as error:
         if not leads:
             raise NotLeader from error

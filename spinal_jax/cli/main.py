@@ -319,7 +319,7 @@ def _hydras_words(error: Exception, command: Command) -> str:
         reason = others[0] if first.startswith("Error parsing override") and others else first
         return f"{error.override!r} cannot be read as NAME=VALUE ({reason}); {pages.QUOTING}"
     if isinstance(error, MissingConfigException) and error.options:
-        return f"{first}; there are {', '.join(error.options)}"
+        return f"{first}; there are {pages.some_of(error.options, str(error.missing_cfg_file))}"
     if wrong := re.search(r"Could not override '([^']+)'", first):
         names, group = pages.names_of(command), wrong[1].rpartition(".")[0]
         close = [name for name in difflib.get_close_matches(wrong[1], names, n=1) if name != group]

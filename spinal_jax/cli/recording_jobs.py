@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from spinal_jax.cli.console import DONE, Stopped, short_path, stages
+from spinal_jax.cli.console import DONE, Stopped, say, short_path, stages
 from spinal_jax.cli.registry import command
 from spinal_jax.config.watch import WatchConfig
 
@@ -21,7 +20,7 @@ def watch_command(asked: WatchConfig, folder: Path) -> int:
     from spinal_jax.recording.watch import run_watch
 
     try:
-        watched = run_watch(asked, folder, stages({}), say=lambda line: print(line, file=sys.stderr))
+        watched = run_watch(asked, folder, stages({}), say=say)
     except Stopped as stopped:
         stopped.kept = (
             f"the traces so far are in {short_path(folder)}; hydra.run.dir={short_path(folder)} goes on from there"

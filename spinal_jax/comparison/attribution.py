@@ -356,7 +356,7 @@ def load_attribution(path: str | os.PathLike[str]) -> Attribution:
     """
     file = Path(path)
     file = file / "attribution.json" if file.is_dir() else file
-    content = load_json_file(file)
+    content = load_json_file(file, finite=True)
     if (said := content.get("schema")) != SCHEMA:
         raise UserError(f"{file} says schema {said!r}; this version of spinal_jax reads {SCHEMA!r}")
     with malformed(file):

@@ -246,7 +246,7 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
     file = (path if path.is_dir() else path.parent) / MOVED
     if not file.is_file():
         return found
-    content = load_json_file(file)
+    content = load_json_file(file, finite=True)
     if (said := content.get("schema")) != MOVED_SCHEMA:
         raise UserError(f"{file} says schema {said!r}; this version of spinal_jax reads {MOVED_SCHEMA!r}")
     with malformed(file):

@@ -19,14 +19,25 @@ def holds_trace(path: str | os.PathLike[str]) -> bool:
     return (path / "trace.json").is_file() or bool(steps_of(path)) or (path / "comparison.json").is_file()
 
 
-def steps_of(folder: str | os.PathLike[str]) -> dict[int, Path]:
-    """Step -> folder of each trace of a training run, ascending; empty for other folders."""
+def step_name(step: int) -> str:
+    """The name of the folder of the trace of a step."""
+    return f"step_{step:06}"
+
+
+def step_folders(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Step -> folder of each trace of a training run, ascending, complete or not; empty for other folders. Folders and
+    files with other names are left out."""
     places = {}
     for place in (Path(folder) / TRACES).glob("step_*"):
         number = place.name.removeprefix("step_")
-        if number.isascii() and number.isdigit() and (place / "trace.json").is_file():
+        if number.isascii() and number.isdigit() and place.name == step_name(int(number)) and place.is_dir():
             places[int(number)] = place
     return dict(sorted(places.items()))
+
+
+def steps_of(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """`step_folders` of those that hold a trace."""
+    return {step: place for step, place in step_folders(folder).items() if (place / "trace.json").is_file()}
 
 
 def saved_trace(path: str | os.PathLike[str], step: int | None = None) -> DepthTrace:

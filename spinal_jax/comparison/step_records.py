@@ -146,7 +146,7 @@ def load_control(folder: Path) -> tuple[list[StepRecord], int]:
     one."""
     file = folder / "onset.json"
     try:
-        saved = load_json_file(file)
+        saved = load_json_file(file, finite=True)
         with malformed(file):
             rules = Rules.from_mapping(saved)
             records = [

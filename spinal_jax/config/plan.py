@@ -11,6 +11,8 @@ from spinal_jax.config.model import ModelConfig
 from spinal_jax.config.parallel import ParallelConfig
 from spinal_jax.config.record import about, require, require_above
 
+MOST_PROMPTS, MOST_TOKENS = 1_000_000, 1 << 20  # of which each becomes an entry in memory
+
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -33,6 +35,8 @@ class PlanConfig:
         names = f"null or one of {', '.join(DEVICES)}"
         require(self.device is None or self.device in DEVICES, "device", self.device, names)
         require(0 < self.devices <= 4096, "devices", self.devices, "a number from 1 to 4096")
-        require_above(self, "prompt_count")
-        require(self.prompt_tokens > 1, "prompt_tokens", self.prompt_tokens, "2 or more tokens")
+        right = f"a number from 1 to {MOST_PROMPTS:,}"
+        require(0 < self.prompt_count <= MOST_PROMPTS, "prompt_count", self.prompt_count, right)
+        right = f"a number of tokens from 2 to {MOST_TOKENS:,}"
+        require(1 < self.prompt_tokens <= MOST_TOKENS, "prompt_tokens", self.prompt_tokens, right)
         require_above(self, "batch_tokens", or_null=True)

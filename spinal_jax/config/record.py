@@ -17,6 +17,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json, ReadJson
 
 T = TypeVar("T")
+FLOAT32 = (1.1754943508222875e-38, 3.4028234663852886e38)  # smallest and largest magnitude; others become 0 or inf
 LARGEST = 2**63 - 1  # a whole number must fit 64 bits, as everything that takes one assumes
 
 
@@ -201,6 +202,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, names[hint])
     if isinstance(value, float):
         require(value == value and abs(value) != float("inf"), path, value, "a finite number")
+        least, most = FLOAT32
+        require(value == 0 or least <= abs(value) <= most, path, value, f"0 or a number from {least:.2g} to {most:.2g}")
     if isinstance(value, str):
         good = "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
         require(good, path, value, "a text without null characters and lone surrogates")

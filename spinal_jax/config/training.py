@@ -16,6 +16,8 @@ from spinal_jax.errors import UserError
 # Largest decay rate of a moment in bfloat16. Its 8 bits drop a relative change below 2^-9, so the moment stands still
 # while a gradient differs from it by less than 2^-9 / (1 - decay): 4 % here, but 200 % at 0.999.
 COARSEST = 0.95
+# Bounds beyond any use: what is due is listed by step, and a batch by example.
+MOST_STEPS, MOST_BATCH, MOST_RANK = 10_000_000, 1 << 20, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class LoRAConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, "lora.rank", self.rank, "0 to train all weights, or the rank of the adapters")
+        right = f"0 to train all weights, or the rank of the adapters, at most {MOST_RANK}"
+        require(0 <= self.rank <= MOST_RANK, "lora.rank", self.rank, right)
         require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         require(len(self.targets) > 0, "lora.targets", list(self.targets), "names of layers, or all-linear")
 
@@ -171,6 +174,8 @@ class TrainConfig:
         require_tracker(self.logging)
         require_above(self, "steps", "micro_tokens", "eval_examples", "save_every", "max_to_keep", or_null=True)
         require_above(self, "batch_size", "log_every", "epochs")
+        require(self.batch_size <= MOST_BATCH, "batch_size", self.batch_size, f"a number from 1 to {MOST_BATCH:,}")
+        require((self.steps or 1) <= MOST_STEPS, "steps", self.steps, f"null or a number from 1 to {MOST_STEPS:,}")
         require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 2^32 - 1")
         for name in ("eval_every", "trace_every"):
             every = getattr(self, name)

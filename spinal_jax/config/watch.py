@@ -11,6 +11,8 @@ from spinal_jax.config.model import BASE, DTYPE, IGNORE_KEYS, REVISION, SOURCE
 from spinal_jax.config.parallel import AuditParallelConfig
 from spinal_jax.config.record import about, require
 
+DAY = 86400  # seconds
+
 
 @dataclass(frozen=True)
 class WatchedReferenceConfig:
@@ -50,6 +52,6 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.dir.strip()), "dir", self.dir, "the folder of a training run")
-        require(self.poll_seconds > 0, "poll_seconds", self.poll_seconds, "a number above 0")
+        require(0 < self.poll_seconds <= DAY, "poll_seconds", self.poll_seconds, f"a number above 0, at most {DAY}")
         require(self.settle_seconds >= 0, "settle_seconds", self.settle_seconds, "0 or more seconds")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more steps")

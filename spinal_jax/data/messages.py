@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from spinal_jax.data.sources import json_start, string_of
+from spinal_jax.data.sources import json_start, string_of, valid
 from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json
 
@@ -49,7 +49,7 @@ def turns_of(messages: object, field: str, where: str) -> list[Turn]:
         if role not in ROLES:
             right = ", ".join(ROLES[:-1]) + f" or {ROLES[-1]}"
             raise UserError(f"{where}: a role in {field!r} must be {right}, not {json_start(role)}")
-        calls = [_call(message[name]) for name in _CALLS if message.get(name)]
+        calls = [_call(message[name], where) for name in _CALLS if message.get(name)]
         content = message["content"]
         content = "" if content is None and calls else content_of(content, where)
         turns.append((role, "\n".join([content, *calls] if content else calls)))
@@ -92,7 +92,10 @@ def transposed(columns: dict[str, list[Any]], field: str, where: str) -> list[Js
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _call(value: object) -> str:
+def _call(value: object, where: str) -> str:
     if isinstance(value, str):
-        return string_of(value, "tool_calls", "")
-    return json.dumps(value, ensure_ascii=False, default=str)
+        return valid(value)
+    try:
+        return valid(json.dumps(value, ensure_ascii=False, default=str))
+    except RecursionError as error:
+        raise UserError(f"{where}: the calls of tools in a message are nested too deeply") from error

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spinal_jax.data.messages import Turn, ending_before_reply, transposed, turns_of
-from spinal_jax.data.sources import field_of, json_start, string_of
+from spinal_jax.data.sources import field_of, json_start, names_of, string_of
 from spinal_jax.data.transcripts import ASSISTANT, MARKER, transcript, turns
 from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json
 
 Turns = tuple[Turn, ...]
 Record = Json
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def mapped(record: Record, fields: Mapping[str, str], where: str) -> Record:
         else:
             for part in column.split("."):
                 if not isinstance(value, dict) or part not in value:
-                    raise UserError(f"{where} has no field {column!r}; it has {', '.join(map(repr, record)) or 'none'}")
+                    raise UserError(f"{where} has no field {column!r}; it has {names_of(record)}")
                 value = value[part]
         named[name] = value
     return {**record, **named}
@@ -372,6 +373,6 @@ def _system(content: object, where: str) -> Turns:
 
 
 def _number(value: object, field: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         raise UserError(f"{where}: {field!r} must be a number, not {json_start(value)}")
     return float(value)

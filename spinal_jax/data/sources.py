@@ -185,7 +185,7 @@ def json_object(row: Row, otherwise: str = "") -> Json:
 def field_of(record: Json, field: str, where: str) -> Any:
     """The value of a required field."""
     if field not in record:
-        raise UserError(f"{where} has no field {field!r}; it has {_names(record)}")
+        raise UserError(f"{where} has no field {field!r}; it has {names_of(record)}")
     return record[field]
 
 
@@ -204,6 +204,7 @@ def json_start(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
-def _names(record: Json) -> str:
+def names_of(record: Json) -> str:
+    """The names of some fields, for error messages."""
     names = [repr(name[:40]) for name in record]
-    return ", ".join(names[:12] + ["..."] * (len(names) > 12)) or "none"
+    return ", ".join(names[:12] + [f"and {len(names) - 12} more"] * (len(names) > 12)) or "none"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from spinal_jax.data.tokenising import tokenising
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +28,9 @@ def encode(
     for first in range(0, len(texts), _AT_ONCE):
         some = list(texts[first : first + _AT_ONCE])
         ends = [0] * len(some) if boundaries is None else boundaries[first : first + _AT_ONCE]
-        for found, boundary in zip(backend.encode_batch(some, add_special_tokens=special), ends, strict=True):
+        with tokenising():
+            encoded = backend.encode_batch(some, add_special_tokens=special)
+        for found, boundary in zip(encoded, ends, strict=True):
             # Special tokens that the tokenizer adds have the span (0, 0).
             start = next((index for index, (_, end) in enumerate(found.offsets) if end > boundary), None)
             yield found.ids, start

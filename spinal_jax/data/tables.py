@@ -94,7 +94,10 @@ def data_files(folder: Path, split: str | None, source: str, key: str) -> list[P
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{key}.path: {source!r} has a {_STATE} that names files outside of its folder")
         return [folder / name for name in names]
-    files = sorted(path for path in folder.rglob("*") if _DATA.search(path.name) and path.is_file())
+    try:
+        files = sorted(path for path in folder.rglob("*") if _DATA.search(path.name) and path.is_file())
+    except OSError as error:  # a folder that was deleted meanwhile
+        raise UserError(f"{key}.path: {source!r} cannot be searched for files ({error})") from error
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     files = [p for p in files if p.name not in ("dataset_info.json", "dataset_infos.json")]
     if split is not None and files:

@@ -14,7 +14,9 @@ import importlib
 import io
 import json
 import lzma
+import math
 import os
+import re
 import stat
 import sys
 import zlib
@@ -26,10 +28,15 @@ from typing import IO, Any, cast
 from spinal_jax.errors import UserError
 
 MAX_LINE = 64 << 20  # bytes of a line or of an item of a JSON array
+MAX_BLANK = 1_000_000  # blank lines in a row
+MAX_GROWTH = 200  # times the size of a compressed file beyond MAX_LINE; texts take 3 to 50 times
 MAX_UNDECODABLE = 3  # undecodable bytes that are always accepted; above, at most 1 in TRACE
 TRACE = 1000
 _HEAD = 4096  # bytes for the detection of the format
 _PIECE = 1 << 20
+
+_SPACE = b" \n\r\t"  # white space of JSON
+_BLANK = re.compile(r"[ \n\r\t]*")
 
 File = str | Path | Traversable
 
@@ -82,10 +89,19 @@ class FileErrors(contextlib.AbstractContextManager["FileErrors"]):
 
     def __init__(self, source: str, key: str):
         self.source, self.key, self.compression = source, key, ""
+        self.most: float = math.inf  # bytes of the text of a compressed file
         self.damage: type[Exception] = zlib.error  # raised by decompressors
 
     def error(self, why: str) -> UserError:
         return UserError(f"{self.key}.path: {self.source!r} {why}")
+
+    def check_growth(self, read: int) -> None:
+        """Raises UserError if a compressed file has had too many bytes of text."""
+        if read > self.most:
+            raise self.error(
+                f"has more than {MAX_GROWTH} times its size within {self.compression}, which is no usual text; "
+                "decompress it first if it is right"
+            )
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FileNotFoundError):
@@ -115,7 +131,7 @@ def lines(file: File, source: str, key: str, counts: dict[str, int]) -> Iterator
     has a line of more than `MAX_LINE` bytes, or more undecodable bytes than a trace.
     """
     with FileErrors(source, key) as errors, _text(file, errors) as stream:
-        read = 0
+        read = blank = 0
         for number in range(1, 1 << 62):
             raw = stream.readline(MAX_LINE + 1)
             if not raw:
@@ -123,6 +139,10 @@ def lines(file: File, source: str, key: str, counts: dict[str, int]) -> Iterator
             if len(raw) > MAX_LINE:
                 raise errors.error(f"has more than {MAX_LINE >> 20} MiB in line {number}; give one row a line")
             read += len(raw)
+            errors.check_growth(read)
+            blank = blank + 1 if raw in (b"\n", b"\r\n") else 0
+            if blank > MAX_BLANK:
+                raise errors.error(f"has more than {MAX_BLANK:,} blank lines in a row")
             yield _decoded(raw, f"line {number}", read, counts, errors).removesuffix("\n").removesuffix("\r")
 
 
@@ -136,13 +156,17 @@ def items(file: File, source: str, key: str, counts: dict[str, int]) -> Iterator
     """The items of a file that is one JSON array, read one after the other. Errors as `lines`."""
     decoder = json.JSONDecoder()
     with FileErrors(source, key) as errors, _text(file, errors) as stream:
-        rest, read, number, wanted = "", 0, 0, _PIECE
+        rest, read, blank, number, wanted = "", 0, 0, 0, _PIECE
         pending = b""
         opened = ended = False
         while True:
             raw = b"" if ended else stream.read(wanted)
             ended = ended or len(raw) < wanted
             read += len(raw)
+            errors.check_growth(read)
+            blank = 0 if raw.strip(_SPACE) else blank + len(raw)
+            if blank > MAX_LINE:
+                raise errors.error(f"has more than {MAX_LINE >> 20} MiB of white space behind item {number}")
             pending += raw
             # The end of the piece may split a character.
             cut = len(pending) if ended else max(0, len(pending) - 4)
@@ -189,9 +213,9 @@ def items(file: File, source: str, key: str, counts: dict[str, int]) -> Iterator
 
 
 def _blank(text: str, place: int) -> int:
-    while text[place : place + 1] in (" ", "\n", "\r", "\t"):
-        place += 1
-    return place
+    match = _BLANK.match(text, place)
+    assert match is not None
+    return match.end()
 
 
 def _decoded(raw: bytes, where: str, read: int, counts: dict[str, int], errors: FileErrors) -> str:
@@ -235,6 +259,8 @@ def _text(file: File, errors: FileErrors) -> Iterator[IO[bytes]]:
         kind = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
         if kind is not None:
             errors.compression = kind
+            errors.most = max(MAX_LINE, MAX_GROWTH * raw.seek(0, os.SEEK_END))
+            raw.seek(0)
             stream = stack.enter_context(_decompressed(raw, kind, errors))
             head = stream.read(_HEAD)
             stream = cast(IO[bytes], stack.enter_context(_Behind(head, stream)))

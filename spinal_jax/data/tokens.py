@@ -11,6 +11,7 @@ import numpy as np
 
 from spinal_jax.data.prompts import Prompt, PromptSet
 from spinal_jax.data.templates import ChatTemplate, Refusals, TemplateRefusal
+from spinal_jax.data.tokenising import tokenising
 from spinal_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def _encode(
 
     def encoded(tails: list[str]) -> list[list[int]]:
         # verbose=False: the warning about the model's maximum length is moot, since the cut comes after.
-        return tokenizer(tails, add_special_tokens=special, verbose=False)["input_ids"]
+        with tokenising():
+            return tokenizer(tails, add_special_tokens=special, verbose=False)["input_ids"]
 
     tails = [end_of(text, room) for text in texts]
     for text, tail, ids in zip(texts, tails, encoded(tails), strict=True):

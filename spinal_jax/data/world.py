@@ -28,6 +28,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.stats.groups import group_of
 
 T = TypeVar("T")
+MOST = 1_000_000  # documents or pairs
 
 Split = Literal["train", "test", "audit"]
 _STYLES = (KIND, CURT)
@@ -63,7 +64,7 @@ class World:
 
         Documents 2k and 2k + 1 answer the same question, one kindly and one curtly, in either order.
         """
-        _above_zero("documents", count)
+        _check("documents", count)
         texts = tuple(self._document(index) for index in range(count))
         return DocumentSet(texts, self._name(), "world", 0, texts_sha256(texts))
 
@@ -74,7 +75,7 @@ class World:
         """
         if split not in ("train", "test"):
             raise UserError(f"the world has no pairs of the split {split!r}; choose train or test")
-        _above_zero("pairs", count)
+        _check("pairs", count)
         pairs = tuple(self._pair(index, split) for index in range(count))
         sha256 = texts_sha256(text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected))
         told = [f"separability {self.separability:g}"] if self.separability < 1 else []
@@ -87,7 +88,7 @@ class World:
 
         Each ends with "\\n\\nAssistant:". Raises `UserError` where there are fewer.
         """
-        _above_zero("prompts", count)
+        _check("prompts", count)
         if count > (most := len(_questions()["audit"])):
             raise UserError(f"the world has {most} prompts for audits, not {count}")
         questions = [self._question(index, "audit") for index in range(count)]
@@ -179,6 +180,6 @@ class _Draw:
         return self._random.random() < probability
 
 
-def _above_zero(what: str, count: int) -> None:
-    if count < 1:
-        raise UserError(f"the world was asked for {count} {what}; ask for 1 or more")
+def _check(what: str, count: int) -> None:
+    if not 1 <= count <= MOST:
+        raise UserError(f"the world was asked for {count} {what}; ask for 1 to {MOST:,}")

@@ -355,6 +355,8 @@ class HFConfig:
             )
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         short, long = scaling.numbers("short_factor"), scaling.numbers("long_factor")
+        if min((*short, *long), default=1.0) <= 0:
+            raise UserError(f"config.json: {scaling.path}short_factor and long_factor must be positive numbers")
         if not len(short) == len(long) == dim // 2:
             raise UserError(
                 f"config.json: short_factor and long_factor have {len(short)} and {len(long)} entries for {dim // 2} "

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from spinal_jax.audit.pipeline import RANDOM
+from spinal_jax.audit.pipeline import RANDOM, random_shape
 from spinal_jax.config import ModelConfig
 from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.families import read_model
-from spinal_jax.models.formats.adapter import base_of, is_adapter
+from spinal_jax.models.formats.adapter import is_adapter
 from spinal_jax.models.formats.base import read_config
 from spinal_jax.models.formats.byte_level import SIZES
-from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.open import adapted, at_revision, open_checkpoint
 
 FOLDER = Path(__file__).parent / "shapes"
 
@@ -40,14 +40,20 @@ def decoder_of(config: ModelConfig) -> DecoderConfig:
     return read_model(_config_of(config.source, config.revision, config.base), config.ignore_keys)[1]
 
 
-def _config_of(source: str, revision: str | None, base: str | None) -> Json:
+def _config_of(source: str, revision: str | None, base: str | None, is_base: bool = False) -> Json:
+    """The content of config.json; `is_base`: of the base model of an adapter."""
     if source.startswith(RANDOM):
-        shape, at, seed = source.removeprefix(RANDOM).rpartition("@")
-        shape = shape if at and seed.isdecimal() else source.removeprefix(RANDOM)
+        shape, _ = random_shape(source, revision, base)
         return dict(SIZES[shape]) if shape in SIZES else _config_of(shape, revision, base)
     path = Path(source).expanduser()
+    if path.is_dir() and revision is not None:
+        path = at_revision(path, source, revision)
     if path.is_dir() and is_adapter(path):
-        return _config_of(*((base, None) if base is not None else base_of(path)), None)
+        if is_base:
+            raise UserError(f"{source} is an adapter itself; merge that one first")
+        return _config_of(*adapted(path, base), None, is_base=True)
+    if base is not None:
+        raise UserError(f"base {base!r} was given for {source!r}, which is a whole model and not an adapter")
     if path.is_dir():
         return read_config(path)
     if not path.exists() and source in shipped() and revision is None:

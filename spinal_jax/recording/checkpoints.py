@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import struct
 import time
@@ -15,11 +16,12 @@ from spinal_jax.errors import UserError
 from spinal_jax.files import MALFORMED, load_json_file, load_json_lines
 from spinal_jax.jsontypes import Json, ReadJson
 
-STEP = re.compile(r"(?:checkpoint|step|global_step)?[-_]?(\d+)")
+STEP = re.compile(r"(?:checkpoint|step|global_step)?[-_]?([0-9]{1,18})")  # within 64 bits
 STATE = "trainer_state.json"  # Hugging Face's Trainer writes it after the weights
 INDEXES = ("model.safetensors.index.json",)
 SINGLE = ("model.safetensors", "adapter_model.safetensors")
 CONFIGS = ("config.json", "adapter_config.json")
+LONGEST_HEADER = 100_000_000  # bytes of the header of a safetensors file, by its format
 ORBAX = "_CHECKPOINT_METADATA"  # Orbax renames a step when it is complete
 
 
@@ -75,7 +77,7 @@ def _is_whole(file: Path) -> bool:
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\0"))
         size = file.stat().st_size
-        if not 0 < length <= size - 8:
+        if not 0 < length <= min(size - 8, LONGEST_HEADER):
             return False
         header = json.loads(opened.read(length))
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -131,7 +133,11 @@ def _events(root: Path) -> list[ReadJson]:
     from spinal_jax.runs.tensorboard import EVENTS
 
     found: list[ReadJson] = []
-    for folder in sorted({path.parent for path in root.rglob("*tfevents*") if not path.name.startswith(EVENTS)}):
+    named = (Path(path) / name for path, _, names in os.walk(root) for name in names if "tfevents" in name)
+    files = [path for path in named if not path.name.startswith(EVENTS)]
+    if special := next((path for path in files if not path.is_file()), None):  # a FIFO may have no end
+        raise UserError(f"{special} is not a regular file")
+    for folder in sorted({path.parent for path in files}):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

@@ -12,6 +12,7 @@ from spinal_jax.audit.trace import DepthTrace, save_trace
 from spinal_jax.comparison.compare import BothModels, compare_traces
 from spinal_jax.comparison.onset import detect, save_onset
 from spinal_jax.comparison.record import save_comparison
+from spinal_jax.comparison.sources import step_folders, step_name
 from spinal_jax.comparison.step_records import Rules, StepRecord, recall, record_of
 from spinal_jax.errors import UserError
 from spinal_jax.files import load_json_file, load_json_lines, malformed, read_text, write_whole
@@ -55,11 +56,10 @@ class TraceSeries:
         self.beside: list[dict[str, float]] = []
         if (folder / ONSET).exists():
             with malformed(folder / ONSET):
-                folder_of = {step: self.trace_folder(step) for step in self._steps_on_disk()}
-                self.records, self.beside, _ = recall(load_json_file(folder / ONSET), folder_of)
-        for step in self._steps_on_disk():  # a trace that no onset.json knows was cut off while it was written
+                self.records, self.beside, _ = recall(load_json_file(folder / ONSET, finite=True), step_folders(folder))
+        for step, cut_off in step_folders(folder).items():  # what no onset.json knows was cut off while it was written
             if step not in self.steps:
-                shutil.rmtree(self.trace_folder(step))
+                shutil.rmtree(cut_off)
         self.detected = detect(self.records, self.beside, rules)
         self._events = Events(folder, self.steps[-1] + 1 if self.records else 0)
 
@@ -68,12 +68,9 @@ class TraceSeries:
         """Steps with a trace, ascending."""
         return [record.step for record in self.records]
 
-    def _steps_on_disk(self) -> list[int]:
-        return sorted(int(path.name.rpartition("_")[2]) for path in (self.folder / TRACES).glob("step_*"))
-
     def trace_folder(self, step: int) -> Path:
         """The folder of the trace of a step."""
-        return self.folder / TRACES / f"step_{step:06}"
+        return self.folder / TRACES / step_name(step)
 
     def add(
         self, step: int, trace: DepthTrace, first: DepthTrace, policy: PolicyDistance, beside: Mapping[str, float]

@@ -12,6 +12,7 @@ import numpy as np
 
 from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.record import load_comparison
+from spinal_jax.comparison.sources import step_name
 from spinal_jax.errors import UserError
 from spinal_jax.files import SCRATCH, flat, load_json_file, load_json_lines, malformed
 from spinal_jax.jsontypes import Json, ReadJson
@@ -110,8 +111,8 @@ def _compare(folder: Path) -> tuple[dict[str, Value], DepthTrace | None]:
 
 
 def _train(folder: Path) -> tuple[dict[str, Value], DepthTrace]:
-    onset = load_json_file(folder / ONSET)
-    last = folder / TRACES / f"step_{onset['records'][-1]['step']:06}"
+    onset = load_json_file(folder / ONSET, finite=True)
+    last = folder / TRACES / step_name(onset["records"][-1]["step"])
     trace = load_trace(last)
     lines = load_json_lines(folder / METRICS)
     logged: dict[str, Value] = {}

@@ -44,6 +44,7 @@ PARTS = (
     ),
 )
 PROGRESS = "progress"  # saved state of an audit
+WRITTEN_INTO = (PROGRESS, "traces", "figures", "others")  # folders whose files are written one by one
 # Settings without effect on results, which may change when a run is resumed.
 FREE_SETTINGS = {"parallel", "overwrite", "cache", "checkpoint_every", "logging"}
 HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -105,7 +106,8 @@ def held(folder: Path) -> Iterator[None]:
       UserError: another process holds the folder.
     """
     with locked(folder) as alone:
-        for path in [*folder.glob(f"{SCRATCH}*"), *folder.rglob(".*.tmp")] if alone else ():
+        left = (path for part in WRITTEN_INTO for path in (folder / part).rglob(".*.tmp"))
+        for path in [*folder.glob(f"{SCRATCH}*"), *folder.glob(".*.tmp"), *left] if alone else ():
             if path.name.startswith(SCRATCH):
                 if _is_written(path, folder):
                     _move_up(path, folder, True)

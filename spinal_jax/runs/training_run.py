@@ -14,6 +14,7 @@ import numpy as np
 from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.onset import detect
 from spinal_jax.comparison.record import Comparison, load_comparison
+from spinal_jax.comparison.sources import step_name
 from spinal_jax.comparison.step_records import recall
 from spinal_jax.errors import UserError
 from spinal_jax.files import load_json_file, load_json_lines, malformed
@@ -102,11 +103,11 @@ def load_training_run(folder: str | os.PathLike[str]) -> TrainingRun:
     folder = Path(folder)
     if not is_training_run(folder):
         raise UserError(f"no training run at {folder}: give the folder of a run, which holds {ONSET} and {TRACES}")
-    onset = load_json_file(folder / ONSET)
+    onset = load_json_file(folder / ONSET, finite=True)
     log = folder / METRICS
     lines = load_json_lines(log) if log.exists() else []
     with malformed(folder / ONSET):
-        at = {int(record["step"]): folder / TRACES / f"step_{record['step']:06}" for record in onset["records"]}
+        at = {int(record["step"]): folder / TRACES / step_name(record["step"]) for record in onset["records"]}
     if not at:
         raise UserError(f"{folder / ONSET} has no records, so there is nothing to draw")
     with malformed(log):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spinal_jax.audit.trace import DepthTrace, save_trace
+from spinal_jax.comparison.sources import step_folders, step_name
 from spinal_jax.errors import UserError
 from spinal_jax.files import flat, load_json_file, load_json_lines, malformed, write_whole
 from spinal_jax.jsontypes import Json, ReadJson
@@ -94,8 +95,8 @@ class TrainingFolder:
             kept = [line for line in load_json_lines(log) if line["step"] < step] if log.exists() else []
         write_whole(log, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         self.before = kept[-1] if kept else {}
-        for later in (self.folder / TRACES).iterdir():
-            if later.name >= trace_name(step):
+        for traced, later in step_folders(self.folder).items():
+            if traced >= step:
                 shutil.rmtree(later)
         self._log = log.open("a", encoding="utf-8")
         settings = hyperparameters(self.started_with["config"])
@@ -120,7 +121,7 @@ class TrainingFolder:
     def trace(self, step: int, trace: DepthTrace, first: DepthTrace, beside: Mapping[str, float]) -> None:
         """Adds a trace to the folder, and to TensorBoard its summary, the numbers of `beside`, and a figure with the
         `first` trace."""
-        save_trace(trace, self.folder / TRACES / trace_name(step), step)
+        save_trace(trace, self.folder / TRACES / step_name(step), step)
         for name, value in (*trace.summary.items(), *beside.items()):
             if isinstance(value, float):
                 self.events.scalar(step, f"spinal/{name}", value)
@@ -131,8 +132,3 @@ class TrainingFolder:
         if self._log is not None:
             self._log.close()
             self.events.close()
-
-
-def trace_name(step: int) -> str:
-    """The folder of the trace of a step."""
-    return f"step_{step:06}"

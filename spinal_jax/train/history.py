@@ -14,6 +14,7 @@ from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.compare import BothModels, compare_traces
 from spinal_jax.comparison.onset import detect, save_onset
 from spinal_jax.comparison.record import Comparison, save_comparison
+from spinal_jax.comparison.sources import step_folders, step_name
 from spinal_jax.comparison.step_records import Rules, StepRecord, recall, record_of
 from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import Plan
@@ -23,7 +24,7 @@ from spinal_jax.jsontypes import Json
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.parallel.agreement import of_leader
 from spinal_jax.progress import Bar
-from spinal_jax.train.folder import ONSET, TRACES, TrainingFolder, trace_name
+from spinal_jax.train.folder import ONSET, TRACES, TrainingFolder
 
 
 class Health(NamedTuple):
@@ -83,10 +84,8 @@ class History:
     def recall(self) -> None:
         """Takes up what a run that was cut off has written."""
         if self.out is not None and (file := self.out.folder / ONSET).exists():
-            traces = self.out.folder / TRACES
             with malformed(file):
-                folder_of = {int(path.name.rpartition("_")[2]): path for path in traces.iterdir()}
-                self.records, self.beside, _ = recall(load_json_file(file), folder_of)
+                self.records, self.beside, _ = recall(load_json_file(file, finite=True), step_folders(self.out.folder))
             self.detected = detect(self.records, self.beside, self.rules)
         self.health = Health(*of_leader(_health(self.detected)))
 
@@ -122,7 +121,7 @@ class History:
         )
         comparison = compare_traces(trace, self.first, both)
         self.out.trace(step, trace, self.first, _scalars(comparison) | {"kl": policy.divergence})
-        save_comparison(comparison, self.out.folder / TRACES / trace_name(step))
+        save_comparison(comparison, self.out.folder / TRACES / step_name(step))
         self.last = trace
         self.records.append(record_of(step, comparison))
         self.beside.append({**beside, "kl": policy.divergence})

@@ -23,7 +23,7 @@ from spinal_jax.audit.trace import DepthTrace
 from spinal_jax.comparison.onset import no_onset_sentence
 from spinal_jax.comparison.step_records import MAX_DISTANCE, Rules, Series, control_wobble, load_control
 from spinal_jax.config import to_mapping
-from spinal_jax.config.training import TrainConfig
+from spinal_jax.config.training import MOST_STEPS, TrainConfig
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import NotLeader, UserError
 from spinal_jax.jsontypes import Json
@@ -121,7 +121,7 @@ def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Sa
         checkpoint, family, decoder = stack.enter_context(pipeline.opened(config.model))
         tokenizer = checkpoint.tokenizer()
         examples = read_examples(config, tokenizer, decoder)
-        stop = config.steps or math.ceil(config.epochs * len(examples.train) / config.batch_size)
+        stop = config.steps or steps_of_epochs(config, len(examples.train))
         shape = micro_shape(config, decoder, examples, stop, mesh)
         prompts = pipeline.read_prompt_set(config.prompts)
         choice = Choice(
@@ -229,6 +229,14 @@ def split_parameters(model: Decoder, config: TrainConfig, mesh: Mesh) -> tuple[P
 def state_bytes(config: TrainConfig, decoder: DecoderConfig) -> int:
     """Bytes of the training state during a trace, over all devices."""
     return pipeline.weight_bytes(decoder, config.model.dtype) * (1 if config.lora.rank else FULL_COPIES)
+
+
+def steps_of_epochs(config: TrainConfig, examples: int) -> int:
+    """The steps in which `config.epochs` passes over this many examples are made. Raises UserError for too many."""
+    steps = config.epochs * examples / config.batch_size
+    if steps > MOST_STEPS:
+        raise UserError(f"epochs is {config.epochs:g}, which makes {steps:.3g} steps; {MOST_STEPS:,} are the most")
+    return math.ceil(steps)
 
 
 def micro_shape(config: TrainConfig, decoder: DecoderConfig, examples: Examples, stop: int, mesh: Mesh) -> Shape:

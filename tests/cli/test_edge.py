@@ -48,7 +48,12 @@ def audit_that(monkeypatch: pytest.MonkeyPatch, spinal: Spinal) -> Callable[...,
     [
         (["prompts=null"], ["prompts is 'null'", "default, hh"]),
         (["metrics=null"], ["metrics is 'null'"]),
-        (["model=null"], ["model is 'null'"]),
+        (["model=null"], ["model is 'null'", "others, which --help lists"]),
+        (["model=qwen3-0.5b"], ["qwen3-0.6b", "others, which --help lists"]),
+        *(
+            ([f"metrics={value}"], ["metrics is", "default"])
+            for value in ("-1", "1e99", "nan", "true", "[1]", "", "''")
+        ),
         (["hydra=null"], ["hydra=null"]),
         (["hydra.run=null"], ["hydra.run=null"]),
         (["m", "hydra.run.dir=null"], ["hydra.run.dir"]),
@@ -63,6 +68,8 @@ def audit_that(monkeypatch: pytest.MonkeyPatch, spinal: Spinal) -> Callable[...,
         (["model.dtype"], ["'model.dtype'", "NAME=VALUE"]),
         (["model.source=random:0.3m@9999999999999999999999"], ["seed", "4294967295"]),
         (["model.source=random:0.3m@" + "9" * 5000], ["seed", "4294967295"]),
+        (["model.source=random:0.3m", "model.revision=step-10"], ["revision 'step-10'", "random:0.3m"]),
+        (["model.source=random:0.3m@1", "model.base=b"], ["base 'b'", "no adapter"]),
         (["m", "metrics.groups=99999999999999999999999"], ["metrics.groups", "64 bits"]),
         (["m", "prompts.limit=1e999"], ["prompts.limit", "whole number"]),
         (["m", "metrics.transport.temperature=1e999"], ["metrics.transport.temperature", "finite"]),
@@ -78,9 +85,29 @@ def test_overrides_that_no_run_can_follow(
     assert not list(tmp_path.glob("runs/*/*"))
 
 
-def test_a_huge_seed_of_training(spinal: Spinal) -> None:
-    spinal("train", "m", "preferences=world", "seed=99999999999999999999999").refusal("seed", "64 bits")
-    spinal("train", "m", "preferences=world", "seed=-1").refusal("seed", "2^32")
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("seed=99999999999999999999999", ["seed", "64 bits"]),
+        ("seed=-1", ["seed", "2^32"]),
+        ("steps=9223372036854775807", ["steps is", "1 to 10,000,000"]),
+        ("batch_size=9223372036854775807", ["batch_size is", "1,048,576"]),
+        ("lora.rank=9223372036854775807", ["lora.rank is", "at most 65536"]),
+        ("optimizer.learning_rate=1e99", ["optimizer.learning_rate is", "3.4e+38"]),
+        ("objective.beta=1e-99", ["objective.beta is", "1.2e-38"]),
+    ],
+)
+def test_settings_that_no_training_can_follow(spinal: Spinal, setting: str, words: list[str]) -> None:
+    spinal("train", "m", "preferences=world", setting).refusal(*words)
+
+
+def test_sizes_of_the_world_and_of_epochs_are_bounded(spinal: Spinal) -> None:
+    tiny = ("preferences=world", "preferences.limit=8", "preferences.held_out=0")
+    for setting, words in (
+        ("epochs=1e30", ["epochs is 1e+30", "10,000,000 are the most"]),
+        ("preferences.limit=9223372036854775807", ["1 to 1,000,000"]),
+    ):
+        spinal("train", "random:0.3m", *tiny, setting).refusal(*words)
 
 
 def test_what_hydra_can_tell_is_told(spinal: Spinal) -> None:
@@ -237,6 +264,42 @@ def test_a_panic_in_rust_is_one_sentence(audit_that: Callable[..., Outcome], tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("JAX_NUMPY_RANK_PROMOTION", "raise", "shapes (2,) (3, 1) with the option jax_numpy_rank_promotion='raise'"),
+        ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+    ],
+)
+def test_a_variable_of_jax_is_named(
+    audit_that: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    def job(asked: AuditConfig, folder: Path) -> int:
+        raise ValueError(text)
+
+    audit_that(job).refusal(f"{name}={value} does not suit", "unset it")
+
+
+def test_devices_that_are_not_there(start: Start, tmp_path: Path) -> None:
+    asked = ("audit", "random:0.3m", "prompts=world", f"hydra.run.dir={tmp_path / 'run'}")
+    process = start(*asked, env={"JAX_PLATFORMS": "foo"})
+    said = process.communicate()[1]
+    assert (process.returncode, said.count("\n")) == (2, 1), said
+    assert "JAX_PLATFORMS=foo does not suit" in said
+
+
+def test_names_do_not_command_the_terminal(audit_that: Callable[..., Outcome]) -> None:
+    def job(asked: AuditConfig, folder: Path) -> int:
+        print("a\x1b[2J\tb\n")
+        raise UserError("c\x1b]0;d\x07 \x9b2J")
+
+    outcome = audit_that(job)
+    assert outcome.out == "a\\x1b[2J\tb\n\n"
+    assert outcome.refusal().endswith("c\\x1b]0;d\\x07 \\x9b2J")
+
+
 def test_files_that_may_not_grow(start: Start, model: Path, prompts: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: what is written of a run vanishes with it."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
@@ -283,7 +346,13 @@ def test_two_runs_in_one_folder_and_what_a_killed_one_left(
     run = tmp_path / "run"
     (run / ".writing-1").mkdir(parents=True)
     (run / ".writing-1" / "trace.json").write_text("half")
-    (run / ".trace.json.77.tmp").write_text("half")
+    (run / "traces").mkdir()
+    for half in (".trace.json.77.tmp", "traces/.trace.csv.77.tmp"):
+        (run / half).write_text("half")
+    (run / "mine").mkdir()
+    others = [run / "mine" / ".trace.json.77.tmp", run / ".notes.77.tmp"]
+    for path in others:
+        path.write_text("of somebody else")
     asked = (
         "audit",
         model,
@@ -298,7 +367,7 @@ def test_two_runs_in_one_folder_and_what_a_killed_one_left(
         spinal(*asked, *checkpoint_every).refusal(str(run), "in use by another run")
     os.close(descriptor)
     assert spinal(*asked).code == 0
-    assert not list(run.glob(".*"))
+    assert {*run.rglob(".*")} == {*others}
     assert (run / "manifest.json").exists()
 
 

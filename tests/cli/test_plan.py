@@ -52,6 +52,19 @@ def test_what_does_not_fit_is_said(spinal: Spinal, monkeypatch: pytest.MonkeyPat
     assert "Gram sums in host memory" in outcome.out
 
 
+def test_an_adapter_is_planned_as_its_base(spinal: Spinal, model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    (adapter / "base").mkdir(parents=True)
+    (adapter / "base" / "config.json").write_text((model / "config.json").read_text())
+    for base, code in (("base", 0), (str(adapter), 2)):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        outcome = spinal("plan", "model.source=adapter", "compile=false", f"hydra.run.dir=run{code}")
+        assert outcome.code == code, outcome
+        assert code == 0 or outcome.refusal("is an adapter itself")
+    spinal("plan", "adapter/base", "model.base=other").refusal("base 'other'", "not an adapter")
+    spinal("plan", "adapter/base", "model.revision=step-5").refusal("revision 'step-5'")
+
+
 def test_too_few_prompts_are_said(spinal: Spinal) -> None:
     outcome = spinal("plan", "model=llama-3-70b", "device=h100", "compile=false", "prompt_count=4")
     assert "memory: not compiled" in outcome.out
@@ -64,6 +77,8 @@ def test_too_few_prompts_are_said(spinal: Spinal) -> None:
         (("model=llama-3-8b", "device=b200"), ("device is 'b200'", "v5e", "h100", "cpu")),
         (("model=llama-3-8b", "devices=6", "parallel.tensor=4"), ("tensor 4", "devices=6")),
         (("model=llama-3-8b", "devices=0"), ("devices is 0", "1 to 4096")),
+        (("model.source=empty", "prompt_count=9223372036854775807"), ("prompt_count is", "1,000,000")),
+        (("model.source=empty", "prompt_tokens=9223372036854775807"), ("prompt_tokens is", "1,048,576")),
         (("model.source=nowhere",), ("no model 'nowhere'", "config.json", "llama-3-8b")),
         (("model.source=owner/unknown",), ("owner/unknown", "does not come with spinal")),
         (("model.source=empty",), ("empty", "config.json")),

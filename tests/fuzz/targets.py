@@ -36,7 +36,9 @@ from spinal_jax.models.formats.open import open_checkpoint
 from ..cli.conftest import _write_model
 from ..laws.conftest import _make_trace
 from ..parity.gguf_files import KEYS, some_tensors, write
+from .descriptions import families, metadata, shards
 from .mutations import TEXTS, changed_bytes, changed_json, json_text, value
+from .saved import saved, sound_runs
 
 Target = Callable[[Path, random.Random], object]
 
@@ -76,6 +78,11 @@ class Sound:
         }
         (run / "manifest.json").write_text(json.dumps(manifest))
         return run
+
+    @functools.cached_property
+    def runs(self) -> Path:
+        """A folder with a run of each command."""
+        return sound_runs(self.folder / "runs")
 
 
 def copied(source: Path, folder: Path, name: str, content: bytes) -> str:
@@ -248,8 +255,18 @@ def targets(sound: Sound) -> dict[str, Target]:
         with _in(folder), _quiet():
             cli._compose(replace(command, job=lambda asked, out: 0), arguments)
 
+    def index(folder: Path, rng: random.Random) -> None:
+        shards(sound.model, folder, rng)
+
+    def pages(folder: Path, rng: random.Random) -> None:
+        saved(sound.runs, folder, rng)
+
     found = (
         config,
+        families,
+        metadata,
+        index,
+        pages,
         safetensors,
         gguf,
         tokenizer,

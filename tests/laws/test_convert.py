@@ -148,6 +148,7 @@ def test_sources_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:
     assert "model.norm.weight has the dtype int8" in refusal(broken, tmp_path / "out2")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out2.partial").exists()
+    assert "out=/" in refusal(source, Path("/"))
 
 
 def test_keys_that_are_to_be_ignored_are_remembered(tmp_path: Path) -> None:
@@ -182,6 +183,12 @@ def test_damaged_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     up.write_bytes(up.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"2\.0\.0 is missing or cut short"):
         open_checkpoint(str(copy))
+    for changed in ({"ignore_keys": [[]]}, {"ignore_keys": "x"}, {"source": {}}, {"source": {"revision": 3}}):
+        copy = damaged()
+        record = json.loads((copy / "spinal.json").read_text())
+        (copy / "spinal.json").write_text(json.dumps(record | changed))
+        with pytest.raises(UserError, match="does not say what was written"):
+            open_checkpoint(str(copy))
     copy = damaged()
     (copy / "spinal.json").unlink()
     with pytest.raises(UserError, match="that spinal convert did not write"):

@@ -123,6 +123,10 @@ def test_a_config_is_read_or_refused_whatever_its_values(model_type: str) -> Non
         ({"rope_parameters": {"rope_type": []}}, ["rope_type", "[]"]),
         ({"rope_parameters": {"rope_type": "linear", "factor": -2.0}}, ["factor"]),
         ({"rope_parameters": []}, ["rope_parameters"]),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [0.0] * 8}},
+            ["long_factor", "positive"],
+        ),
         ({"num_hidden_layers": 2**31}, ["num_hidden_layers"]),
         ({"num_hidden_layers": 4000}, ["2 blocks", "4000"]),
         ({"num_hidden_layers": -1}, ["num_hidden_layers"]),
@@ -200,6 +204,13 @@ def test_a_header_that_names_a_tensor_twice(folder: Path) -> None:
     header = data[8:end].replace(f'"{name}":'.encode(), other.encode(), 1)
     (folder / shard).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
     refusal(folder, shard, name, "twice")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "a" * 2000])
+def test_the_name_of_a_tensor_is_a_line_of_text(folder: Path, name: str) -> None:
+    shard = min(folder.glob("*.safetensors"))
+    save_file(load_file(shard) | {name: np.zeros(1, np.float32)}, shard)
+    refusal(folder, "not a line of text")
 
 
 def test_an_index_with_entries_too_many(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -344,6 +345,26 @@ def test_tools(tmp_path: Path) -> None:
     path, _ = written(tmp_path, [{"chosen": messages, "rejected": [*messages[:3], said(REPLY, "No.")]}])
     (pair,) = read_pairs(path, "jsonl").pairs
     assert (pair.turns, pair.chosen) == (prompt.turns, " It is\nsay('wren')")
+
+
+def test_calls_of_any_content(tmp_path: Path) -> None:
+    messages = [said(USER, "A bird?"), {**said(REPLY, None), "tool_calls": [{"\ud800": "\udc00"}]}, said("tool", "")]
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": messages}))
+    assert read_prompts(path).prompts[0].turns[1] == (REPLY, '[{"\ufffd": "\ufffd"}]')
+    for depth in range(900, 1000, 5):
+        calls = "[" * depth + "1" + "]" * depth
+        path.write_text(f'{{"prompt": [{{"role": "user", "content": null, "tool_calls": {calls}}}]}}')
+        with contextlib.suppress(UserError):  # whether it is too deep depends on the stack of the caller
+            read_prompts(path)
+    path.write_text(json.dumps({**HELPSTEER3, "overall_preference": 10**400}))
+    assert "'overall_preference' must be a number" in message(lambda: read_pairs(path, "helpsteer3"))
+
+
+def test_a_row_of_many_columns_is_named_by_a_few(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({f"column {number}": "" for number in range(10_000)}))
+    assert len(message(lambda: read_pairs(path, "jsonl", fields={"prompt": "none"}))) < 600
 
 
 def test_images_are_refused_by_name(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from spinal_jax.audit.trace import DepthTrace, load_trace
 from spinal_jax.comparison.attribution import load_attribution
 from spinal_jax.comparison.attribution_runs import read_attributed_run
 from spinal_jax.comparison.record import load_comparison
+from spinal_jax.comparison.sources import step_folders, step_name, steps_of
 from spinal_jax.comparison.step_records import Rules, load_control
 from spinal_jax.errors import UserError
-from spinal_jax.recording.checkpoints import checkpoints, has_ended, is_complete, trainer_metrics
+from spinal_jax.recording.checkpoints import checkpoints, has_ended, is_complete, step_of, trainer_metrics
 from spinal_jax.recording.series import TraceSeries
 from spinal_jax.runs.find import find_runs
 from spinal_jax.runs.training_run import load_training_run
@@ -114,6 +116,57 @@ def test_what_a_trainer_left_is_read_or_refused(content: str, tmp_path: Path) ->
     assert not has_ended(tmp_path)
     refused(trainer_metrics, tmp_path)
     (tmp_path / "metrics.jsonl").write_text(content, encoding="utf-8")
+    refused(trainer_metrics, tmp_path)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1e101", "-Infinity", "Infinity", "1" + "0" * 400])
+def test_infinite_numbers_are_refused(number: str, run: Path) -> None:
+    trace = run / "traces" / "step_000010"
+    for name, section, read in (("trace", "path_length", load_trace), ("comparison", "delta_align", load_comparison)):
+        file = trace / f"{name}.json"
+        sound = file.read_text()
+        changed = re.sub(rf'("{section}": )[-0-9.e]+', rf"\g<1>{number}", sound)
+        assert changed != sound
+        file.write_text(changed)
+        with pytest.raises(UserError, match="beyond any measurement"):
+            read(trace)
+
+
+def test_other_folders_beside_the_traces_are_kept(run: Path) -> None:
+    others = [run / "traces" / name for name in ("step_x", "step_7", "step_000010 (copy)", "summary", "zip.txt")]
+    for path in others[:-1]:
+        path.mkdir()
+    others[-1].touch()
+    cut_off = run / "traces" / "step_000070"
+    cut_off.mkdir()
+    assert list(step_folders(run)) == [0, 10, 20, 30, 40, 50, 60, 70]
+    series(run)
+    assert not cut_off.exists()
+    (run / "manifest.json").unlink()
+    training = TrainingFolder(run, {"config": {}}, overwrite=False)
+    training.go_on(30)
+    training.close()
+    assert list(steps_of(run)) == [0, 10, 20]
+    assert all(path.exists() for path in others)
+
+
+def test_steps_beyond_a_million_are_in_order(tmp_path: Path) -> None:
+    training = TrainingFolder(tmp_path, {"config": {}}, overwrite=False)
+    for step in (999_000, 1_000_000, 1_001_000):
+        (tmp_path / "traces" / step_name(step)).mkdir()
+    training.go_on(1_000_000)
+    training.close()
+    assert list(step_folders(tmp_path)) == [999_000]
+
+
+def test_what_lies_among_the_logs_of_a_trainer(tmp_path: Path) -> None:
+    logged = [{"step": 1, "loss": 10**400, "good": 0.5}, {"step": 10**30, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    assert trainer_metrics(tmp_path) == [{"step": 1, "good": 0.5}]
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / f"checkpoint-{10**20}").mkdir()
+    assert step_of(tmp_path / f"checkpoint-{10**20}") is None
+    os.mkfifo(tmp_path / "events.out.tfevents.1")
     refused(trainer_metrics, tmp_path)
 
 

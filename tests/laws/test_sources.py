@@ -220,6 +220,30 @@ def test_a_line_is_read_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     assert "MiB in item 2" in message(lambda: read_prompts(tmp_path / "p"))
 
 
+@pytest.mark.parametrize("compress", COMPRESS.values(), ids=COMPRESS)
+def test_what_is_compressed_may_not_grow_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(textfiles, "MAX_LINE", 100_000)
+    (tmp_path / "p").write_bytes(compress(b'{"prompt": "a"}\n' * 100_000))
+    assert "200 times its size" in message(lambda: read_prompts(tmp_path / "p"))
+    assert len(read_prompts(tmp_path / "p", limit=1000).prompts) == 1000
+    (tmp_path / "p").write_bytes(compress(b'[{"prompt": "a"}' + b',{"prompt": "a"}' * 100_000 + b"]"))
+    assert "200 times its size" in message(lambda: read_prompts(tmp_path / "p"))
+
+
+def test_blank_lines_and_white_space_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textfiles, "MAX_BLANK", 1000)
+    (tmp_path / "p").write_bytes(b"a\n" + b"\r\n" * 1000 + b"b")
+    assert read_prompts(tmp_path / "p", "text").skipped_empty == 1000
+    (tmp_path / "p").write_bytes(b"a\n" + b"\n" * 1001 + b"b")
+    assert "1,000 blank lines in a row" in message(lambda: read_prompts(tmp_path / "p", "text"))
+    monkeypatch.setattr(textfiles, "MAX_LINE", 3_000_000)
+    for before, count, words in ((b'{"prompt": "a"}', 9_000_000, "white space behind item 1"), (b"", 0, "ends within")):
+        (tmp_path / "p").write_bytes(b"[" + before + b" " * count)
+        assert words in message(lambda: read_prompts(tmp_path / "p"))
+
+
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert "is a FIFO; give a regular file" in message(lambda: read_prompts(tmp_path / "fifo"))

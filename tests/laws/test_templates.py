@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from spinal_jax.data import (
     PairSet,
@@ -246,3 +247,29 @@ def test_the_end_of_a_long_text_has_the_tokens_of_the_whole() -> None:
     ids = token_ids(Prompt(text, ()), byte_tokenizer(), 100, False)
     assert ids.tolist() == [256, *text[-99:].encode()]
     assert ids.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("model", "splitter", "reason"),
+    [
+        (models.WordLevel({"c": 0}, unk_token="?"), None, "Missing"),
+        (models.BPE({"a": 0, "c": 1}, []), pre_tokenizers.Split(Regex("(a+)+b"), "isolated"), "retry-limit"),
+    ],
+    ids=["a word that is unknown", "a rule without end"],
+)
+def test_a_tokenizer_that_fails_is_one_sentence(
+    model: Any, splitter: Any, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = splitter or pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="c")
+    text = "a" * 60 + "c"
+    pair = PreferencePair(0, text, text, "b", ())
+    calls: list[Callable[[], object]] = [
+        lambda: token_ids(Prompt(text, ()), tokenizer, 8, False),
+        lambda: tokenise_pairs(PairSet((pair,), "p", "jsonl", "", {}), tokenizer, 8, False),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=f"the tokenizer fails on the texts .*{reason}"):
+            call()
+    assert capfd.readouterr().err == ""

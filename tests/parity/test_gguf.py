@@ -268,6 +268,11 @@ def test_two_tensors_that_change_places_are_refused(tmp_path: Path) -> None:
     refusal(path, "begin")
 
 
+def test_names_are_a_line_of_text(tmp_path: Path) -> None:
+    for name in (".attention.head_coun\n_kv", ".a\x1b[2J", "." + "a" * 1000):
+        refusal(write(tmp_path / "m.gguf", "llama", KEYS | {name: 2}, some_tensors()), "not a line")
+
+
 def test_an_architecture_that_is_no_name_is_refused(tmp_path: Path) -> None:
     for value in (["llama"], 7, True):
         keys = KEYS | {"general.architecture": value}
@@ -308,6 +313,10 @@ def test_a_model_in_parts_is_the_model_in_one(tmp_path: Path) -> None:
     refusal(tmp_path / names[1], "part 0 of 2")
     first, _ = split(tmp_path, names, **{"split.tensors.count": 9})
     refusal(first, "9")
+    first, second = split(tmp_path, names)
+    tensors = dict(list(some_tensors().items())[2:])
+    write(second, "phi3", {"split.no": 1, "split.count": 2, "split.tensors.count": 4}, tensors)
+    refusal(second, "general.architecture", "phi3", "llama")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

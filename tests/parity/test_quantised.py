@@ -124,7 +124,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     refusal(write(folder, FP8, {"w": eight}), "w is float8", "w_scale_inv")
     refusal(write(folder, FP8, {"w": eight, "w_scale_inv": np.ones((2, 3), np.float32)}), "(2, 3)")
     refusal(write(folder, FP8, {"w": np.ones((8, 16), np.float32), "w_scale_inv": np.ones((2, 2), np.float32)}), "w of")
-    refusal(write(folder, FP8 | {"weight_block_size": [0, 8]}, {"w": eight}), "weight_block_size")
+    for scale in ((), (1,), (1, 1)):  # one factor for eight blocks
+        refusal(write(folder, FP8, {"w": eight, "w_scale_inv": np.ones(scale, np.float32)}), "blocks of [4, 8]")
+    for block in ([0, 8], [], [4], "48", [4, 8, 1], False):
+        refusal(write(folder, FP8 | {"weight_block_size": block}, {"w": eight}), "weight_block_size")
     refusal(write(folder, {"quant_method": "gptq"}, {"w": eight}), "gptq", "fp8")
     refusal(write(folder, [1], {"w": eight}), "quantization_config")
     blocks = np.ones((2, 6, 2, 16), np.uint8)

@@ -51,6 +51,8 @@ def read_record(folder: Path) -> Json | None:
 def check_out(out: str, source: str, overwrite: bool) -> Path:
     """The absolute path of an output folder. Raises UserError if writing it would delete other data."""
     folder, origin = Path(out).expanduser().absolute(), Path(source).expanduser()
+    if not folder.name:
+        raise UserError(f"out={out} cannot be replaced as a whole; choose a folder of its own")
     replaced = _replaced(folder)
     if replaced.exists() and read_record(replaced) is None and (not replaced.is_dir() or any(replaced.iterdir())):
         raise UserError(f"{replaced} is in the way and was not written by spinal; move it elsewhere")

@@ -137,6 +137,8 @@ def phi3(keys: Keys) -> Config:
     attention = keys.get("rope.scaling.attn_factor", 1.0)
     scaling = None
     if long is not None and short is not None:
+        if original < 2:
+            raise keys.refusal("rope.scaling.original_context_length", "but longrope takes its logarithm")
         scaling = {"type": "longrope", "long_factor": long.tolist(), "short_factor": short.tolist()}
         by_rule = math.sqrt(1 + math.log(max(limit / original, 1.0)) / math.log(original))
         if not math.isclose(attention, by_rule, rel_tol=1e-6):

@@ -15,12 +15,14 @@ import ml_dtypes
 import numpy as np
 
 from spinal_jax.errors import UserError
-from spinal_jax.jsontypes import Json
+from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.models.formats.base import require_regular
 from spinal_jax.models.hf_config import value_text
 
 # GGML type numbers of unquantised types.
 PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(ml_dtypes.bfloat16)}
+
+LONGEST_NAME = 300  # characters of a key or of a tensor's name, which messages show
 
 _Value = TypeVar("_Value")
 
@@ -103,6 +105,7 @@ def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], Json, dict[str
             raise UserError(f"{part} says that it is {said}, counted from 0, which its name contradicts")
         if number == 0:
             metadata = own
+        _require_one_model(part, own, metadata)
         if twice := sorted(merged.keys() & tensors.keys()):
             raise UserError(f"{part} holds {twice[0]}, which a part before it holds too")
         merged |= tensors
@@ -114,9 +117,21 @@ def read_parts(path: Path, gguf: ModuleType) -> tuple[list[Path], Json, dict[str
     return paths, metadata, merged
 
 
+def _require_one_model(part: Path, own: ReadJson, first: ReadJson) -> None:
+    """Raises UserError if the metadata of a part contradict those of the first. Most parts repeat none of them."""
+    for key, value in own.items():
+        if not key.startswith("split.") and key in first and not np.array_equal(value, first[key]):
+            raise UserError(
+                f"{part} says that {key} is {value_text(value)}, but the first part says {value_text(first[key])}, so "
+                "they are of different models"
+            )
+
+
 def _unique(pairs: Iterable[tuple[str, _Value]]) -> dict[str, _Value]:
     unique: dict[str, _Value] = {}
     for name, value in pairs:
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ValueError(f"it has the name {value_text(name)}, which is not a line of {LONGEST_NAME} characters")
         if name in unique:
             raise ValueError(f"{name} occurs twice")
         unique[name] = value

@@ -119,7 +119,10 @@ def _not_a_setting(key: str, value: object) -> str:
 def decoder(keys: Keys, experts: bool = False) -> tuple[Config, int]:
     """Keys that Llama-like configs share, and the head size; `experts`: whether experts are allowed."""
     config = sizes(keys, experts)
-    head_dim = keys.get("attention.key_length", config["hidden_size"] // config["num_attention_heads"])
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = keys.get("attention.key_length", width // heads)
+    if head_dim < 1:
+        raise UserError(f"{keys.path}: {heads} attention heads of a width of {width} cannot have {head_dim} features")
     if (value_length := keys.get("attention.value_length", head_dim)) != head_dim:
         raise keys.refusal(
             "attention.value_length", f"but keys have {head_dim}; they must be equal, not {value_length}"
@@ -183,6 +186,8 @@ def rope_settings(keys: Keys, head_dim: int) -> Config:
     scaling = rope_scaling(keys)
     factors = keys.factors("rope_freqs.weight")
     if factors is not None and np.any(factors != 1):
+        if theta <= 0:
+            raise keys.refusal("rope.freq_base", "but must be positive")
         if scaling is not None:
             raise keys.refusal("rope.scaling.type", "but the file also has rope_freqs.weight; one of the two must go")
         scaling = frequency_factors(keys, factors, theta)

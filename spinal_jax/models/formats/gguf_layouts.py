@@ -29,8 +29,9 @@ def minus_one(weight: np.ndarray) -> np.ndarray:
 
 
 def log_of_negative(weight: np.ndarray) -> np.ndarray:
-    """Decays; the file holds -exp(weight). Returns float32."""
-    return np.log(-weight.astype(np.float32))
+    """Decays; the file holds -exp(weight). Returns float32; NaN for what is no such number."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.log(-weight.astype(np.float32))
 
 
 def out_in(weight: np.ndarray) -> np.ndarray:

@@ -43,10 +43,8 @@ def _open(source: str, revision: str | None, base: str | None, is_base: bool = F
     is_gguf = path.suffix.lower() == ".gguf"
     if not path.exists() and not is_gguf and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return _hub_snapshot(source, revision, base, is_base)
-    if revision is not None and path.is_dir() and (step := _step_folder(path, revision)) is not None:
-        path = step
-    elif revision is not None:
-        raise UserError(f"revision {revision!r} was given for {source!r}, but only a hub id (owner/name) has any")
+    if revision is not None:
+        path = at_revision(path, source, revision)
     if path.is_dir():
         record = read_record(path)
         if record is not None and record["sha256"] is None:
@@ -84,14 +82,21 @@ def _folder(
         return apart(dequantised(SafetensorsFolder(path, source, revision)))
     if is_base:  # also where an adapter is its own base
         raise UserError(f"{source} is an adapter itself; merge that one first")
-    name, base_revision = (base, None) if base is not None else base_of(path)
-    if (relative := path / name).is_dir() and not Path(name).expanduser().exists():
-        name = str(relative)
+    name, base_revision = adapted(path, base)
     try:
         model = _open(name, base_revision, None, is_base=True)
     except UserError as error:
         raise UserError(f"the base model of the adapter {source}: {error}; another is named by model.base=") from error
     return AdapterFolder(path, source, model)
+
+
+def adapted(adapter: Path, base: str | None) -> tuple[str, str | None]:
+    """Source and revision of the base model of an adapter folder: `base`, or the one that it names, perhaps relative to
+    itself."""
+    name, revision = (base, None) if base is not None else base_of(adapter)
+    if (relative := adapter / name).is_dir() and not Path(name).expanduser().exists():
+        name = str(relative)
+    return name, revision
 
 
 _STEP = re.compile(r"(?:step|checkpoint)[-_]?(\d{1,12})", re.IGNORECASE)
@@ -103,6 +108,14 @@ def _of_step(names: Iterable[str], revision: str) -> list[str]:
     if not (match := _STEP.fullmatch(revision)):
         return []
     return sorted(name for name in names if int(match[1]) in map(int, _STEPS.findall(name.lower())))
+
+
+def at_revision(path: Path, source: str, revision: str) -> Path:
+    """The folder within a local `path` for a revision. Raises UserError if there is none."""
+    found = _step_folder(path, revision) if path.is_dir() else None
+    if found is None:
+        raise UserError(f"revision {revision!r} was given for {source!r}, but only a hub id (owner/name) has any")
+    return found
 
 
 def _step_folder(path: Path, revision: str) -> Path | None:

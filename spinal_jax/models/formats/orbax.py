@@ -194,7 +194,9 @@ class OrbaxFolder:
     def _check_files(self) -> dict[str, str]:
         """The digests of all files; checks that they exist and that all but the weights are unchanged."""
         digests, source = self.record.get("files"), self.record.get("source")
-        known = isinstance(source, dict) and "revision" in source and isinstance(self.record.get("ignore_keys"), list)
+        ignored = self.record.get("ignore_keys")
+        known = isinstance(source, dict) and isinstance(source.get("revision", 0), str | None)
+        known = known and isinstance(ignored, list) and all(isinstance(key, str) for key in ignored)
         if not known or not isinstance(digests, dict) or not all(isinstance(text, str) for text in digests.values()):
             raise UserError(f"{self.source} is damaged: {RECORD} does not say what was written; convert it again")
         for name in digests:

@@ -88,7 +88,8 @@ class Dequantised:
 
 
 def _fp8(inner: SafetensorsFolder, settings: ReadJson) -> tuple[dict[str, TensorInfo], set[str], Decode]:
-    block = settings.get("weight_block_size") or [1 << 31, 1 << 31]
+    block = settings.get("weight_block_size")
+    block = [1 << 31, 1 << 31] if block is None else block
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise UserError(
             f"config.json: {_KEY}.weight_block_size is {value_text(block)}, which is not two positive numbers"
@@ -100,7 +101,7 @@ def _fp8(inner: SafetensorsFolder, settings: ReadJson) -> tuple[dict[str, Tensor
         if name in scales:
             scale = stored[scales[name]]
             blocks = tuple(-(-size // each) for size, each in zip(info.shape, block, strict=False))
-            fits = math.prod(scale.shape) == 1 or (len(info.shape) == 2 and scale.shape == blocks)
+            fits = math.prod(scale.shape) == math.prod(blocks) == 1 or (len(info.shape) == 2 and scale.shape == blocks)
             if info.dtype not in _FLOAT8 or not fits:
                 raise UserError(
                     f"{inner.source}: {name} of shape {info.shape} and dtype {info.dtype} does not fit its "

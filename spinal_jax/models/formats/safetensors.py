@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from spinal_jax.errors import UserError
 from spinal_jax.models.formats.base import Bounds, TensorInfo, once, read_config, read_json, require_regular, sha256_of
 from spinal_jax.models.formats.tokenizer import folder_tokenizer
-from spinal_jax.models.hf_config import shorten_middle
+from spinal_jax.models.hf_config import value_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,9 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
         "BOOL": "?",
     }.items()
 }
+
+
+LONGEST_NAME = 1000  # characters of a tensor's name, which messages show
 
 
 class TensorLocation(NamedTuple):
@@ -144,7 +147,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorLocation]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map that says which shard holds which tensor")
     if wrong := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
-        raise UserError(f"{index} does not say which shard holds {shorten_middle(wrong[0])}")
+        raise UserError(f"{index} does not say which shard holds {value_text(wrong[0])}")
     shards: dict[str, dict[str, TensorLocation]] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
@@ -203,6 +206,8 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise UserError(f"{path} has a tensor with the name {value_text(name)}, which is not a line of text")
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
             known = ", ".join(SAFETENSORS_DTYPES)
