@@ -46,16 +46,14 @@ from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.families import read_checkpoint
 from spinal_jax.models.formats.base import Checkpoint
-from spinal_jax.models.formats.byte_level import SIZES, byte_tokenizer
-from spinal_jax.models.formats.memory import random_checkpoint
 from spinal_jax.models.formats.open import open_checkpoint
+from spinal_jax.models.formats.random_weights import RANDOM, open_random
 from spinal_jax.models.fused_attention import ALONE, TITLES, kernel_of
 from spinal_jax.models.translate import Family, load_decoder, parameter_shapes
 from spinal_jax.parallel.distributed import all_same, check_same
 from spinal_jax.parallel.placement import Choice, choose
 from spinal_jax.progress import Bar, Say, no_bar
 
-RANDOM = "random:"  # prefix of a source with random weights
 WORLD_PROMPTS = 128  # default number of prompts of the controlled world
 HARDWARE_KEYS = ("devices", "processes")  # keys of `environment` that may change when an audit is resumed
 
@@ -273,41 +271,12 @@ def check_weights(checkpoint: Checkpoint, sha256: str) -> None:
 @contextlib.contextmanager
 def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderConfig]]:
     """Opens the checkpoint of the settings, with its family and its configuration."""
-    is_random = config.source.startswith(RANDOM)
-    checkpoint = _random(config) if is_random else open_checkpoint(config.source, config.revision, config.base)
+    open_source = open_random if config.source.startswith(RANDOM) else open_checkpoint
+    checkpoint = open_source(config.source, config.revision, config.base)
     try:
         yield checkpoint, *read_checkpoint(checkpoint, config.ignore_keys)
     finally:
         checkpoint.close()
-
-
-def random_shape(source: str, revision: str | None, base: str | None) -> tuple[str, int]:
-    """The shape and the seed of `random:SHAPE@SEED`; the seed is 0 by default.
-
-    Raises UserError for a `base`, which only adapters have, and for a `revision` of a named size.
-    """
-    if base is not None:
-        raise UserError(f"base {base!r} was given for {source!r}, which is no adapter")
-    shape, at, seed = source.removeprefix(RANDOM).rpartition("@")
-    if not (at and seed.isascii() and seed.isdigit()):
-        shape, seed = source.removeprefix(RANDOM), "0"
-    if shape in SIZES and revision is not None:
-        raise UserError(f"revision {revision!r} was given for {source!r}, but only a hub id (owner/name) has any")
-    return shape, int(seed[:20])  # long enough to be rejected as too large
-
-
-def _random(config: ModelConfig) -> Checkpoint:
-    """`random:SHAPE@SEED`: random weights for a byte-level Llama of a named size, or with the shape and tokenizer of
-    another checkpoint."""
-    shape, seed = random_shape(config.source, config.revision, config.base)
-    if shape in SIZES:
-        return random_checkpoint(config.source, dict(SIZES[shape]), byte_tokenizer(), seed)
-    try:
-        like = open_checkpoint(shape, config.revision)
-    except UserError as error:
-        raise UserError(f"{error}; sizes of random models are {', '.join(SIZES)}") from error
-    with contextlib.closing(like):
-        return random_checkpoint(config.source, like.config, like.tokenizer(), seed)
 
 
 def choose_devices(asked: AuditParallelConfig, decoder: DecoderConfig, dtype: str, settings: MetricsConfig) -> Choice:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from spinal_jax.audit.pipeline import RANDOM, random_shape
 from spinal_jax.config import ModelConfig
 from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json
@@ -17,6 +16,7 @@ from spinal_jax.models.formats.adapter import is_adapter
 from spinal_jax.models.formats.base import read_config
 from spinal_jax.models.formats.byte_level import SIZES
 from spinal_jax.models.formats.open import adapted, at_revision, open_checkpoint
+from spinal_jax.models.formats.random_weights import RANDOM, random_shape
 
 FOLDER = Path(__file__).parent / "shapes"
 
