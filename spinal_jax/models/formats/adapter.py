@@ -8,6 +8,7 @@ tensors, so that all ways of selecting layers (patterns, names, `layers_to_trans
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -239,14 +240,28 @@ class AdapterFolder:
             )
         merged = weight + np.float32(scale) * (b @ a)
         if "lora_magnitude_vector" in read:
-            # Summed in float64: NumPy's and PyTorch's sums of float32 differ by more than the last bit.
-            lengths = np.sqrt(np.einsum("oi,oi->o", merged, merged, dtype=np.float64)).astype(np.float32)
+            lengths = row_norms(merged, contiguous=not turned)
             magnitudes = read["lora_magnitude_vector"].reshape(-1)
             if magnitudes.shape != lengths.shape:
                 key = parts["lora_magnitude_vector"]
                 raise UserError(f"{self._path}: {key} has {magnitudes.size} numbers, but its base {lengths.size} rows")
             merged *= (magnitudes / lengths)[:, None]
         return np.ascontiguousarray(merged.T if turned else merged)
+
+
+def row_norms(weight: np.ndarray, contiguous: bool) -> np.ndarray:
+    """Norms [out] of the rows of a float32 weight [out, in], added up in the order of `torch.linalg.norm` on a CPU.
+
+    Contiguous rows are summed in eight lanes, rows of a transposed weight one number after another. A float32 norm of
+    4,096 numbers is off by up to 1e-6 in the latter order, so a merged tensor equals PEFT's only in the same order.
+    """
+    squares = weight * weight
+    lanes = 8 if contiguous else 1
+    whole = squares.shape[1] - squares.shape[1] % lanes
+    sums = np.zeros((len(squares), lanes), np.float32)
+    for at in range(0, whole, lanes):
+        sums += squares[:, at : at + lanes]
+    return np.sqrt(functools.reduce(np.add, [*sums.T, *squares.T[whole:]]))
 
 
 class _Settings:
