@@ -33,6 +33,7 @@ from spinal_jax.metrics import contraction
 from spinal_jax.metrics.lens import Lens
 from spinal_jax.metrics.transport import Pair, lens_stats
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.fused_attention import kernel_of
 from spinal_jax.models.translate import parameter_shapes
 from spinal_jax.parallel import mesh, placement
 from spinal_jax.parallel.mesh import AXES
@@ -276,6 +277,15 @@ def test_the_compilers_memory_of_one_device_and_of_four() -> None:
         assert found.forward.aliased >= found.grams
         assert found.forward.temporaries > 0
         assert found.peak > given_to
+
+
+def test_a_plan_for_a_gpu_compiles_where_no_cudnn_is_installed() -> None:
+    config = planned(model={"source": "llama-3-8b", "dtype": "bfloat16"}, device="h100")
+    decoder = decoder_of(config.model)
+    assert kernel_of(decoder, jnp.dtype(jnp.bfloat16), "gpu").kernel == "cudnn"
+    found = compiled(config)
+    assert found.parameters == estimate.parameter_bytes(parameter_shapes(decoder), "bfloat16")
+    assert found.forward.temporaries > 0
 
 
 def test_shipped_shapes_are_read_strictly_and_name_who_published_them() -> None:
