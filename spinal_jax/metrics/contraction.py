@@ -62,8 +62,11 @@ class Grams(NamedTuple):
 
 
 def stripe_count(width: int) -> int:
-    """S, the number of stripes of a Gram matrix: 8 stripes need 56 % of the full matrix, 4 need 62 %."""
-    return next(n for n in (8, 4, 2, 1) if n == 1 or (width % n == 0 and width // n >= MIN_STRIPE_HEIGHT))
+    """S, the number of stripes of a Gram matrix: 7 and 8 stripes need 57 and 56 % of the full matrix, 4 need 62 %.
+
+    A width of 7 * 2^n is split by 7: devices then share heights of 2^n.
+    """
+    return next(n for n in (7, 8, 4, 2, 1) if n == 1 or (width % n == 0 and width // n >= MIN_STRIPE_HEIGHT))
 
 
 def stripe_ends(width: int) -> range:

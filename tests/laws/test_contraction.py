@@ -262,15 +262,22 @@ def test_bfloat16_hidden_states_are_summed_in_float32() -> None:
     np.testing.assert_allclose(np.tril(grams.second[0, 0]), np.tril(rows.T @ rows), atol=1e-5)
 
 
-def test_stripes_hold_the_lower_triangle_and_rows_of_a_slot_are_multiplied_together() -> None:
-    """Eight stripes, runs of rows longer and shorter than one product takes, float64 and bfloat16 states on a GPU."""
-    width, length, batch = 1024, 128, 13
+def test_many_devices_divide_the_height_of_a_stripe() -> None:
+    """Of widths of published models: Llama 3 8B and 70B, DeepSeek-V3, Qwen2 7B, Gemma 3 27B, Qwen2.5 32B."""
+    heights = {width: width // contraction.stripe_count(width) for width in (4096, 8192, 7168, 3584, 5376, 5120)}
+    assert heights == {4096: 512, 8192: 1024, 7168: 1024, 3584: 512, 5376: 768, 5120: 640}
+
+
+@pytest.mark.parametrize(("width", "stripes"), [(1024, 8), (896, 7)])
+def test_stripes_hold_the_lower_triangle_and_rows_of_a_slot_are_multiplied_together(width: int, stripes: int) -> None:
+    """Runs of rows longer and shorter than one product takes, float64 and bfloat16 states on a GPU."""
+    length, batch = 128, 13
     rng = np.random.default_rng(0)
     h = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.bfloat16)
     counted = jnp.asarray(rng.integers(0, 2, size=(batch, length)), jnp.float32)
     slots = jnp.asarray([0] * 9 + [2] + [1] * 3, jnp.int32)
-    assert contraction.stripe_count(width) == 8
-    assert contraction.triangle_size(width) == width**2 * 9 / 16
+    assert contraction.stripe_count(width) == stripes
+    assert contraction.triangle_size(width) == width**2 * (stripes + 1) / (2 * stripes)
     with jax.enable_x64(True):
         empty = init(3, 1, width, np.dtype(np.float64))
         found = {kind: matrices(update(empty, h, counted, slots, jnp.int32(0), kind)) for kind in ("cpu", "gpu")}
