@@ -282,7 +282,8 @@ def opened(config: ModelConfig) -> Iterator[tuple[Checkpoint, Family, DecoderCon
 def choose_devices(asked: AuditParallelConfig, decoder: DecoderConfig, dtype: str, settings: MetricsConfig) -> Choice:
     """Chooses the devices for a model of this shape. Raises UserError if none fit."""
     table_bytes = unembedding_bytes(decoder, dtype)
-    return choose(asked, weight_bytes(decoder, dtype) + gram_bytes(decoder, settings), table_bytes)
+    whole_bytes = weight_bytes(decoder, dtype) + gram_bytes(decoder, settings)
+    return choose(asked, whole_bytes, decoder.kv_heads, table_bytes)
 
 
 def audit_gram_home(decoder: DecoderConfig, dtype: str, settings: MetricsConfig, devices: Devices) -> GramHome:

@@ -24,6 +24,8 @@ from spinal_jax.parallel.mesh import ROWS, make_mesh, parameter_sharding, row_mu
 
 T = TypeVar("T")
 
+MAX_TENSOR = 8  # devices that `tensor` spans by default
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -236,13 +238,13 @@ def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def choose(config: AuditParallelConfig, whole_bytes: int, table_bytes: int) -> Choice:
+def choose(config: AuditParallelConfig, whole_bytes: int, kv_heads: int, table_bytes: int) -> Choice:
     """The devices of the settings, or those that fit the model.
 
     Args:
-        config: the `parallel` settings. With backend auto and no sizes: replicas if everything fits on a device, else a
-            mesh with the smallest `fsdp` that fits.
+        config: the `parallel` settings. With backend auto and no sizes, `suited` chooses.
         whole_bytes: size of parameters and Gram sums.
+        kv_heads: number of key heads.
         table_bytes: size of the unembedding.
 
     Raises:
@@ -262,9 +264,9 @@ def choose(config: AuditParallelConfig, whole_bytes: int, table_bytes: int) -> C
         return Choice(Shards.of(mesh, table_bytes) if mesh.size > 1 else None, None)
     if count == 1:
         return Choice(None, None)
-    found = suited(count, memory, jax.default_backend(), jax.process_count(), whole_bytes)
+    found = suited(count, memory, jax.default_backend(), jax.process_count(), whole_bytes, kv_heads)
     if found.kind == "mesh":
-        mesh = make_mesh(ParallelConfig(count // found.fsdp, found.fsdp, 1))
+        mesh = make_mesh(ParallelConfig(*found.sizes))
         return Choice(Shards.of(mesh, table_bytes), None, found.why)
     return Choice(None, Replicas.all() if found.kind == "replicas" else None, found.why)
 
@@ -274,12 +276,15 @@ class Suited:
     """The default devices for a model."""
 
     kind: Literal["one", "replicas", "mesh"]
-    fsdp: int
+    sizes: tuple[int, int, int]  # data, fsdp, tensor
     why: str
 
 
-def suited(count: int, memory: float | None, backend: str, processes: int, whole_bytes: int) -> Suited:
-    """One device, replicas, or a mesh with the smallest `fsdp` that fits the model.
+def suited(count: int, memory: float | None, backend: str, processes: int, whole_bytes: int, kv_heads: int) -> Suited:
+    """One device, replicas, or a mesh with the largest `tensor` up to 8 and the smallest `fsdp` that fits the model.
+
+    `tensor` splits Gram sums, the largest part of what devices exchange, without an exchange; eight accelerators have
+    fast links.
 
     Args:
         count: number of devices.
@@ -287,12 +292,15 @@ def suited(count: int, memory: float | None, backend: str, processes: int, whole
         backend: kind of device.
         processes: number of processes.
         whole_bytes: size of parameters and Gram sums.
+        kv_heads: number of key heads, which `tensor` must divide.
     """
     if backend == "cpu" and processes == 1:
-        return Suited("one", 1, f"{count} CPU devices share one processor")
+        return Suited("one", (1, 1, 1), f"{count} CPU devices share one processor")
     size = f"the model and its sums are {whole_bytes / 2**30:.1f} GiB"
     if processes == 1 and (memory is None or whole_bytes <= MODEL_SHARE * memory):
-        return Suited("replicas", 1, f"{size}, which each device has room for")
-    fitting = [n for n in range(1, count + 1) if count % n == 0 and memory and whole_bytes / n <= MODEL_SHARE * memory]
-    fsdp = fitting[0] if fitting else count
-    return Suited("mesh", fsdp, f"{size}, shared by {fsdp}")
+        return Suited("replicas", (count, 1, 1), f"{size}, which each device has room for")
+    tensor = 1 if backend == "cpu" else math.gcd(count, kv_heads, MAX_TENSOR)
+    rest = count // tensor
+    needed = math.inf if memory is None else whole_bytes / (MODEL_SHARE * memory * tensor)
+    fsdp = next((n for n in range(1, rest + 1) if rest % n == 0 and n >= needed), rest)
+    return Suited("mesh", (rest // fsdp, fsdp, tensor), f"{size}, shared by {fsdp * tensor}")

@@ -69,10 +69,9 @@ def layout_of(config: PlanConfig, decoder: DecoderConfig) -> DeviceLayout:
         return DeviceLayout("one", 1, 1, 1)
     device = DEVICES[config.device or USUAL]
     memory = None if device.memory is None else USABLE * device.memory
-    found = suited(count, memory, device.kind, -(-count // device.host), whole_bytes(config, decoder))
-    if found.kind == "one":
-        return DeviceLayout("one", 1, 1, 1, found.why)
-    return DeviceLayout(found.kind, count // found.fsdp, found.fsdp, 1, found.why)
+    hosts = -(-count // device.host)
+    found = suited(count, memory, device.kind, hosts, whole_bytes(config, decoder), decoder.kv_heads)
+    return DeviceLayout(found.kind, *found.sizes, found.why)
 
 
 def _asked(config: PlanConfig) -> DeviceLayout:
@@ -119,7 +118,8 @@ def would_fit(config: PlanConfig, decoder: DecoderConfig, layout: DeviceLayout, 
     count = config.devices
     while count <= MOST:
         chosen = layout_of(replace(config, devices=count, parallel=ParallelConfig()), decoder)
-        if least / chosen.fsdp <= MODEL_SHARE * USABLE * memory and (count > config.devices or chosen.fsdp > split):
-            return f"devices={count} parallel.fsdp={chosen.fsdp}"
+        parts = chosen.fsdp * chosen.tensor
+        if least / parts <= MODEL_SHARE * USABLE * memory and (count > config.devices or parts > split):
+            return f"devices={count} parallel.fsdp={chosen.fsdp} parallel.tensor={chosen.tensor}"
         count *= 2
     return None

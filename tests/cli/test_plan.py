@@ -48,7 +48,10 @@ def test_what_does_not_fit_is_said(spinal: Spinal, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(DEVICES, "v5e", dataclasses.replace(DEVICES["v5e"], memory=2**20))
     outcome = spinal("plan", "model.source=random:1m", "device=v5e", "prompt_count=4", "batch_tokens=64")
     assert outcome.code == 0
-    assert re.search(r"DOES NOT FIT, devices=(\d+) parallel.fsdp=\1 would \(", outcome.out)
+    found = re.search(r"DOES NOT FIT, devices=(\d+) parallel.fsdp=(\d+) parallel.tensor=(\d+) would \(", outcome.out)
+    assert found is not None
+    devices, fsdp, tensor = map(int, found.groups())
+    assert devices == fsdp * tensor
     assert "Gram sums in host memory" in outcome.out
 
 

@@ -186,11 +186,11 @@ def test_the_large_model_that_one_node_holds_is_split_and_fits() -> None:
     config = planned(model={"source": "llama-3-70b", "dtype": "bfloat16"}, devices=8, device="h100")
     decoder = decoder_of(config.model)
     found = layout_of(config, decoder)
-    assert (found.kind, found.fsdp) == ("mesh", 8)
+    assert (found.kind, found.fsdp, found.tensor) == ("mesh", 1, 8)
     asked = dataclasses.replace(config, parallel=ParallelConfig(8, 1, 1))
-    assert would_fit(asked, decoder, layout_of(asked, decoder), 80e9) == "devices=8 parallel.fsdp=8"
+    assert would_fit(asked, decoder, layout_of(asked, decoder), 80e9) == "devices=8 parallel.fsdp=1 parallel.tensor=8"
     small = dataclasses.replace(config, devices=1)
-    assert would_fit(small, decoder, layout_of(small, decoder), 80e9) == "devices=4 parallel.fsdp=4"
+    assert would_fit(small, decoder, layout_of(small, decoder), 80e9) == "devices=4 parallel.fsdp=1 parallel.tensor=4"
 
 
 def test_sums_without_room_on_the_devices_are_kept_by_the_host() -> None:

@@ -198,19 +198,22 @@ def test_what_is_left_to_choose_is_chosen_by_memory(monkeypatch: pytest.MonkeyPa
     auto, table = AuditParallelConfig(), 1000
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(placement, "device_memory", lambda: 80 << 30)
-    fits, large, huge = (choose(auto, size << 30, table) for size in (30, 100, 10_000))
+    fits, large, huge = (choose(auto, size << 30, 1, table) for size in (30, 100, 10_000))
     assert str(fits) == "pmap x 8 (the model and its sums are 30.0 GiB, which each device has room for)"
     assert str(large) == "mesh 4 x 2 x 1 (the model and its sums are 100.0 GiB, shared by 2)"
     assert str(huge).startswith("mesh 1 x 8 x 1 (")
-    assert str(choose(AuditParallelConfig(2, 2, 2), 30 << 30, table)) == "mesh 2 x 2 x 2"
-    assert str(choose(AuditParallelConfig(backend="mesh"), 30 << 30, table)) == "mesh 8 x 1 x 1"
-    assert str(choose(AuditParallelConfig(1, 1, 1), 30 << 30, table)) == "mesh 1 x 1 x 1"
+    assert str(choose(auto, 100 << 30, 6, table)).startswith("mesh 4 x 1 x 2 (")
+    assert str(choose(auto, 300 << 30, 6, table)).startswith("mesh 1 x 4 x 2 (")
+    assert str(choose(auto, 100 << 30, 32, table)).startswith("mesh 1 x 1 x 8 (")
+    assert str(choose(AuditParallelConfig(2, 2, 2), 30 << 30, 1, table)) == "mesh 2 x 2 x 2"
+    assert str(choose(AuditParallelConfig(backend="mesh"), 30 << 30, 1, table)) == "mesh 8 x 1 x 1"
+    assert str(choose(AuditParallelConfig(1, 1, 1), 30 << 30, 1, table)) == "mesh 1 x 1 x 1"
     with pytest.raises(UserError, match=r"parallel.data is 4 and parallel.backend pmap, but there are 8 devices"):
-        choose(AuditParallelConfig(4, backend="pmap"), 1, table)
+        choose(AuditParallelConfig(4, backend="pmap"), 1, 1, table)
     with pytest.raises(UserError, match=r"parallel.backend is 'pmap'; it takes mesh where"):
         AuditParallelConfig(tensor=2, backend="pmap")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert str(choose(auto, 30 << 30, table)) == "mesh 1 x 1 x 1"
+    assert str(choose(auto, 30 << 30, 1, table)) == "mesh 1 x 1 x 1"
 
 
 def test_gram_sums_lie_on_the_devices_else_in_host_memory_else_in_a_file(
