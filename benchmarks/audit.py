@@ -34,6 +34,7 @@ import numpy as np
 PLATFORM = {"cpu": "cpu", "gpu": "cuda"}
 LAST = 4
 TORCH_BATCH = 8
+MATMUL_ROWS = 2048
 
 
 def main() -> None:
@@ -101,6 +102,16 @@ def measured(begin: float, device_bytes: int | None) -> dict[str, Any]:
         "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "device_gib": device_bytes and device_bytes / 2**30,
     }
+
+
+def matmul_rate(call: Callable[[], Any], width: int, wide: int) -> float:
+    """FLOP/s of the fastest of twenty calls, each a product [MATMUL_ROWS, width] by [width, wide]."""
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return 2 * MATMUL_ROWS * width * wide / min(times)
 
 
 def run_audit(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,7 +185,18 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
     k = np.arange(-(-count // 10), count // 2 + 1)
     assert all(np.isfinite(np.polyfit(np.log(k), np.log(s[k - 1]), 1)[0]) for s in spectra)
     peak = torch.cuda.max_memory_allocated() if args.device == "gpu" else None
-    return measured(begin, peak) | {"transport": transport, "batches": batches}
+    found = measured(begin, peak) | {"transport": transport, "batches": batches}
+    sizes = model.config.hidden_size, model.config.intermediate_size
+    dtype = getattr(torch, args.dtype)
+    x, w = torch.ones(MATMUL_ROWS, sizes[0], dtype=dtype, device=device), model.model.layers[0].mlp.up_proj.weight
+
+    def product() -> None:
+        torch.nn.functional.linear(x, w)
+        if args.device == "gpu":
+            torch.cuda.synchronize()
+
+    with torch.no_grad():
+        return found | {"matmul": matmul_rate(product, *sizes)}
 
 
 def run_stages(args: argparse.Namespace) -> dict[str, Any]:
@@ -304,6 +326,8 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         "transport matmuls": seconds(lambda: jit["transport matmuls"](kept, head.unembed)),
         "eigenvalues of one boundary": seconds(lambda: contraction.singular_values(rows.T @ rows)),
     }
+    up, some = block.mlp.up.weight[0], jnp.ones((MATMUL_ROWS, width), dtype)
+    product = jax.jit(lambda x, w: x @ w.T)
     alone = DeviceLayout("one", 1, 1, 1)
     one, shapes = replace(plan, batches=plan.batches[:1]), parameter_shapes(decoder)
     work = estimate.audit_stages(decoder, shapes, one, config.metrics, config.model.dtype, alone, jax.default_backend())
@@ -316,6 +340,7 @@ def run_stages(args: argparse.Namespace) -> dict[str, Any]:
         "peak": None if peak is None else peak.title,
         "rates": {stage.name: None if peak is None else peak.rate(dtypes[stage.name]) for stage in work},
         "compile forward": compile_forward,
+        "matmul": matmul_rate(lambda: product(some, up).block_until_ready(), width, decoder.mlp_width),
         "batches": len(plan.batches),
         "boundaries": boundaries,
         "waste": plan.waste,
@@ -355,7 +380,11 @@ def show(found: dict[str, Any]) -> None:
     print(f"| transport | {s['transport'] * 1e3:.0f} | its matmuls | {s['transport'] / s['transport matmuls']:.2f} |")
     both = s["Gram sums"] + spectra
     print(f"| contraction: Gram sums and eigenvalues | {both * 1e3:.0f} | forward | {both / s['forward']:.3f} |")
-    print(f"\nCompiling the forward took {stages['compile forward']:.1f} s.\n")
+    print(
+        f"\nCompiling the forward took {stages['compile forward']:.1f} s. "
+        f"{MATMUL_ROWS:,} rows times a matrix of the MLP: {stages['matmul'] / 1e9:,.0f} GFLOP/s by XLA, "
+        f"{torch['matmul'] / 1e9:,.0f} by PyTorch.\n"
+    )
     print(f"| stage of one batch | GFLOP | TFLOP/s | MFU, {stages['peak'] or 'no data sheet'} |\n|---|---|---|---|")
     taken = {"forward": s["forward"], "gram": s["Gram sums"], "lens": s["transport"]}
     for name, title in (("forward", "forward"), ("gram", "Gram sums"), ("lens", "transport")):
