@@ -18,7 +18,7 @@ from spinal_jax.config import MetricsConfig
 from spinal_jax.data.packing import SLOTS
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
-from spinal_jax.parallel.device_defaults import GRAM_SHARE, HOST_SHARE
+from spinal_jax.parallel.device_defaults import HOST_SHARE, gram_memory_share
 from spinal_jax.parallel.placement import device_memory, host_memory
 
 GIB = 2**30
@@ -58,11 +58,12 @@ def gram_home(config: DecoderConfig, settings: MetricsConfig, weight_bytes: int,
     """
     share, parts = devices.gram_share(config.width), 1 if devices.shards is None else devices.shards.parameter_split
     copies = len(devices.workers) // share
-    return home_for(gram_bytes(config, settings), share, copies, weight_bytes / parts, device_memory(), host_memory())
+    sums, weights, backend = gram_bytes(config, settings), weight_bytes / parts, jax.default_backend()
+    return home_for(sums, share, copies, weights, backend, device_memory(), host_memory())
 
 
 def home_for(
-    size: int, share: int, copies: int, weight_bytes: float, memory: float | None, host: float | None
+    size: int, share: int, copies: int, weight_bytes: float, backend: str, memory: float | None, host: float | None
 ) -> GramHome:
     """`gram_home` from sizes in bytes.
 
@@ -71,6 +72,7 @@ def home_for(
         share: number of devices that split the sums.
         copies: number of replicas of the sums.
         weight_bytes: of the parameters on one device.
+        backend: kind of device.
         memory: of one device; None if devices use host memory.
         host: of the host; None is unlimited.
     """
@@ -79,7 +81,7 @@ def home_for(
         if size * copies <= room:
             return GramHome("devices", f"{size * copies / GIB:.1f} of {room / GIB:.1f} GiB")
         return GramHome("file", f"{size * copies / GIB:.1f} GiB, more than {HOST_SHARE:.0%} of {host / GIB:.1f} GiB")
-    room = math.inf if memory is None else GRAM_SHARE * (memory - weight_bytes)
+    room = math.inf if memory is None else gram_memory_share(backend) * (memory - weight_bytes)
     if size / share <= room:
         return GramHome("devices", f"{size / share / GIB:.1f} of {room / GIB:.1f} GiB each")
     said = f"{size / share / GIB:.1f} GiB each, room for {max(room, 0) / GIB:.1f}"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 MODEL_SHARE = 0.8  # of device memory for the model and its sums; the rest is for batches
-GRAM_SHARE = 0.85  # of the device memory left by the weights, for Gram sums
 HOST_SHARE = 0.25  # of host memory, for Gram sums
 TABLE_BYTES = 1 << 30  # size of the unembedding up to which only `tensor` splits its rows
 
@@ -26,6 +25,14 @@ def gram_rows(backend: str) -> int:
     saturate the cores, and padding beyond the rows of a group is wasted work.
     """
     return 512 if backend == "cpu" else 1024
+
+
+def gram_memory_share(backend: str) -> float:
+    """Fraction of the device memory left by the weights that Gram sums may take.
+
+    TPUs emulate float64 by pairs of float32; a program that updates float64 sums there holds them twice.
+    """
+    return 0.4 if backend == "tpu" else 0.85
 
 
 def eigenvalues_on_device(backend: str) -> bool:

@@ -105,6 +105,7 @@ def planned_gram_home(config: PlanConfig, decoder: DecoderConfig, layout: Device
         share,
         layout.devices // share,
         weight_bytes(decoder, config.model.dtype) / split,
+        device.kind,
         memory,
         host_memory() if memory is None else None,
     )
