@@ -248,8 +248,9 @@ def test_what_the_dynamics_study_says_of_its_courses() -> None:
     assert f"but {behind[0]} to {behind[-1]} steps after it" in text
     assert all(float(row["delta_align_low"]) > 0 for row in runs.values())  # above 0 in all six
     best = runs["0.0003", "1"]
-    assert best["destabilised_by"] == "transport"
-    assert best["onset"]
+    assert best["destabilised_by"] == "delta_align"
+    assert best["onset"] == runs["0.001", "1"]["onset"] == runs["0.0001", "1"]["onset"] == "2"
+    assert sum(row["onset"] != "" for row in runs.values()) == 5
     assert f"the loss falls to {cell(best['eval_loss'], 2)}" in text
     assert f"{float(best['eval_rewards/accuracies_per_token']):.0%}".replace("%", " % of pairs") in text
     sound, hot = ([runs[rate, seed] for seed in "01"] for rate in ("0.0001", "0.001"))
