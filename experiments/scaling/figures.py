@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 
 from spinal_jax.comparison.record import load_comparison
 from spinal_jax.files import write_whole
-from spinal_jax.report.figures import BLUE, GREEN, HEIGHT, INK, MARKERS, MUTED, VERMILLION, WIDTH, png_bytes, styled
+from spinal_jax.report.figures import (
+    BLUE,
+    GREEN,
+    HEIGHT,
+    INK,
+    MARKERS,
+    MUTED,
+    VERMILLION,
+    WIDTH,
+    label_logs,
+    png_bytes,
+    styled,
+)
 from spinal_jax.runs.find import Run
 
 LOOKS = {"dpo": (BLUE, "o"), "sft": (GREEN, "s"), "shuffled": (VERMILLION, "^")}
@@ -54,8 +66,10 @@ def draw(
 @styled
 def against_size(rows: Sequence[Row], fits: Sequence[Row]) -> Figure:
     """Four parts of the footprint against parameters: a small mark a seed, a large one their mean, DPO's power law."""
-    figure = Figure(figsize=(2 * WIDTH, 1.4 * HEIGHT), layout="constrained")
-    for axes, (name, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
+    panels = [panel for panel in PANELS if any(np.isfinite(row[panel[0]]) for row in rows)]
+    down, across = (2, 2) if len(panels) == 4 else (1, len(panels))
+    figure = Figure(figsize=(2 * WIDTH, (0.3 + 0.55 * down) * HEIGHT), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(down, across, sharex=True, squeeze=False).flat, panels, strict=True):
         _marks(axes, rows, name)
         axes.set_ylabel(label)
         _over_sizes(axes, rows)
@@ -64,7 +78,9 @@ def against_size(rows: Sequence[Row], fits: Sequence[Row]) -> Figure:
         law = next((f for f in fits if f["arm"] == "dpo" and f["quantity"] == name and f["kind"] == "power"), None)
         if law is not None:
             _line(axes, [row for row in rows if row["arm"] == "dpo" and np.isfinite(row[name])], name, law["slope"])
-    for axes in figure.axes[:2]:
+        if name == "abs_delta_align":
+            label_logs(axes.yaxis)
+    for axes in figure.axes[: (down - 1) * across]:
         axes.set_xlabel("")
     _legend(figure, "dashed: DPO's power law; large marks: means over seeds")
     return figure
@@ -104,6 +120,9 @@ def scatter(rows: Sequence[Row], x: str, label: str, scale: str) -> Figure:
                 label=arm,
             )
     axes.set(xscale=scale, yscale="log", xlabel=label, ylabel="|Δ align|")
+    for axis, kind in ((axes.xaxis, scale), (axes.yaxis, "log")):
+        if kind == "log":
+            label_logs(axis)
     axes.grid(axis="y")
     _legend(figure, "larger marks: larger models" if len({row["size"] for row in rows}) > 1 else "a mark a seed")
     return figure

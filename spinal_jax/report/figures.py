@@ -19,6 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
@@ -202,9 +203,7 @@ def spectra_figure(trace: DepthTrace, layers: Iterable[int] | None = None) -> Fi
     axes.set(xscale="log", yscale="log", xlabel="rank k", ylabel="singular value σ")
     axes.grid(True, which="major")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(10, numticks=8))
-        axis.set_major_formatter(FuncFormatter(_power_of_ten))
-        axis.set_minor_formatter(NullFormatter())
+        label_logs(axis)
     axes.plot([], [], **dashed, label="fit, slope −α")
     figure.legend(loc="outside lower center", ncols=2, title="boundary", columnspacing=1.5, handlelength=2.2)
     return figure
@@ -347,6 +346,16 @@ def padded(values: np.ndarray, share: float = 0.06) -> tuple[float, float]:
 def _marks(k: np.ndarray) -> list[int]:
     """About seven indices into k, evenly apart on the logarithmic axis."""
     return sorted(set(np.searchsorted(k, np.geomspace(1, k[-1], 7).round(), side="left").tolist())) if len(k) else []
+
+
+def label_logs(axis: Axis) -> None:
+    """Labels a logarithmic axis in plain text, after its data are drawn: 1, 2 and 5 of each decade where it spans less
+    than two."""
+    low, high = axis.get_view_interval()
+    few = high < 100 * low
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if few else (1,), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}") if few else FuncFormatter(_power_of_ten))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _power_of_ten(value: float, _position: int | None = None) -> str:

@@ -111,6 +111,25 @@ def test_the_arms_of_the_scaling_study() -> None:
         assert f"{line} |".replace("|  |", "| |") in text, line
 
 
+def test_the_small_edition_of_the_scaling_study() -> None:
+    text, place = page("scaling"), EXPERIMENTS / "scaling" / "small"
+    shown = {"abs_delta_align": 4, "kl": 5, "accuracy": 2, "gradient_density": 2}
+    means = {(row["arm"], row["size"]): row for row in table(place / "means.csv")}
+    assert len(means) == 9
+    for row in means.values():
+        mean, error = (cell(row[f"delta_align{end}"], 4) for end in ("", "_se"))
+        cells = [row["size"], f"{mean} ± {error}", *(cell(row[name], places) for name, places in shown.items())]
+        assert f"| `{row['arm']}` | {' | '.join(cells)} |".replace("|  |", "| |") in text, row
+    runs = table(place / "runs.csv")
+    assert all(row["matched"] == "True" for row in runs)
+    assert all(row["accuracy"] == "1.0" for row in runs if row["arm"] == "dpo")
+    for size in ("0.3m", "0.6m", "1m"):
+        small, large = (abs(float(means[arm, size]["delta_align"])) for arm in ("shuffled", "dpo"))
+        assert small < large
+    onsets = [row["onset"] for row in runs if row["onset"]]
+    assert f"Of {len(runs)} runs {len(onsets)} have an onset, {onsets.count('5.0')} of them at step 5" in text
+
+
 def ends(row: dict[str, str], name: str, places: int) -> str:
     value, low, high = (cell(row[f"{name}{end}"], places) for end in ("", "_low", "_high"))
     return f"{value}, interval {low} to {high}"
