@@ -69,8 +69,6 @@ def layout(
     cos = jnp.stack([c for c, _ in turns]) if turns else nothing
     sin = jnp.stack([s for _, s in turns]) if turns else nothing
     kernel = kernel_of(config, dtype, backend, mesh).kernel
-    if kernel == "cudnn" and jax.default_backend() != "gpu":
-        kernel = "xla"  # JAX traces cuDNN's kernels only where cuDNN is installed: not in a plan for absent GPUs
     bias = None
     if tiled and not config.sinks:  # not supported by `attend_tiled`
         seen = allowed(segments, jnp.arange(segments.shape[1], dtype=jnp.int32), None, branches, positions)

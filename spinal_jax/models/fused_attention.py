@@ -55,6 +55,8 @@ def kernel_of(config: DecoderConfig, dtype: jnp.dtype, backend: str, mesh: AnyMe
             return Chosen("xla", "cuDNN has no soft-cap")
         if config.head_dim > 128 or config.head_dim % 8:
             return Chosen("xla", f"cuDNN does not take heads of {config.head_dim} features")
+        if jax.default_backend() != "gpu":  # as in a plan for absent GPUs
+            return Chosen("xla", "JAX traces cuDNN's kernels only where cuDNN is installed")
         return Chosen("cudnn")
     if mesh is None and jax.device_count() > 1:
         return Chosen("xla", "it is not known how the devices share the work")
