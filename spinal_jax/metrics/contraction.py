@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 from spinal_jax.metrics.tail import EPS32
-from spinal_jax.parallel.device_defaults import gram_rows
+from spinal_jax.parallel.device_defaults import gram_rows, stripes_at_once
 
 MIN_STRIPE_HEIGHT = 128  # rows of a stripe, if a Gram matrix is split into several
 EXACT_ROWS = 1024  # maximum rows in one float32 product: float32 sums 2^10 products of 2^7 by 2^7 exactly
@@ -159,32 +159,44 @@ def _add(
     grams: Grams, x: Array, slot: Array, boundary: Array, part: Array | int = 0, parts: int = 1, *, backend: str
 ) -> Grams:
     """Adds the rows x [n, d]; `grams` holds the `part`-th of `parts` equal parts of the rows of each stripe."""
-    sums = grams.first.dtype
+    sums, ends = grams.first.dtype, tuple(stripe_ends(x.shape[1]))
     products = product_dtype(x.dtype, sums, backend)
+    height, at_once = grams.second[0].shape[2], 1 if products == sums else stripes_at_once(backend)
     corner = (slot, jnp.int32(boundary), jnp.int32(0), jnp.int32(0))
-    second = []
-    for stripe, end in zip(grams.second, stripe_ends(x.shape[1]), strict=True):
-        height = stripe.shape[2]
-        left = jax.lax.dynamic_slice_in_dim(x, end - height * parts + part * height, height, axis=1)
-        outer = _outer(left, x[:, :end], products, sums, backend)
-        so_far = jax.lax.dynamic_slice(stripe, corner, (1, 1, *outer.shape))
-        second.append(jax.lax.dynamic_update_slice(stripe, so_far + outer, corner))
+    second: list[Array] = []
+    for some in (ends[at : at + at_once] for at in range(0, len(ends), at_once)):
+        begins = [end - height * parts + part * height for end in some]
+        left = jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, begin, height, axis=1) for begin in begins], axis=1)
+        addends = _outer(left, x[:, : some[-1]], products, sums, backend)
+        for begin, end in zip(range(0, left.shape[1], height), some, strict=True):
+            stripe = grams.second[len(second)]
+            outer = functools.reduce(jnp.add, (each[begin : begin + height, :end].astype(sums) for each in addends))
+            so_far = jax.lax.dynamic_slice(stripe, corner, (1, 1, *outer.shape))
+            second.append(jax.lax.dynamic_update_slice(stripe, so_far + outer, corner))
     first = grams.first.at[slot, boundary].add(jnp.sum(x, axis=0, dtype=sums))
     return Grams(second=tuple(second), first=first)
 
 
-def _outer(left: Array, right: Array, products: np.dtype, sums: np.dtype, backend: str) -> Array:
-    """`left.T @ right` of left [n, a], right [n, b], multiplied in the dtype `products` and added in `sums`."""
+def _outer(left: Array, right: Array, products: np.dtype, sums: np.dtype, backend: str) -> list[Array]:
+    """Addends of `left.T @ right` of left [n, a], right [n, b], multiplied in the dtype `products`.
+
+    They are to be added in `sums`. Where the two dtypes differ, addends cover equally many rows, at most EXACT_ROWS.
+    """
     if backend == "tpu" and products == np.float64:
         product = _exact_product
-    elif products == np.float64 or left.dtype.itemsize == 4 or backend == "cpu":
-        left, right = left.astype(products), right.astype(products)
-        product = _dot
     else:
-        product = _dot  # products of bfloat16 numbers are exact in float32
-    step = len(left) if product is _dot and products == sums else EXACT_ROWS
-    parts = [product(left[at : at + step], right[at : at + step], products) for at in range(0, len(left), step)]
-    return functools.reduce(jnp.add, (part.astype(sums) for part in parts))
+        product = _dot
+        if products == np.float64 or left.dtype.itemsize == 4 or backend == "cpu":
+            left, right = left.astype(products), right.astype(products)
+        # Else products of bfloat16 numbers are exact in float32.
+    rows = len(left)
+    most = rows if product is _dot and products == sums else EXACT_ROWS
+    count = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
+    if backend == "gpu" and count > 1:  # one kernel
+        shape = (count, rows // count, -1)
+        return list(jax.vmap(lambda a, b: product(a, b, products))(left.reshape(shape), right.reshape(shape)))
+    parts = zip(jnp.split(left, count), jnp.split(right, count), strict=True)
+    return [product(a, b, products) for a, b in parts]
 
 
 def _dot(left: Array, right: Array, products: np.dtype) -> Array:
@@ -193,7 +205,7 @@ def _dot(left: Array, right: Array, products: np.dtype) -> Array:
     return jax.lax.dot_general(left, right, rows, precision=precision, preferred_element_type=products)
 
 
-def _exact_product(left: Array, right: Array, sums: np.dtype) -> Array:
+def _exact_product(left: Array, right: Array, products: np.dtype) -> Array:
     """`left.T @ right` in float64 for at most EXACT_ROWS rows, on units that multiply bfloat16 and add in float32.
 
     Each column is rounded to multiples of 2^-24 of its largest power of two and split into three pieces: integers of at
@@ -201,11 +213,11 @@ def _exact_product(left: Array, right: Array, sums: np.dtype) -> Array:
     nine products are added in float64 (Ozaki et al. 2012, Numerical Algorithms 59).
     """
     (ours, tall), (theirs, wide) = _pieces(left), _pieces(right)
-    total = jnp.zeros((left.shape[1], right.shape[1]), sums)
+    total = jnp.zeros((left.shape[1], right.shape[1]), products)
     for order in (4, 3, 2, 1, 0):  # the smallest first
         for at in range(max(0, order - 2), min(order, 2) + 1):
             whole = _dot(ours[at], theirs[order - at], np.dtype(np.float32))
-            total += (whole * (tall[:, None] * (wide * 2.0 ** (-14 - 8 * order)))).astype(sums)
+            total += (whole * (tall[:, None] * (wide * 2.0 ** (-14 - 8 * order)))).astype(products)
     return total
 
 

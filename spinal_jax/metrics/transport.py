@@ -89,7 +89,8 @@ def lens_stats(
     boundaries, positions, _ = x[0].shape
     vocab = lenses[0].unembed.shape[0]  # rows on this device
     top_k = None if top_k is None else min(top_k, lenses[0].vocab_size)
-    budget = logit_tile_bytes(backend or jax.default_backend())
+    backend = backend or jax.default_backend()
+    budget = logit_tile_bytes(backend)
     budget //= 4 * boundaries * len(lenses)  # positions x tokens
     tile = min(positions, max(8, budget // MIN_CHUNK_TOKENS))
     tiles = -(-positions // tile)
@@ -98,7 +99,7 @@ def lens_stats(
     x = tuple(jnp.pad(part, ((0, 0), (0, tiles * tile - positions), (0, 0))) for part in x)
 
     def one_tile(part: tuple[Array, ...]) -> LensStats:  # [L, tile, d] each
-        run = _walk(lenses, part, pairs, divergences, chunks, top_k or 0, over)
+        run = _walk(lenses, part, pairs, divergences, chunks, top_k or 0, over, backend)
         if over:
             run = _join(run, pairs, divergences, over)
         return _finish(run, lenses, part, pairs, divergences, top_k, over)
@@ -135,6 +136,7 @@ def _walk(
     chunks: int,
     top_k: int,
     over: tuple[str, ...],
+    backend: str,
 ) -> _Running:
     """Running sums over the rows of this device, in `chunks` parts, for one tile x [L, tile, d] of each model."""
     vocab, shape = lenses[0].unembed.shape[0], x[0].shape[:2]
@@ -160,7 +162,7 @@ def _walk(
             return z
 
         z = tuple(map(logits, lenses, x))
-        run = _add(run, z, pairs, divergences)
+        run = _add(run, z, pairs, divergences, backend)
         if top_k:
             best = [merge_top(b, n, part, first + start) for b, n, part in zip(run.best, run.tokens, z, strict=True)]
             run = run._replace(best=tuple(b for b, _ in best), tokens=tuple(t for _, t in best))
@@ -181,14 +183,21 @@ def _walk(
 
 
 def _add(
-    run: _Running, z: tuple[Array, ...], pairs: tuple[Pair, ...], divergences: tuple[tuple[int, int], ...]
+    run: _Running,
+    z: tuple[Array, ...],
+    pairs: tuple[Pair, ...],
+    divergences: tuple[tuple[int, int], ...],
+    backend: str,
 ) -> _Running:
     """Adds one chunk of logits z [L, M, v] of each model to the running sums."""
+
+    def once(x: Array) -> Array:
+        """Stops XLA from recomputing exp in every sum that uses it, and from copying slices. On a GPU memory is the
+        bottleneck, and recomputing is faster."""
+        return x if backend == "gpu" else jax.lax.optimization_barrier(x)
+
     top = tuple(jnp.maximum(before, jnp.max(part, axis=-1)) for before, part in zip(run.top, z, strict=True))
-    # The barriers stop XLA from recomputing exp in every sum that uses it, and from copying slices.
-    t = tuple(
-        jax.lax.optimization_barrier(jnp.exp((part - new[..., None]) / 2)) for part, new in zip(z, top, strict=True)
-    )
+    t = tuple(once(jnp.exp((part - new[..., None]) / 2)) for part, new in zip(z, top, strict=True))
     shrink = tuple(jnp.exp((old - new) / 2) for old, new in zip(run.top, top, strict=True))  # 0 in the first chunk
     square = tuple(part * part for part in t)
     squared_chords = []
@@ -196,7 +205,7 @@ def _add(
         here, there = pair.slices()
         a, b, mass, other = _of(shrink, here), _of(shrink, there), _of(run.mass, here), _of(run.mass, there)
         rescaled = a * b * chord + (a - b) * (a * mass - b * other)
-        squares = jax.lax.optimization_barrier(jnp.square(_of(t, here) - _of(t, there)))
+        squares = once(jnp.square(_of(t, here) - _of(t, there)))
         squared_chords.append(rescaled + jnp.sum(squares, axis=-1))
     log_ratio_sums = []
     for (here, there), sum_so_far in zip(divergences, run.log_ratio_sums, strict=True):

@@ -271,7 +271,7 @@ def test_many_devices_divide_the_height_of_a_stripe() -> None:
 @pytest.mark.parametrize(("width", "stripes"), [(1024, 8), (896, 7)])
 def test_stripes_hold_the_lower_triangle_and_rows_of_a_slot_are_multiplied_together(width: int, stripes: int) -> None:
     """Runs of rows longer and shorter than one product takes, float64 and bfloat16 states on a GPU."""
-    length, batch = 128, 13
+    length, batch = 480, 13
     rng = np.random.default_rng(0)
     h = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.bfloat16)
     counted = jnp.asarray(rng.integers(0, 2, size=(batch, length)), jnp.float32)

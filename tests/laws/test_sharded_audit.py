@@ -342,6 +342,27 @@ def test_gram_sums_of_a_mesh_are_those_of_one_device(
         assert np.abs(wanted.first).max() > 1
 
 
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 2, 4)])
+def test_bfloat16_gram_sums_of_a_mesh_of_gpus(sizes: tuple[int, int, int]) -> None:
+    """Two stripes are multiplied at once; each device has its part of the rows of both."""
+    shards = Shards(make_mesh(ParallelConfig(*sizes)))
+    width = 512
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.normal(size=(16, 8, width)), jnp.bfloat16)
+    counted = jnp.asarray(rng.random((16, 8)) < 0.8, jnp.float32)
+    rows = h, counted, jnp.asarray(rng.permutation(np.arange(16) % 3), jnp.int32)
+    assert contraction.stripe_count(width) == 4
+    with jax.enable_x64(True):
+        zeros = contraction.init(3, 1, width, np.dtype(np.float64))
+        wanted = contraction.update(zeros, *rows, jnp.int32(0), "cpu")
+        add = partial(_add, boundary=jnp.int32(0), groups=3, shards=shards, backend="gpu")
+        on_mesh = jax.jit(lambda sums, *rows: add(sums, *rows))
+        found = on_mesh(jax.tree.map(jax.device_put, zeros, gram_shardings(width, shards)), *rows)
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)  # float32 sums of 50 products
+        assert np.abs(wanted.second[-1]).max() > 1
+
+
 @pytest.mark.parametrize("table", [1, 1 << 40])
 def test_a_large_unembedding_is_split_along_fsdp_too(table: int) -> None:
     shards = Shards.of(make_mesh(ParallelConfig(2, 2, 2)), table)

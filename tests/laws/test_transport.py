@@ -229,7 +229,7 @@ def test_a_position_does_not_depend_on_how_many_there_are() -> None:
             np.testing.assert_allclose(a, b[:, :count], atol=ENTROPY * 30)  # the vocabulary is summed in other chunks
 
 
-def two_models(x: Any, unembed: Any, top_k: int | None = None) -> LensStats:
+def two_models(x: Any, unembed: Any, top_k: int | None = None, backend: str = "cpu") -> LensStats:
     """Two models read in one walk: x and unembed have an entry for each; distances within the first and across."""
     last = len(x[0]) - 1
     pairs = (Pair(0, last, 1), Pair(last + 1, 2 * last + 1, 1), Pair(0, last + 1, last + 1))
@@ -239,13 +239,14 @@ def two_models(x: Any, unembed: Any, top_k: int | None = None) -> LensStats:
     @jax.jit
     def walk(lenses: tuple[Lens, ...], x: tuple[jax.Array, ...]) -> LensStats:
         with jax.default_matmul_precision("highest"):
-            return lens_stats(lenses, x, pairs, divergences, top_k)
+            return lens_stats(lenses, x, pairs, divergences, top_k, backend=backend)
 
     return jax.tree.map(lambda a: np.asarray(a, np.float64), walk(lenses, tuple(map(jnp.asarray, x))))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize(("vocab", "widths"), [(2, (3, 5)), (997, (16, 16)), (20011, (8, 24))])
-def test_two_models_in_one_walk(vocab: int, widths: tuple[int, int]) -> None:
+def test_two_models_in_one_walk(vocab: int, widths: tuple[int, int], backend: str) -> None:
     """The second near the first in some positions and far in others; the walk has chunks and tiles with rests."""
     rng = np.random.default_rng(vocab)
     shape = (5, 37)
@@ -255,7 +256,7 @@ def test_two_models_in_one_walk(vocab: int, widths: tuple[int, int]) -> None:
     if widths[0] == widths[1]:
         unembed[1] = unembed[0]
         x[1] = (x[0] + far * x[1]).astype(np.float32)
-    found = two_models(x, unembed)
+    found = two_models(x, unembed, backend=backend)
     logp = [log_softmax(a.astype(np.float64) @ u.astype(np.float64).T) for a, u in zip(x, unembed, strict=True)]
     for model in (0, 1):
         np.testing.assert_allclose(
