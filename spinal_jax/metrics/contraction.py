@@ -180,7 +180,7 @@ def _add(
 def _outer(left: Array, right: Array, products: np.dtype, sums: np.dtype, backend: str) -> list[Array]:
     """Addends of `left.T @ right` of left [n, a], right [n, b], multiplied in the dtype `products`.
 
-    They are to be added in `sums`. Where the two dtypes differ, addends cover equally many rows, at most EXACT_ROWS.
+    They are to be added in `sums`. Where the two dtypes differ, each covers at most EXACT_ROWS rows.
     """
     if backend == "tpu" and products == np.float64:
         product = _exact_product
@@ -190,13 +190,12 @@ def _outer(left: Array, right: Array, products: np.dtype, sums: np.dtype, backen
             left, right = left.astype(products), right.astype(products)
         # Else products of bfloat16 numbers are exact in float32.
     rows = len(left)
-    most = rows if product is _dot and products == sums else EXACT_ROWS
-    count = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
-    if backend == "gpu" and count > 1:  # one kernel
+    count = 1 if product is _dot and products == sums else -(-rows // EXACT_ROWS)
+    if backend == "gpu" and count > 1 and rows % count == 0:  # one kernel
         shape = (count, rows // count, -1)
         return list(jax.vmap(lambda a, b: product(a, b, products))(left.reshape(shape), right.reshape(shape)))
-    parts = zip(jnp.split(left, count), jnp.split(right, count), strict=True)
-    return [product(a, b, products) for a, b in parts]
+    step = -(-rows // count)
+    return [product(left[at : at + step], right[at : at + step], products) for at in range(0, rows, step)]
 
 
 def _dot(left: Array, right: Array, products: np.dtype) -> Array:
