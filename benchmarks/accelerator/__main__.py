@@ -2,21 +2,21 @@
 
     python -m benchmarks.accelerator [--out RESULT.md] [--sections NAME ...] [--size full|toy]
 
-Needs JAX and PyTorch with a GPU of 80 GB, no network and about seven minutes. Weights are random and are made on the
-device; prompts are 512 sequences of 60 to 128 random tokens. Every section is a process of its own and prints its
-Markdown tables as soon as it has them; with --out they are also appended to a file. `--size toy` runs the same code on
-a CPU in small shapes. Exit code 1 where a section failed or a number is out of its bounds.
+Needs JAX and PyTorch with a GPU of 80 GB and no network. Weights are random and are made on the device; prompts are 512
+sequences of 60 to 128 random tokens. Every section is a process of its own and prints its Markdown tables as soon as it
+has them; with --out they are also appended to a file. One section at a time has the device. Its programs are compiled
+at once, on as many cores as there are, before anything is timed. `--size toy` runs the same code on a CPU in small
+shapes. Exit code 1 where a section failed or a number is out of its bounds.
 
-What the figures mean: "ceiling" is what the fastest of several products of matrices reaches in the
-same run. The audit is
-measured after its programs have been compiled, which is stated beside it. Both PyTorch pipelines keep all hidden
-states; the one takes singular values of the states in float32, the other eigenvalues of Gram matrices in float64;
-neither has intervals.
+"Ceiling" is what the fastest of several products of matrices reaches in the same run. The audit is measured after its
+programs have been compiled, which is stated beside it. Both PyTorch pipelines keep all hidden states; the one takes
+singular values of the states in float32, the other eigenvalues of Gram matrices in float64; neither has intervals.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -25,7 +25,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.accelerator import flows, plain, stages
+from benchmarks.accelerator import flows, plain
+from benchmarks.accelerator.attention import attention
+from benchmarks.accelerator.ceilings import ceilings
+from benchmarks.accelerator.common import SHAPES, decoder_config
+from benchmarks.accelerator.correctness import correctness
 
 SECTIONS = ("correctness", "ceilings", "attention", "audit 1B", "audit 8B", "torch 1B", "torch 8B", "dpo", "torch dpo")
 
@@ -38,24 +42,46 @@ def main() -> None:
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.section:
+        load(args.section)
+        if not sys.stdin.readline():  # whoever started this is gone
+            sys.exit(1)
         sys.exit(0 if run(args.section, args.size == "toy") else 1)
     began, failed = time.perf_counter(), []
     write(args.out, f"# Accelerator benchmark\n\n`python {' '.join(['-m benchmarks.accelerator', *sys.argv[1:]])}`\n")
-    for section in args.sections:
+    processes = {args.sections[0]: started(args.sections[0], args.size)}
+    for section, after in zip(args.sections, [*args.sections[1:], None], strict=True):
         begin = time.perf_counter()
-        command = [sys.executable, "-m", "benchmarks.accelerator", "--section", section, "--size", args.size]
-        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
-        if section == "correctness":  # not timed; without measuring kernels its many programs compile sooner
-            environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        said, errors = process.communicate()
+        if after:
+            processes[after] = started(after, args.size)
+        said, errors = processes[section].communicate("go\n")
         write(args.out, said)
-        if process.returncode:
+        if code := processes[section].returncode:
             failed.append(section)
-            write(args.out, f"**{section} failed** (exit code {process.returncode})\n\n```\n{errors[-3000:]}\n```\n")
+            write(args.out, f"**{section} failed** (exit code {code})\n\n```\n{errors[-3000:]}\n```\n")
         write(args.out, f"_{section}: {time.perf_counter() - begin:.0f} s_\n")
     write(args.out, f"_{time.perf_counter() - began:.0f} s in all{'; failed: ' + ', '.join(failed) if failed else ''}_")
     sys.exit(1 if failed else 0)
+
+
+def started(section: str, size: str) -> subprocess.Popen[str]:
+    """The process of a section. It loads its libraries while the section before it has the device, and then waits for a
+    line."""
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--section", section, "--size", size]
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
+    if section == "correctness":  # not timed; without measuring kernels its many programs compile sooner
+        environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def load(section: str) -> None:
+    """Imports what a section needs, and takes no device."""
+    if section.startswith("torch"):
+        plain.load()
+    else:
+        importlib.import_module("spinal_jax.audit.measure")
+        importlib.import_module("spinal_jax.objectives.step")
+        decoder_config(SHAPES["toy"])
 
 
 def write(out: Path | None, text: str) -> None:
@@ -73,9 +99,9 @@ def run(section: str, toy: bool) -> bool:
     name = section.rpartition(" ")[2]
     shape = "toy" if toy else name
     functions: dict[str, Callable[[], bool]] = {
-        "correctness": stages.correctness,
-        "ceilings": partial(stages.ceilings, toy),
-        "attention": partial(stages.attention, toy),
+        "correctness": correctness,
+        "ceilings": partial(ceilings, toy),
+        "attention": partial(attention, toy),
         f"audit {name}": partial(flows.audit, name, shape, toy),
         f"torch {name}": partial(plain.torch_audit, name, shape, toy),
         "dpo": partial(flows.dpo, toy),

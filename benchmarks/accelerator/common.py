@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,28 +83,33 @@ def decoder_config(config: dict[str, Any]) -> Any:
 
 
 def random_model(decoder: Any, dtype: str, seed: int = 0) -> Any:
-    """Weights drawn on the device: normal with deviation 0.02, norms around 1."""
+    """Weights drawn on the device by one program: normal with deviation 0.02, norms around 1."""
     import jax
     import jax.numpy as jnp
 
     from spinal_jax.models.translate import assemble, parameter_shapes
 
-    arrays = {}
-    for number, (path, shape) in enumerate(sorted(parameter_shapes(decoder).items())):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        centre = 1.0 if "norm" in path and path.endswith("weight") and not decoder.norm_unit_offset else 0.0
+    def draw(key: Any, shape: tuple[int, ...], centre: float) -> Any:
+        if len(shape) > 2 and np.prod(shape) > 2**28:  # block by block, so that no float32 copy of all is made
+            return jax.lax.map(lambda k: draw(k, shape[1:], centre), jax.random.split(key, shape[0]))
+        return (centre + 0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
-        @partial(jax.jit, static_argnums=(1, 2))
-        def draw(key: Any, shape: tuple[int, ...], centre: float) -> Any:
-            if len(shape) > 2 and np.prod(shape) > 2**28:  # block by block, so that no float32 copy of all is made
-                return jax.lax.map(lambda k: draw_one(k, shape[1:], centre), jax.random.split(key, shape[0]))
-            return draw_one(key, shape, centre)
+    @jax.jit
+    def arrays(key: Any) -> dict[str, Any]:
+        found = {}
+        for number, (path, shape) in enumerate(sorted(parameter_shapes(decoder).items())):
+            centre = 1.0 if "norm" in path and path.endswith("weight") and not decoder.norm_unit_offset else 0.0
+            found[path] = draw(jax.random.fold_in(key, number), shape.shape, centre)
+        return found
 
-        def draw_one(key: Any, shape: tuple[int, ...], centre: float) -> Any:
-            return (centre + 0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return assemble(decoder, arrays(random_key(seed)))
 
-        arrays[path] = jax.block_until_ready(draw(key, shape.shape, centre))
-    return assemble(decoder, arrays)
+
+def random_key(seed: int) -> Any:
+    """Of the generator whose programs compile soonest. It is an argument of them, lest XLA draw as it compiles."""
+    import jax
+
+    return jax.random.key(seed, impl="rbg")
 
 
 def prompt_ids(vocabulary: int, count: int, longest: int = LONGEST) -> list[np.ndarray]:
@@ -143,6 +149,43 @@ def pairs(vocabulary: int, toy: bool) -> tuple[list[tuple[Any, Any]], int]:
     ids = np.random.default_rng(2).integers(0, vocabulary, (count, 2, length)).astype(np.int32)
     ids[:, 1, : length // 2] = ids[:, 0, : length // 2]
     return [(Response(a, length // 2), Response(b, length // 2)) for a, b in ids], length
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """What the calls return, each in a thread of its own: XLA compiles outside of Python's lock."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+class Program(NamedTuple):
+    """A jitted function, and arguments that it is compiled for."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    x64: bool = False
+
+
+def compiled(programs: Mapping[str, Program]) -> dict[str, Callable[..., Any]]:
+    """All of them, compiled at once, to be called with such arguments."""
+    import jax
+
+    def compile_one(program: Program) -> Callable[..., Any]:
+        with jax.enable_x64(program.x64):
+            return program.function.lower(*program.arguments).compile()
+
+    return dict(zip(programs, at_once(*(partial(compile_one, each) for each in programs.values())), strict=True))
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: str = "bfloat16", scale: float = 1.0) -> Any:
+    """Normal numbers with deviation `scale`, drawn on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def draw(key: Any) -> Any:
+        return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return draw(random_key(seed))
 
 
 def seconds(call: Callable[[], Any], repeats: int = 5, of: Callable[[list[float]], Any] = np.median) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ import numpy as np
 from benchmarks.accelerator.common import (
     PROMPTS,
     SHAPES,
+    Program,
     alone,
+    at_once,
     card,
+    compiled,
     decoder_config,
     pairs,
     planned,
@@ -22,16 +26,41 @@ from benchmarks.accelerator.common import (
 )
 
 
-def audit(name: str, shape: str, toy: bool) -> bool:
-    """The whole audit with exact intervals, its sums and spectra on the device."""
+def compile_audit(model: Any, devices: Any, work: Any, settings: Any) -> float:
+    """Runs each program of an audit once, all at once; the seconds that it took."""
     import jax
     import jax.numpy as jnp
 
+    from spinal_jax.audit.lens_step import zero_lens_sums
+    from spinal_jax.audit.spectra import eigenvalues
+
+    begin, boundaries, width = time.perf_counter(), model.config.depth + 1, model.config.width
+    with jax.enable_x64(True):
+        grams = devices.grams(1, work.slots, boundaries, width, np.dtype(np.float64))
+        one, every = devices.of_boundaries(grams[0], [0])[0], jnp.ones(work.slots)
+    batch, lens = devices.batch(next(iter(work))), devices.lens(model.head())
+    x = jnp.zeros((boundaries, len(batch.measured), width), jnp.bfloat16)
+    sums = devices.lens_sums(zero_lens_sums(boundaries, settings, 1, False))
+
+    def step(function: Callable[..., Any], *arguments: Any) -> None:
+        with jax.enable_x64(True):
+            jax.block_until_ready(function(*arguments))
+
+    at_once(
+        partial(step, devices.forward_step, model, grams, devices.lens_error(), batch, (), work.groups_at_once),
+        partial(step, devices.lens_step, (lens,), sums, (x,), batch, settings),
+        partial(step, partial(eigenvalues, center=False), one, every, 1.0),
+    )
+    return time.perf_counter() - begin
+
+
+def audit(name: str, shape: str, toy: bool) -> bool:
+    """The whole audit with exact intervals, its sums and spectra on the device."""
+    import jax
+
     from spinal_jax.audit.devices import OneDevice
     from spinal_jax.audit.gram_store import gram_home
-    from spinal_jax.audit.lens_step import zero_lens_sums
     from spinal_jax.audit.measure import measure
-    from spinal_jax.audit.spectra import eigenvalues
     from spinal_jax.models.parts import take_apart
     from spinal_jax.parallel.device_defaults import batch_tokens
 
@@ -41,18 +70,7 @@ def audit(name: str, shape: str, toy: bool) -> bool:
     devices = OneDevice()
     home = gram_home(decoder, settings, weights, devices)
     work = planned(decoder, 128 if toy else PROMPTS, 1024 if toy else batch_tokens(jax.default_backend()))
-    begin = time.perf_counter()
-    with jax.enable_x64(True):
-        grams = devices.grams(1, work.slots, decoder.depth + 1, decoder.width, np.dtype(np.float64))
-        batch = devices.batch(next(iter(work)))
-        lens = devices.lens(model.head())
-        grams, x, _ = devices.forward_step(model, grams, devices.lens_error(), batch, (), work.groups_at_once)
-        sums = devices.lens_sums(zero_lens_sums(decoder.depth + 1, settings, 1, False))
-        jax.block_until_ready(devices.lens_step((lens,), sums, (x,), batch, settings))
-        one = devices.of_boundaries(grams[0], [0])[0]
-        jax.block_until_ready(eigenvalues(one, jnp.ones(work.slots), 1.0, center=False))
-    del grams, x, one, batch
-    compiling = time.perf_counter() - begin
+    compiling = compile_audit(model, devices, work, settings)
     took: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -82,61 +100,86 @@ def audit(name: str, shape: str, toy: bool) -> bool:
     return bool(np.isfinite(found.whole.columns["contraction"]).all())
 
 
+class Variant:
+    """Training of all weights, or of adapters."""
+
+    def __init__(self, decoder: Any, rank: int):
+        from flax import nnx
+
+        from spinal_jax.config.training import ObjectiveConfig, OptimizerConfig
+        from spinal_jax.models.parts import Parts
+        from spinal_jax.objectives.step import make_steps
+        from spinal_jax.train.optimizer import optimizer
+
+        self.decoder, self.rank = decoder, rank
+        parts = Parts(nnx.eval_shape(self.model))
+        self.trained = sorted(parts.paths(nnx.LoRAParam if rank else nnx.Param))
+        self.method = optimizer(OptimizerConfig(schedule="constant"), 10)
+        self.steps: Any = make_steps(
+            parts, decoder, ObjectiveConfig("dpo"), self.method, dtype="bfloat16", remat="blocks"
+        )
+
+    def model(self) -> Any:
+        from spinal_jax.models import lora
+
+        model = random_model(self.decoder, "bfloat16" if self.rank else "float32")
+        if self.rank:
+            lora.attach(model, self.rank, 32.0, ("all-linear",), 0)
+        return model
+
+    def state(self) -> tuple[Any, Any]:
+        """The state of the optimiser, and weights that are not trained."""
+        import jax
+        import jax.numpy as jnp
+
+        from spinal_jax.models.parts import cast, take_apart
+        from spinal_jax.objectives.step import TrainState
+
+        arrays = take_apart(self.model())[1]
+        parameters = cast({path: arrays.pop(path) for path in self.trained}, jnp.float32)
+        with jax.numpy_dtype_promotion("standard"):
+            return TrainState(parameters, self.method.init(parameters), jnp.int32(0)), arrays
+
+
 def dpo(toy: bool) -> bool:
     """One DPO step, all weights and LoRA."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    from spinal_jax.config.training import ObjectiveConfig, OptimizerConfig
-    from spinal_jax.models import lora
-    from spinal_jax.models.parts import cast, take_apart
     from spinal_jax.models.translate import parameter_shapes
     from spinal_jax.objectives.responses import choose_shape, micro_batches
-    from spinal_jax.objectives.step import TrainState, make_steps
-    from spinal_jax.train.optimizer import optimizer
 
-    decoder, rows = decoder_config(SHAPES["toy" if toy else "1B"]), []
+    decoder, ranks, rows = decoder_config(SHAPES["toy" if toy else "1B"]), (0, 16), []
     examples, length = pairs(decoder.vocab_size, toy)
+    shape = choose_shape([examples], length, 2 * len(examples) * length, 1)
+    [(_, micro)] = micro_batches(examples, shape)
+    micro, every = jax.tree.map(jnp.asarray, micro), jnp.float32(len(examples))
+    variants, programs = {rank: Variant(decoder, rank) for rank in ranks}, {}
+    for rank, variant in variants.items():
+        state, fixed = jax.eval_shape(variant.state)
+        gradients, sums = jax.eval_shape(variant.steps.first, state.parameters, fixed, micro, every)
+        programs[f"first {rank}"] = Program(variant.steps.first, (state.parameters, fixed, micro, every))
+        programs[f"update {rank}"] = Program(variant.steps.update, (state, gradients, sums))
+    ready = compiled(programs)
+
     count = sum(int(np.prod(s.shape)) for s in parameter_shapes(decoder).values())
-    for name, rank in (("all weights", 0), ("LoRA of rank 16", 16)):
-        model = random_model(decoder, "bfloat16" if rank else "float32")
-        if rank:
-            lora.attach(model, rank, 32.0, ("all-linear",), 0)
-        parts, arrays = take_apart(model)
-        trained = parts.paths(nnx.LoRAParam if rank else nnx.Param)
-        parameters = cast({path: arrays[path] for path in sorted(trained)}, jnp.float32)
-        fixed = {path: x for path, x in arrays.items() if path not in trained}
-        del model, arrays
-        method = optimizer(OptimizerConfig(schedule="constant"), 10)
-        steps = make_steps(parts, decoder, ObjectiveConfig("dpo"), method, dtype="bfloat16", remat="blocks")
-        with jax.numpy_dtype_promotion("standard"):
-            state = TrainState(parameters, method.init(parameters), jnp.int32(0))
-        del parameters
-        shape = choose_shape([examples], length, 2 * len(examples) * length, 1)
+    for rank, variant in variants.items():
+        state, fixed = variant.state()
         times, loss = [], float("nan")
         for _ in range(5):
             begin = time.perf_counter()
-            gradients: Any = None
-            sums: Any = None
-            for _, micro in micro_batches(examples, shape):
-                micro = jax.tree.map(jnp.asarray, micro)
-                arguments = (state.parameters, fixed, micro, jnp.float32(len(examples)))
-                gradients, sums = (
-                    steps.first(*arguments) if gradients is None else steps.more(*arguments, gradients, sums)
-                )
-            updated = steps.update(state, gradients, sums)
+            gradients, sums = ready[f"first {rank}"](state.parameters, fixed, micro, every)
+            state = ready[f"update {rank}"](state, gradients, sums).state
             del gradients
-            state = updated.state
             loss = float(sums.loss) / len(examples)  # waits for the device
             jax.block_until_ready(state.parameters)
             times.append(time.perf_counter() - begin)
-        del state, updated, fixed
+        del state, fixed
         taken, tokens = float(np.median(times[1:])), 2 * len(examples) * length
         stats = jax.devices()[0].memory_stats() or {}
         rows.append(
             (
-                name,
+                f"LoRA of rank {rank}" if rank else "all weights",
                 f"{taken * 1e3:.0f}",
                 f"{6 * count * tokens / taken / 1e12:.1f}",
                 f"{stats.get('peak_bytes_in_use', 0) / 2**30:.1f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import time
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accelerator.common import LAST, PROMPTS, SHAPES, TORCH_BATCH, pairs, prompt_ids, table
+
+
+def load() -> None:
+    """Imports the libraries."""
+    importlib.import_module("torch")
+    importlib.import_module("transformers").LlamaForCausalLM  # noqa: B018 (imported when it is asked for)
 
 
 def torch_card() -> str:
