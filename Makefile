@@ -8,7 +8,7 @@ DPO_RUN := runs/demo-dpo
 SHUFFLED_RUN := runs/demo-shuffled
 COMPARED_RUN := runs/demo-compared
 
-.PHONY: demo example docs fuzz test test-browser test-tpu lint bench clean
+.PHONY: demo example docs fuzz test test-browser test-tpu test-gpu lint bench clean
 .DELETE_ON_ERROR:
 
 # Huge pages, where glibc knows of them: a fifth of the time on a CPU is otherwise the system's (experiments/LOG.md).
@@ -41,9 +41,12 @@ test: .venv/test.stamp $(DEMO_MODEL)
 test-browser: .venv/test.stamp
 	$(BIN)/python -m pytest -n 0 -m browser tests/browser
 
-# Every jitted step compiled for slices of TPUs, of which none is needed; `make test-tpu GRID=1` for every combination.
+# Every jitted step compiled for slices of TPUs, or for GPUs, of which none is needed; `GRID=1` for every combination.
 test-tpu: .venv/tpu.stamp
-	$(BIN)/python -m pytest -n 2 -m "tpu$(if $(GRID), or tpu_grid)" tests/tpu
+	$(BIN)/python -m pytest -n 2 -m "tpu$(if $(GRID), or tpu_grid)" tests/targets
+
+test-gpu: .venv/gpu.stamp
+	$(BIN)/python -m pytest -n 2 -m "gpu$(if $(GRID), or gpu_grid)" tests/targets
 
 # Hostile inputs of every class, `make fuzz N=5000`; 200 of them are among the tests.
 fuzz: .venv/test.stamp
@@ -80,6 +83,11 @@ $(DEMO_MODEL): | .venv/run.stamp
 
 .venv/tpu.stamp: .venv/test.stamp
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[tpu-plan]'
+	touch $@
+
+# JAX traces attention by cuDNN only where that is installed.
+.venv/gpu.stamp: .venv/test.stamp
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[gpu-plan]' nvidia-cudnn-cu13
 	touch $@
 
 .venv/lint.stamp: .venv/test.stamp

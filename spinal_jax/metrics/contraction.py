@@ -100,6 +100,19 @@ def product_dtype(states: np.dtype, sums: np.dtype, backend: str) -> np.dtype:
     return np.dtype(np.float32) if narrow else np.dtype(sums)
 
 
+def stripes_together(states: np.dtype, sums: np.dtype, backend: str) -> int:
+    """Number of stripes in one product."""
+    return 1 if product_dtype(states, sums, backend) == sums else stripes_at_once(backend)
+
+
+def product_size(width: int, states: np.dtype, backend: str) -> int:
+    """Number of elements of one matrix that products compute: those of `triangle_size`, and with several stripes in a
+    product some above the diagonal."""
+    ends, together = stripe_ends(width), stripes_together(states, gram_dtype(), backend)
+    some = (ends[at : at + together] for at in range(0, len(ends), together))
+    return width // len(ends) * sum(len(each) * each[-1] for each in some)
+
+
 def update(grams: Grams, h: Array, counted: Array, slots: Array, boundary: Array, backend: str | None = None) -> Grams:
     """Adds the rows of one boundary.
 
@@ -161,10 +174,10 @@ def _add(
     """Adds the rows x [n, d]; `grams` holds the `part`-th of `parts` equal parts of the rows of each stripe."""
     sums, ends = grams.first.dtype, tuple(stripe_ends(x.shape[1]))
     products = product_dtype(x.dtype, sums, backend)
-    height, at_once = grams.second[0].shape[2], 1 if products == sums else stripes_at_once(backend)
+    height, together = grams.second[0].shape[2], stripes_together(x.dtype, sums, backend)
     corner = (slot, jnp.int32(boundary), jnp.int32(0), jnp.int32(0))
     second: list[Array] = []
-    for some in (ends[at : at + at_once] for at in range(0, len(ends), at_once)):
+    for some in (ends[at : at + together] for at in range(0, len(ends), together)):
         begins = [end - height * parts + part * height for end in some]
         left = jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, begin, height, axis=1) for begin in begins], axis=1)
         addends = _outer(left, x[:, : some[-1]], products, sums, backend)
@@ -281,8 +294,8 @@ def update_shards(
         if backend == "tpu":
             for axis in split.scattered:
                 stripe = _scatter_around(stripe, axis)
-        elif split.scattered:
-            stripe = jax.lax.psum_scatter(stripe, split.scattered, scatter_dimension=2, tiled=True)
+        elif split.scattered:  # along the first axis: along another XLA for GPUs lays out all sums anew, in a copy
+            stripe = jax.lax.psum_scatter(stripe[0, 0], split.scattered, tiled=True)[None, None]
         return jax.lax.psum(stripe, whole)
 
     def one(number: Array, grams: Grams) -> Grams:

@@ -244,7 +244,7 @@ class Attention(nnx.Module):
             if window is not None or branches is not None:
                 row = jnp.arange(x.shape[1], dtype=jnp.int32)
                 mask = allowed(shared.segments, row, window, branches, positions)
-            out = attend_cudnn(q, k, v, shared.segments, scale=scale, mask=mask)
+            out = attend_cudnn(q, k, v, shared.segments, scale=scale, mask=mask, mesh=shared.mesh)
         elif shared.kernel == "splash":
             out = attend_splash(
                 q,

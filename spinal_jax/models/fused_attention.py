@@ -37,8 +37,8 @@ def kernel_of(config: DecoderConfig, dtype: jnp.dtype, backend: str, mesh: AnyMe
     """The kernel that computes a model's attention in a dtype.
 
     cuDNN supports bfloat16 and float16, and heads of at most 128 features. It needs a mask for segments and windows.
-    The splash kernel supports the same dtypes, soft-caps and windows. XLA cannot partition it: on several devices it
-    needs a `mesh` for the rows and heads of each device, or `ALONE`.
+    The splash kernel supports the same dtypes, soft-caps and windows. XLA cannot partition either: on several devices
+    they need a `mesh` for the rows and heads of each device, or `ALONE`.
     """
     if backend not in ("gpu", "tpu"):
         return Chosen("xla", f"kernels are for GPUs and TPUs, and this is a {backend}")
@@ -57,38 +57,65 @@ def kernel_of(config: DecoderConfig, dtype: jnp.dtype, backend: str, mesh: AnyMe
             return Chosen("xla", f"cuDNN does not take heads of {config.head_dim} features")
         if jax.default_backend() != "gpu":  # as in a plan for absent GPUs
             return Chosen("xla", "JAX traces cuDNN's kernels only where cuDNN is installed")
-        return Chosen("cudnn")
     if mesh is None and jax.device_count() > 1:
         return Chosen("xla", "it is not known how the devices share the work")
     parts = 1 if mesh is None else mesh.shape[HEAD_AXIS]
     if config.kv_heads % parts or config.heads % parts:
         return Chosen("xla", f"{config.kv_heads} key heads are not shared evenly by {parts} devices")
-    return Chosen("splash")
+    return Chosen("cudnn" if backend == "gpu" else "splash")
 
 
-def attend_cudnn(q: Array, k: Array, v: Array, segments: Array, *, scale: float, mask: Array | None) -> Array:
+def attend_cudnn(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    *,
+    scale: float,
+    mask: Array | None,
+    mesh: AnyMesh | None = None,
+) -> Array:
     """Softmax attention by cuDNN, in bfloat16 or float16.
 
     Args:
         q: [B, T, H, hd]; k, v: [B, T, K, hd], where K divides H.
         segments: [B, T]; scale: of the scores.
         mask: bool [B, T, T]; None is a causal mask without windows.
+        mesh: devices that split rows and heads.
 
     Returns:
         [B, T, H, hd]
     """
     by_cudnn = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
-    if mask is not None:
-        return by_cudnn(q, k, v, mask=mask[:, None])
 
-    def masked(q: Array, k: Array, v: Array) -> Array:
-        row = jnp.arange(segments.shape[1], dtype=jnp.int32)
-        seen = (row[:, None] >= row) & (segments[:, :, None] == segments[:, None, :])
-        return by_cudnn(q, k, v, mask=seen[:, None])
+    def own(q: Array, k: Array, v: Array, segments: Array, mask: Array | None) -> Array:
+        if mask is not None:
+            return by_cudnn(q, k, v, mask=mask[:, None])
 
-    # Padding follows the sequence of a row, so that no real token attends to it.
-    single = jnp.all((segments == segments[:, :1]) | (segments == 0))
-    return jax.lax.cond(single, partial(by_cudnn, is_causal=True), masked, q, k, v)
+        def masked(q: Array, k: Array, v: Array) -> Array:
+            row = jnp.arange(segments.shape[1], dtype=jnp.int32)
+            seen = (row[:, None] >= row) & (segments[:, :, None] == segments[:, None, :])
+            return by_cudnn(q, k, v, mask=seen[:, None])
+
+        # Padding follows the sequence of a row, so that no real token attends to it.
+        single = jnp.all((segments == segments[:, :1]) | (segments == 0))
+        return jax.lax.cond(single, partial(by_cudnn, is_causal=True), masked, q, k, v)
+
+    return _on_each(own, mesh, PartitionSpec(ROW_AXES, None, HEAD_AXIS))(q, k, v, segments, mask)
+
+
+def _on_each(own: Callable[..., Array], mesh: AnyMesh | None, heads: PartitionSpec) -> Callable[..., Array]:
+    """`own(q, k, v, *arrays)` on each device with its rows and heads: `heads` splits q, k and v; the rows of the other
+    arrays are split, and scalars are not."""
+    if mesh is None or mesh.size == 1:
+        return own
+
+    def on_each(q: Array, k: Array, v: Array, *others: Array | None) -> Array:
+        rest = tuple(PartitionSpec(ROW_AXES) if x is not None and x.ndim else PartitionSpec() for x in others)
+        specs = (heads, heads, heads, *rest)
+        return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *others)
+
+    return on_each
 
 
 def attend_splash(
@@ -125,7 +152,7 @@ def attend_splash(
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     kinds = tuple(sorted(set(windows))) if window is not None else (0,)
 
-    def own(window: Array, q: Array, k: Array, v: Array, segments: Array) -> Array:
+    def own(q: Array, k: Array, v: Array, segments: Array, window: Array) -> Array:
         kernels = [_splash(q.shape[1], length + pad, each, softcap, interpret) for each in kinds]
         if len(kernels) == 1:
             return kernels[0](q, k, v, segments)
@@ -133,12 +160,7 @@ def attend_splash(
         return jax.lax.switch(which, kernels, q, k, v, segments)
 
     here = jnp.int32(0) if window is None else window
-    if mesh is None or mesh.size == 1:
-        out = own(here, q, k, v, segments)
-    else:
-        heads, rows = PartitionSpec(ROW_AXES, HEAD_AXIS), PartitionSpec(ROW_AXES)
-        specs = (PartitionSpec(), heads, heads, heads, rows)
-        out = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(here, q, k, v, segments)
+    out = _on_each(own, mesh, PartitionSpec(ROW_AXES, HEAD_AXIS))(q, k, v, segments, here)
     return out[:, :, :length].transpose(0, 2, 1, 3)
 
 

@@ -1,10 +1,10 @@
 """Ahead-of-time compilation of the two steps of an audit for absent devices, for their memory.
 
-The compilation runs in a separate process with abstract arrays. TPU programs are compiled by libtpu if it is installed
-(`spinal_jax.plan.slices`). Other programs are compiled by XLA for CPUs over virtual devices, whose number must be set
-before JAX starts. Its shapes, shardings and buffer lifetimes hold for other backends too, but it multiplies bfloat16 in
-float32. For accelerators, it is therefore prevented from converting all weights before the loop over blocks. The copies
-of one block remain in the result, which is an upper bound.
+The compilation runs in a separate process with abstract arrays, by the compiler for the device if it is installed
+(`spinal_jax.plan.targets`). Otherwise XLA for CPUs compiles over virtual devices, whose number must be set before JAX
+starts. Its shapes, shardings and buffer lifetimes hold for other backends too, but it multiplies bfloat16 in float32.
+For accelerators, it is therefore prevented from converting all weights before the loop over blocks. The copies of one
+block remain in the result, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spinal_jax.errors import UserError
 from spinal_jax.jsontypes import Json
 from spinal_jax.plan.collectives import received_bytes
 from spinal_jax.plan.layout import DeviceLayout
-from spinal_jax.plan.slices import slice_devices, why_not_compiled
+from spinal_jax.plan.targets import compiler_of, target_devices, why_not_compiled
 
 # The pass that hoists conversions out of a loop.
 NO_WIDENING = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
@@ -72,7 +72,7 @@ def compiled(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     """Compiles the audit of the plan in a separate process. Raises UserError if that fails."""
     given = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in given if "host_platform_device_count" not in flag]
-    if why_not_tpu(config) is not None:
+    if why_not_compiled(config.device, config.devices) is not None:
         flags.append(f"--xla_force_host_platform_device_count={config.devices}")
         if config.device != "cpu":
             flags.append(NO_WIDENING)
@@ -91,13 +91,6 @@ def compiled(config: PlanConfig, layout: DeviceLayout) -> Compiled:
         raise UserError(answer["mistake"])
     programs = {name: Program(**answer[name]) for name in ("forward", "lens")}
     return Compiled(**{**answer, **programs})
-
-
-def why_not_tpu(config: PlanConfig) -> str | None:
-    """The reason why libtpu cannot compile this plan, or None."""
-    if config.device is None or DEVICES[config.device].kind != "tpu":
-        return "it is for TPUs"
-    return why_not_compiled(config.device, config.devices)
 
 
 def _main() -> None:
@@ -137,9 +130,10 @@ def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
     from spinal_jax.plan.work import sample_prompts, widest
 
     begin = time.perf_counter()
-    for_tpu = why_not_tpu(config) is None
-    devices = slice_devices(config.device or "", config.devices) if for_tpu else jax.devices()
-    backend = "cpu" if config.device == "cpu" else "tpu" if for_tpu else "gpu"  # selects tiles and kernels
+    target = config.device if why_not_compiled(config.device, config.devices) is None else None
+    devices = jax.devices() if target is None else target_devices(target, config.devices)
+    # Selects tiles and kernels.
+    backend = "cpu" if config.device == "cpu" else "gpu" if target is None else DEVICES[target].kind
     decoder, settings, dtype = decoder_of(config.model), config.metrics, config.model.dtype
     shards = None
     if layout.kind == "mesh" and layout.devices > 1:
@@ -158,7 +152,7 @@ def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
             shape,
             gram,
             shards=shards,
-            device=devices[0] if for_tpu else None,
+            device=None if target is None else devices[0],
             slots=work.slots,
         )
         forward, lens = (
@@ -173,7 +167,7 @@ def _compile(config: PlanConfig, layout: DeviceLayout) -> Compiled:
         kept=held(some.x),
         forward=forward,
         lens=lens,
-        compiler=f"libtpu {version('libtpu')}" if for_tpu else f"XLA for CPUs (jaxlib {version('jaxlib')})",
+        compiler=f"XLA for CPUs (jaxlib {version('jaxlib')})" if target is None else compiler_of(target),
         seconds=time.perf_counter() - begin,
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

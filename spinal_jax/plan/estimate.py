@@ -127,7 +127,8 @@ def audit_stages(
     gram = contraction.gram_dtype()
     weights = sum(math.prod(shape) * item_bytes(path, dtype) for path, shape in _matrices(shapes)) / tensor
     ends = sum(sum(shape[-2:]) * _uses(config, shape) for _, shape in _matrices(shapes))  # numbers in and out, a token
-    share = contraction.triangle_size(width) / width**2  # of a Gram matrix that is computed
+    computed = contraction.product_size(width, jnp.dtype(dtype), kind)  # elements of a Gram matrix
+    kept = contraction.triangle_size(width)
     passes = 1 + len(settings.variants.skip)
     unembed = config.vocab_size * width * item
     for batch in work.batches:
@@ -135,10 +136,10 @@ def audit_stages(
         scores = attention_blocks(config) * config.heads * tokens * batch.length
         flops["forward"] += forward_flops(config, shapes, batch.height, batch.length) / n
         traffic["forward"] += weights + (tokens * ends * item + SCORE_PASSES * 4 * scores) / n
-        flops["gram"] += passes * share * 2 * tokens * width**2 * boundaries / n
+        flops["gram"] += passes * 2 * tokens * computed * boundaries / n
         # Each product of rows is one more added to the sum, which is read and written.
         products = max(layout.rows * work.groups_at_once, tokens / contraction.gram_rows(kind))
-        traffic["gram"] += passes * share * 2 * products * width**2 * boundaries * gram.itemsize / n
+        traffic["gram"] += passes * 2 * products * kept * boundaries * gram.itemsize / n
         logits = boundaries * batch.measured * config.vocab_size
         flops["lens"] += 2 * logits * width / n
         traffic["lens"] += unembed / (fsdp * tensor) + LOGIT_PASSES * 4 * logits / n

@@ -14,9 +14,10 @@ from spinal_jax.metrics import contraction
 from spinal_jax.models.config import DecoderConfig
 from spinal_jax.models.translate import parameter_shapes
 from spinal_jax.plan import estimate
-from spinal_jax.plan.compiled import Compiled, compiled, why_not_tpu
+from spinal_jax.plan.compiled import Compiled, compiled
 from spinal_jax.plan.layout import USABLE, USUAL, DeviceLayout, layout_of, planned_gram_home, would_fit
 from spinal_jax.plan.record import AuditPlan, Memory, memory_of
+from spinal_jax.plan.targets import why_not_compiled
 from spinal_jax.plan.work import sample_prompts, widest
 
 # Bytes of Python, the libraries and what they compile, in an audit of next to nothing (benchmarks/plan.py), and of
@@ -97,8 +98,8 @@ def _warnings(config: PlanConfig, rows: int, decoder: DecoderConfig, compiled: C
     if (
         compiled is not None
         and device is not None
-        and device.kind == "tpu"
-        and (why := why_not_tpu(config)) is not None
+        and device.kind != "cpu"
+        and (why := why_not_compiled(config.device, config.devices)) is not None
     ):
         yield f"Memory is the estimate of XLA for CPUs: {why}."
     if device is not None and device.kind == "gpu" and config.devices > device.host:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -41,11 +42,11 @@ from spinal_jax.parallel.placement import Shards
 from spinal_jax.plan import compiled as compile_module
 from spinal_jax.plan import estimate
 from spinal_jax.plan.collectives import received_bytes
-from spinal_jax.plan.compiled import Compiled, why_not_tpu
+from spinal_jax.plan.compiled import Compiled
 from spinal_jax.plan.compiled import compiled as compiled_as
 from spinal_jax.plan.layout import USABLE, DeviceLayout, layout_of, planned_gram_home, would_fit
 from spinal_jax.plan.shapes import decoder_of
-from spinal_jax.plan.slices import SLICES
+from spinal_jax.plan.targets import GPUS, SLICES, why_not_compiled
 from spinal_jax.plan.work import sample_prompts
 
 # What the publishers say, in millions: the 671B of DeepSeek-V3 leave out its block that guesses ahead.
@@ -99,13 +100,22 @@ def test_flops_of_the_forward_are_xlas(
     assert ours <= counted <= 1.08 * ours
 
 
-def test_flops_of_gram_sums_and_lens_are_xlas() -> None:
-    length, width = 128, 256
-    sums = contraction.init(2, 1, width, np.dtype(np.float32))
-    arguments = jnp.ones((1, length, width)), jnp.ones((1, length)), jnp.zeros(1, jnp.int32)
-    counted = flops_of(lambda sums, *rows: contraction.update(sums, *rows, jnp.int32(0)), sums, *arguments)
-    ours = 2 * length * contraction.triangle_size(width)
+@pytest.mark.parametrize(("dtype", "backend", "share"), [("float32", "cpu", 5 / 8), ("bfloat16", "gpu", 3 / 4)])
+def test_flops_of_gram_sums_are_xlas(dtype: str, backend: str, share: float) -> None:
+    rows, width = 1024, 512
+    with jax.enable_x64(True):
+        sums = contraction.init(2, 1, width, np.dtype(np.float64))
+        arguments = jnp.ones((1, rows, width), dtype), jnp.ones((1, rows)), jnp.zeros(1, jnp.int32)
+        add = lambda sums, *rows: contraction.update(sums, *rows, jnp.int32(0), backend)  # noqa: E731
+        counted = flops_of(add, sums, *arguments)
+    computed = contraction.product_size(width, jnp.dtype(dtype), backend)
+    assert computed == share * width**2
+    ours = 2 * rows * computed
     assert ours <= counted <= 1.05 * ours  # beside it some passes over [T, d] and [d, d], 2 d and 2 T FLOPs a number
+
+
+def test_flops_of_the_lens_are_xlas() -> None:
+    width = 256
     boundaries, positions, vocabulary = 3, 8, 512  # one tile, one chunk
     lens = Lens(jnp.ones((vocabulary, width)), None, None, 1.0)
     pairs = (Pair(0, boundaries - 1, 1),)
@@ -222,18 +232,35 @@ def test_times_of_eigenvalues_are_those_measured_and_between_them_a_power_law() 
     assert found.seconds(h200, DEVICES["cpu"], layout) == pytest.approx(found.matrices * 0.109)
 
 
-def test_the_compiler_for_tpus_is_asked_where_it_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = importlib.util.find_spec
-    monkeypatch.setattr("spinal_jax.plan.slices.find_spec", lambda name: there("json"))
-    for device, count in (("v5e", 1), ("v6e", 256), ("v5p", 64)):
-        assert why_not_tpu(planned(device=device, devices=count)) is None
-    assert "libtpu has no compiler for v4" in (why_not_tpu(planned(device="v4", devices=4)) or "")
-    assert "and not 6" in (why_not_tpu(planned(device="v5e", devices=6)) or "")
-    assert why_not_tpu(planned(device="h100")) == "it is for TPUs"
-    monkeypatch.setattr("spinal_jax.plan.slices.find_spec", lambda name: None)
-    assert "spinal-jax[tpu-plan]" in (why_not_tpu(planned(device="v5e")) or "")
+def test_the_compiler_for_a_device_is_asked_where_it_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def why(device: str | None, count: int = 1) -> str:
+        return why_not_compiled(device, count) or ""
+
+    there, releases = importlib.util.find_spec, {"jaxlib": "0.10.2", "jax-cuda12-plugin": "0.10.2"}
+
+    def version(name: str) -> str:
+        if name not in releases:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return releases[name]
+
+    monkeypatch.setattr("spinal_jax.plan.targets.find_spec", lambda name: there("json"))
+    monkeypatch.setattr("spinal_jax.plan.targets.version", version)
+    for device, count in (("v5e", 1), ("v6e", 256), ("v5p", 64), ("a100", 1), ("h100", 8), ("h200", 64)):
+        assert why_not_compiled(device, count) is None
+    assert "no compiler for v4" in why("v4", 4)
+    assert "no compiler for cpu" in why("cpu")
+    assert "no compiler for an unnamed device" in why(None)
+    assert "and not 6" in why("v5e", 6)
+    assert "12 h100 are not whole machines of 8" in why("h100", 12)
+    releases["jaxlib"] = "0.11.0"
+    assert "jax-cuda12-plugin 0.10.2 is not of jaxlib 0.11.0" in why("h100")
+    del releases["jax-cuda12-plugin"]
+    assert "spinal-jax[gpu-plan]" in why("h100")
+    monkeypatch.setattr("spinal_jax.plan.targets.find_spec", lambda name: None)
+    assert "spinal-jax[tpu-plan]" in why("v5e")
     for sides in SLICES.values():
         assert all(math.prod(shape) == chips for chips, shape in sides.items())
+    assert {name for name, device in DEVICES.items() if device.kind == "gpu"} == set(GPUS)
 
 
 def test_work_is_shared_evenly_and_grows_with_the_prompts() -> None:

@@ -1,14 +1,16 @@
-"""Memory of an audit and of a DPO step on slices of TPUs, by the compiler for TPUs, of which none is needed.
+"""Memory of an audit and of a DPO step on slices of TPUs and on GPUs, by their compilers, without any of them.
 
-    python benchmarks/tpu_memory.py [--step audit dpo] [--devices v5e v5p] [--chips 4 16 64 256] [--models llama-3-8b]
+    python benchmarks/device_memory.py [--step audit dpo] [--devices v5e h100] [--chips 4 16] [--models llama-3-8b]
 
-Needs libtpu (`pip install 'spinal-jax[tpu-plan]'`) and half a minute to a few minutes a row on two cores.
+Needs libtpu (`pip install 'spinal-jax[tpu-plan]'`) or JAX's CUDA plugin (`'spinal-jax[gpu-plan]'`, and for DPO
+`nvidia-cudnn-cu13`), and a few seconds to a few minutes a row on two cores.
 
 A row of the audit is `spinal plan model=MODEL model.dtype=bfloat16 device=DEVICE devices=CHIPS`: 512 prompts of 256
 tokens on the mesh that an audit chooses, all weights in bfloat16. A row of DPO is a step that trains all weights, in
 float32 with AdamW's two moments, forward and backward in bfloat16, blocks computed again in the backward pass, a row of
-512 tokens on each chip (a pair of 256 tokens each), and weights and moments split over all chips (`parallel.fsdp=-1`).
-A slice that weights or state alone do not fit is not compiled; neither is one that takes longer than `--minutes`.
+512 tokens on each device (a pair of 256 tokens each), and weights and moments split over all devices
+(`parallel.fsdp=-1`). Devices that weights or state alone do not fit are not compiled for; a row that takes longer than
+`--minutes` is given up.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def in_time(minutes: float, *row: str) -> str:
 
 
 def audit(model: str, device: str, chips: int) -> Sequence[str]:
-    """GiB of each chip."""
+    """GiB of each device."""
     from spinal_jax.audit.pipeline import weight_bytes
     from spinal_jax.config import build
     from spinal_jax.config.plan import PlanConfig
@@ -117,7 +119,7 @@ def audit(model: str, device: str, chips: int) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Step:
-    """A compiled function, in bytes of each chip."""
+    """A compiled function, in bytes of each device."""
 
     temporaries: int
     more: int  # outputs that do not lie where arguments did
@@ -125,7 +127,7 @@ class Step:
 
 
 def dpo(model: str, device: str, chips: int) -> Sequence[str]:
-    """GiB of each chip."""
+    """GiB of each device."""
     import time
 
     import jax
@@ -138,7 +140,7 @@ def dpo(model: str, device: str, chips: int) -> Sequence[str]:
     from spinal_jax.plan.collectives import received_bytes
     from spinal_jax.plan.compiled import held, no_room
     from spinal_jax.plan.shapes import decoder_of
-    from spinal_jax.plan.slices import slice_devices
+    from spinal_jax.plan.targets import target_devices
     from spinal_jax.train.abstract import abstract_training, lower_steps
     from spinal_jax.train.optimizer import optimizer
 
@@ -146,8 +148,9 @@ def dpo(model: str, device: str, chips: int) -> Sequence[str]:
     least = 4 * 4 * sum(math.prod(x.shape) for x in parameter_shapes(decoder).values()) / chips
     if least > USABLE * memory(device):  # weights, gradients and two moments
         return too_large(least, device)
-    jax.default_backend = lambda: "tpu"  # by which steps of training choose their attention
-    mesh = make_mesh(ParallelConfig(1, chips, 1), slice_devices(device, chips))
+    kind = DEVICES[device].kind
+    jax.default_backend = lambda: kind  # by which steps of training choose their attention
+    mesh = make_mesh(ParallelConfig(1, chips, 1), target_devices(device, chips))
     rows = row_multiple(mesh)
     begin = time.perf_counter()
     some = abstract_training(
@@ -193,19 +196,19 @@ ROWS = {"audit": audit, "dpo": dpo}
 
 
 def memory(device: str) -> float:
-    """Bytes of a chip."""
+    """Bytes of a device."""
     found = DEVICES[device].memory
     assert found is not None
     return found
 
 
 def too_large(least: float, device: str) -> Sequence[str]:
-    """Cells of a slice that has no room for what is there all the time."""
+    """Cells of devices that have no room for what is there all the time."""
     return ["", f"{least / GIB:.1f}", "", "", "", f"{memory(device) / GIB:.1f}", "no", "", ""]
 
 
 def no_room_for(least: float, why: str, device: str) -> Sequence[str]:
-    """Cells of a slice for which the compiler gives up, with the temporary memory that it asks for."""
+    """Cells of devices for which the compiler gives up, with the temporary memory that it asks for."""
     asked = re.search(r"temporaries \(([\d.]+)G\)", why)
     temporary = asked[1] if asked else why
     return ["", f"{least / GIB:.2f}", "", temporary, "", f"{memory(device) / GIB:.1f}", "no", "", ""]

@@ -1,13 +1,14 @@
-"""Every jitted step compiles for slices of TPUs, of which none needs to be there: libtpu compiles ahead of time.
+"""Every jitted step compiles for slices of TPUs and for GPUs, of which none needs to be there: libtpu and JAX's CUDA
+plugin compile ahead of time.
 
-`make test-tpu` runs a set in which every step meets every kind of device, every size and both kinds of block;
-`make test-tpu GRID=1` runs all combinations.
+`make test-tpu` and `make test-gpu` run a set in which every step meets every kind of device, every size and both kinds
+of block; with `GRID=1` they run all combinations.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from spinal_jax.audit.abstract import abstract_arguments, lower_steps
 from spinal_jax.audit.device_base import jit_lens_step
 from spinal_jax.audit.lens_step import zero_lens_sums
+from spinal_jax.audit.spectra import BoundarySums, eigenvalues
 from spinal_jax.comparison import preference_gradient
 from spinal_jax.config import MetricsConfig, ParallelConfig
 from spinal_jax.config.data_sheets import DEVICES
@@ -27,45 +29,43 @@ from spinal_jax.config.training import LoRAConfig, ObjectiveConfig, OptimizerCon
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import Experts
 from spinal_jax.models.decoder import Decoder
-from spinal_jax.models.fused_attention import attend_splash, kernel_of
+from spinal_jax.models.fused_attention import attend_cudnn, attend_splash, kernel_of
 from spinal_jax.objectives.responses import Shape
 from spinal_jax.parallel.mesh import ROWS, make_mesh
 from spinal_jax.parallel.placement import Shards
 from spinal_jax.plan.collectives import received_bytes
-from spinal_jax.plan.slices import slice_devices
+from spinal_jax.plan.targets import target_devices, why_not_compiled
 from spinal_jax.train.abstract import AbstractTraining, abstract_training
 from spinal_jax.train.abstract import lower_steps as lower_training
 from spinal_jax.train.optimizer import optimizer
 
-pytest.importorskip("libtpu", reason="pip install 'spinal-jax[tpu-plan]'")
-
-SIZES = {1: (1, 1, 1), 4: (1, 2, 2), 256: (1, 32, 8)}  # chips: data x fsdp x tensor
-KINDS = "v5e", "v5p", "v6e"
-STEPS = "audit", "comparison", "preference gradient", "DPO", "DPO with LoRA", "attention"
-Case = tuple[str, str, int, bool]  # step, kind of device, chips, mixture of experts
+KINDS = {"tpu": ("v5e", "v5p", "v6e"), "gpu": ("a100", "h100", "h200")}
+SIZES = {  # devices: data x fsdp x tensor
+    "tpu": {1: (1, 1, 1), 4: (1, 2, 2), 256: (1, 32, 8)},
+    "gpu": {1: (1, 1, 1), 4: (1, 2, 2), 16: (2, 2, 4)},
+}
+STEPS = "audit", "comparison", "preference gradient", "DPO", "DPO with LoRA", "attention", "spectra"
+KERNELS = {"tpu": "tpu_custom_call", "gpu": "__cudnn$fmha"}  # of attention, in a program
 
 
 def cases() -> list[Any]:
-    """All combinations; those of the smaller set are marked `tpu`, the others `tpu_grid`."""
-    found = []
-    for number, step in enumerate(STEPS):
-        sizes = (1,) if step == "preference gradient" else tuple(SIZES)
-        for (place, kind), chips, sparse in itertools.product(enumerate(KINDS), sizes, (False, True)):
-            if step == "attention" and sparse:
-                continue
-            # A Latin square: each kind with another size, and both kinds of block over the steps.
-            small = len(sizes) == 1 or (place + number) % 3 == list(SIZES).index(chips)
-            small = small and (step == "attention" or sparse == ((place + number) % 2 == 0))
-            name = f"{step}, {chips} x {kind}, {'sparse' if sparse else 'dense'}"
-            mark = pytest.mark.tpu if small else pytest.mark.tpu_grid
-            found.append(pytest.param(step, kind, chips, sparse, marks=mark, id=name))
-    return found
+    """All combinations; those of the smaller set are marked `tpu` or `gpu`, the others `tpu_grid` or `gpu_grid`."""
+    return [case for backend in KINDS for number, step in enumerate(STEPS) for case in cases_of(backend, number, step)]
 
 
-@pytest.fixture(autouse=True)
-def _for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of training ask JAX which device they are for."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+def cases_of(backend: str, number: int, step: str) -> Iterator[Any]:
+    if step == "spectra" and backend == "tpu":  # for which hosts compute them
+        return
+    sizes = (1,) if step in ("preference gradient", "spectra") else tuple(SIZES[backend])
+    for (place, kind), count, sparse in itertools.product(enumerate(KINDS[backend]), sizes, (False, True)):
+        if sparse and step in ("attention", "spectra"):
+            continue
+        # A Latin square: each kind with another size, and both kinds of block over the steps.
+        small = len(sizes) == 1 or (place + number) % 3 == list(sizes).index(count)
+        small = small and (step in ("attention", "spectra") or sparse == ((place + number) % 2 == 0))
+        name = f"{step}, {count} x {kind}, {'sparse' if sparse else 'dense'}"
+        mark = getattr(pytest.mark, backend if small else f"{backend}_grid")
+        yield pytest.param(step, kind, count, sparse, marks=mark, id=name)
 
 
 @cache
@@ -83,10 +83,19 @@ def model_of(make: Callable[..., Decoder], sparse: bool) -> Decoder:
     )
 
 
-@pytest.mark.parametrize(("step", "kind", "chips", "sparse"), cases())
-def test_a_step_compiles(step: str, kind: str, chips: int, sparse: bool, make_decoder: Callable[..., Decoder]) -> None:
-    devices = slice_devices(kind, chips)
-    mesh = make_mesh(ParallelConfig(*SIZES[chips]), devices)
+@pytest.mark.parametrize(("step", "kind", "count", "sparse"), cases())
+def test_a_step_compiles(
+    step: str,
+    kind: str,
+    count: int,
+    sparse: bool,
+    make_decoder: Callable[..., Decoder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert why_not_compiled(kind, count) is None
+    backend = DEVICES[kind].kind
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # by which steps of training choose their attention
+    mesh = make_mesh(ParallelConfig(*SIZES[backend][count]), target_devices(kind, count))
     model = model_of(make_decoder, sparse)
     compiled = {
         "audit": audit,
@@ -95,18 +104,29 @@ def test_a_step_compiles(step: str, kind: str, chips: int, sparse: bool, make_de
         "DPO": train,
         "DPO with LoRA": partial(train, rank=8),
         "attention": attention,
-    }[step](model, mesh)
+        "spectra": spectra,
+    }[step](model, mesh, backend)
     memory = DEVICES[kind].memory
     assert memory is not None
     for program in compiled:
         found = program.memory_analysis()
         assert 0 < found.argument_size_in_bytes + found.temp_size_in_bytes < memory
-    if not step.startswith("DPO"):
-        return
-    assert "tpu_custom_call" in (compiled[0].as_text() or "")  # the splash kernel
+    if step in ("audit", "DPO", "DPO with LoRA", "attention"):
+        assert KERNELS[backend] in (compiled[0].as_text() or "")
 
 
-def audit(model: Decoder, mesh: Mesh, pair: bool = False) -> list[Any]:
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 1, 1), (1, 4, 2), (2, 2, 2)])
+def test_gpus_update_gram_sums_in_place(sizes: tuple[int, int, int], make_decoder: Callable[..., Decoder]) -> None:
+    """Temporary memory does not grow with the sums."""
+    mesh = make_mesh(ParallelConfig(*sizes), target_devices("h100", int(np.prod(sizes))))
+    model = model_of(make_decoder, False)
+    few, many = (audit(model, mesh, "gpu", slots=slots)[0].memory_analysis() for slots in (4, 68))
+    assert many.alias_size_in_bytes > 10 * few.alias_size_in_bytes
+    assert many.temp_size_in_bytes < few.temp_size_in_bytes + 0.02 * many.alias_size_in_bytes
+
+
+def audit(model: Decoder, mesh: Mesh, backend: str, pair: bool = False, slots: int = 4) -> list[Any]:
     settings, config = MetricsConfig(), model.config
     shards = None if mesh.size == 1 else Shards.of(mesh, 0)
     rows = 1 if shards is None else shards.rows
@@ -120,11 +140,10 @@ def audit(model: Decoder, mesh: Mesh, pair: bool = False) -> list[Any]:
             contraction.gram_dtype(),
             shards=shards,
             device=alone,
-            slots=4,
+            slots=slots,
         )
         if not pair:
-            forward, lens = (step.compile() for step in lower_steps(some, settings, 4, shards, "tpu"))
-            assert "tpu_custom_call" in (forward.as_text() or "")
+            forward, lens = (step.compile() for step in lower_steps(some, settings, 4, shards, backend))
             return [forward, lens]
         sums = jax.eval_shape(lambda: zero_lens_sums(config.depth + 1, settings, 2, True))
         place = SingleDeviceSharding(alone) if shards is None else shards.whole
@@ -139,7 +158,7 @@ def audit(model: Decoder, mesh: Mesh, pair: bool = False) -> list[Any]:
                 lasts=settings.lasts,
                 terminal=settings.terminal,
                 shards=shards,
-                backend="tpu",
+                backend=backend,
             ).compile()
         ]
 
@@ -158,11 +177,11 @@ def training(model: Decoder, mesh: Mesh, rank: int = 0) -> AbstractTraining:
     )
 
 
-def train(model: Decoder, mesh: Mesh, rank: int = 0) -> list[Any]:
+def train(model: Decoder, mesh: Mesh, backend: str, rank: int = 0) -> list[Any]:
     return [step.compile() for step in lower_training(training(model, mesh, rank))]
 
 
-def gradient(model: Decoder, mesh: Mesh) -> list[Any]:
+def gradient(model: Decoder, mesh: Mesh, backend: str) -> list[Any]:
     some, layers = training(model, mesh), model.config.layers_of_stacks
     parameters = {
         name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding)
@@ -174,10 +193,10 @@ def gradient(model: Decoder, mesh: Mesh) -> list[Any]:
     return [first, *(function.lower(parameters, layers).compile() for function in of_blocks)]
 
 
-def attention(model: Decoder, mesh: Mesh) -> list[Any]:
-    """Forward and backward, with a window, a soft-cap, fewer key heads and a row that no block divides."""
-    config = model.config
-    assert kernel_of(config, jnp.dtype(jnp.bfloat16), "tpu", mesh).kernel == "splash"
+def attention(model: Decoder, mesh: Mesh, backend: str) -> list[Any]:
+    """Forward and backward, with fewer key heads and a row that no block divides; on a TPU with a window and a
+    soft-cap, on a GPU with several sequences in a row or one."""
+    assert kernel_of(model.config, jnp.dtype(jnp.bfloat16), backend, mesh).kernel in ("splash", "cudnn")
     by = NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor"))
     rows = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
     q = jax.ShapeDtypeStruct((rows, 200, 16, 128), jnp.bfloat16, sharding=by)
@@ -185,18 +204,35 @@ def attention(model: Decoder, mesh: Mesh) -> list[Any]:
     segments = jax.ShapeDtypeStruct((rows, 200), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))
 
     def loss(q: Any, k: Any, v: Any, segments: Any, window: Any) -> Any:
-        out = attend_splash(q, k, v, segments, windows=(0, 96), window=window, scale=0.1, softcap=30.0, mesh=mesh)
+        if backend == "tpu":
+            out = attend_splash(q, k, v, segments, windows=(0, 96), window=window, scale=0.1, softcap=30.0, mesh=mesh)
+        else:
+            out = attend_cudnn(q, k, v, segments, scale=0.1, mask=None, mesh=mesh)
         return jnp.sum(out.astype(jnp.float32))
 
     window = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     return [jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(q, k, k, segments, window).compile()]
 
 
-@pytest.mark.tpu
-def test_what_devices_receive_is_read_from_programs_for_tpus() -> None:
+def spectra(model: Decoder, mesh: Mesh, backend: str) -> list[Any]:
+    """Float64 eigenvalues on the device."""
+    width, place = model.config.width, SingleDeviceSharding(mesh.devices.flat[0])
+    with jax.enable_x64(True):
+        sums = jax.eval_shape(lambda: contraction.init(4, 1, width, np.dtype(np.float64)))
+        one = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype, sharding=place), BoundarySums(*sums)
+        )
+        scalar = jax.ShapeDtypeStruct((), jnp.float64, sharding=place)
+        weights = jax.ShapeDtypeStruct((4,), jnp.float64, sharding=place)
+        return [eigenvalues.lower(one, weights, scalar, center=True).compile()]
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("v5e", marks=pytest.mark.tpu), pytest.param("h100", marks=pytest.mark.gpu)]
+)
+def test_what_devices_receive_is_read_from_their_programs(kind: str) -> None:
     """Hand-made programs whose exchange is known."""
-    devices = np.array(slice_devices("v5e", 8))
-    mesh = Mesh(devices, ("all",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.array(target_devices(kind, 8)), ("all",), axis_types=(AxisType.Auto,))
     size = 1024 * 1024 * 4
 
     def received(function: Any, before: PartitionSpec, after: PartitionSpec) -> float:
@@ -219,8 +255,11 @@ def test_what_devices_receive_is_read_from_programs_for_tpus() -> None:
     with jax.enable_x64(True):  # loops then count in pairs of 32 bits
         assert received(moved, every, every) == 5 * size / 8
 
-    # The compiler exchanges a matrix in 16 pieces beside the product, two in a turn of its loop.
-    wide = Mesh(np.array(slice_devices("v5e", 16)), ("all",), axis_types=(AxisType.Auto,))
+
+@pytest.mark.tpu
+def test_what_tpus_receive_beside_a_product() -> None:
+    """Their compiler exchanges a matrix in 16 pieces, two in a turn of its loop."""
+    wide = Mesh(np.array(target_devices("v5e", 16)), ("all",), axis_types=(AxisType.Auto,))
 
     def some(shape: tuple[int, ...], *by: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(wide, PartitionSpec(*by)))
