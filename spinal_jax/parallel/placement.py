@@ -107,8 +107,17 @@ class Shards:
         return self._on()
 
     def parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Sharding of a parameter by path."""
-        return parameter_sharding(self.mesh, path, shape)
+        """Sharding of a parameter by path.
+
+        XLA for GPUs gathers arrays along their first axis. To gather along another, it lays out the weights of all
+        blocks anew, in a copy. There `fsdp` splits the outputs of linear layers as `tensor` does, where it can.
+        """
+        sharding = parameter_sharding(self.mesh, path, shape)
+        *lead, outputs, inputs = (None, None, *sharding.spec)
+        linear = path.startswith("stacks") and path.endswith(".weight") and (outputs, inputs) == ("tensor", "fsdp")
+        if linear and self.mesh.devices.flat[0].platform == "gpu" and shape[-2] % self.parameter_split == 0:
+            return self._on(*lead[2:], ("tensor", "fsdp"), None)
+        return sharding
 
     @property
     def batch(self) -> NamedSharding:
