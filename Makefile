@@ -87,7 +87,7 @@ $(DEMO_MODEL): | .venv/run.stamp
 
 # JAX traces attention by cuDNN only where that is installed.
 .venv/gpu.stamp: .venv/test.stamp
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[gpu-plan]' nvidia-cudnn-cu13
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[gpu-plan]' 'nvidia-cudnn-cu13>=9.28'
 	touch $@
 
 .venv/lint.stamp: .venv/test.stamp
