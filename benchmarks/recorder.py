@@ -1,6 +1,6 @@
 """What `spinal_jax.Recorder` without `every` costs an optax loop: steps per second with it against those without it.
 
-    python benchmarks/recorder.py [--model random:3m] [--prompts 32] [--seconds 240]
+    python -m benchmarks.recorder [--model random:3m] [--prompts 32] [--seconds 240]
 
 The loop without the recorder runs before and after the one with it, for a quarter of the time each. The time with the
 recorder includes the traces, but neither the reading of the model nor the report at the end.
@@ -21,21 +21,8 @@ import optax
 from flax import nnx
 
 import spinal_jax
+from examples.decoder_optax import train_step
 from spinal_jax.config import PromptsConfig
-from spinal_jax.models.decoder import Decoder
-
-
-@nnx.jit
-def train_step(model: Decoder, optimizer: nnx.Optimizer[Decoder], tokens: jax.Array) -> jax.Array:
-    """One step of next-token prediction; returns the loss."""
-
-    def loss_of(model: Decoder) -> jax.Array:
-        logits = model.lens(model.forward(tokens)[0])[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    loss, gradient = nnx.value_and_grad(loss_of)(model)
-    optimizer.update(model, gradient)
-    return loss
 
 
 def rate(step: Callable[[int], None], first: int, seconds: float) -> tuple[int, float]:

@@ -68,6 +68,14 @@ def cases_of(backend: str, number: int, step: str) -> Iterator[Any]:
         yield pytest.param(step, kind, count, sparse, marks=mark, id=name)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiles_anew() -> Iterator[None]:
+    """A program for a GPU that is not there cannot be read from JAX's cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @cache
 def model_of(make: Callable[..., Decoder], sparse: bool, depth: int = 2) -> Decoder:
     """Blocks with windows and heads of 128 features, of a width that 256 devices divide."""
