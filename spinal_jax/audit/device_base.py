@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypedDict
 
@@ -191,6 +191,17 @@ def slot_sums(grams: contraction.Grams, slot: int, boundary: int) -> BoundarySum
 def on_host(sums: BoundarySums) -> BoundarySums:
     """The sums, copied to the host."""
     return jax.tree.map(np.asarray, sums)
+
+
+def dealt_out(grams: contraction.Grams, boundaries: Array, part: Callable[[Array, Array], Array]) -> BoundarySums:
+    """`part(x, boundaries)` of the arrays of Gram sums, one after another, so that devices hold what they exchange of
+    one stripe at a time."""
+    parts: list[Array] = []
+    for x in (*grams.second, grams.first):
+        if parts:
+            boundaries, parts[-1] = jax.lax.optimization_barrier((boundaries, parts[-1]))
+        parts.append(part(x, boundaries))
+    return BoundarySums(second=tuple(parts[:-1]), first=parts[-1])
 
 
 def by_device(dealt: BoundarySums, workers: Sequence[Worker]) -> dict[int, BoundarySums]:

@@ -19,6 +19,7 @@ from spinal_jax.audit.device_base import (
     as_float64,
     by_device,
     clear_slot,
+    dealt_out,
     jit_forward_step,
     jit_lens_step,
     jit_position_steps,
@@ -141,8 +142,7 @@ def _gathered(whole: NamedSharding) -> Callable[[contraction.Grams, int, int], B
 def _dealt_out(each: NamedSharding) -> Callable[[contraction.Grams, np.ndarray], BoundarySums]:
     """Jitted function to [n, G, ...], the sums of all slots at one boundary for each device, one on each."""
 
-    def deal(grams: contraction.Grams, boundaries: Array) -> BoundarySums:
-        second, first = jax.tree.map(lambda x: jnp.moveaxis(x[:, boundaries], 1, 0), tuple(grams))
-        return BoundarySums(second=second, first=first)
+    def part(x: Array, boundaries: Array) -> Array:
+        return jax.lax.with_sharding_constraint(jnp.moveaxis(x[:, boundaries], 1, 0), each)
 
-    return jax.jit(deal, out_shardings=each)
+    return jax.jit(partial(dealt_out, part=part), out_shardings=each)

@@ -18,6 +18,7 @@ from spinal_jax.audit.device_base import (
     LensSettings,
     as_float64,
     by_device,
+    dealt_out,
     no_error,
     on_host,
     static,
@@ -132,11 +133,10 @@ class OnReplicas(Devices):
 def _dealt_out_by_replicas(each: NamedSharding) -> Callable[[contraction.Grams, np.ndarray], BoundarySums]:
     """Jitted function from the sums of each device [n, G, D + 1, ...] to the totals at one boundary for each device."""
 
-    def deal(grams: contraction.Grams, boundaries: Array) -> BoundarySums:
-        second, first = jax.tree.map(lambda x: jnp.moveaxis(jnp.sum(x[:, :, boundaries], axis=0), 1, 0), tuple(grams))
-        return BoundarySums(second=second, first=first)
+    def part(x: Array, boundaries: Array) -> Array:
+        return jnp.moveaxis(jnp.sum(x[:, :, boundaries], axis=0), 1, 0)
 
-    return jax.jit(deal, out_shardings=each)
+    return jax.jit(partial(dealt_out, part=part), out_shardings=each)
 
 
 @cache

@@ -184,18 +184,24 @@ def hosts(device: Device, layout: DeviceLayout) -> int:
     return -(-layout.devices // device.host)
 
 
-def spectra(config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int) -> SpectraCost:
-    """Cost of the spectra of all boundaries and replicates on `cores` cores, one matrix for each core."""
+def spectra(
+    config: DecoderConfig, work: Plan, settings: MetricsConfig, cores: int, layout: DeviceLayout | None = None
+) -> SpectraCost:
+    """Cost of the spectra of all boundaries and replicates, on devices of a layout, or on `cores` cores, one matrix for
+    each core. None is one device."""
     d, boundaries = config.width, config.depth + 1
     matrices = boundaries * sum(replicate_counts(work, settings))
     square = 8 * d * d
     reread = matrices * (REREAD * d**3 if square > HOST_CACHE else square)
     boundary = 8 * work.group_count * contraction.triangle_size(d)  # bytes of the sums of all groups at one
+    # While each device gets the sums of its boundary, it holds a stripe of all groups twice, or of all replicas' sums.
+    stripe = 8 * work.group_count * d * (d // contraction.stripe_count(d))
+    copies = {"one": 0, "mesh": 2}.get(layout.kind, layout.devices) if layout is not None and layout.devices > 1 else 0
     return SpectraCost(
         stage=Stage("spectra", "float64", matrices * EIGENVALUES * d**3, reread),
         width=d,
         matrices=matrices,
         # Twice the stripes; in each core's hands their sum, whole, centred and LAPACK's own.
         host_memory=2 * boundary + 4 * square * min(cores, matrices),
-        device_memory=boundary + 4 * square,
+        device_memory=boundary + max(4 * square, copies * stripe),
     )

@@ -34,7 +34,7 @@ def make_plan(config: PlanConfig) -> AuditPlan:
     work = sample_prompts(config, decoder, layout)
     shapes, dtype = parameter_shapes(decoder), config.model.dtype
     found = compiled(config, layout) if config.compile else None
-    spectra = estimate.spectra(decoder, work, config.metrics, os.cpu_count() or 1)
+    spectra = estimate.spectra(decoder, work, config.metrics, os.cpu_count() or 1, layout)
     memory = None if found is None else _memory(config, layout, found, spectra, shapes)
     device = DEVICES[config.device or USUAL]
     short = memory is not None and config.device is not None and memory.peak > USABLE * memory_of(device)

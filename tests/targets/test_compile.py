@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +20,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from spinal_jax.audit.abstract import abstract_arguments, lower_steps
 from spinal_jax.audit.device_base import jit_lens_step
+from spinal_jax.audit.device_mesh import _dealt_out
+from spinal_jax.audit.device_replicas import _dealt_out_by_replicas
+from spinal_jax.audit.forward_step import gram_shardings
 from spinal_jax.audit.lens_step import zero_lens_sums
 from spinal_jax.audit.spectra import BoundarySums, eigenvalues
 from spinal_jax.comparison import preference_gradient
 from spinal_jax.config import MetricsConfig, ParallelConfig
 from spinal_jax.config.data_sheets import DEVICES
+from spinal_jax.config.positions import Positions
 from spinal_jax.config.training import LoRAConfig, ObjectiveConfig, OptimizerConfig
+from spinal_jax.data.packing import TokenSequence, plan_batches
 from spinal_jax.metrics import contraction
 from spinal_jax.models.config import Experts
 from spinal_jax.models.decoder import Decoder
 from spinal_jax.models.fused_attention import attend_cudnn, attend_splash, kernel_of
 from spinal_jax.objectives.responses import Shape
 from spinal_jax.parallel.mesh import ROWS, make_mesh
-from spinal_jax.parallel.placement import Shards
+from spinal_jax.parallel.placement import Replicas, Shards
+from spinal_jax.plan import estimate
 from spinal_jax.plan.collectives import received_bytes
+from spinal_jax.plan.layout import DeviceLayout
 from spinal_jax.plan.targets import target_devices, why_not_compiled
 from spinal_jax.train.abstract import AbstractTraining, abstract_training
 from spinal_jax.train.abstract import lower_steps as lower_training
@@ -138,6 +145,35 @@ def test_gpus_copy_neither_sums_nor_weights(sizes: tuple[int, int, int], make_de
     kept = deep.output_size_in_bytes - deep.alias_size_in_bytes  # hidden states of all boundaries, in two copies
     weights = deep.argument_size_in_bytes - deep.alias_size_in_bytes
     assert deep.temp_size_in_bytes < few.temp_size_in_bytes + 2 * kept + 0.02 * weights
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mesh", "replicas"])
+def test_sums_reach_their_gpus_in_the_memory_of_a_plan(
+    kind: Literal["mesh", "replicas"], make_decoder: Callable[..., Decoder]
+) -> None:
+    """Each GPU gets the sums of all groups at one boundary."""
+    config, groups, devices = model_of(make_decoder, False, 10).config, 16, target_devices("h100", 8)
+    boundaries, layout = jax.ShapeDtypeStruct((8,), jnp.int32), DeviceLayout(kind, 1, 2, 4)
+    if kind == "replicas":
+        layout = DeviceLayout(kind, 8, 1, 1)
+    sequences = [TokenSequence(np.zeros(8, np.int32), number % groups) for number in range(2 * groups)]
+    work = plan_batches(sequences, Positions.parse("last:4"), 1, 64, groups=groups)
+    with jax.enable_x64(True):
+        sums = jax.eval_shape(lambda: contraction.init(groups, config.depth + 1, config.width, np.dtype(np.float64)))
+        if kind == "mesh":
+            shards = Shards.of(make_mesh(ParallelConfig(1, 2, 4), devices), 0)
+            deal, places = _dealt_out(shards.each), gram_shardings(config.width, shards)
+        else:
+            each = Replicas(Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))).each
+            sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype), sums)
+            deal, places = _dealt_out_by_replicas(each), jax.tree.map(lambda _: each, sums)
+        sums = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), sums, places)
+        found = deal.lower(sums, boundaries).compile().memory_analysis()
+    planned = estimate.spectra(config, work, MetricsConfig(groups=groups), 1, layout).device_memory
+    taken = found.output_size_in_bytes + found.temp_size_in_bytes
+    assert taken < 1.02 * planned
+    assert kind == "mesh" or taken > 0.98 * planned
 
 
 def audit(model: Decoder, mesh: Mesh, backend: str, pair: bool = False, slots: int = 4) -> list[Any]:
