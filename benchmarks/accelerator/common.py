@@ -106,7 +106,8 @@ def random_model(decoder: Any, dtype: str, seed: int = 0) -> Any:
 
 
 def random_key(seed: int) -> Any:
-    """Of the generator whose programs compile soonest. It is an argument of them, lest XLA draw as it compiles."""
+    """A key of the generator whose programs compile fastest. Programs take it as an argument: with a constant key XLA
+    would draw the numbers while it compiles."""
     import jax
 
     return jax.random.key(seed, impl="rbg")

@@ -15,7 +15,7 @@ from benchmarks.accelerator.common import LAST, PROMPTS, SHAPES, TORCH_BATCH, pa
 def load() -> None:
     """Imports the libraries."""
     importlib.import_module("torch")
-    importlib.import_module("transformers").LlamaForCausalLM  # noqa: B018 (imported when it is asked for)
+    importlib.import_module("transformers.models.llama.modeling_llama")
 
 
 def torch_card() -> str:

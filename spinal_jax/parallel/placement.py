@@ -113,10 +113,10 @@ class Shards:
         blocks anew, in a copy. There `fsdp` splits the outputs of linear layers as `tensor` does, where it can.
         """
         sharding = parameter_sharding(self.mesh, path, shape)
-        *lead, outputs, inputs = (None, None, *sharding.spec)
-        linear = path.startswith("stacks") and path.endswith(".weight") and (outputs, inputs) == ("tensor", "fsdp")
+        axes = tuple(sharding.spec)
+        linear = path.startswith("stacks") and path.endswith(".weight") and axes[-2:] == ("tensor", "fsdp")
         if linear and self.mesh.devices.flat[0].platform == "gpu" and shape[-2] % self.parameter_split == 0:
-            return self._on(*lead[2:], ("tensor", "fsdp"), None)
+            return self._on(*axes[:-2], ("tensor", "fsdp"), None)
         return sharding
 
     @property
