@@ -33,6 +33,7 @@ LONG_MULTIPLE = 512  # lengths of rows above the first class are multiples of th
 ROW_LENGTHS = (128, 192, 256, 384, 512)  # candidates, with multiples of the longest sequence
 MEASURED_MULTIPLE = 8
 BATCH_OVERHEAD = 128  # cost of a batch in tokens, which weighs many small batches against padding
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 ATTENTION_LENGTH = 8192  # row length at which attention costs about as much as the rest of a block
 
 
@@ -299,6 +300,7 @@ def plan_batches(
         if bound is None:
             raise UserError(f"a prompt has {size} tokens; set prompts.max_length to at most {LENGTH_CLASSES[-1]}")
         classes[bound].append(number)
+    measured = {n: len(sequences[n].measured(selector)) for numbers in classes.values() for n in numbers}
     batches: list[Packed] = []
     runs: list[GroupRun] = []
     for _, numbers in sorted(classes.items()):
@@ -309,17 +311,17 @@ def plan_batches(
         options = []
         for length in _row_lengths(longest):
             packed = {g: _pack([(len(sequences[n].ids), n) for n in ns], length) for g, ns in sorted(by_group.items())}
-            for height in _heights(batch_tokens, length, shards):
+            for height in _heights(batch_tokens, length, shards, sum(map(len, packed.values()))):
                 cuts = _cut([len(rows) for rows in packed.values()], height, slots or len(packed))
                 cost = len(cuts) * (height * length * (1 + length / ATTENTION_LENGTH) + BATCH_OVERHEAD * shards)
                 options.append((cost, -length, -height, packed, cuts))
         _, length, height, packed, cuts = min(options, key=lambda option: option[:3])
         length, height = -length, -height
         first = len(runs)
-        rows = [(row, first + k) for k, group in enumerate(packed.values()) for row in group]
+        rows = [(row, first + k) for k, group in enumerate(packed.values()) for row in _spread(group, measured)]
         share = height // shards
         parts = [(start, min(start + share, b)) for a, b in cuts for start in range(a, b, share)]
-        most = max(sum(len(sequences[n].measured(selector)) for row, _ in rows[a:b] for n in row) for a, b in parts)
+        most = max(sum(measured[n] for row, _ in rows[a:b] for n in row) for a, b in parts)
         width = max(MEASURED_MULTIPLE, -(-most // MEASURED_MULTIPLE) * MEASURED_MULTIPLE)
         offset = len(batches)
         for a, b in cuts:
@@ -351,9 +353,22 @@ def _row_lengths(longest: int) -> list[int]:
     return sorted(t for t in tried if tight <= t <= LENGTH_CLASSES[0])
 
 
-def _heights(batch_tokens: int, length: int, shards: int) -> list[int]:
+def _heights(batch_tokens: int, length: int, shards: int, rows: int) -> list[int]:
+    """Candidates for the height of a batch: fractions of `batch_tokens`, and even shares of `rows` below them."""
     most = max(1, batch_tokens // (length * shards))  # rows of a shard
-    return sorted({shards * max(1, most // k) for k in (1, 2, 3, 4, 6, 8, 16)})
+    heights = {shards * max(1, most // k) for k in (1, 2, 3, 4, 6, 8, 16)}
+    counts = {-(-rows // height) + more for height in heights for more in (0, 1)}
+    even = {-(-rows // (count * shards)) * shards for count in counts}
+    return sorted(heights | {height for height in even if height <= most * shards})
+
+
+def _spread(rows: list[tuple[int, ...]], measured: Mapping[int, int]) -> list[tuple[int, ...]]:
+    """The rows in an order in which consecutive ones have about equally many measured positions together.
+
+    In ascending order, the multiples of the golden ratio modulo 1 place neighbours far apart.
+    """
+    ascending = sorted(rows, key=lambda row: sum(measured[n] for n in row))
+    return [ascending[n] for n in sorted(range(len(rows)), key=lambda n: n * GOLDEN_RATIO % 1)]
 
 
 def _pack(items: list[tuple[int, int]], length: int) -> list[tuple[int, ...]]:

@@ -124,6 +124,7 @@ def update(grams: Grams, h: Array, counted: Array, slots: Array, boundary: Array
         backend: kind of device to compile for; None is JAX's default.
     """
     backend = backend or jax.default_backend()
+    h, counted, slots = _short_rows(h, counted, slots, backend)
     pieces = _pieces_of(h, slots, backend)
 
     def one(number: Array, grams: Grams) -> Grams:
@@ -152,6 +153,14 @@ class Pieces(NamedTuple):
         return rows.reshape(self.height * length, width)
 
 
+def _short_rows(h: Array, counted: Array, slots: Array, backend: str) -> tuple[Array, Array, Array]:
+    """On a CPU, long rows of a batch are cut into shorter ones, so that their float64 copies are small."""
+    most = gram_rows(backend)
+    if backend != "cpu" or h.shape[1] % most:
+        return h, counted, slots
+    return h.reshape(-1, most, h.shape[2]), counted.reshape(-1, most), jnp.repeat(slots, h.shape[1] // most)
+
+
 def _pieces_of(h: Array, slots: Array, backend: str) -> Pieces:
     batch, length, _ = h.shape
     height = max(1, min(batch, gram_rows(backend) // length))
@@ -176,10 +185,19 @@ def _add(
     products = product_dtype(x.dtype, sums, backend)
     height, together = grams.second[0].shape[2], stripes_together(x.dtype, sums, backend)
     corner = (slot, jnp.int32(boundary), jnp.int32(0), jnp.int32(0))
+    transposed = x.T
+    if backend == "cpu":  # XLA would otherwise convert and transpose the operands of every stripe again
+        x, transposed = jax.lax.optimization_barrier((x.astype(sums), transposed.astype(sums)))
+
+    def columns(begin: Array | int) -> Array:
+        if backend == "cpu":
+            return jax.lax.dynamic_slice_in_dim(transposed, begin, height).T
+        return jax.lax.dynamic_slice_in_dim(x, begin, height, axis=1)
+
     second: list[Array] = []
     for some in (ends[at : at + together] for at in range(0, len(ends), together)):
         begins = [end - height * parts + part * height for end in some]
-        left = jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, begin, height, axis=1) for begin in begins], axis=1)
+        left = jnp.concatenate([columns(begin) for begin in begins], axis=1)
         addends = _outer(left, x[:, : some[-1]], products, sums, backend)
         for begin, end in zip(range(0, left.shape[1], height), some, strict=True):
             stripe = grams.second[len(second)]
@@ -281,6 +299,7 @@ def update_shards(
     height = width // stripe_count(width)
     parts = jax.lax.axis_size(split.features) if split.features else 1
     part = jax.lax.axis_index(split.features) if split.features else 0
+    h, counted, slots = _short_rows(h, counted, slots, backend)
     pieces = _pieces_of(h, slots, backend)
     # Pieces in the order of their slots; those of present[i] are order[ends[i] : ends[i + 1]].
     there = jnp.arange(len(slots), dtype=jnp.int32) < pieces.total

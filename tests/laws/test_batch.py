@@ -150,6 +150,16 @@ def test_padding_is_below_a_tenth_of_the_tokens(most: int, batch_tokens: int) ->
     assert work.waste < 0.10
 
 
+def test_rows_and_measured_positions_are_shared_evenly_between_batches() -> None:
+    """Half of the prompts are short, and each group's rows are packed from its longest prompt to its shortest."""
+    rng = np.random.default_rng(0)
+    sizes = [*rng.integers(13, 31, 256).tolist(), *rng.integers(100, 129, 256).tolist()]
+    work = plan_batches(pool(sizes, rng.integers(0, 16, 512).tolist()), Positions.parse("last:4"), 1, 2048)
+    padding = sum(packed.height - len(packed.rows) for packed in work.batches)
+    assert padding < len(work.batches)
+    assert sum(packed.measured for packed in work.batches) < 1.3 * work.positions
+
+
 def test_a_prompt_beyond_the_last_length_class_is_refused() -> None:
     with pytest.raises(UserError, match=r"131073 tokens.*prompts\.max_length"):
         plan_batches([TokenSequence(np.zeros(131073, np.int32), 0)], Positions.parse("all"), 1, 2048)

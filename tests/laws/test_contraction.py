@@ -268,12 +268,12 @@ def test_many_devices_divide_the_height_of_a_stripe() -> None:
     assert heights == {4096: 512, 8192: 1024, 7168: 1024, 3584: 512, 5376: 768, 5120: 640}
 
 
-@pytest.mark.parametrize(("width", "stripes", "length"), [(1024, 8, 480), (896, 7, 205)])
+@pytest.mark.parametrize(("width", "stripes", "length"), [(1024, 8, 480), (896, 7, 205), (256, 2, 1024)])
 def test_stripes_hold_the_lower_triangle_and_rows_of_a_slot_are_multiplied_together(
     width: int, stripes: int, length: int
 ) -> None:
     """Runs of rows longer and shorter than one product takes, float64 and bfloat16 states on a GPU; there partial sums
-    cover equally many rows in the first case alone."""
+    cover unequally many rows in the second case. In the third, a row is longer than one product takes on a CPU."""
     batch = 13
     rng = np.random.default_rng(0)
     h = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.bfloat16)
