@@ -78,24 +78,32 @@ def group_prompts(
     decoder: DecoderConfig,
     asked: PromptsConfig,
     settings: MetricsConfig,
+    others: Sequence[DecoderConfig] = (),
 ) -> GroupedPrompts:
     """Tokenises and groups the prompts. If several processes share a run, each tokenises a part.
+
+    Args:
+        prompts: the texts.
+        tokenizer: that of all models.
+        decoder: the model, whose vocabulary is measured.
+        asked: how prompts become tokens.
+        settings: what is measured.
+        others: further models that are measured on the same prompts.
 
     Raises:
         UserError: there are too few tokens for a fit, or processes have different prompts or tokenizers.
     """
-    limit = asked.max_length
-    terminal_block(decoder.depth, settings.terminal)  # raises UserError for blocks that the model does not have
-    if decoder.learned_positions and limit > decoder.max_positions:
-        raise UserError(f"prompts.max_length is {limit}, but the model has {decoder.max_positions} positions")
+    limit, decoders = asked.max_length, (decoder, *others)
+    for each in decoders:
+        terminal_block(each.depth, settings.terminal)  # raises UserError for blocks that the model does not have
+        if each.learned_positions and limit > each.max_positions:
+            raise UserError(f"prompts.max_length is {limit}, but the model has {each.max_positions} positions")
     if jax.process_count() > 1:  # before any tokens are exchanged: parts of different texts would make one pool
         check_same({"prompts": _sha256(map(repr, prompts.prompts)), "tokenizer": _sha256([_described(tokenizer)])})
     part, exchange = (own_part(len(prompts.prompts)), gathered) if jax.process_count() > 1 else (None, None)
     tokens = data.tokenise_prompts(prompts, tokenizer, limit, asked.chat_template, part, exchange)
-    if (top := max(int(ids.max()) for ids in tokens.ids)) >= decoder.vocab_size:
-        raise UserError(
-            f"the tokenizer makes token {top}, but the model has {decoder.vocab_size}: they do not belong together"
-        )
+    if (top := max(int(ids.max()) for ids in tokens.ids)) >= (least := min(each.vocab_size for each in decoders)):
+        raise UserError(f"the tokenizer makes token {top}, but the model has {least}: they do not belong together")
     prompts_left = tokens.prompts
     group, component = common_groups([p.text for p in prompts_left], [p.turns for p in prompts_left], settings.groups)
     grouped = GroupedPrompts(
@@ -112,7 +120,8 @@ def group_prompts(
         },
         notes=notes_on(prompts, tokens),
     )
-    _check(grouped, decoder)
+    for each in decoders:
+        _check(grouped, each)
     return grouped
 
 
@@ -153,10 +162,11 @@ def plan_prompts(
     batch_tokens: int | None = None,
     devices: Devices | None = None,
     slots: int | None = None,
+    others: Sequence[DecoderConfig] = (),
 ) -> Plan:
-    """Tokenises, groups and packs the prompts for `devices`. Raises UserError if there are too few tokens for a fit."""
+    """`group_prompts`, packed for `devices`. Raises UserError if there are too few tokens for a fit."""
     devices = devices or OneDevice()
-    grouped = group_prompts(prompts, tokenizer, decoder, asked, settings)
+    grouped = group_prompts(prompts, tokenizer, decoder, asked, settings, others)
     return grouped.pack(batch_tokens or default_batch_tokens(devices), devices.rows, slots)
 
 

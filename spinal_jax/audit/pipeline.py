@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,9 @@ from spinal_jax.parallel.distributed import all_same, check_same
 from spinal_jax.parallel.placement import Choice, choose
 from spinal_jax.progress import Bar, Say, no_bar
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 WORLD_PROMPTS = 128  # default number of prompts of the controlled world
 HARDWARE_KEYS = ("devices", "processes")  # keys of `environment` that may change when an audit is resumed
 
@@ -84,7 +88,8 @@ def run_audit(
         choice = choose_devices(config.parallel, decoder, config.model.dtype, config.metrics)
         devices = devices_of(choice)
         home = audit_gram_home(decoder, config.model.dtype, config.metrics, devices)
-        tokens = group_prompts(prompts, checkpoint.tokenizer(), decoder, config.prompts, config.metrics)
+        tokenizer = checkpoint.tokenizer()
+        tokens = group_prompts(prompts, tokenizer, decoder, config.prompts, config.metrics)
         name = config.model.name or model_name(config.model.source)
 
         def models(digest: str) -> Json:
@@ -119,14 +124,10 @@ def run_audit(
             work = saved.plan(here, tokens.pack)
             if work.leaves and home.where == "devices":
                 home = GramHome("file", "as at the start of this audit")
-        check_processes_agree(checkpoint, work, choice)
+        check_processes_agree(checkpoint, tokenizer, work, choice)
         if say:
             say(start_line(name, config.model.dtype, decoder, work, choice, home))
-        with ThreadPoolExecutor(1) as background:  # reads every byte of the weights, like the load
-            hashed = background.submit(checkpoint.sha256)
-            model = load(checkpoint, family, decoder, config.model.dtype, bar, devices)
-            digest = hashed.result()
-        check_weights(checkpoint, digest)
+        model, digest = load_hashed(checkpoint, family, decoder, config.model.dtype, bar, devices)
     progress = None
     if saved is not None and config.checkpoint_every is not None:
         progress = saved.begin({**about, "model": models(digest)}, config.checkpoint_every)
@@ -239,15 +240,19 @@ def depth_trace(
     )
 
 
-def check_processes_agree(checkpoint: Checkpoint, work: Plan, choice: Choice) -> None:
+def check_processes_agree(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Plan, choice: Choice
+) -> None:
     """Raises UserError if processes that share a run differ in their inputs. Weights are compared by name and shape;
     `check_weights` compares their values."""
+    if jax.process_count() == 1:
+        return
     check_same(
         {
             "devices": str(choice),
             "model": json.dumps(checkpoint.config, sort_keys=True) + repr(sorted(checkpoint.names().items())),
             "revision of the model": str(checkpoint.revision),
-            "tokenizer": json.dumps(checkpoint.tokenizer().get_vocab(), sort_keys=True),
+            "tokenizer": json.dumps(tokenizer.get_vocab(), sort_keys=True),
             "prompts": tokens_sha256(work.sequences),
             "batches": batches_sha256(work),
         }
@@ -314,6 +319,24 @@ def load(
     with (bar or no_bar)("load weights", size, "B") as advance:
         placing = None if devices is None else devices.placing
         return load_decoder(checkpoint, family, decoder, jnp.dtype(dtype), advance, placing)
+
+
+def load_hashed(
+    checkpoint: Checkpoint,
+    family: Family,
+    decoder: DecoderConfig,
+    dtype: str,
+    bar: Bar | None = None,
+    devices: Devices | None = None,
+) -> tuple[Decoder, str]:
+    """`load`, with the SHA-256 of the weights, which a thread computes meanwhile. Raises UserError if processes that
+    share a run have different weights."""
+    with ThreadPoolExecutor(1) as background:
+        hashed = background.submit(checkpoint.sha256)
+        model = load(checkpoint, family, decoder, dtype, bar, devices)
+        digest = hashed.result()
+    check_weights(checkpoint, digest)
+    return model, digest
 
 
 def read_prompt_set(config: PromptsConfig, texts: Sequence[str] | None = None) -> data.PromptSet:

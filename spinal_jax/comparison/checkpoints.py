@@ -7,6 +7,7 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import jax
@@ -30,7 +31,6 @@ from spinal_jax.comparison.preference_gradient import (
 from spinal_jax.comparison.prompt_steps import PromptSteps
 from spinal_jax.config import CompareConfig, ComparedConfig, ModelConfig, PreferencesConfig
 from spinal_jax.config.training import ObjectiveConfig
-from spinal_jax.data.packing import Plan
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import NotLeader, UserError
 from spinal_jax.metrics.depth import terminal_block
@@ -73,8 +73,13 @@ class _Side:
     decoder: DecoderConfig
     bar: Bar
 
-    def load(self, devices: Devices) -> Decoder:
-        return pipeline.load(self.checkpoint, self.family, self.decoder, self.config.dtype, self.bar, devices)
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.checkpoint.tokenizer()
+
+    def load(self, devices: Devices) -> tuple[Decoder, str]:
+        """The weights and their SHA-256."""
+        return pipeline.load_hashed(self.checkpoint, self.family, self.decoder, self.config.dtype, self.bar, devices)
 
     @property
     def name(self) -> str:
@@ -109,70 +114,59 @@ def measure_checkpoints(
 
     Raises:
         UserError: different tokenizers, vocabularies or (unless `config.align` is "relative") depths, and the errors of
-            `run_audit`; raised before weights are loaded.
+            `run_audit`; raised before weights are loaded, unless it is that processes have different weights.
     """
     bar = bar or no_bar
     prompts = pipeline.read_prompt_set(config.prompts, texts)
     config = with_reference(config)
     with _opened(config.model, "aligned", bar) as ours, _opened(config.reference, "reference", bar) as theirs:
-        tokenizer = ours.checkpoint.tokenizer()
-        _check(config, ours, theirs, prompts, tokenizer)
+        _check(config, ours, theirs, prompts)
         larger = max((ours, theirs), key=lambda side: (side.decoder.depth + 1) * side.decoder.width**2)
         choice = pipeline.choose_devices(config.parallel, larger.decoder, larger.config.dtype, config.metrics)
         devices = devices_of(choice)
         home = pipeline.audit_gram_home(larger.decoder, larger.config.dtype, config.metrics, devices)
-        work, theirs_work = (
-            pipeline.plan_prompts(
-                prompts,
-                tokenizer,
-                side.decoder,
-                config.prompts,
-                config.metrics,
-                config.batch_tokens,
-                devices,
-                home.slots,
-            )
-            for side in (ours, theirs)
+        work = pipeline.plan_prompts(
+            prompts,
+            ours.tokenizer,
+            ours.decoder,
+            config.prompts,
+            config.metrics,
+            config.batch_tokens,
+            devices,
+            home.slots,
+            others=[theirs.decoder],
         )
-        vocabularies = [Vocabulary.of(side.checkpoint.tokenizer(), side.decoder.vocab_size) for side in (ours, theirs)]
+        vocabularies = [Vocabulary.of(side.tokenizer, side.decoder.vocab_size) for side in (ours, theirs)]
         shared = vocabularies[0].shared(vocabularies[1])
         left_out = (len(vocabularies[0]) - len(shared), len(vocabularies[1]) - len(shared))
-        work, theirs_work = replace(work, vocabulary=shared), replace(theirs_work, vocabulary=shared)
+        work = replace(work, vocabulary=shared)
         mesh = None if devices.shards is None else devices.shards.mesh
-        pairs = None if config.preferences is None else _read_pairs(config, tokenizer, (ours, theirs), mesh)
-        for side, plan in ((ours, work), (theirs, theirs_work)):
-            pipeline.check_processes_agree(side.checkpoint, plan, choice)
-            pipeline.check_weights(side.checkpoint, side.checkpoint.sha256())
+        pairs = None if config.preferences is None else _read_pairs(config, ours.tokenizer, (ours, theirs), mesh)
+        for side in (ours, theirs):
+            pipeline.check_processes_agree(side.checkpoint, side.tokenizer, work, choice)
         if say:
             for side in (ours, theirs):
                 say(pipeline.start_line(side.name, side.config.dtype, side.decoder, work, choice, home))
         about = pipeline.prompts_record(prompts, config.prompts)
 
-        def traced(side: _Side, measurement: Measurement, plan: Plan) -> DepthTrace:
-            model = pipeline.model_record(
-                side.name,
-                side.config.source,
-                side.checkpoint.revision,
-                side.config.dtype,
-                side.checkpoint.sha256(),
-            )
-            return pipeline.depth_trace(model, about, side.decoder, config.metrics, plan, measurement)
+        def traced(side: _Side, digest: str, measurement: Measurement) -> DepthTrace:
+            asked, revision = side.config, side.checkpoint.revision
+            model = pipeline.model_record(side.name, asked.source, revision, asked.dtype, digest)
+            return pipeline.depth_trace(model, about, side.decoder, config.metrics, work, measurement)
 
         joint = ours.decoder.depth == theirs.decoder.depth
         steps = None
         if config.keep_prompts and joint:
             steps = PromptSteps(work, terminal_block(ours.decoder.depth, config.metrics.terminal))
         with contextlib.ExitStack() as stack:
-            weights = theirs.load(devices)
+            weights, their_digest = theirs.load(devices)
             if joint:
-                kept = stack.enter_context(
-                    keep_reference(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
-                )
+                kept = stack.enter_context(keep_reference(weights, work, config.metrics, theirs.bar, devices=devices))
                 reference = None
             else:
                 kept = reference = None
                 with contextlib.suppress(NotLeader):  # raised again by the second model
-                    reference = measure(weights, theirs_work, config.metrics, theirs.bar, devices=devices)
+                    reference = measure(weights, work, config.metrics, theirs.bar, devices=devices)
             known = at_reference = None
             if pairs is not None:
                 with theirs.bar("log-probabilities", len(pairs.examples), "pair") as advance:
@@ -180,7 +174,7 @@ def measure_checkpoints(
                 at_reference = _gradient(config, weights, pairs, known, theirs.bar, mesh)
             del weights
             gc.collect()  # frees the first model before the second is loaded
-            weights = ours.load(devices)
+            weights, our_digest = ours.load(devices)
             aligned = None
             with contextlib.suppress(NotLeader):  # processes that do not lead still take part in the gradient
                 aligned = measure(weights, work, config.metrics, ours.bar, kept, devices, watch=steps)
@@ -192,8 +186,8 @@ def measure_checkpoints(
             raise NotLeader
         assert reference is not None
         both = _both(aligned, of_pairs, at_reference)
-        traces = traced(ours, aligned, work), traced(theirs, reference, theirs_work)
-        return MeasuredPair(*traces, both, left_out, steps, tokenizer)
+        traces = traced(ours, our_digest, aligned), traced(theirs, their_digest, reference)
+        return MeasuredPair(*traces, both, left_out, steps, ours.tokenizer)
 
 
 def _gradient(
@@ -268,9 +262,7 @@ def _opened(asked: ComparedConfig, role: str, bar: Bar) -> Iterator[_Side]:
         yield _Side(config, checkpoint, family, decoder, lambda what, total, unit: bar(f"{what} {role}", total, unit))
 
 
-def _check(
-    config: CompareConfig, ours: _Side, theirs: _Side, prompts: data.PromptSet, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _check(config: CompareConfig, ours: _Side, theirs: _Side, prompts: data.PromptSet) -> None:
     """Raises UserError if the two cannot be compared."""
     if (a := ours.decoder.depth) != (b := theirs.decoder.depth) and config.align == "equal":
         raise UserError(
@@ -282,10 +274,10 @@ def _check(
             f"keep_prompts is {config.keep_prompts}, but {ours.name} has {a} blocks and {theirs.name} {b}; steps are "
             "compared at equal depth alone: leave keep_prompts at 0"
         )
-    other = theirs.checkpoint.tokenizer()
+    tokenizers = ours.tokenizer, theirs.tokenizer
     for number in own_part(len(prompts.prompts)):
         prompt = prompts.prompts[number]  # without chat templates, which may differ; that of the aligned model is used
-        a, b = (data.token_ids(prompt, each, config.prompts.max_length, False) for each in (tokenizer, other))
+        a, b = (data.token_ids(prompt, each, config.prompts.max_length, False) for each in tokenizers)
         if not np.array_equal(a, b):
             raise UserError(
                 f"the tokenizers differ: prompt {number} becomes {_shown(a)} with that of {ours.name} and {_shown(b)} "

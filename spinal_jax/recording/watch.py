@@ -171,8 +171,8 @@ class _Watch:
             self.devices = devices_of(choice)
             self.slots = pipeline.audit_gram_home(decoder, config.dtype, config.metrics, self.devices).slots
             self.plan = self._plan(checkpoint.tokenizer(), decoder)
-            model = pipeline.load(checkpoint, family, decoder, config.dtype, self.bar, self.devices)
-            about = self._about(asked, checkpoint.revision, checkpoint.sha256())
+            model, digest = pipeline.load_hashed(checkpoint, family, decoder, config.dtype, self.bar, self.devices)
+            about = self._about(asked, checkpoint.revision, digest)
             self.reference = keep_reference(
                 model, self.plan, config.metrics, self.bar, alone=True, devices=self.devices
             )
@@ -192,8 +192,8 @@ class _Watch:
                     f"the vocabulary of {asked.source} is not that of the reference; leave reference.source out, so "
                     "that the first checkpoint is the reference"
                 )
-            model = pipeline.load(checkpoint, family, decoder, config.dtype, self.bar, self.devices)
-            about = self._about(asked, checkpoint.revision, checkpoint.sha256())
+            model, digest = pipeline.load_hashed(checkpoint, family, decoder, config.dtype, self.bar, self.devices)
+            about = self._about(asked, checkpoint.revision, digest)
         measurement = measure(model, plan, config.metrics, self.bar, self.reference, self.devices)
         return self._trace(about, decoder, plan, measurement), measurement
 

@@ -147,7 +147,7 @@ def run_train(config: TrainConfig, folder: Path, bar: Bar | None = None, say: Sa
             "prompts": prompts.sha256,
             "control": rules.control,
         }
-        pipeline.check_processes_agree(checkpoint, traced_prompts, choice)
+        pipeline.check_processes_agree(checkpoint, tokenizer, traced_prompts, choice)
         check_same({"examples": started_with["examples"], "onset.control": repr(rules.control)})
         pipeline.check_weights(checkpoint, weights)
         out = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +13,19 @@ import numpy as np
 import pytest
 
 import spinal_jax
-from spinal_jax.audit import pipeline
+from spinal_jax import data
+from spinal_jax.audit import grouped_prompts, pipeline
 from spinal_jax.audit.trace import save_trace
 from spinal_jax.comparison import checkpoints
 from spinal_jax.comparison.checkpoints import MeasuredPair, measure_checkpoints
 from spinal_jax.comparison.compare import compare_traces
 from spinal_jax.comparison.record import save_comparison
 from spinal_jax.comparison.score import Weights
-from spinal_jax.config import AuditConfig, CompareConfig, build
+from spinal_jax.config import AuditConfig, CompareConfig, MetricsConfig, ModelConfig, PromptsConfig, build
 from spinal_jax.data.vocabulary import Vocabulary
 from spinal_jax.errors import UserError
 from spinal_jax.models.decoder import Decoder
+from spinal_jax.models.formats.memory import MemoryCheckpoint
 
 BASE, OTHER = "random:0.3m@0", "random:0.3m@1"
 _RNG = np.random.default_rng(0)
@@ -177,6 +180,31 @@ def test_tokenizers_that_differ_are_refused_before_weights_are_loaded(monkeypatc
     monkeypatch.setattr("spinal_jax.comparison.checkpoints.data.token_ids", shifted)
     with pytest.raises(UserError, match="tokenizers differ: prompt 0 becomes"):
         measure_checkpoints(asked(OTHER, BASE), TEXTS)
+
+
+def test_prompts_are_tokenised_and_grouped_once_for_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(name: str, really: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: calls.append(name) or really(*arguments)
+
+    monkeypatch.setattr(grouped_prompts, "assign_groups", counted("group", grouped_prompts.assign_groups))
+    monkeypatch.setattr(grouped_prompts.data, "tokenise_prompts", counted("tokenise", data.tokenise_prompts))
+    monkeypatch.setattr(MemoryCheckpoint, "tokenizer", counted("tokenizer", MemoryCheckpoint.tokenizer))
+    measure_checkpoints(asked(OTHER, BASE), TEXTS)
+    assert sorted(calls) == ["group", "tokenise", "tokenizer", "tokenizer"]
+
+
+def test_every_model_must_suit_the_prompts() -> None:
+    with pipeline.opened(ModelConfig(BASE)) as (checkpoint, _, decoder):
+        for other, words in (
+            (dataclasses.replace(decoder, vocab_size=3), r"makes token \d+, but the model has 3"),
+            (dataclasses.replace(decoder, learned_positions=True, max_positions=7), "the model has 7 positions"),
+            (dataclasses.replace(decoder, width=8), "of 8 features leave fewer than 8 singular values"),
+        ):
+            texts, settings = data.prompts_of(TEXTS), MetricsConfig(groups=4)
+            with pytest.raises(UserError, match=words):
+                pipeline.plan_prompts(texts, checkpoint.tokenizer(), decoder, PromptsConfig(), settings, others=[other])
 
 
 def fewer(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
