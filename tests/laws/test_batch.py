@@ -160,6 +160,13 @@ def test_rows_and_measured_positions_are_shared_evenly_between_batches() -> None
     assert sum(packed.measured for packed in work.batches) < 1.3 * work.positions
 
 
+@pytest.mark.parametrize(("count", "length", "shards"), [(48, 128, 1), (48, 128, 8), (512, 256, 256)])
+def test_few_prompts_do_not_fill_a_large_batch_with_padding(count: int, length: int, shards: int) -> None:
+    sequences = pool([length] * count, [n % 16 for n in range(count)])
+    work = plan_batches(sequences, Positions.parse("last:4"), 1, 16384 * shards, shards)
+    assert (len(work.batches), work.waste) == (1, 0)
+
+
 def test_a_prompt_beyond_the_last_length_class_is_refused() -> None:
     with pytest.raises(UserError, match=r"131073 tokens.*prompts\.max_length"):
         plan_batches([TokenSequence(np.zeros(131073, np.int32), 0)], Positions.parse("all"), 1, 2048)
