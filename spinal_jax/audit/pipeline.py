@@ -121,7 +121,7 @@ def run_audit(
                 rows=devices.rows,
                 slots=home.slots,
             )
-            work = saved.plan(here, tokens.pack)
+            work = saved.plan(here, tokens.pack, config.overwrite)
             if work.leaves and home.where == "devices":
                 home = GramHome("file", "as at the start of this audit")
         check_processes_agree(checkpoint, tokenizer, work, choice)

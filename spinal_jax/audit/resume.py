@@ -26,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from spinal_jax.audit.device_base import AllGrams
 from spinal_jax.audit.devices import Devices
 from spinal_jax.audit.gram_store import FileStore
+from spinal_jax.audit.grouped_prompts import batches_sha256
 from spinal_jax.audit.lens_step import LensSums
 from spinal_jax.data.packing import Plan
 from spinal_jax.errors import UserError
@@ -37,6 +38,7 @@ from spinal_jax.parallel.agreement import StopRequests, check_shared, of_each
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
+Pack = Callable[[int, int, int | None, Sequence[int] | None], Plan]  # (batch_tokens, rows, slots, among)
 SavedState = tuple[AllGrams, Array, LensSums]  # Gram sums, largest lens error, sums of the lens step
 FOLDER, SETTINGS, SAVED = (
     "progress",
@@ -58,6 +60,7 @@ class Leg:
     batches: int = 0  # completed before the next leg
     inherited: tuple[int, ...] = ()  # groups of the first records in its files of Gram sums
     opened: tuple[tuple[int, int], ...] = ()  # (slot, group) of the last of these, from the devices of the leg before
+    packed: str | None = None  # digest of its batches; None until they are packed
 
     def on(self, other: Leg) -> bool:
         """Whether both legs have the same devices and batches."""
@@ -97,25 +100,54 @@ class Saved:
             )
         self.there, self._legs = False, ()
 
-    def plan(self, here: Leg, pack: Callable[[int, int, int | None, Sequence[int] | None], Plan]) -> Plan:
-        """The batches of this leg, packed by `pack(batch_tokens, rows, slots, among)`.
+    def plan(self, here: Leg, pack: Pack, overwrite: bool = False) -> Plan:
+        """The batches of this leg.
 
-        Raises UserError if these devices cannot continue from the saved sums.
+        Raises UserError if the saved sums cannot be continued here; with `overwrite` they are discarded.
         """
+        try:
+            legs, work = self._continued(here, pack)
+        except UserError:
+            if not overwrite:
+                raise
+            self.there, self._legs = False, ()
+            legs, work = self._continued(here, pack)
+        self._wanted = (*legs[:-1], replace(legs[-1], packed=batches_sha256(work)))
+        return work
+
+    def _continued(self, here: Leg, pack: Pack) -> tuple[tuple[Leg, ...], Plan]:
+        """The legs up to this one, and its batches."""
         legs = self._legs
         step = _latest(self._of(len(legs) - 1)) if legs else None
         if not legs or step is None:
             legs = (here,)
         elif not legs[-1].on(here):
-            before, work = replace(legs[-1], batches=step), _replayed(legs, pack)
+            before, work = replace(legs[-1], batches=step), self._replayed(legs, pack)
             self._require_room(before, here)
             opened = [(run.slot, run.group) for run in work.open_after(step)] if work.leaves else []
             complete = [run.group for number in range(step if work.leaves else 0) for run in work.complete(number)]
             inherited = (*before.inherited, *complete, *(group for _, group in opened))
             here = replace(here, slots=before.slots, inherited=inherited, opened=tuple(opened))
             legs = (*legs[:-1], before, here)
-        self._wanted = legs
-        return _replayed(legs, pack)
+        return legs, self._replayed(legs, pack)
+
+    def _replayed(self, legs: Sequence[Leg], pack: Pack) -> Plan:
+        """The batches of the last leg, with the prompts that are not in earlier legs."""
+        left: list[int] | None = None
+        for leg in legs[:-1]:
+            work = self._packed(leg, pack, left)
+            done = work.done(leg.batches)
+            left = [number for number in (range(len(work.sequences)) if left is None else left) if number not in done]
+        return self._packed(legs[-1], pack, left)
+
+    def _packed(self, leg: Leg, pack: Pack, left: Sequence[int] | None) -> Plan:
+        work = pack(leg.batch_tokens, leg.rows, leg.slots, left)
+        if leg.packed not in (None, batches_sha256(work)):
+            raise UserError(
+                f"{self.run} holds an unfinished audit of another version of spinal_jax, whose batches differ: set "
+                "overwrite=true, or choose another hydra.run.dir"
+            )
+        return work
 
     def _require_room(self, before: Leg, here: Leg) -> None:
         if before.replicas != here.replicas:
@@ -170,17 +202,8 @@ class Saved:
 
 
 def _leg(said: ReadJson) -> Leg:
-    return Leg(**{**said, "inherited": tuple(said["inherited"]), "opened": tuple(map(tuple, said["opened"]))})
-
-
-def _replayed(legs: Sequence[Leg], pack: Callable[[int, int, int | None, Sequence[int] | None], Plan]) -> Plan:
-    """The batches of the last leg, with the prompts that are not in earlier legs."""
-    left: list[int] | None = None
-    for leg in legs[:-1]:
-        work = pack(leg.batch_tokens, leg.rows, leg.slots, left)
-        done = work.done(leg.batches)
-        left = [number for number in (range(len(work.sequences)) if left is None else left) if number not in done]
-    return pack(legs[-1].batch_tokens, legs[-1].rows, legs[-1].slots, left)
+    made = {"inherited": tuple(said["inherited"]), "opened": tuple(map(tuple, said["opened"]))}
+    return Leg(**{"packed": "", **said, **made})
 
 
 def _latest(leg: Path) -> int | None:

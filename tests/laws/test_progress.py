@@ -163,12 +163,14 @@ def test_an_audit_goes_on_on_other_devices(
 
 
 def test_another_audit_does_not_go_on(tmp_path: Path) -> None:
-    def begin(digest: str, overwrite: bool = False, **changed: Any) -> None:
+    def begin(digest: str, overwrite: bool = False, batch_tokens: int = 64, **changed: Any) -> None:
         leg = {"devices": "mesh", "processes": 1, "replicas": None, "batch_tokens": 64, "rows": 1, "slots": None}
         saved = Saved(tmp_path)
         saved.check({"model": {"sha256": digest}}, overwrite)
         saved.plan(
-            Leg(**{**leg, **changed}), lambda *_: plan_batches(pool(), Positions.parse("last:4"), 1, 64, groups=16)
+            Leg(**{**leg, **changed}),
+            lambda *_: plan_batches(pool(), Positions.parse("last:4"), 1, batch_tokens, groups=16),
+            overwrite,
         )
         saved.begin({"model": {"sha256": digest}}, 2)
 
@@ -181,3 +183,11 @@ def test_another_audit_does_not_go_on(tmp_path: Path) -> None:
         begin("b", devices="pmap x 8", replicas=8)
     with pytest.raises(UserError, match=r"Gram sums were on its devices, mesh; one has no room for them: use more"):
         begin("b", devices="one", processes=2, slots=2)
+    with pytest.raises(UserError, match=r"unfinished audit of another version of spinal_jax, whose batches differ"):
+        begin("b", batch_tokens=512)
+    begin("b")
+    begin("b", overwrite=True, batch_tokens=512)
+    assert not (tmp_path / "progress" / "0" / "saved" / "2").exists()
+    (tmp_path / "progress" / "0" / "saved" / "2").mkdir(parents=True)
+    begin("b", overwrite=True, devices="pmap x 8", replicas=8, batch_tokens=512)
+    assert not (tmp_path / "progress" / "0" / "saved" / "2").exists()
