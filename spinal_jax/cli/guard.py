@@ -43,17 +43,15 @@ def guarded(run: Callable[[], int]) -> None:
             try:
                 code = run()
                 sys.stdout.flush()
-            except UserError as error:
-                _debug(error)
-                complain(str(error))
-                code = MISTAKE
             except Stopped as stopped:
                 _end(stopped)
             except Exception as error:
-                if console.STOPS:  # a library has converted the interrupt into an error
-                    _end(console.STOPS[0])
-                code, message = describe_error(error)
-                complain(message)
+                try:
+                    code, message = describe_error(error)
+                except Stopped as stopped:
+                    _end(stopped)
+                else:
+                    complain(message)
             except BaseException as error:
                 if type(error).__name__ != "PanicException":  # a panic in Rust is no Exception
                     raise
@@ -75,9 +73,13 @@ def _end(stopped: Stopped) -> None:
 
 
 def describe_error(error: Exception) -> tuple[int, str]:
-    """The exit code and one sentence for an error other than UserError. An unforeseen error writes a report file, or
-    with SPINAL_DEBUG=1 shows its traceback."""
+    """The exit code and one sentence for an error. An unforeseen error writes a report file, or with SPINAL_DEBUG=1
+    shows its traceback. Raises Stopped if the process was interrupted: a library has made an error of it."""
+    if console.STOPS:
+        raise console.STOPS[0] from error
     _debug(error)
+    if isinstance(error, UserError):
+        return MISTAKE, str(error)
     text = " ".join(str(error).split())
     if (fault := _fault(error)) is not None:  # first: TensorStore calls a full disk RESOURCE_EXHAUSTED too
         return MISTAKE, fault

@@ -165,7 +165,7 @@ def _task(
 
     from hydra.core.hydra_config import HydraConfig
 
-    from spinal_jax.cli.console import MISTAKE, Outcome
+    from spinal_jax.cli.console import Outcome
     from spinal_jax.cli.guard import describe_error
     from spinal_jax.errors import UserError
 
@@ -191,10 +191,8 @@ def _task(
                 sweeps[0].run(run.job.num, told, folder, attempt)
             else:
                 ended.append(Outcome(0, attempt()))
-        except UserError as error:
-            ended.append(Outcome(0, MISTAKE, str(error)))  # not raised, because Hydra would print it too
         except Exception as error:
-            ended.append(Outcome(0, *describe_error(error)))
+            ended.append(Outcome(0, *describe_error(error)))  # not raised, because Hydra would print it too
         finally:
             with contextlib.suppress(FileNotFoundError):  # another process of the run has removed it
                 if is_new and not any(folder.iterdir()):

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from spinal_jax.cli.console import DONE, MISTAKE, Outcome, duration, short_path
+from spinal_jax.cli.console import DONE, Outcome, duration, short_path
 from spinal_jax.cli.guard import describe_error
 from spinal_jax.errors import AlreadyDone, UserError
 from spinal_jax.files import locked, write_whole
@@ -71,8 +71,6 @@ class Sweep:
         except AlreadyDone:
             print(f"  complete: {short_path(folder)}", file=sys.stderr, flush=True)
             outcome = Outcome(number, DONE, passed_over=True)
-        except UserError as error:
-            outcome = Outcome(number, MISTAKE, f"{error} ({which}: {own})")
         except Exception as error:
             code, message = describe_error(error)
             outcome = Outcome(number, code, f"{message} ({which}: {own})")

@@ -196,6 +196,28 @@ def test_ctrl_c_in_the_first_second(start: Start, tmp_path: Path, seconds: float
         assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("error", ["UserError", "ValueError"])
+def test_an_interrupt_that_a_library_makes_an_error_of_is_one(error: str) -> None:
+    program = f"""
+import signal
+from spinal_jax.cli.guard import guarded
+from spinal_jax.errors import UserError
+
+def run():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise {error}("a setting is wrong")
+
+guarded(run)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        130,
+        "spinal: interrupted; nothing is kept of a run that was not finished\n",
+    )
+
+
 def test_an_unforeseen_error_is_one_sentence_and_a_report_without_secrets(
     audit_that: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
