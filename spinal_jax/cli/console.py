@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from spinal_jax.interrupts import Interruption, outside_imports, send_again
+
 if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
     from spinal_jax.progress import Advance, Bar
 
 DONE, FAILED, MISTAKE, SHORT, UNFORESEEN = 0, 1, 2, 3, 70  # exit codes; 70 is EX_SOFTWARE of sysexits.h
@@ -36,7 +39,7 @@ def worst(outcomes: Sequence[Outcome]) -> int:
     return min((outcome.code for outcome in outcomes), key=SEVERITY.index, default=DONE)
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(KeyboardInterrupt, Interruption):
     """Ctrl-C or SIGTERM."""
 
     def __init__(self, number: int):
@@ -45,19 +48,43 @@ class Stopped(KeyboardInterrupt):
         self.kept = "nothing is kept of a run that was not finished"
 
 
-STOPS: list[Stopped] = []  # raised by `stop` in this process
+STOPS: list[Stopped] = []  # what `stop` has raised in this process: none or one
 
 
+@outside_imports
 def stop(number: int, frame: FrameType | None) -> None:
     """A signal handler that raises `Stopped` once; later signals do not interrupt the clean-up."""
-    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-        # An exception in JAX's garbage-collection hook is printed and lost, so try again.
-        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+    if not STOPS:
+        STOPS.append(Stopped(number))
+        raise STOPS[0]
+
+
+def raise_again(ignored: UnraisableHookArgs) -> None:
+    """A `sys.unraisablehook`. Python prints an exception in a finalizer or in a callback of a weak reference or of the
+    garbage collector and goes on. The signal of an `Interruption` is sent again, to be handled after the callback."""
+    error = ignored.exc_value
+    if not isinstance(error, Interruption):
+        sys.__unraisablehook__(ignored)
         return
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    STOPS.append(Stopped(number))
-    raise STOPS[0]
+    if isinstance(error, Stopped):
+        STOPS.clear()
+    send_again(error.number)
+
+
+def check_stopped() -> None:
+    """Raises the `Stopped` that a library has caught and dropped."""
+    if STOPS:
+        raise STOPS[0]
+
+
+@contextlib.contextmanager
+def stops_kept() -> Iterator[None]:
+    """Raises `Stopped` in the place of an error if the process was interrupted: a library has made an error of it."""
+    try:
+        yield
+    except Exception:
+        check_stopped()
+        raise
 
 
 # Control characters except tab and line break, as escapes: names of models and files may hold commands to a terminal.
@@ -92,6 +119,7 @@ def stages(seconds: dict[str, float]) -> Bar:
 
     @contextlib.contextmanager
     def stage(what: str, total: int, unit: str) -> Iterator[Advance]:
+        check_stopped()
         begin = time.perf_counter()
         lines = None if sys.stderr.isatty() else Lines(what, total, unit)
         with tqdm(
@@ -106,6 +134,7 @@ def stages(seconds: dict[str, float]) -> Bar:
         ) as bar:
 
             def advance(amount: int) -> None:
+                check_stopped()
                 bar.update(amount)
                 if lines is not None:
                     lines.advance(amount)

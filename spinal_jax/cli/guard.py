@@ -36,6 +36,7 @@ def guarded(run: Callable[[], int]) -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of cache folders that cannot be made
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, console.stop) for number in signals}
+    hook, sys.unraisablehook = sys.unraisablehook, console.raise_again
     console.STOPS.clear()
     code = DONE
     try:
@@ -60,6 +61,7 @@ def guarded(run: Callable[[], int]) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
     if code:
         sys.exit(code)
 
@@ -75,8 +77,7 @@ def _end(stopped: Stopped) -> None:
 def describe_error(error: Exception) -> tuple[int, str]:
     """The exit code and one sentence for an error. An unforeseen error writes a report file, or with SPINAL_DEBUG=1
     shows its traceback. Raises Stopped if the process was interrupted: a library has made an error of it."""
-    if console.STOPS:
-        raise console.STOPS[0] from error
+    console.check_stopped()
     _debug(error)
     if isinstance(error, UserError):
         return MISTAKE, str(error)

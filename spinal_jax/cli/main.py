@@ -8,17 +8,22 @@ from difflib import get_close_matches
 
 from spinal_jax.jsontypes import ReadJson
 
+
+def _end_at_once() -> NoReturn:
+    os.write(2, b"spinal: interrupted; no work was in progress\n")
+    os._exit(130)
+
+
 try:
     from spinal_jax.cli.guard import guarded
 except KeyboardInterrupt:  # before the guard was active
-    os.write(2, b"spinal: interrupted; nothing was begun\n")
-    os._exit(130)
+    _end_at_once()
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
-    from typing import Any
+    from typing import Any, NoReturn
 
     from omegaconf import DictConfig
 
@@ -30,7 +35,10 @@ if TYPE_CHECKING:
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a check failed, 2 a usage error, 3 `assert` not met,
     70 an unforeseen error, 130 Ctrl-C, 143 SIGTERM."""
-    guarded(lambda: _run(sys.argv[1:]))
+    try:
+        guarded(lambda: _run(sys.argv[1:]))
+    except KeyboardInterrupt:  # before or after that
+        _end_at_once()
 
 
 def _run(arguments: list[str]) -> int:
@@ -165,7 +173,7 @@ def _task(
 
     from hydra.core.hydra_config import HydraConfig
 
-    from spinal_jax.cli.console import Outcome
+    from spinal_jax.cli.console import Outcome, check_stopped
     from spinal_jax.cli.guard import describe_error
     from spinal_jax.errors import UserError
 
@@ -177,6 +185,7 @@ def _task(
         begun.append(folder)
 
         def attempt() -> int:
+            check_stopped()
             if arms and (arm := run.runtime.choices.get("arm")) not in arms:
                 raise UserError(
                     f"the run has {f'arm {arm}' if arm else 'no arm'}, so that it is known neither as aligned nor as "

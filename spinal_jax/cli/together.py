@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from spinal_jax.cli.console import MISTAKE, Stopped, complain
+from spinal_jax.cli.console import MISTAKE, Stopped, complain, stops_kept
 from spinal_jax.errors import NotLeader, StoppedElsewhere, UserError
 from spinal_jax.jsontypes import Json, ReadJson
 from spinal_jax.parallel.distributed import ClusterSpec, start
@@ -76,8 +76,9 @@ class _Left(Exception):
 
 def _run(peers: Peers, settings: ReadJson, job: Callable[[], int]) -> int:
     try:
-        peers.check_same(_comparable(settings))
-        code = job()
+        with stops_kept():
+            peers.check_same(_comparable(settings))
+            code = job()
         peers.finish(code)
         return code
     except NotLeader:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from spinal_jax.errors import UserError
+from spinal_jax.interrupts import Interruption, outside_imports
 from spinal_jax.jsontypes import ReadJson
 from spinal_jax.parallel.distributed import ClusterSpec
 
@@ -41,9 +42,11 @@ class End:
     number: int = 0  # of the signal
 
 
-class PeerEnded(BaseException):
+class PeerEnded(Interruption):
     """Raised in the main thread if the run has ended in another process. Not an Exception, so that only the command
     line handles it."""
+
+    number = signal.SIGUSR1
 
     def __init__(self, end: End):
         super().__init__(end.said)
@@ -72,7 +75,7 @@ class Peers:
 
     def __enter__(self) -> Peers:
         self._tell("host", socket.gethostname())
-        self._before = signal.signal(signal.SIGUSR1, self._interrupt)
+        self._before = signal.signal(signal.SIGUSR1, outside_imports(self._interrupt))
         self._thread.start()
         return self
 
@@ -194,10 +197,7 @@ class Peers:
             os._exit(code_of(end))
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-            # An exception in JAX's garbage-collection hook is printed and lost, so try again.
-            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
-        elif self._ended is not None:
+        if self._ended is not None:
             raise PeerEnded(self._ended)
 
 

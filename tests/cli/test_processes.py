@@ -221,12 +221,27 @@ def test_a_process_that_is_gone_ends_all(
     assert not list(tmp_path.glob("*/run/manifest.json"))
 
 
-def test_a_signal_to_one_process_ends_all(several: Several, tmp_path: Path) -> None:
-    processes = several(2, *ENDLESS)
+# A library that makes an error of whatever ends it.
+WRAPPING = """
+from spinal_jax.cli import jobs
+
+whole = jobs._audit
+def wrapped(*given):
+    try:
+        return whole(*given)
+    except KeyboardInterrupt as stopped:
+        raise ValueError("some setting is wrong") from stopped
+jobs._audit = wrapped
+"""
+
+
+@pytest.mark.parametrize("before", ["", WRAPPING], ids=["as it is", "as an error of a library"])
+def test_a_signal_to_one_process_ends_all(several: Several, tmp_path: Path, before: str) -> None:
+    processes = several(2, *ENDLESS, before=before)
     await_start(processes[0], 2)
     processes[1].send_signal(signal.SIGTERM)
     zero, one = ends(processes)
-    assert (zero.code, one.code) == (143, 143)
+    assert (zero.code, one.code) == (143, 143), (zero, one)
     assert zero.err.splitlines()[-1].startswith("spinal: process 1 of 2 on ")
     assert zero.err.endswith(" was terminated: the run ends in all 2 processes\n")
     assert one.err.splitlines()[-1].startswith("spinal: terminated; ")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import termios
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from spinal_jax.cli import console
 
 from .conftest import Start
 
@@ -93,23 +93,129 @@ def test_sigterm_leaves_no_run(long_audit: Start, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_that_garbage_collection_would_swallow_comes_again() -> None:
-    """JAX hooks a function of this name into collections; what is raised in it is printed and lost."""
-    before = {number: signal.signal(number, console.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+# Each sends a signal while Python runs a callback whose exceptions it prints and drops.
+CALLBACKS = {
+    "the finalizer of an object": """
+class Object:
+    def __del__(self):
+        signal.raise_signal(number)
 
-    def _xla_gc_callback() -> None:
-        signal.raise_signal(signal.SIGINT)
+Object()
+""",
+    "the callback of a weak reference": """
+class Object: ...
 
-    def work() -> None:
-        _xla_gc_callback()
-        time.sleep(10)
+target = Object()
+reference = weakref.ref(target, lambda _: signal.raise_signal(number))
+del target
+""",
+    "a hook of the garbage collector": """
+def hook(phase, info):
+    gc.callbacks.remove(hook)
+    signal.raise_signal(number)
 
+gc.callbacks.append(hook)
+gc.collect()
+""",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_a_signal_in_a_callback_that_drops_exceptions_comes_again(callback: str, number: signal.Signals) -> None:
+    program = f"""
+import gc, os, signal, sys, time, weakref
+from spinal_jax.cli.guard import guarded
+from spinal_jax.interrupts import Interruption
+
+class Told(Interruption):  # as the end of another process of a run
+    number = signal.SIGUSR1
+
+def told(number, frame):
+    raise Told
+
+def run():
+    number = {number:d}
+    signal.signal(signal.SIGUSR1, told)
     try:
-        with pytest.raises(console.Stopped) as stopped:
-            work()
-        assert stopped.value.number == signal.SIGINT
-        assert "_xla_gc_callback" not in {entry.name for entry in stopped.traceback}
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # what is left to do is clearing up
+{textwrap.indent(CALLBACKS[callback], " " * 8)}
+        time.sleep(60)
+    except Told:
+        return 3
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if number != signal.SIGUSR1:
+            signal.raise_signal(signal.SIGTERM)  # does not interrupt the clean-up
+            print("cleared up")
+
+guarded(run)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if number == signal.SIGUSR1:
+        assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+    else:
+        said = "interrupted" if number == signal.SIGINT else "terminated"
+        assert (done.returncode, done.stdout) == (128 + number, "cleared up\n"), done
+        assert done.stderr == f"spinal: {said}; nothing is kept of a run that was not finished\n"
+
+
+def test_other_errors_in_callbacks_are_printed() -> None:
+    program = """
+from spinal_jax.cli.guard import guarded
+
+class Object:
+    def __del__(self):
+        raise ValueError("seen")
+
+def run():
+    Object()
+    return 0
+
+guarded(run)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == "ValueError: seen"
+
+
+def test_a_signal_during_an_import_waits_for_its_end(tmp_path: Path) -> None:
+    """An exception there can crash an extension module. A program that is itself imported is no such import."""
+    (tmp_path / "inner.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nprint('inner')\n")
+    (tmp_path / "program.py").write_text("""
+import time
+from spinal_jax.cli.guard import guarded
+
+def run():
+    import inner
+    for _ in range(6000):
+        time.sleep(0.01)
+
+guarded(run)
+""")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.append(sys.argv[1]); import program", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (130, "inner\n")
+    assert done.stderr == "spinal: interrupted; nothing is kept of a run that was not finished\n"
+
+
+def test_an_interrupt_that_a_library_drops_ends_the_next_stage() -> None:
+    program = """
+import contextlib, signal
+from spinal_jax.cli.console import stages
+from spinal_jax.cli.guard import guarded
+
+def run():
+    with stages({})("audit", 2, "batch") as advance:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        print("one")
+        advance(1)
+        print("two")
+
+guarded(run)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "one\n")
+    assert done.stderr == "spinal: interrupted; nothing is kept of a run that was not finished\n"
