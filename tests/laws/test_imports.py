@@ -21,6 +21,7 @@ _JSON = {"errors", "files", "jsontypes", "wording"}  # reading and showing of sa
 _RECORDS = {*_JSON, "audit.trace", "comparison.record", "runs"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "interrupts": set(),
     "jsontypes": set(),
     "plotting": set(),
     "files": {"errors", "jsontypes", "plotting"},
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel.device_defaults": set(),
     "metrics": {"errors", "parallel.device_defaults"},
     "stats": {"errors", "metrics", "metrics.depth"},
-    "parallel": {"jsontypes", "errors", "files", "config", "parallel.device_defaults"},
+    "parallel": {"jsontypes", "errors", "interrupts", "files", "config", "parallel.device_defaults"},
     "models": {"jsontypes", "progress", "errors", "files", "metrics"},
     "audit.trace": {*_JSON, "metrics.columns"},
     "audit": {
@@ -120,8 +121,9 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "jsontypes",
         "progress",
-        *("errors", "files", "config", "parallel", "models", "audit.trace", "audit", "comparison.record", "comparison"),
-        *("runs", "report", "comparison.flow", "plan", "train", "recording", "verify"),
+        *("errors", "files", "interrupts", "config", "parallel", "models", "audit.trace", "audit"),
+        *("comparison.record", "comparison", "comparison.flow", "runs", "report"),
+        *("plan", "train", "recording", "verify"),
     },
 }
 # Libraries that only these parts may import, and only inside a function.
