@@ -17,6 +17,8 @@ from jax import Array
 from spinal_jax.errors import UserError
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+# Supported values: published ones lie far within. Float32 holds their products, and `dynamic` subtracts factors.
+THETAS, FACTORS = (1e-15, 1e15), (1e-6, 1e6)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class Rope:
                 f"rope type 'yarn' is not defined for a rope_theta of {self.theta} with beta_fast {self.beta_fast} and "
                 f"beta_slow {self.beta_slow}"
             )
+        factors = (self.factor, self.low_freq_factor, self.high_freq_factor, *self.short_factor, *self.long_factor)
+        for name, values, (least, most) in (("theta", (self.theta,), THETAS), ("factor", factors, FACTORS)):
+            if wrong := [value for value in values if not least <= value <= most]:
+                raise UserError(
+                    f"rope type {self.kind!r} has a {name} of {wrong[0]:g}; supported are {least:g} to {most:g}"
+                )
 
 
 def _powers(rope: Rope, theta: float) -> np.ndarray:
@@ -64,11 +72,12 @@ def _llama3(rope: Rope, inverse: np.ndarray) -> np.ndarray:
     low = rope.original_positions / rope.low_freq_factor
     high = rope.original_positions / rope.high_freq_factor
     scaled = np.where(wavelength > low, inverse / np.float32(rope.factor), inverse)
+    medium = ~(wavelength < high) & ~(wavelength > low)
     smooth = (np.float32(rope.original_positions) / wavelength - np.float32(rope.low_freq_factor)) / np.float32(
         rope.high_freq_factor - rope.low_freq_factor
     )
-    blended = (1 - smooth) * scaled / np.float32(rope.factor) + smooth * scaled
-    medium = ~(wavelength < high) & ~(wavelength > low)
+    smooth = np.where(medium, smooth, 0)  # far from the medium it may be huge
+    blended = (1 - smooth) * inverse / np.float32(rope.factor) + smooth * inverse
     return np.where(medium, blended, scaled)
 
 

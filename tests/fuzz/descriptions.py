@@ -65,7 +65,8 @@ def families(folder: Path, rng: random.Random) -> None:
             del rope[rng.choice(list(rope))]
             holder[rng.choice(("rope_scaling", "rope_parameters"))] = rope
         elif action == 1:
-            depth = int(holder.get("num_hidden_layers", 12)) + rng.choice((0, 0, 0, 1, -1))
+            said = holder.get("num_hidden_layers")
+            depth = (said if isinstance(said, int) and 0 < said < 100 else 12) + rng.choice((0, 0, 0, 1, -1))
             holder["layer_types"] = rng.choices(LAYERS[: rng.randrange(1, 6)], k=depth)
         elif action == 2:
             holder[rng.choice([*holder, *OTHERS])] = rng.choice(NUMBERS)

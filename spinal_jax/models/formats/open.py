@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from spinal_jax.models.formats.expert_tensors import apart
 from spinal_jax.models.formats.folders import COMPANIONS, read_record
 from spinal_jax.models.formats.quantised import dequantised
 from spinal_jax.models.formats.safetensors import SafetensorsFolder
+from spinal_jax.models.hf_config import shorten_middle
 
 
 def open_checkpoint(source: str, revision: str | None = None, base: str | None = None) -> Checkpoint:
@@ -30,7 +32,12 @@ def open_checkpoint(source: str, revision: str | None = None, base: str | None =
 
     Errors: UserError.
     """
-    checkpoint = _open(source, revision, base)
+    try:
+        checkpoint = _open(source, revision, base)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UserError(f"{shorten_middle(str(error.filename))} is too long for the name of a file") from error
     if base is not None and checkpoint.kind != "adapter":
         checkpoint.close()
         raise UserError(f"base {base!r} was given for {source!r}, which is a whole model and not an adapter")
